@@ -1,0 +1,75 @@
+"""Fine-tune a language model again and again without losing what it knows.
+
+`ContinualTrainer` is TRL's SFTTrainer with methods against forgetting; change one line and add them:
+
+    trainer = ContinualTrainer(model, ContinualConfig("out"), train_dataset=task, methods=[Replay(old, ratio=0.1)])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_continual.versions import check_versions
+
+if TYPE_CHECKING:
+    from hf_continual.data.collator import ReplayCollator
+    from hf_continual.data.replay import ReplayRows
+    from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
+    from hf_continual.methods.freeze import FreezeLayers
+    from hf_continual.methods.recadam import RecAdam
+    from hf_continual.methods.replay import Replay
+    from hf_continual.metrics import AccuracyMatrix
+    from hf_continual.paper import Paper
+    from hf_continual.tasks import Task
+    from hf_continual.trainer.config import ContinualConfig
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+__version__ = "0.1.0"
+
+check_versions()
+
+# The face, in the order of the data. A name is imported when it is asked for: `import hf_continual` loads no torch.
+_FACE = {
+    "Task": "hf_continual.tasks",
+    "ContinualTrainer": "hf_continual.trainer.trainer",
+    "ContinualConfig": "hf_continual.trainer.config",
+    "Method": "hf_continual.methods.base",
+    "Forward": "hf_continual.methods.base",
+    "Run": "hf_continual.methods.base",
+    "OptimizerChoice": "hf_continual.methods.base",
+    "Paper": "hf_continual.paper",
+    "ReplayRows": "hf_continual.data.replay",
+    "ReplayCollator": "hf_continual.data.collator",
+    "Replay": "hf_continual.methods.replay",
+    "FreezeLayers": "hf_continual.methods.freeze",
+    "RecAdam": "hf_continual.methods.recadam",
+    "AccuracyMatrix": "hf_continual.metrics",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of the data
+    "Task",
+    "ContinualTrainer",
+    "ContinualConfig",
+    "Method",
+    "Forward",
+    "Run",
+    "OptimizerChoice",
+    "Paper",
+    "ReplayRows",
+    "ReplayCollator",
+    "Replay",
+    "FreezeLayers",
+    "RecAdam",
+    "AccuracyMatrix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'hf_continual' has no attribute {name!r}; it offers {', '.join(_FACE)}")
+    return getattr(importlib.import_module(_FACE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

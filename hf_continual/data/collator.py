@@ -1,0 +1,170 @@
+"""Replay rows into a micro-batch that is already collated, with a map of where each token is from.
+
+Why not the sampler or the dataset: only where a whole accumulation window is at hand can the
+number of loss tokens still be counted over task and replay together, and only there is the draw
+independent of sampling, workers, streaming, packing and prefetching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+ORIGIN = "replay_origin"  # key of the origin maps in a merged batch
+TASK_TOKENS = "task_tokens"  # key of the host-side token count in a task batch
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class CountTokens:
+    """A collator that also says, as a plain integer, how many tokens the batch holds.
+
+    Counting afterwards would ask the accelerator for a number and stall it in every micro-batch.
+
+    Args:
+        collate: The collator that does the work.
+    """
+
+    collate: Callable[[Rows], dict[str, Any]]
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """Collate and count."""
+        return {**self.collate(rows), TASK_TOKENS: sum(len(row["input_ids"]) for row in rows)}
+
+
+def task_tokens(batch: dict[str, Any]) -> int:
+    """Take the token count out of a batch; count the tensor where no `CountTokens` was there."""
+    if (count := batch.pop(TASK_TOKENS, None)) is not None:
+        return int(count)
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return int(batch["input_ids"].numel())
+
+
+@dataclass
+class ReplayCollator:
+    """Merges drawn rows into task batches: padded batches grow by rows, flattened ones in length.
+
+    Args:
+        collate: The task's own collator; replay rows go through the same code.
+        flattened: Whether batches are one long row without padding (packing "bfd", padding-free).
+        pad_token_id: What fills `input_ids` when rows of different widths meet.
+    """
+
+    collate: Callable[[Rows], dict[str, Any]]
+    flattened: bool
+    pad_token_id: int
+    fill: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fill = {"input_ids": self.pad_token_id, "labels": -100}
+
+    def merge(self, batch: dict[str, Any], drawn: Sequence[tuple[int, int, Mapping[str, Any]]]) -> dict:
+        """Add drawn rows to one collated batch.
+
+        Args:
+            batch: Collated task rows, on any device; its ``task_tokens`` key must be taken out.
+            drawn: ``(source, index of the row in its source, tokenised row)`` of each row to add.
+
+        Returns:
+            A batch for one forward pass, with the maps ``source``, ``row`` and ``offset`` of shape
+            (B, S) under the key ``replay_origin``. Task tokens have source -1, padding -100.
+
+        Raises:
+            ValueError: If the collator yields something that cannot be merged.
+        """
+        device = batch["input_ids"].device
+        origin = {"source": _task_source(batch)}
+        origin["row"] = origin["offset"] = torch.full_like(origin["source"], -1)
+        if not drawn:
+            return {**batch, ORIGIN: origin}
+        rows = [{"input_ids": list(r["input_ids"]), "labels": list(r["labels"])} for *_, r in drawn]
+        if self.flattened:
+            rows = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows]
+        added = self.collate(rows)
+        added_origin = self._origin(added, drawn)
+        if missing := batch.keys() ^ added.keys():
+            raise ValueError(
+                f"The task's batches and the replay rows collate to different keys: "
+                f"{', '.join(sorted(missing))} stand on one side only, so they cannot share a forward "
+                f"pass. Give both the same columns, or tokenise the replay rows to input_ids and labels."
+            )
+        added = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in added.items()}
+        added_origin = {k: v.to(device, non_blocking=True) for k, v in added_origin.items()}
+        join = self._append if self.flattened else self._stack
+        merged = join(batch, added)
+        fills = {"source": -100, "row": -1, "offset": -1}
+        axis = 1 if self.flattened else 0
+        merged[ORIGIN] = {k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills}
+        return merged
+
+    def _origin(self, added: Mapping[str, Any], drawn: Sequence[tuple[int, int, Any]]) -> dict[str, Tensor]:
+        """The maps of the added rows alone, laid out like their `input_ids`."""
+        lengths = torch.tensor([len(row["input_ids"]) for *_, row in drawn])
+        per_token = {
+            "source": torch.tensor([source for source, *_ in drawn]).repeat_interleave(lengths),
+            "row": torch.tensor([index for _, index, _ in drawn]).repeat_interleave(lengths),
+            "offset": torch.cat([torch.arange(int(n)) for n in lengths]),
+        }
+        ids = added["input_ids"]
+        if self.flattened:
+            used = torch.arange(ids.shape[1])[None] < int(lengths.sum())
+        else:
+            used = added["attention_mask"].bool()
+        if used.shape != ids.shape or int(used.sum()) != int(lengths.sum()):
+            raise ValueError(
+                f"The data collator returned {int(used.sum())} tokens for replay rows that hold "
+                f"{int(lengths.sum())}: it shortens or extends rows, so the origin of a token is unknown. "
+                f"Truncate the rows before training, or use the default collator."
+            )
+        maps = {}
+        for key, values in per_token.items():
+            maps[key] = torch.full_like(ids, -100 if key == "source" else -1)
+            maps[key][used] = values.to(ids.dtype)
+        return maps
+
+    def _stack(self, batch: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+        for key, value in batch.items():
+            if not torch.is_tensor(value) or value.dim() < 2:
+                raise ValueError(
+                    f"The batch key {key!r} ({type(value).__name__}) is not a tensor of rows, so replay "
+                    f"rows cannot be stacked below it. Use a collator that returns tensors of shape (B, S)."
+                )
+        return {k: _cat(batch[k], added[k], self.fill.get(k, 0), axis=0) for k in batch}
+
+    def _append(self, batch: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+        """Lengthen a flattened batch; document boundaries and indices continue behind the task's."""
+        tokens, documents = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].numel() - 1
+        merged: dict[str, Any] = {}
+        for key, value in batch.items():
+            more = added[key]
+            if key.startswith("cu_seq_lens"):
+                merged[key] = torch.cat([value, more[1:] + tokens])
+            elif key.startswith("max_length"):
+                merged[key] = max(value, more)
+            elif key == "seq_idx":
+                merged[key] = torch.cat([value, more + documents], dim=1)
+            else:
+                merged[key] = torch.cat([value, more], dim=1)
+        return merged
+
+
+def _task_source(batch: Mapping[str, Any]) -> Tensor:
+    ids = batch["input_ids"]
+    if "attention_mask" in batch:
+        return torch.where(batch["attention_mask"].bool(), -1, -100).to(ids.dtype)
+    return torch.full_like(ids, -1)
+
+
+def _cat(first: Tensor, second: Tensor, fill: int, axis: int) -> Tensor:
+    """Concatenate; along rows both are widened to the same length on the right first."""
+    if axis == 0:
+        width = max(first.shape[1], second.shape[1])
+        first, second = (pad(t, (0, width - t.shape[1]), value=fill) for t in (first, second))
+    return torch.cat([first, second], dim=axis)

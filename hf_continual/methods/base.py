@@ -1,0 +1,251 @@
+"""The protocol: what a continual-learning method is, and all that it may see of a run.
+
+A method overrides two or three *stations* of the nine calls below; every default does nothing.
+Stations add or edit, they never replace: rows are added, loss terms are added, gradients and
+weights are edited in place in list order, and at most one method brings an optimizer.
+
+Shapes carry a suffix wherever two axes or more matter:
+B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T tasks, M models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from datasets import Dataset
+
+from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_continual.data.replay import ReplayRows
+    from hf_continual.tasks import Task
+
+Batch = dict[str, Any]
+State = dict[str, Any]  # values are tensors, or plain data that JSON can hold
+
+TASK, PADDING = -1, -100
+
+
+def _plain(value: Any) -> Any:
+    """A value as data that JSON holds; a dataset becomes its fingerprint and length."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Dataset):
+        return {"rows": len(value), "fingerprint": value._fingerprint}
+    return repr(value)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro-batch after its single forward pass, everything with its graph.
+
+    Attributes:
+        inputs: What the model was called with (`input_ids`, `labels`, `attention_mask` or positions).
+        token_loss_BS: Loss of predicting token t + 1 at position t, zero where the label is ignored;
+            shape (B, S - 1).
+        taps: Outputs of the modules named in `Method.taps`, by that name.
+        source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding.
+        row_BS: Index of the token's row within its replay source, -1 for task tokens and padding.
+        offset_BS: Position of the token within that row, -1 for task tokens and padding.
+        sources: Names of the replay sources; `source_BS` indexes this tuple.
+        tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by
+            which the trainer divides the summed token loss.
+        scale: What a sum of token losses over `tokens` is multiplied with to be in the unit of a
+            loss term (processes, accumulation steps).
+    """
+
+    inputs: Mapping[str, Tensor]
+    token_loss_BS: Tensor
+    taps: Mapping[str, Tensor]
+    source_BS: Tensor
+    row_BS: Tensor
+    offset_BS: Tensor
+    sources: tuple[str, ...]
+    tokens: Tensor
+    scale: float
+
+    def mask(self, source: str | None = None) -> Tensor:
+        """Tokens of a replay source, or of the task for None; bool of shape (B, S)."""
+        return self.source_BS == (TASK if source is None else self.sources.index(source))
+
+    def label_mask(self, source: str | None = None) -> Tensor:
+        """Positions of `token_loss_BS` that predict a token of this source; bool of shape (B, S - 1)."""
+        return self.mask(source)[:, 1:] & (self.inputs["labels"][:, 1:] != PADDING)
+
+    def token_mean(self, values_BS: Tensor) -> Tensor:
+        """Reduce per-token values exactly as the trainer reduces the token loss.
+
+        A term made with it is independent of how the tokens fall into micro-batches and processes.
+
+        Args:
+            values_BS: One value per position of `token_loss_BS`, zero where it must not count.
+
+        Returns:
+            Scalar whose contribution to the step's loss is ``values.sum() / tokens``.
+        """
+        return values_BS.sum() / self.tokens * self.scale
+
+
+class Run(Protocol):
+    """All that a method may ask of the trainer."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without the wrappers of DDP and the like; PEFT stays."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the run."""
+
+    @property
+    def task(self) -> Task:
+        """The task being learnt; its index is 0 outside a sequence."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of this run in all; 0 before training starts."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the run."""
+
+    @property
+    def seed(self) -> int:
+        """Seed for whatever a method draws; it must use a generator of its own."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches live."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the run, without accelerate's wrapper."""
+
+    def optimizer_defaults(self) -> dict[str, Any]:
+        """`lr`, `betas`, `eps` and `weight_decay` as the training arguments have them."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes (FSDP, ZeRO)."""
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """Trainable parameters by the name they have in the unwrapped model."""
+
+    def rows(self, method: Method) -> Dataset:
+        """The replay rows of a method, tokenised, in the order that `Forward.row_BS` indexes."""
+
+    def prepare(self, rows: Dataset, row_type: str = "same") -> Dataset:
+        """Tokenise rows as the task's rows were."""
+
+    def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
+        """Collated batches of tokenised rows on the device, in order."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Token-mean SFT loss of one batch through the wrapped model; not counted in the metrics."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the trainer's scaler and hooks."""
+
+    def optimizer_step(self) -> None:
+        """Clip, step the trainer's optimizer and zero the gradients; the schedule does not move."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes."""
+
+
+class Method:
+    """A way of learning without forgetting. Subclasses are dataclasses of their hyper-parameters.
+
+    Class attributes:
+        name: Log prefix, state file and replay source. Lower case, no slash.
+        paper: What it implements.
+        taps: Module outputs wanted in `Forward.taps`: ``"last_hidden_state"``, or paths of modules
+            below the causal language model such as ``"model.layers.3"``.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+    taps: ClassVar[tuple[str, ...]] = ()
+
+    def reads_forward(self) -> bool:
+        """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""
+        return type(self).loss_terms is not Method.loss_terms
+
+    def replay(self, run: Run) -> ReplayRows | None:
+        """Station 1: rows to mix into training."""
+        return None
+
+    def prepare_model(self, model: nn.Module, task: Task) -> None:
+        """Station 2: surgery on the model, before any wrapper and before the optimizer exists."""
+
+    def optimizer(self, run: Run) -> OptimizerChoice | None:
+        """Station 3: an optimizer in place of the configured one; at most one method brings one."""
+        return None
+
+    def begin_task(self, run: Run) -> None:
+        """Everything is wrapped, loaded and about to start."""
+
+    def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
+        """Station 4: scalars to add to the loss of this micro-batch, means over it, by log name."""
+        return {}
+
+    def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
+        """Station 5: change `.grad` in place, after accumulation and clipping, before the step."""
+
+    def after_step(self, run: Run) -> None:
+        """Station 6a: the weights have moved and the clipped gradients are still there."""
+
+    def end_step(self, run: Run) -> None:
+        """Station 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""
+
+    def end_task(self, run: Run) -> None:
+        """Station 7: training of this task is over."""
+
+    def state_dict(self, run: Run) -> State:
+        """Everything learnt since construction that a resumed run cannot rebuild.
+
+        Called on every process while a checkpoint is written, before the optimizer is saved; what
+        process 0 returns is written.
+        """
+        return {}
+
+    def load_state_dict(self, state: State, run: Run) -> None:
+        """Take back what `state_dict` returned; called before `begin_task` of a resumed run."""
+
+    def describe(self) -> dict[str, Any]:
+        """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}  # pyrefly: ignore[bad-argument-type]
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """An optimizer that a method brings.
+
+    Args:
+        cls: A `torch.optim.Optimizer`.
+        kwargs: Its constructor's arguments but the parameters.
+        options: Extra options of single parameters by name pattern (regular expression, searched in
+            the parameter's name), first match wins. Parameters with different options get groups of
+            their own when the optimizer is built, never later.
+    """
+
+    cls: type[Optimizer]
+    kwargs: Mapping[str, Any]
+    options: Sequence[tuple[str, Mapping[str, Any]]] = ()

@@ -1,0 +1,85 @@
+"""Many methods as one, and the conflicts between them with their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hf_continual.methods.base import Method
+
+STATIONS = {
+    "replay": "rows",
+    "prepare_model": "model surgery",
+    "optimizer": "optimizer",
+    "loss_terms": "loss terms",
+    "edit_gradients": "gradients",
+    "after_step": "after step",
+    "end_step": "after step",
+    "end_task": "task end",
+}
+
+
+def stations(method: type[Method]) -> list[str]:
+    """The stations that a method overrides, in the order in which a step meets them."""
+    names = [title for call, title in STATIONS.items() if overrides(method, call)]
+    return list(dict.fromkeys(names))
+
+
+def overrides(method: type[Method], call: str) -> bool:
+    """Whether a method does something at a call of the protocol."""
+    return getattr(method, call) is not getattr(Method, call)
+
+
+class Methods:
+    """The methods of one run, checked to fit together.
+
+    Args:
+        methods: In the order in which they edit gradients and weights.
+
+    Raises:
+        TypeError: If an entry is not a method.
+        ValueError: If two have the same name, or two bring an optimizer.
+    """
+
+    def __init__(self, methods: Iterable[Method]) -> None:
+        self.methods = tuple(methods)
+        for method in self.methods:
+            if isinstance(method, type) and issubclass(method, Method):
+                raise TypeError(
+                    f"methods holds the class {method.__name__}; put an object there: {method.__name__}(...)."
+                )
+            if not isinstance(method, Method):
+                raise TypeError(
+                    f"methods must hold hf_continual methods, got {type(method).__name__} ({method!r}). "
+                    f"A description as data belongs in ContinualConfig(methods=...)."
+                )
+        names = [method.name for method in self.methods]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"Two methods are called {twice[0]!r}: their logs and state would overwrite each other. "
+                f"Drop one, or give one another name where the method has a `name` parameter."
+            )
+        bringing = [m for m in self.methods if overrides(type(m), "optimizer")]
+        if len(bringing) > 1:
+            both = " and ".join(type(m).__name__ for m in bringing)
+            raise ValueError(f"{both} both bring an optimizer, and a step can have one. Drop one of them.")
+        self.optimizing: Method | None = bringing[0] if bringing else None
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def at(self, call: str) -> list[Method]:
+        """The methods that do something at a call of the protocol."""
+        return [m for m in self.methods if overrides(type(m), call)]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """All module outputs asked for, each once."""
+        return tuple(dict.fromkeys(name for m in self.methods for name in m.taps))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The methods as data, in order: ``[{name: hyper-parameters}, ...]``."""
+        return [{m.name: m.describe()} for m in self.methods]

@@ -1,0 +1,497 @@
+r"""RecAdam: Adam that recalls the pretrained weights.
+
+Chen et al., "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
+EMNLP 2020, https://arxiv.org/abs/2004.12651.
+
+Learning the task and recalling the pretrained weights theta* are one objective whose weights are annealed:
+
+    Loss(t) = lambda(t) Loss_T + (w - lambda(t)) Loss_S,      Loss_S = gamma / 2 * |theta - theta*|^2
+    lambda(t) = w / (1 + exp(-k (t - t0)))                     (sigmoid; or linear, constant)
+
+Both parts are decoupled from Adam's moments, like the decay of AdamW. One update with gradient g:
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   a = lr sqrt(1 - b2^t) / (1 - b1^t)
+    theta <- theta - a lambda m / (sqrt(v) + eps)
+    theta <- theta - r (theta - theta*),                       r = lr (w - lambda) gamma
+    theta <- theta - lr wd theta
+
+t counts the updates of the parameter itself. The recall uses the theta that Adam has already moved; it is a
+linear interpolation with share r, so r must lie between 0 and 1. `anneal="none"` is its limit without
+annealing (L2-SP, decoupled): lambda = 1 and r = lr gamma at every step.
+
+Differs from the authors' code: the pretrained weights are no argument but each parameter's value at the first
+step (or named tensors), an unknown schedule is refused, r outside [0, 1] is refused instead of diverging, and
+`floor` keeps some protection after t0, where the paper's recall vanishes.
+
+Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
+12 bytes (m and v in fp32, theta* and what rounding lost in the parameter's type).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from hf_continual.methods.base import Method, OptimizerChoice, Run, State
+from hf_continual.paper import Paper
+from hf_continual.tensors.anchors import fingerprint, read_named, recorded_base
+
+logger = logging.getLogger(__name__)
+
+Anneal = Literal["sigmoid", "linear", "constant", "none"]
+ANNEALS = ("sigmoid", "linear", "constant", "none")
+CHUNK = 1 << 19  # elements updated at a time on a CPU, so that the recall finds the weights still in its cache
+
+
+def recall_schedule(anneal: Anneal, t: int, k: float, t0: float, w: float) -> float:
+    """Weight of the task's loss at an update, lambda(t).
+
+    Args:
+        anneal: Shape of the schedule.
+        t: Update of the parameter, counted from 1.
+        k: Steepness of the sigmoid.
+        t0: Update at which the sigmoid is at half, or at which the linear schedule ends.
+        w: Sum of the two weights.
+
+    Returns:
+        lambda, between 0 and w.
+    """
+    if anneal == "sigmoid":
+        exponent = -k * (t - t0)
+        return w / (1 + math.exp(exponent)) if exponent < 700 else 0.0  # exp overflows at 710
+    if anneal == "linear":
+        return w * min(1.0, t / t0)
+    return w if anneal == "constant" else 1.0
+
+
+def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
+    """What an update takes from the task and from the anchor.
+
+    Args:
+        group: Options of a parameter group.
+        t: Update of the parameter, counted from 1.
+
+    Returns:
+        lambda, by which the Adam step is multiplied, and r, the share of the way back to the anchor.
+    """
+    w, lr = group["anneal_w"], float(group["lr"])
+    if w <= 0:
+        return 1.0, 0.0
+    weight = recall_schedule(group["anneal"], t, group["k"], group["t0"], w)
+    recall = 1.0 if group["anneal"] == "none" else max(w - weight, group["floor"])
+    return weight, lr * recall * group["anchor_strength"]
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of a parameter group that make no sense."""
+    if options["anneal"] not in ANNEALS:
+        raise ValueError(f"RecAdam: anneal={options['anneal']!r} is not known; there are {', '.join(ANNEALS)}.")
+    if options["anneal"] == "linear" and options["t0"] <= 0:
+        raise ValueError(f"RecAdam: anneal='linear' reaches its end at t0, so t0={options['t0']!r} must be above 0.")
+    for name in ("lr", "eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
+        if options[name] < 0:
+            raise ValueError(f"RecAdam: {name}={options[name]!r} must be 0 or more.")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"RecAdam: betas={options['betas']!r} must lie in [0, 1).")
+    if options["out_of_range"] not in ("error", "clamp"):
+        raise ValueError(f"RecAdam: out_of_range={options['out_of_range']!r} must be 'error' or 'clamp'.")
+    if "anchors" in options and len(options["anchors"]) != len(options["params"]):
+        raise ValueError(
+            f"RecAdam: a group has {len(options['params'])} params and {len(options['anchors'])} anchors; the lists are "
+            f"parallel and must be equally long."
+        )
+
+
+class RecAdamOptimizer(Optimizer):
+    """Adam with an annealed pull to anchors; see the module's docstring for the update.
+
+    Every option can be set per parameter group. A group may carry ``"anchors"``, tensors parallel to
+    ``"params"``; without them a parameter's anchor is its value when its state is created, at the first step.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment, outside the bias correction.
+        weight_decay: Decoupled decay, applied last.
+        correct_bias: Whether the moments' bias is corrected.
+        anneal: Schedule of the task's weight; ``"none"`` pulls with r = lr * anchor_strength at every step.
+        k: Steepness of the sigmoid, per update.
+        t0: Updates until the sigmoid is at half, or the linear schedule at its end.
+        anneal_w: Sum of both weights; 0 makes a group plain Adam.
+        anchor_strength: gamma.
+        floor: Least weight of the recall, which keeps a pull after t0; 0 is the paper.
+        out_of_range: What to do with r outside [0, 1]: ``"error"`` or ``"clamp"``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        anneal: Anneal = "sigmoid",
+        k: float = 0.5,
+        t0: float = 250,
+        anneal_w: float = 1.0,
+        anchor_strength: float = 5000.0,
+        floor: float = 0.0,
+        out_of_range: Literal["error", "clamp"] = "error",
+    ) -> None:
+        self.store_anchors = True  # whether state_dict holds them; not where they can be read again by name
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
+            "anneal": anneal, "k": k, "t0": t0, "anneal_w": anneal_w, "anchor_strength": anchor_strength,
+            "floor": floor, "out_of_range": out_of_range,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options."""
+        super().add_param_group(param_group)
+        check_options(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
+        """Update all parameters that have a gradient.
+
+        Raises:
+            ValueError: If r lies outside [0, 1], before any parameter is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = []
+        for group in self.param_groups:
+            buckets: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    t = int(self._state_of(p, i, group)["step"]) + 1  # on the host: no wait for the device
+                    buckets.setdefault((t, p.device, p.dtype), []).append(p)
+            for (t, *_), members in buckets.items():
+                updates.append((group, t, *self._checked_share(group, t), members))
+        for group, t, weight, share, members in updates:
+            for p in members:
+                self.state[p]["step"] += 1
+            self._update(group, t, weight, share, members)
+        return loss
+
+    def _state_of(self, p: Tensor, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[p]
+        if "anchor" not in state:
+            if "exp_avg" in state:
+                raise RuntimeError(
+                    "RecAdam's anchors are not in the loaded optimizer state: it was saved where they can be read from "
+                    "the base checkpoint. Load it through ContinualTrainer, or set optimizer.state[p]['anchor']."
+                )
+            given = group["anchors"][index].to(p) if "anchors" in group else p.detach()
+            if isinstance(p, DTensor) and not isinstance(given, DTensor):
+                given = distribute_tensor(given, p.device_mesh, p.placements)
+            state["anchor"] = given.clone() if isinstance(given, DTensor) else given.contiguous().clone()
+        if "exp_avg" not in state:
+            low = p.dtype in (torch.bfloat16, torch.float16)
+            state["step"] = torch.zeros(())
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(state["anchor"], dtype=torch.float32 if low else p.dtype)
+            if low:
+                state["residual"] = torch.zeros_like(state["anchor"])
+        return state
+
+    def _checked_share(self, group: dict[str, Any], t: int) -> tuple[float, float]:
+        weight, share = recall_share(group, t)
+        if 0 <= share <= 1:
+            return weight, share
+        if group["out_of_range"] == "clamp":
+            return weight, min(max(share, 0.0), 1.0)
+        lr, gamma = float(group["lr"]), group["anchor_strength"]
+        raise ValueError(
+            f"RecAdam: at update {t} the pull r = lr * (w - lambda) * anchor_strength = {lr:g} * {share / (lr * gamma):g} * "
+            f"{gamma:g} = {share:g} lies outside [0, 1] and would overshoot the anchor. Use anchor_strength below "
+            f"{gamma / share:g}, give the pull itself (pull=0.05), or out_of_range='clamp'."
+        )
+
+    def _update(self, group: dict[str, Any], t: int, weight: float, share: float, members: list[Tensor]) -> None:
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        root = math.sqrt(1 - beta2**t)
+        # Adam in its usual form has eps inside the bias correction; RecAdam's outside is this eps and this rate.
+        adam = {
+            "lr": lr * weight * (1.0 if group["correct_bias"] else (1 - beta1**t) / root),
+            "beta1": beta1, "beta2": beta2, "weight_decay": 0.0, "eps": group["eps"] / root,
+            "amsgrad": False, "maximize": False,
+        }  # fmt: skip
+        decay = 1 - lr * group["weight_decay"]
+        low = "residual" in self.state[members[0]]
+        count = torch.full((), float(t), device=members[0].device)
+        for p, g, m, v, anchor, residual in self._pieces(members, low):
+            work = [(a.float() + b.float()) for a, b in zip(p, residual, strict=True)] if low else p
+            if low:
+                g, anchor = [x.float() for x in g], [x.float() for x in anchor]
+            torch._fused_adamw_(work, g, m, v, [], [count] * len(p), **adam)
+            if share:
+                torch._foreach_lerp_(work, anchor, share)
+            if decay != 1:
+                torch._foreach_mul_(work, decay)
+            if low:
+                for a, b, exact in zip(p, residual, work, strict=True):
+                    a.copy_(exact)
+                    b.copy_(exact - a.float())
+
+    def _pieces(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
+        """Lists of flat local tensors to update in one call: all at once on a device, cache-sized on a CPU."""
+        rows: list[tuple[Tensor, ...]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for p in members:
+            state = self.state[p]
+            grad = p.grad
+            assert grad is not None
+            tensors = [p, grad, *(state[k] for k in ("exp_avg", "exp_avg_sq", "anchor"))]
+            tensors.append(state["residual"] if low else state["anchor"])
+            local = [x.to_local() if isinstance(x, DTensor) else x.detach() for x in tensors]
+            if not local[0].numel():
+                continue
+            if not local[0].is_contiguous():
+                copied.append((local[0], local[0].contiguous()))
+                local[0] = copied[-1][1]
+            local[1] = local[1].to(local[0].dtype).contiguous()
+            rows.append(tuple(x.reshape(-1) for x in local))
+        if not rows:
+            return
+        if rows[0][0].device.type != "cpu":
+            yield tuple(list(column) for column in zip(*rows, strict=True))
+        else:
+            pending: list[tuple[Tensor, ...]] = []
+            size = 0
+            for row in rows:
+                for piece in zip(*(x.split(CHUNK) for x in row), strict=True):
+                    pending.append(piece)
+                    size += piece[0].numel()
+                    if size >= CHUNK:
+                        yield tuple(list(column) for column in zip(*pending, strict=True))
+                        pending, size = [], 0
+            if pending:
+                yield tuple(list(column) for column in zip(*pending, strict=True))
+        for original, changed in copied:
+            original.copy_(changed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for every optimizer; without the anchors where `store_anchors` is off."""
+        saved = super().state_dict()
+        saved["param_groups"] = [{k: v for k, v in g.items() if k != "anchors"} for g in saved["param_groups"]]
+        if not self.store_anchors:
+            saved["state"] = {
+                i: {k: v for k, v in state.items() if k != "anchor"} for i, state in saved["state"].items()
+            }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for every optimizer; moments keep their type, and anchors that are not in it stay."""
+        anchors = [group.get("anchors") for group in self.param_groups]
+        held = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
+        super().load_state_dict(state_dict)
+        order = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, i in zip(order, saved, strict=True):
+            state = self.state.get(p)
+            if state is None:
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):  # torch casts state to the parameter's type
+                if moment in state and state[moment].dtype != state_dict["state"][i][moment].dtype:
+                    state[moment] = state_dict["state"][i][moment].to(p.device).clone()
+            if "anchor" not in state and p in held:
+                state["anchor"] = held[p]
+        for group, given in zip(self.param_groups, anchors, strict=True):
+            if given is not None:
+                group["anchors"] = given
+
+
+@dataclass
+class RecAdam(Method):
+    """Adam with an annealed pull to the weights that training started from.
+
+    Idea: every step also goes a small share of the way back to the pretrained weights. The paper lets go
+    of them after `t0`; `floor` or `anneal="none"` keep the pull, which is what protects in the long run.
+    Stations: optimizer. Cost: one more tensor is read per step and kept, see the module's docstring.
+    Relations: `anneal="none"` is decoupled L2-SP. Composes with everything but another optimizer.
+
+    With new LoRA adapters there are no pretrained values: the anchor is the fresh adapter (A as drawn,
+    B = 0), so the pull shrinks what the adapter adds. An adapter of the previous task is its own anchor.
+
+    Args:
+        anneal: ``"sigmoid"`` (paper), ``"linear"``, ``"constant"`` (no recall at all) or ``"none"`` (L2-SP).
+        k: Steepness of the sigmoid per optimizer step; the paper searches 0.05 to 1.
+        t0: Optimizer step at which task and recall weigh the same; between 0 and 1 exclusive, a share of the
+            run. The paper's 250 is 0.4 to 19 % of its runs; before t0 little of the task is learnt.
+        anchor_strength: gamma of the paper, for learning rates around 2e-5.
+        pull: Instead of `anchor_strength`: the share r itself at the peak learning rate, such as 0.01. LoRA's
+            learning rates need it, since r = lr * gamma. It follows the schedule of the learning rate.
+        floor: Least weight of the recall after t0, 0 to 1; 0 is the paper, where protection vanishes.
+        anneal_w: Sum of both weights.
+        correct_bias: Whether Adam's moments are corrected for their start.
+        out_of_range: ``"error"`` or ``"clamp"`` for r outside [0, 1].
+        groups: Options of single parameters: regular expression on the name -> options of the
+            optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins.
+        anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near.
+
+    Raises:
+        TypeError: If a hyper-parameter has the wrong type.
+        ValueError: If a hyper-parameter is out of range, or no parameter is anchored.
+    """
+
+    anneal: Anneal = "sigmoid"
+    k: float = 0.5
+    t0: float = 250
+    anchor_strength: float | None = None
+    pull: float | None = None
+    floor: float = 0.0
+    anneal_w: float = 1.0
+    correct_bias: bool = True
+    out_of_range: Literal["error", "clamp"] = "error"
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    anchor: str = "start"
+    _record: State | None = field(default=None, init=False, repr=False, compare=False)
+
+    name: ClassVar[str] = "recadam"
+    paper: ClassVar[Paper] = Paper(
+        "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
+        "Chen and Hou and Cui and Che and Liu and Yu",
+        2020,
+        arxiv="2004.12651",
+        venue="EMNLP 2020",
+    )
+
+    def __post_init__(self) -> None:
+        for what in ("k", "t0", "anchor_strength", "pull", "floor", "anneal_w"):
+            value = getattr(self, what)
+            if value is None and what in ("anchor_strength", "pull"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"RecAdam({what}={value!r}) must be a number, got {type(value).__name__}.")
+        if self.pull is not None and self.anchor_strength is not None:
+            raise ValueError(
+                f"RecAdam: pull={self.pull} and anchor_strength={self.anchor_strength} say the same thing twice "
+                f"(r = pull = lr * anchor_strength). Give one."
+            )
+        if self.pull is not None and not 0 <= self.pull <= 1:
+            raise ValueError(f"RecAdam(pull={self.pull}) is a share of the way back and must lie in [0, 1].")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"RecAdam(floor={self.floor}) is a weight and must lie in [0, 1].")
+        if self.t0 < 0 or (self.t0 == 0 and self.anneal == "linear"):
+            raise ValueError(f"RecAdam(t0={self.t0}) must be steps above 0, or a share of the run between 0 and 1.")
+        options = {"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.9), **self._options(1000, 1.0)}
+        check_options(options)
+        for pattern, overrides in self.groups.items():
+            if unknown := sorted(set(overrides) - set(options)):
+                known = ", ".join(sorted(options))
+                raise ValueError(f"RecAdam: groups[{pattern!r}] has no option {unknown[0]!r}; known are {known}.")
+            check_options({**options, **overrides})
+
+    def _options(self, max_steps: int, learning_rate: float) -> dict[str, Any]:
+        strength = 5000.0 if self.anchor_strength is None else self.anchor_strength
+        return {
+            "correct_bias": self.correct_bias,
+            "anneal": self.anneal,
+            "k": self.k,
+            "t0": self.t0 * max_steps if 0 < self.t0 < 1 else self.t0,
+            "anneal_w": self.anneal_w,
+            "anchor_strength": strength if self.pull is None else self.pull / learning_rate,
+            "floor": self.floor,
+            "out_of_range": self.out_of_range,
+        }
+
+    def optimizer(self, run: Run) -> OptimizerChoice:
+        """RecAdam with the betas, epsilon and weight decay of the training arguments."""
+        defaults = run.optimizer_defaults()
+        if self.pull is not None and defaults["lr"] <= 0:
+            raise ValueError(f"RecAdam(pull={self.pull}) is relative to the learning rate, which is {defaults['lr']}.")
+        if 0 < self.t0 < 1 and not run.max_steps:
+            raise ValueError(f"RecAdam(t0={self.t0}) is a share of the run, whose length is not known before train().")
+        adam = {key: defaults[key] for key in ("lr", "betas", "eps")}
+        return OptimizerChoice(
+            RecAdamOptimizer, {**adam, **self._options(run.max_steps, defaults["lr"])}, tuple(self.groups.items())
+        )
+
+    def begin_task(self, run: Run) -> None:
+        """Check that something is anchored, and say to what and how strongly."""
+        optimizer = self._optimizer(run)
+        named = self._anchored(run)
+        if not named:
+            raise ValueError(
+                "RecAdam anchors no parameter: every group has anneal_w=0, so it would be plain Adam. Give anneal_w above "
+                "0 to at least one group, or drop the method."
+            )
+        if self.anchor != "start":
+            for name, tensor in read_named(self.anchor, None, named).items():
+                optimizer.state[named[name]]["anchor"] = _like(tensor, named[name])
+        options = optimizer.param_groups[0]
+        steps = run.max_steps
+        late = recall_schedule(self.anneal, steps, options["k"], options["t0"], self.anneal_w)
+        if self.anneal_w and late < 0.5 * self.anneal_w:
+            logger.warning(
+                "recadam: after all %d steps the task weighs only %.3g of %g (anneal=%r, k=%g, t0=%g): hardly anything "
+                "will be learnt. Give t0 as a share of the run, such as t0=0.2.",
+                steps, late, self.anneal_w, self.anneal, options["k"], options["t0"],
+            )  # fmt: skip
+        logger.info(
+            "recadam: %d tensors with %d parameters stay near %s%s; r is at most %.3g at the peak learning rate.",
+            len(named), sum(p.numel() for p in named.values()),
+            "their values at the start" if self.anchor == "start" else self.anchor,
+            " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
+            run.learning_rate * options["anchor_strength"] * max(self.anneal_w, self.floor),
+        )  # fmt: skip
+
+    def state_dict(self, run: Run) -> State:
+        """Where the anchors can be read again, or that they are stored with the optimizer."""
+        optimizer = self._optimizer(run)
+        if self._record is None:
+            named = self._anchored(run)
+            anchors = {n: optimizer.state[p]["anchor"] for n, p in named.items() if "anchor" in optimizer.state[p]}
+            base = None if run.is_sharded or not anchors else recorded_base(run.model, anchors)
+            self._record = {"stored": True} if base is None else {**base, "fingerprint": fingerprint(anchors)}
+            optimizer.store_anchors = base is None
+        return self._record
+
+    def load_state_dict(self, state: State, run: Run) -> None:
+        """Read the anchors again where they were not stored, and check that they are the same."""
+        self._record = state
+        optimizer = self._optimizer(run)
+        optimizer.store_anchors = "stored" in state
+        if "stored" in state:
+            return
+        named = {n: p for n, p in self._anchored(run).items() if "exp_avg" in optimizer.state[p]}
+        anchors = read_named(state["base"], state["revision"], named)
+        for name, tensor in anchors.items():
+            optimizer.state[named[name]]["anchor"] = _like(tensor, named[name])
+        found = fingerprint({n: optimizer.state[p]["anchor"] for n, p in named.items()})
+        if found != state["fingerprint"]:
+            raise ValueError(
+                f"RecAdam's anchors were read again from {state['base']!r} and are not those that training started "
+                f"from: fingerprint {found[:16]} instead of {state['fingerprint'][:16]}. The base checkpoint was changed; "
+                f"restore it, or start a new run."
+            )
+
+    def _optimizer(self, run: Run) -> RecAdamOptimizer:
+        if not isinstance(run.optimizer, RecAdamOptimizer):
+            raise TypeError(f"RecAdam needs its own optimizer, and the run has a {type(run.optimizer).__name__}.")
+        return run.optimizer
+
+    def _anchored(self, run: Run) -> dict[str, torch.nn.Parameter]:
+        groups = [g for g in self._optimizer(run).param_groups if g["anneal_w"] > 0]
+        members = {id(p) for group in groups for p in group["params"]}
+        return {name: p for name, p in run.named_parameters().items() if id(p) in members}
+
+
+def _like(tensor: Tensor, p: Tensor) -> Tensor:
+    """A tensor from a file on the device, in the type and with the sharding of its parameter."""
+    tensor = tensor.to(device=p.device, dtype=p.dtype)
+    return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor.contiguous()

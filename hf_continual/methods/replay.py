@@ -1,0 +1,100 @@
+r"""Experience replay: rows of old tasks, or general text, mixed into training.
+
+Rolnick et al., "Experience Replay for Continual Learning", NeurIPS 2019, https://arxiv.org/abs/1811.11682.
+
+A network that sees only the new task fits only the new task. Mixing a small share of old rows into
+every batch keeps their loss in the sum that is minimised; it is the plainest remedy and the
+baseline that every other one is measured against. With N_t task tokens, N_r replayed tokens and
+the weight w of a replayed token, the loss of a step is the weighted token mean
+
+    L = (sum_task l_i + w * sum_replay l_j) / (N_t + w * N_r).
+
+w = 1 is plain mixing, w = 0 is plain fine-tuning. ``ratio`` is N_r / (N_t + N_r) over the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+from hf_continual.data.replay import ReplayRows, RowType
+from hf_continual.data.rows import load_rows
+from hf_continual.methods.base import Method, Run
+from hf_continual.paper import Paper
+
+
+@dataclass
+class Replay(Method):
+    """Mix rows of old tasks or general text into training.
+
+    Idea: the loss on what was learnt before stays part of what is minimised.
+    Stations: rows. Rows are added to the task's micro-batches, so a step costs their share more.
+    Relations: `GeRe` adds a constraint on hidden states to general rows. Composes with everything.
+    Differs from common implementations: the share is counted in tokens and held under packing,
+    accumulation and several processes, and a resumed run draws the very rows it would have drawn.
+
+    Args:
+        rows: Rows of the task's type (prompt and completion, text, messages), or tokenised rows with
+            ``input_ids`` and ``labels``: a dataset, a list of dictionaries, a file or a Hub id.
+        ratio: Share of the tokens of the final mix that are replayed, strictly between 0 and 1. A few
+            per cent of old rows already keep most of a task; 0.05 to 0.3 is common.
+        per_batch: Instead of `ratio`: rows added to each micro-batch of each process.
+        weight: Weight of a replayed token in the loss, 0 or more; 1 treats all tokens alike.
+        row_type: ``"same"`` refuses rows of another type than the task's. To mix on purpose, say
+            what the rows are: ``"text"``, ``"prompt_completion"``, ``"messages"``, ``"tokenized"``.
+            Text trains on every token, prompt and completion on the completion only.
+        name: Prefix of the logged values; needed when a run replays from two sources.
+
+    Raises:
+        FileNotFoundError: If `rows` is a path that does not exist.
+        TypeError: If a hyper-parameter has the wrong type.
+        ValueError: If not exactly one of `ratio` and `per_batch` is given, or one is out of range, or
+            there are no rows.
+    """
+
+    rows: Dataset | str | list[dict[str, Any]]
+    ratio: float | None = None
+    per_batch: int | None = None
+    weight: float = 1.0
+    row_type: RowType = "same"
+    name: str = "replay"  # pyrefly: ignore[bad-override]
+
+    paper: ClassVar[Paper] = Paper(
+        "Experience Replay for Continual Learning",
+        "Rolnick and Ahuja and Schwarz and Lillicrap and Wayne",
+        2019,
+        arxiv="1811.11682",
+        venue="NeurIPS 2019",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.per_batch is None):
+            raise ValueError(
+                f"Replay needs either ratio (share of tokens) or per_batch (rows per micro-batch), got "
+                f"ratio={self.ratio!r} and per_batch={self.per_batch!r}."
+            )
+        for field, value in (("ratio", self.ratio), ("weight", self.weight)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"Replay({field}={value!r}) must be a number, got {type(value).__name__}.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ValueError(
+                f"Replay(ratio={self.ratio!r}) must lie strictly between 0 and 1: it is the share of the "
+                f"mix's tokens that are replayed. 0.1 means one token in ten; without replay drop the method."
+            )
+        if self.per_batch is not None:
+            if isinstance(self.per_batch, bool) or not isinstance(self.per_batch, int):
+                raise TypeError(f"Replay(per_batch={self.per_batch!r}) must be an int (rows per micro-batch).")
+            if self.per_batch < 1:
+                raise ValueError(f"Replay(per_batch={self.per_batch}) must be at least 1 row.")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"Replay(weight={self.weight!r}) must be a finite number of at least 0.")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"Replay(name={self.name!r}) must be a non-empty word without '/'.")
+        # Reading now: a wrong path must fail before a model is loaded, not after.
+        self._rows = load_rows(self.rows)
+
+    def replay(self, run: Run) -> ReplayRows:
+        """The rows, with their share and weight."""
+        return ReplayRows(self._rows, self.ratio, self.per_batch, float(self.weight), self.row_type)

@@ -1,0 +1,130 @@
+"""The table of methods, and methods built from plain data (YAML, JSON, a command line).
+
+Importing this module imports no method. A new method is one row here, one file beside this one,
+one test file and one recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from hf_continual.methods.base import Method
+
+TABLE: dict[str, str] = {
+    "replay": "hf_continual.methods.replay:Replay",
+    "freeze": "hf_continual.methods.freeze:FreezeLayers",
+    "recadam": "hf_continual.methods.recadam:RecAdam",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """Find a method's class.
+
+    Args:
+        name: A key of `TABLE`, or ``"package.module:Class"`` for a method of one's own.
+
+    Returns:
+        The class, imported now.
+
+    Raises:
+        ValueError: If there is no such name, module or class, or it is not a `Method`.
+    """
+    target = TABLE.get(name, name if ":" in name else None)
+    if target is None:
+        close = difflib.get_close_matches(name, TABLE, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; a method of your own is named "
+            f"'package.module:Class'."
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"Method {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"{name!r} is {found!r}, not a subclass of hf_continual.Method.")
+    return found
+
+
+def build_methods(description: Any) -> list[Method]:
+    """Build methods from data: a name, a mapping name -> hyper-parameters, or a list of these.
+
+    Args:
+        description: For example ``"recadam"``, ``{"freeze": {"bottom": 3}}`` or
+            ``[{"replay": {"rows": "old.jsonl", "ratio": 0.1}}, "recadam"]``; None builds nothing.
+
+    Returns:
+        The methods in the order given.
+
+    Raises:
+        TypeError: If the description or a hyper-parameter has the wrong type.
+        ValueError: If a name or a hyper-parameter is unknown, missing or out of range.
+    """
+    if description is None:
+        return []
+    if isinstance(description, str):
+        return [build_method(description, {})]
+    if isinstance(description, Mapping):
+        return [build_method(str(name), options or {}) for name, options in description.items()]
+    if isinstance(description, Sequence):
+        return [method for item in description for method in build_methods(_item(item))]
+    raise TypeError(
+        f"methods must be a name, a mapping of names to hyper-parameters, or a list of these, got "
+        f"{type(description).__name__} ({description!r})."
+    )
+
+
+def _item(item: Any) -> Any:
+    if isinstance(item, str | Mapping):
+        return item
+    kind = " Methods built in Python go into ContinualTrainer(methods=[...])." if isinstance(item, Method) else ""
+    raise TypeError(
+        f"an entry of the methods list must be a name or a mapping, got {type(item).__name__} ({item!r}).{kind}"
+    )
+
+
+def build_method(name: str, options: Any) -> Method:
+    """Build one method from its name and hyper-parameters; see `build_methods`."""
+    cls = method_class(name)
+    known = [f.name for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"methods.{name} must be a mapping of hyper-parameters, got {type(options).__name__} "
+            f"({options!r}). Known are {', '.join(known)}."
+        )
+    if unknown := [str(key) for key in options if key not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"methods.{name} has no hyper-parameter {', '.join(map(repr, unknown))}.{hint} "
+            f"Known are {', '.join(known)}."
+        )
+    hints = get_type_hints(cls)
+    values = {key: _typed(f"methods.{name}.{key}", value, hints[key]) for key, value in options.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"methods.{name}: {error}") from error
+
+
+def _typed(where: str, value: Any, hint: Any) -> Any:
+    """Check a value against a field's annotation; ``1e-3``, a string to YAML, becomes a number."""
+    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value, strict=True)
+    except ValidationError as strict:
+        if isinstance(value, str):
+            try:
+                return adapter.validate_python(float(value), strict=True)
+            except (ValueError, ValidationError):
+                pass
+        wanted = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+        said = strict.errors()[0]["msg"]
+        raise TypeError(f"{where} is {value!r} ({type(value).__name__}), expected {wanted}: {said}.") from None

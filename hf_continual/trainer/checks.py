@@ -1,0 +1,121 @@
+"""What cannot work is refused at construction: what was met, why it cannot work, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from hf_continual.methods.compose import Methods, overrides
+
+if TYPE_CHECKING:
+    from hf_continual.data.replay import ReplayRows
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+# With any of these the choice of the optimizer was left to the defaults, so a method may make it.
+PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
+
+
+def check_train_dataset(rows: Any) -> None:
+    """Refuse an empty dataset with a sentence; everything else is SFTTrainer's to judge."""
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise ValueError("train_dataset has 0 rows: there is nothing to learn. Check the split or the filter.")
+
+
+def check_arguments(
+    methods: Methods, args: Any, compute_loss_func: Any, optimizers: Any, optimizer_cls_and_kwargs: Any
+) -> None:
+    """Conflicts that can be seen before the model is loaded.
+
+    Raises:
+        ValueError: If two optimizers are asked for, or a method reads a forward pass whose loss
+            is computed elsewhere.
+    """
+    if (bringing := methods.optimizing) is not None:
+        name = type(bringing).__name__
+        given = None
+        if optimizers[0] is not None:
+            given = f"optimizers=({type(optimizers[0]).__name__}, ...)"
+        elif optimizer_cls_and_kwargs is not None:
+            given = f"optimizer_cls_and_kwargs=({optimizer_cls_and_kwargs[0].__name__}, ...)"
+        elif args is not None and str(getattr(args.optim, "value", args.optim)) not in PLAIN_ADAM:
+            given = f"optim={str(getattr(args.optim, 'value', args.optim))!r}"
+        if given:
+            raise ValueError(
+                f"{name} brings an optimizer and {given} asks for another; a step can have one. Drop one of the two."
+            )
+    smoothing = args is not None and args.label_smoothing_factor > 0 and getattr(args, "loss_type", "nll") == "nll"
+    if compute_loss_func is not None or smoothing:
+        reading = [type(m).__name__ for m in methods if m.reads_forward()]
+        weighted = [type(m).__name__ for m in methods if getattr(m, "weight", 1.0) != 1.0 and not m.reads_forward()]
+        if reading or weighted:
+            what = "compute_loss_func" if compute_loss_func is not None else "label_smoothing_factor"
+            raise ValueError(
+                f"{', '.join(reading or weighted)} must read the forward pass that the loss comes from, and with "
+                f"{what} the loss comes from another one. Drop {what}, or that method (Replay needs weight=1)."
+            )
+
+
+def check_trainer(trainer: ContinualTrainer) -> None:
+    """Conflicts between the methods and the way of training.
+
+    Raises:
+        ValueError: If gradients or weights are edited under DeepSpeed, which keeps them in its engine.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        calls = ("edit_gradients", "after_step", "end_step")
+        editing = [type(m).__name__ for m in trainer.methods if any(overrides(type(m), c) for c in calls)]
+        if editing:
+            raise ValueError(
+                f"{', '.join(editing)} edits gradients or weights between backward and step, and DeepSpeed does "
+                f"both inside its engine. Use DDP or FSDP2 (recipes/accelerate), or drop the method."
+            )
+
+
+def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> None:
+    """Ways of training that replay rows cannot join.
+
+    Raises:
+        ValueError: Under context or sequence parallelism, with images, or with a weight where the loss
+            is not divided by the number of tokens.
+    """
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "Replay rows cannot join batches that are split along the sequence (context or sequence parallelism): "
+            "the split is fixed before the rows are drawn. Set cp_size=1 and sp_size=1."
+        )
+    if trainer._is_vision_dataset:
+        raise ValueError("Replay supports text only, and the training rows hold images. Train without Replay.")
+    weighted = [name for name, source in sources.items() if source.weight != 1]
+    if weighted and not trainer.model_accepts_loss_kwargs:
+        raise ValueError(
+            f"{weighted[0]}: weight={sources[weighted[0]].weight:g} needs the loss as a mean over all tokens of a "
+            f"step, and {type(trainer.model).__name__} does not accept the number of tokens. Use weight=1."
+        )
+
+
+def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None:
+    """Replay rows must speak the model's language.
+
+    Raises:
+        ValueError: If a row holds a token that the model's embedding does not have.
+    """
+    size = trainer.run.model.get_input_embeddings().weight.shape[0]  # pyrefly: ignore[not-callable]
+    if len(trainer._tokenizer) > size:
+        raise ValueError(
+            f"The tokenizer knows {len(trainer._tokenizer)} tokens and the model embeds {size}: they do not belong "
+            f"together, or model.resize_token_embeddings(len(tokenizer)) was forgotten."
+        )
+    for name, prepared in rows.items():
+        column = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
+        low, high = (int(np.asarray(f(pc.list_flatten(column)).as_py())) for f in (pc.min, pc.max))
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name}: a replay row holds the token id {high if high >= size else low}, and the model embeds ids "
+                f"0 to {size - 1}. The rows were tokenised with another tokenizer; tokenise them with this one, or "
+                f"pass them as text."
+            )

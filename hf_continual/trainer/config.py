@@ -1,0 +1,54 @@
+"""ContinualConfig: SFTConfig and three fields of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from hf_continual.methods.table import build_methods
+from hf_continual.trainer.old_names import CONFIG, explains_old_names
+
+
+@dataclass
+class ContinualConfig(SFTConfig):
+    """Training arguments of `ContinualTrainer`: all of `trl.SFTConfig`, and what is learnt against forgetting.
+
+    With the fields below left alone it is an SFTConfig in every respect.
+
+    Args:
+        methods: The methods as data: a name, a mapping of names to hyper-parameters, or a list of
+            these; on a command line as JSON. Exclusive with ``ContinualTrainer(methods=...)``.
+        task_name: Name of the task in logs, folders and cards.
+        task_index: Place of the task in its sequence, counted from 0.
+
+    Raises:
+        TypeError: If a hyper-parameter of a method has the wrong type.
+        ValueError: If a method or a hyper-parameter is unknown or out of range.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "methods"]  # noqa: RUF012 - the parent's is a list
+
+    # `dict | str | None` is the widest type that HfArgumentParser can read; a list is accepted too.
+    methods: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Methods against forgetting: a name, a JSON mapping of names to hyper-parameters, or a "
+            'list of these, such as \'{"freeze": {"bottom": 3}}\'.'
+        },
+    )
+    task_name: str = field(default="task", metadata={"help": "Name of the task."})
+    task_index: int = field(default=0, metadata={"help": "Place of the task in its sequence, counted from 0."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, str) and self.methods.lstrip().startswith("["):
+            self.methods = json.loads(self.methods)
+        super().__post_init__()
+        if self.task_index < 0:
+            raise ValueError(f"task_index={self.task_index} must be 0 or more: tasks are counted from 0.")
+        # Built and dropped: a wrong name or type must fail here, before any weights are loaded.
+        build_methods(self.methods)
+
+
+ContinualConfig.__init__ = explains_old_names(CONFIG)(ContinualConfig.__init__)  # pyrefly: ignore[bad-assignment]

@@ -1,0 +1,60 @@
+"""Stations: when the trainer's loop calls the methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+
+class Stations(TrainerCallback):
+    """Calls begin, gradient, step and end stations of a trainer's methods.
+
+    A step that the gradient scaler skipped moved no weight and is no step to the methods.
+
+    Args:
+        trainer: The trainer whose methods are called.
+    """
+
+    def __init__(self, trainer: ContinualTrainer) -> None:
+        self.trainer = trainer
+        self.editing = trainer.methods.at("edit_gradients")
+        self.after = trainer.methods.at("after_step")
+        self.end = trainer.methods.at("end_step")
+        self.params: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything is wrapped and loaded."""
+        if self.trainer.mixer is not None and state.global_step == 0:
+            self.trainer.mixer.reset()
+        for method in self.trainer.methods:
+            method.begin_task(self.trainer.run)
+        self.params = self.trainer.run.named_parameters() if self.editing else {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are accumulated, reduced and clipped."""
+        for method in self.editing:
+            method.edit_gradients(self.params)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights have moved."""
+        if self.after and not self.trainer.accelerator.optimizer_step_was_skipped:
+            for method in self.after:
+                method.after_step(self.trainer.run)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is counted; log, evaluation and checkpoint come next."""
+        if self.end and not self.trainer.accelerator.optimizer_step_was_skipped:
+            for method in self.end:
+                method.end_step(self.trainer.run)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The task is learnt."""
+        totals = self.trainer.replay_totals()
+        if self.trainer.mixer is not None and totals is not None:
+            self.trainer.mixer.report(totals.sum(axis=1))
+        for method in self.trainer.methods:
+            method.end_task(self.trainer.run)

@@ -1,0 +1,382 @@
+"""ContinualTrainer: TRL's SFTTrainer with methods. The only file that overrides members of HF's trainers.
+
+Each override begins by handing over to SFTTrainer when no method needs it, so that a trainer without
+methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from trl import SFTTrainer
+
+from hf_continual.data.collator import ORIGIN, CountTokens, ReplayCollator
+from hf_continual.methods.base import Forward, Method
+from hf_continual.methods.compose import Methods
+from hf_continual.methods.table import build_methods
+from hf_continual.tasks import Task
+from hf_continual.trainer import checks, state
+from hf_continual.trainer.config import ContinualConfig
+from hf_continual.trainer.ledger import Ledger
+from hf_continual.trainer.mixer import ReplayMixer
+from hf_continual.trainer.old_names import TRAINER, explains_old_names
+from hf_continual.trainer.optimizer import parameter_groups
+from hf_continual.trainer.rows import check_row_type
+from hf_continual.trainer.run import TrainerRun
+from hf_continual.trainer.stations import Stations
+from hf_continual.trainer.tap import ForwardTap
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+    from transformers import (
+        BitsAndBytesConfig,
+        DataCollator,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+        TrainingArguments,
+    )
+    from trl import SFTConfig
+
+    from hf_continual.data.replay import RowType
+
+logger = logging.getLogger(__name__)
+
+
+class ContinualTrainer(SFTTrainer):
+    """Supervised fine-tuning that keeps what the model already knows.
+
+    Takes what `trl.SFTTrainer` takes, in the same order, and `methods`. Without methods it is
+    SFTTrainer bit for bit.
+
+    Example:
+        >>> trainer = ContinualTrainer(
+        ...     "Qwen/Qwen2.5-0.5B",
+        ...     ContinualConfig("out"),
+        ...     train_dataset=task,
+        ...     methods=[Replay(old_rows, ratio=0.1), FreezeLayers(bottom=3), RecAdam(pull=0.01)],
+        ... )
+        >>> trainer.train()
+
+    Args:
+        model: As in SFTTrainer; so are all parameters up to `formatting_func`.
+        args: A `ContinualConfig`; an `SFTConfig` or `TrainingArguments` is accepted too.
+        data_collator: See SFTTrainer.
+        train_dataset: See SFTTrainer; a streaming dataset is accepted also with replay.
+        eval_dataset: See SFTTrainer. Evaluation never sees replay rows or loss terms.
+        processing_class: See SFTTrainer.
+        compute_loss_func: See SFTTrainer. Not with methods that read the forward pass.
+        compute_metrics: See SFTTrainer.
+        callbacks: See SFTTrainer.
+        optimizers: See SFTTrainer. Not with a method that brings an optimizer.
+        optimizer_cls_and_kwargs: See SFTTrainer. Not with a method that brings an optimizer.
+        preprocess_logits_for_metrics: See SFTTrainer.
+        quantization_config: See SFTTrainer.
+        peft_config: See SFTTrainer.
+        formatting_func: See SFTTrainer; applied to replay rows of the task's type as well.
+        methods: The methods in the order in which they edit gradients and weights.
+
+    Raises:
+        TypeError: If something has the wrong type, or an old spelling is used.
+        ValueError: If methods do not fit each other, the data, or the way of training.
+    """
+
+    @explains_old_names(TRAINER)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        *,
+        methods: Iterable[Method] | None = None,
+    ) -> None:
+        described = args.methods if isinstance(args, ContinualConfig) else None
+        if methods is not None and described is not None:
+            raise ValueError(
+                "methods are given twice: as ContinualTrainer(methods=...) and as ContinualConfig(methods=...). "
+                "Keep one of the two."
+            )
+        self.methods = Methods(build_methods(described) if methods is None else methods)
+        checks.check_train_dataset(train_dataset)
+        if self.methods:
+            checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
+        task_row = next(iter(train_dataset)) if self.methods else None  # pyrefly: ignore[no-matching-overload]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        self.mixer: ReplayMixer | None = None
+        self.tap: ForwardTap | None = None
+        self.ledger = Ledger()
+        if self.methods:
+            self._set_up_methods(task_row or {})
+
+    def _set_up_methods(self, task_row: dict[str, Any]) -> None:
+        name, index = "task", 0
+        if isinstance(self.args, ContinualConfig):
+            name, index = self.args.task_name, self.args.task_index
+        self._task_row = task_row
+        self.run = TrainerRun(self, Task(name, index))
+        checks.check_trainer(self)
+        self.mixer = self._mixer()
+        for method in self.methods:
+            method.prepare_model(self.run.model, self.run.task)
+        if self.mixer or any(method.reads_forward() for method in self.methods):
+            self.tap = ForwardTap(self.run.model, self.methods.taps)
+        self.add_callback(Stations(self))
+
+    def _mixer(self) -> ReplayMixer | None:
+        sources = {m.name: rows for m in self.methods if (rows := m.replay(self.run)) is not None}
+        if not sources:
+            return None
+        checks.check_replay(self, sources)
+        prepared = [self.prepare_rows(s.rows, s.row_type, name) for name, s in sources.items()]
+        checks.check_token_ids(self, dict(zip(sources, prepared, strict=True)))
+        pad = getattr(self.data_collator, "pad_token_id", self._tokenizer.pad_token_id)
+        return ReplayMixer(
+            sources,
+            prepared,
+            ReplayCollator(self.data_collator, flattened=self.padding_free, pad_token_id=pad),
+            accumulation=self.args.gradient_accumulation_steps,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.run.seed,
+            ledger=self.ledger,
+        )
+
+    def prepare_rows(self, rows: Dataset, row_type: RowType | str, name: str) -> Dataset:
+        """Tokenise rows with the very code that tokenised the task's rows.
+
+        Args:
+            rows: Raw or tokenised rows.
+            row_type: ``"same"`` as the task's, or the type that the rows have on purpose.
+            name: Who asks, for messages and progress bars.
+
+        Returns:
+            Rows with `input_ids` and `labels`, at least one, none longer than `max_length`.
+
+        Raises:
+            ValueError: If the rows are of another type, or truncation leaves no trainable token in any.
+        """
+        text = self.args.dataset_text_field
+        found = check_row_type(rows[0], self._task_row, row_type, text, name)  # pyrefly: ignore[bad-argument-type]
+        completion_only = self.completion_only_loss
+        if row_type != "same" and found.startswith("prompt_completion"):
+            self.completion_only_loss = True
+        try:
+            formatting = self._formatting_func if row_type == "same" and found != "tokenized" else None
+            prepared = self._prepare_dataset(rows, self.processing_class, self.args, False, formatting, name)
+        finally:
+            self.completion_only_loss = completion_only
+        if len(prepared) == 0:
+            raise ValueError(
+                f"{name}: none of the {len(rows)} rows has a trainable token left within "
+                f"max_length={self.args.max_length}. Raise max_length, or give shorter rows."
+            )
+        return prepared.select_columns(["input_ids", "labels"])
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the method that brings one, else SFTTrainer's."""
+        method = self.methods.optimizing
+        choice = method.optimizer(self.run) if method and self.optimizer is None else None
+        if choice is None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        groups = parameter_groups(model, choice, self.get_decay_parameter_names(model), self.args.weight_decay)
+        self.optimizer = choice.cls(groups, **choice.kwargs)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """SFTTrainer's, counting tokens on the way when replay needs to know them."""
+        if self.mixer is None or self.args.accelerator_config.dispatch_batches:
+            return super().get_train_dataloader()
+        collate = self.data_collator
+        self.data_collator = CountTokens(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step with their replay rows, and the step's loss tokens."""
+        if self.mixer is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, tokens = super().get_batch_samples(self.mixer.mixed(epoch_iterator), num_batches, device)
+        discount = [(k, 1 - s.weight) for k, s in enumerate(self.mixer.sources) if s.weight != 1]
+        if tokens is None or not discount:
+            return batches, tokens
+        # A replayed token of weight w counts as w tokens in the mean that is the loss.
+        less = torch.zeros((), device=device)
+        for batch in batches:
+            source, labels = batch[ORIGIN]["source"][:, 1:], batch["labels"][:, 1:]
+            for k, missing in discount:
+                less += missing * ((source == k) & (labels != -100)).sum()
+        if self.args.average_tokens_across_devices:
+            less = self.accelerator.reduce(less, reduction="sum")
+        return batches, tokens - less
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """SFTTrainer's loss, plus the terms of the methods, from one forward pass."""
+        origin = inputs.pop(ORIGIN, None)
+        if self.tap is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.tap.record():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            forward = self._forward(inputs, origin, num_items_in_batch)
+            extra = self._terms(forward, 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+        if extra is None:
+            return result
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _forward(
+        self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, tokens: torch.Tensor | int | None
+    ) -> Forward:
+        assert self.tap is not None and self.tap.outputs is not None
+        outputs = self.tap.outputs
+        loss_BS = -outputs.log_probs
+        self._log_sources(inputs, origin, loss_BS.detach())
+        if self.args.loss_type == "dft":
+            loss_BS = loss_BS * outputs.log_probs.exp().detach()
+        if origin is None:
+            used = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            nowhere = torch.full_like(inputs["input_ids"], -1)
+            origin = {"source": torch.where(used, -1, -100), "row": nowhere, "offset": nowhere}
+        scale = 1.0
+        if tokens is None:
+            tokens = outputs.label_mask.sum().clamp(min=1)
+        else:
+            scale = float(self.current_gradient_accumulation_steps)
+            if self.args.average_tokens_across_devices:
+                scale *= self.accelerator.num_processes // self.get_tp_size()
+        return Forward(
+            inputs=inputs,
+            token_loss_BS=loss_BS,
+            taps=dict(self.tap.seen),
+            source_BS=origin["source"],
+            row_BS=origin["row"],
+            offset_BS=origin["offset"],
+            sources=self.mixer.names if self.mixer else (),
+            tokens=torch.as_tensor(tokens, device=loss_BS.device).clamp(min=1),
+            scale=scale,
+        )
+
+    def _terms(self, forward: Forward, steps: int) -> Tensor | None:
+        """What to add to the loss of this micro-batch, or None; each term is entered in the log."""
+        extra: list[Tensor] = []
+        for k, source in enumerate(self.mixer.sources if self.mixer else ()):
+            if source.weight != 1:
+                weighed = forward.token_loss_BS * forward.label_mask(self.mixer.names[k])
+                extra.append((source.weight - 1) * forward.token_mean(weighed) / steps)
+        for method in self.methods:
+            if method.reads_forward():
+                for name, term in method.loss_terms(forward).items():
+                    self.ledger.add(f"{method.name}/{name}", term)
+                    extra.append(term / steps)
+        return sum(extra[1:], start=extra[0]) if extra else None
+
+    def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, nll_BS: Tensor) -> None:
+        """Enter the negative log-likelihood per token of the task and of each replay source."""
+        if self.mixer is None or origin is None:
+            return
+        source, trained = origin["source"][:, 1:], inputs["labels"][:, 1:] != -100
+        for k, name in enumerate(("task", *self.mixer.names), start=-1):
+            of_source = trained & (source == k)
+            self.ledger.add(f"{name}/loss", (nll_BS * of_source).sum(), of_source.sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """SFTTrainer's log with the values of the methods."""
+        if self.methods and self.model.training:
+            logs.update(self.ledger.flush(self.accelerator))
+        super().log(logs, start_time)
+
+    def replay_totals(self) -> np.ndarray | None:
+        """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
+        if self.mixer is None:
+            return None
+        counters = torch.from_numpy(self.mixer.counters()).to(self.accelerator.device)
+        return self.accelerator.reduce(counters, reduction="sum").cpu().numpy()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.methods:
+            states = {m.name: m.state_dict(self.run) for m in self.methods}
+            totals = self.replay_totals()
+            if self.args.should_save:
+                run = {
+                    "methods": self.methods.describe(),
+                    "replay": None if totals is None else totals.tolist(),
+                }
+                state.write_state(Path(output_dir), run, states)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.methods or (run := state.read_run(Path(checkpoint))) is None:
+            return
+        if self.mixer is not None:
+            self.mixer.resume(np.asarray(run["replay"], dtype=np.int64))
+        for method in self.methods:
+            method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's, except that True resumes from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = state.last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint in {self.args.output_dir}: nothing to resume. Train without "
+                    f"resume_from_checkpoint, or set save_strategy and save_steps so that checkpoints are written."
+                )
+        if resume_from_checkpoint:
+            state.check_same_methods(Path(resume_from_checkpoint), self.methods.describe())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
