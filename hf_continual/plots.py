@@ -1,0 +1,71 @@
+"""Figures: what was kept and what was lost, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+
+Curve = Sequence[tuple[float, float]]
+
+
+def plot_forgetting(
+    arms: Mapping[str, Mapping[str, Curve]],
+    boundaries: Sequence[tuple[float, str]],
+    general: Mapping[str, Curve] | None = None,
+    title: str = "",
+) -> Figure:
+    """Accuracy of every task while the later ones are learnt, one panel per way of training.
+
+    Args:
+        arms: Name of the arm -> name of the task -> points (optimizer step over the whole sequence, accuracy 0 to 1).
+        boundaries: Step at which a task begins, and its name.
+        general: Name of the arm -> points (step, loss on general text in nats per token), for a last panel.
+        title: Heading.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    panels = len(arms) + bool(general)
+    figure = Figure(figsize=(4.2 * panels, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    end = max(x for curves in arms.values() for curve in curves.values() for x, _ in curve)
+    for panel, (axis, (arm, curves)) in enumerate(zip(axes, arms.items(), strict=False)):
+        for i, (task, curve) in enumerate(curves.items()):
+            x, y = zip(*curve, strict=True)
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axis.plot(x, [100 * v for v in y], color=colour, marker=marker, markersize=5, label=task, linewidth=1.8)
+        axis.set_title(arm, fontsize=11)
+        axis.set_ylim(-4, 104)
+        axis.set_xlabel("optimizer steps")
+        if panel == 0:
+            axis.set_ylabel("exact match (%)")
+            axis.legend(loc="lower left", fontsize=8, title="questions about", title_fontsize=8, framealpha=0.9)
+    if general:
+        axis = axes[-1]
+        for i, (arm, curve) in enumerate(general.items()):
+            x, y = zip(*curve, strict=True)
+            axis.plot(x, y, color=COLOURS[-1 - i], marker=MARKERS[i], markersize=5, label=arm, linewidth=1.8)
+        axis.set_title("general text", fontsize=11)
+        axis.set_ylabel("loss (nats per token)")
+        axis.set_xlabel("optimizer steps")
+        axis.legend(fontsize=8, framealpha=0.9)
+    for axis in axes:
+        axis.set_xlim(-0.02 * end, 1.02 * end)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        for step, name in boundaries:
+            axis.axvline(step, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)))
+            axis.annotate(
+                name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
+                rotation=90, va="top", fontsize=7, color="0.45",
+            )  # fmt: skip
+    if title:
+        figure.suptitle(title, fontsize=12)
+    return figure
