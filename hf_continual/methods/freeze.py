@@ -144,7 +144,9 @@ class FreezeLayers(Method):
             parameter.requires_grad_(False)
         self._report(model, parameters)
         blocks = find_blocks(base).modules
-        if self.embeddings and self.bottom:
+        # Trainable embeddings need the gradient that the cut would keep from them.
+        below = [p for module in embedding_modules(base).values() for p in module.parameters()]
+        if self.bottom and not any(p.requires_grad for p in below):
             self._cut = (blocks[0], blocks[self.bottom] if self.bottom < len(blocks) else None)
 
     def begin_task(self, run: Run) -> None:

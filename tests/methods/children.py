@@ -1,0 +1,104 @@
+"""What the tests run in processes of their own: `python -m tests.methods.children`, and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from hf_continual import ContinualTrainer, FreezeLayers, RecAdam, Replay
+from tests import toy
+
+
+def methods():
+    """All three at once."""
+    return [
+        Replay(toy.rows(seed=9, low=30, high=59), ratio=0.3, weight=0.7),
+        Replay(toy.rows(seed=12), per_batch=1, name="general"),
+        FreezeLayers(bottom=1),
+        RecAdam(k=1.0, t0=3, anchor_strength=100.0, floor=0.2),
+    ]
+
+
+class Kill(TrainerCallback):
+    """Ends the process as `kill -9` does, in the middle of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trainer(folder: Path, **settings):
+    """A trainer with all methods that saves every two steps."""
+    return ContinualTrainer(
+        toy.model(),
+        SFTConfig(**toy.settings(folder, **{"max_steps": 8, "save_strategy": "steps", "save_steps": 2, **settings})),
+        train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+        methods=methods(),
+        callbacks=[Kill()],
+    )
+
+
+def ranks(folder: Path, fsdp: bool) -> None:
+    """Two processes, no accumulation; rank 0 writes the weights that came out."""
+    from accelerate.utils import DistributedType
+
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "save_steps": 4}
+    if fsdp:
+        settings |= {
+            "use_cpu": False,
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "reshard_after_forward": True,
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        }
+    trained = trainer(folder, **settings)
+    kind = trained.accelerator.distributed_type
+    assert trained.args.world_size == 2, trained.args.world_size
+    assert kind == (DistributedType.FSDP if fsdp else DistributedType.MULTI_CPU), kind
+    trained.train()
+    if fsdp:
+        from torch.distributed.tensor import DTensor
+
+        assert all(isinstance(p, DTensor) for p in trained.model.parameters())
+        weights = torch.cat([p.detach().full_tensor().flatten() for p in trained.model.parameters()])
+    else:
+        weights = toy.flat(trained.model)
+    totals = trained.replay_totals()
+    resumed = trainer(folder, **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    again = [p.detach().full_tensor() if fsdp else p.detach() for p in resumed.model.parameters()]
+    if trained.is_world_process_zero():
+        torch.save(
+            {
+                "weights": weights,
+                "resumed": torch.cat([p.flatten() for p in again]),
+                "totals": totals.sum(axis=1).tolist(),
+                "logs": toy.logs(trained),
+            },
+            folder / "result.pt",
+        )
+
+
+if __name__ == "__main__":
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    what, target = sys.argv[1], Path(sys.argv[2])
+    if what == "train":
+        trainer(target).train()
+    elif what == "ddp":
+        ranks(target, fsdp=False)
+    elif what == "fsdp2":
+        from tests.methods import fsdp_on_cpu  # noqa: F401 - must come before any Accelerator
+
+        ranks(target, fsdp=True)
