@@ -74,6 +74,8 @@ def _read(source: str, split: str) -> Dataset:
                 f"{source!r}: files of type {path.suffix or 'no suffix'!r} cannot be read, only "
                 f"{', '.join(READERS)}. Convert it, or pass a datasets.Dataset."
             )
+        if path.stat().st_size == 0:
+            raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
         return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     if path.suffix in READERS or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise FileNotFoundError(

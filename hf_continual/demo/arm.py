@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from trl import SFTConfig, SFTTrainer
 
 from hf_continual.data.biography import people, questions
-from hf_continual.demo.general_text import HELD_OUT, REPLAYED
+from hf_continual.demo.general_text import HELD_OUT
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
 from hf_continual.evaluation.result import Score
@@ -36,6 +36,12 @@ from hf_continual.trainer.trainer import ContinualTrainer
 
 # Disjoint people, one kind of question each: what the base model cannot know, asked in three formats.
 TASKS = (("birth city", "birth_city"), ("field of study", "major"), ("employer", "company"))
+
+# First words of the general text that the base model writes for itself.
+OPENINGS = (
+    "The", "In", "A", "When", "Most", "It", "After", "There", "Many", "For", "As", "One", "This", "People", "During",
+    "How",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """One line per logged step."""
-        kept = {k: v for k, v in (logs or {}).items() if k in ("loss", "task/loss", "replay/loss", "replay/share")}
+        kept = {k: v for k, v in (logs or {}).items() if k == "loss" or k.endswith(("/loss", "/share"))}
         self.arm.say(task=self.task.index, step=state.global_step, **kept)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -189,6 +195,8 @@ class Arm:
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             activation_checkpointing=False,
+            padding_free=True,  # short questions beside longer general text would be mostly padding
+            max_length=None,
             logging_steps=1,
             save_steps=settings.every,
             save_total_limit=1,
@@ -217,18 +225,33 @@ class Arm:
         methods: list[Method] = [
             FreezeLayers(bottom=max(1, round(self.settings.bottom * blocks))),
             RecAdam(anneal="none", pull=self.settings.pull),
-            Replay(
-                [{"text": text} for text in REPLAYED],
-                ratio=self.settings.general,
-                row_type="text",
-                name="general",
-            ),
+            Replay(self.own_words(), ratio=self.settings.general, row_type="text", name="general"),
         ]
         old = [t.train for t in self.stream.tasks[: task.index]]
         if old:
             rows: Dataset = concatenate_datasets([rows for rows in old if rows is not None])
             methods.insert(0, Replay(rows, ratio=self.settings.ratio))
         return methods
+
+    def own_words(self) -> str:
+        """General text that the base model writes itself before training, once; no corpus is needed."""
+        file = self.folder / "own_words.jsonl"
+        if not file.is_file():
+            self.say(task=0, step=0, doing="base model writes general text")
+            model = self._load().eval()
+            torch.manual_seed(self.settings.seed)
+            prompts = [self.tokenizer(word)["input_ids"][:1] for word in OPENINGS for _ in range(4)]
+            with torch.inference_mode():
+                written = model.generate(
+                    torch.tensor(prompts), attention_mask=torch.ones(len(prompts), 1, dtype=torch.long),
+                    do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )  # fmt: skip
+            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts if len(text) > 20)
+            file.with_suffix(".partial").write_text(lines, encoding="utf-8")
+            file.with_suffix(".partial").rename(file)
+        return str(file)
 
     def _load_meta(self) -> Any:
         from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""Short paragraphs of general knowledge, written for this project: one half to replay, one half to measure with."""
+"""Short paragraphs of general knowledge, written for this project: to see what becomes of general language."""
 
 HELD_OUT = (
     "Bread rises because yeast eats the sugar in the dough and gives off gas. The gas is caught in a net of gluten, "
@@ -25,9 +25,6 @@ HELD_OUT = (
     "but not both, and every maker of maps must choose what to give up.",
     "Plants drink from the top. Water evaporates from the leaves, and as it leaves it draws the next drops up through "
     "fine tubes from the roots. A tall tree lifts hundreds of litres on a summer day without any pump.",
-)
-
-REPLAYED = (
     "Salt was once so valuable that roads were named after it. Towns grew rich beside the springs and mines from which "
     "it came, because without salt no meat or fish could be kept through the winter.",
     "A clock needs something that swings evenly. First it was a pendulum, later a small crystal of quartz, and today "

@@ -54,6 +54,9 @@ def test_sentences(tmp_path):
         load_rows(Dataset.from_list(ROWS).to_iterable_dataset())
     with pytest.raises(TypeError, match="must be dictionaries"):
         load_rows(["a", "b"])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="0 rows"):
+        load_rows(tmp_path / "empty.jsonl")
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(ValueError, match=r"'\.xlsx' cannot be read"):
         load_rows(tmp_path / "rows.xlsx")

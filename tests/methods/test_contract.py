@@ -45,16 +45,22 @@ def build(folder, methods, **settings):
     )
 
 
+def values(trainer):
+    """What was logged, without the token count, which SFTTrainer itself begins anew after a resume."""
+    return [{k: v for k, v in entry.items() if k != "num_tokens"} for entry in toy.logs(trainer)]
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
-    settings = toy.settings(tmp_path, max_steps=6)
+    changes = {"max_steps": 6, **getattr(module(name), "ZERO_SETTINGS", {})}
+    settings = toy.settings(tmp_path, **changes)
     plain = SFTTrainer(toy.model(), SFTConfig(**settings), train_dataset=toy.rows(), processing_class=toy.tokenizer())
     plain.train()
-    ours = build(tmp_path, [module(name).zero(None)], max_steps=6)
+    ours = build(tmp_path, [module(name).zero(None)], **changes)
     ours.train()
     far = (toy.flat(plain.model) - toy.flat(ours.model)).abs().max()
     assert far <= module(name).ZERO_TOLERANCE
-    strong = build(tmp_path, [module(name).example(None)], max_steps=6)
+    strong = build(tmp_path, [module(name).example(None)], **changes)
     strong.train()
     assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and strength does something
 
@@ -71,7 +77,7 @@ def test_resumed_is_uninterrupted(tmp_path, names, layout):
     resumed = build(tmp_path / "a", methods(), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
-    assert toy.logs(straight)[3:6] == toy.logs(resumed)[3:6]
+    assert values(straight)[3:6] == values(resumed)[3:6]
     with pytest.raises(ValueError, match="written with other methods"):
         build(tmp_path / "a", [], **settings).train(resume_from_checkpoint=True)
 
@@ -89,7 +95,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     straight = children.trainer(tmp_path / "straight")
     straight.train()
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
-    assert toy.logs(straight)[-3:-1] == toy.logs(resumed)[-3:-1]
+    assert values(straight)[-3:-1] == values(resumed)[-3:-1]
 
 
 @pytest.mark.parametrize("name", TABLE)

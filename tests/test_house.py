@@ -1,0 +1,118 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_continual
+from hf_continual.methods.table import TABLE
+
+ROOT = Path(__file__).parents[1]
+TOP = {"pyproject.toml", "hf_continual", "recipes", "notebooks", "tests", "model_cards", "README.md", "Makefile", "LICENSE"}
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+
+
+def test_the_top_level_is_what_was_agreed():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= TOP
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, hf_continual; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_name_of_the_face_is_there_and_documented():
+    for name in hf_continual.__all__:
+        assert getattr(hf_continual, name).__doc__, name
+    assert set(hf_continual.__all__) <= set(dir(hf_continual))
+    with pytest.raises(AttributeError, match="it offers Task, ContinualTrainer"):
+        hf_continual.Nothing  # noqa: B018
+
+
+def test_other_versions_are_refused_with_a_sentence(monkeypatch):
+    from hf_continual.versions import check_versions
+
+    real = metadata.version
+    for name, version in (("trl", "0.19.1"), ("transformers", "4.57.0"), ("peft", "0.10.0")):
+        monkeypatch.setattr(metadata, "version", lambda n, name=name, v=version: v if n == name else real(n))
+        with pytest.raises(ImportError, match=rf"supports {name}\S+, and {name} {version} is installed.*pip install"):
+            check_versions()
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ImportError, match="trl is not installed: pip install"):
+        check_versions()
+
+
+def test_files_can_be_held_in_the_head():
+    long = {str(p.relative_to(ROOT)): n for p in (ROOT / "hf_continual").rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    assert set(long) <= {"hf_continual/methods/recadam.py", "hf_continual/trainer/trainer.py"}, long
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    from hf_continual import ContinualConfig, ContinualTrainer
+    from tests import toy
+
+    monkeypatch.chdir(tmp_path)
+    toy.rows("prompt_completion", seed=9).to_json("old_tasks.jsonl")
+    toy.rows(seed=8).to_json("general.jsonl")
+    fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    small = toy.settings(tmp_path / "out", max_steps=2)
+    for key in ("learning_rate", "per_device_train_batch_size"):
+        small.pop(key)
+    config = ContinualConfig(**{**fields, **small})
+    trainer = ContinualTrainer(
+        toy.model(),
+        config,
+        train_dataset=toy.rows("prompt_completion"),
+        processing_class=toy.tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if recipe.stem == "lora" else None,
+    )
+    trainer.train()
+    assert [m.name for m in trainer.methods][0] == recipe.parent.name
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_configurations_are_read(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == 2
+    assert config.distributed_type == ("FSDP" if name == "fsdp2" else "MULTI_GPU")
+
+
+def test_the_command_line(tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "hf_continual", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "demo" in helped.stdout and "methods" in helped.stdout
+    listed = run("methods")
+    assert listed.returncode == 0 and all(name in listed.stdout for name in TABLE)
+    assert hf_continual.__version__ in run("--version").stdout
+    wrong = run("demo", "--model", str(tmp_path / "gone"))
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+
+
+def test_every_module_imports():
+    for path in (ROOT / "hf_continual").rglob("*.py"):
+        if path.name != "__main__.py":
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
