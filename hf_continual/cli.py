@@ -65,7 +65,9 @@ def methods() -> None:
         table.add_column(column, overflow="fold")
     for name in TABLE:
         cls = method_class(name)
-        table.add_row(name, cls.__name__, ", ".join(stations(cls)), f"{cls.paper.title} ({cls.paper.year}) {cls.paper.url}")
+        table.add_row(
+            name, cls.__name__, ", ".join(stations(cls)), f"{cls.paper.title} ({cls.paper.year}) {cls.paper.url}"
+        )
     Console().print(table)
 
 

@@ -15,7 +15,17 @@ import hf_continual
 from hf_continual.methods.table import TABLE
 
 ROOT = Path(__file__).parents[1]
-TOP = {"pyproject.toml", "hf_continual", "recipes", "notebooks", "tests", "model_cards", "README.md", "Makefile", "LICENSE"}
+TOP = {
+    "pyproject.toml",
+    "hf_continual",
+    "recipes",
+    "notebooks",
+    "tests",
+    "model_cards",
+    "README.md",
+    "Makefile",
+    "LICENSE",
+}
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
 
 
@@ -58,7 +68,11 @@ def test_other_versions_are_refused_with_a_sentence(monkeypatch):
 
 
 def test_files_can_be_held_in_the_head():
-    long = {str(p.relative_to(ROOT)): n for p in (ROOT / "hf_continual").rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in (ROOT / "hf_continual").rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 300
+    }
     assert set(long) <= {"hf_continual/methods/recadam.py", "hf_continual/trainer/trainer.py"}, long
 
 
@@ -85,7 +99,7 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
         peft_config=LoraConfig(r=2, target_modules="all-linear") if recipe.stem == "lora" else None,
     )
     trainer.train()
-    assert [m.name for m in trainer.methods][0] == recipe.parent.name
+    assert next(m.name for m in trainer.methods) == recipe.parent.name
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
@@ -100,7 +114,11 @@ def test_accelerate_configurations_are_read(name):
 def test_the_command_line(tmp_path):
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "hf_continual", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "hf_continual", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     helped = run("--help")

@@ -65,7 +65,7 @@ def _read(source: str, split: str) -> Dataset:
         loaded = load_from_disk(str(path))
         if isinstance(loaded, DatasetDict):
             if split not in loaded:
-                raise ValueError(f"{source!r} has the splits {', '.join(loaded)} and none called {split!r}.")
+                raise ValueError(f"{source!r} has the splits {', '.join(map(str, loaded))} and none called {split!r}.")
             return loaded[split]
         return loaded
     if path.is_file():
@@ -91,4 +91,4 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     column = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    return np.asarray(pc.list_value_length(column), dtype=np.int64)
+    return np.asarray(pc.list_value_length(column), dtype=np.int64)  # pyrefly: ignore[missing-attribute]

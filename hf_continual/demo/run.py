@@ -74,7 +74,9 @@ def main(
     summary = {"minutes": minutes, "settings": asdict(settings), **{a: _figures(results[a]) for a in ARMS}}
     (out / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     console.print(f"\nloaded again with AutoModelForCausalLM, it answers:\n  [italic]{answer}[/]")
-    console.print(f"\nforgetting curves  {plot}\ntrained model      {trained}\nall numbers        {out / 'results.json'}")
+    console.print(
+        f"\nforgetting curves  {plot}\ntrained model      {trained}\nall numbers        {out / 'results.json'}"
+    )
     console.print(f"measured in this run, in {minutes:.1f} minutes.\n")
     return summary
 
@@ -237,7 +239,8 @@ def _ask(folder: Path, settings: Settings) -> str:
     """Load the trained model as anybody would, and ask it a question of the first task."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     row = settings.stream()[0].test[0]  # pyrefly: ignore[unsupported-operation]
     inputs = tokenizer(row["prompt"], return_tensors="pt")
     produced = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)

@@ -17,7 +17,6 @@ from hf_continual.evaluation.result import Score, mean_of, proportion
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Answers:
     predictions: list[str]
 
 
-def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the prompt, and of the completion with the end of sequence, split as TRL splits them."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
@@ -45,16 +44,14 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[li
     return whole[:shared], [*whole[shared:], tokenizer.eos_token_id]
 
 
-def _batches(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[list[tuple[list, list]]]:
+def _batches(rows: Dataset, tokenizer: Any, size: int) -> Iterator[list[tuple[list, list]]]:
     encoded = [_encode(row, tokenizer) for row in rows]  # pyrefly: ignore[bad-argument-type]
     for start in range(0, len(encoded), size):
         yield encoded[start : start + size]
 
 
 @torch.inference_mode()
-def teacher_forced(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32
-) -> Answers:
+def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) -> Answers:
     """Exact match and answer likelihood from one forward pass per batch.
 
     Only the answers' positions go through the language-model head.
@@ -80,12 +77,12 @@ def teacher_forced(
             ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
             mask[i, : len(prompt) + len(answer)] = 1
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        hidden_BSD = base.base_model(  # pyrefly: ignore[not-callable]
+        hidden_BSD = base.base_model(
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
         ).last_hidden_state
         # Position t predicts token t + 1, so an answer is predicted from the last token of its prompt on.
         states = [hidden_BSD[i, len(p) - 1 : len(p) + len(a) - 1] for i, (p, a) in enumerate(batch)]
-        logits = base.get_output_embeddings()(torch.cat(states)).float()  # pyrefly: ignore[not-callable]
+        logits = base.get_output_embeddings()(torch.cat(states)).float()
         gold = torch.tensor([token for _, a in batch for token in a], device=device)
         sizes = [len(a) for _, a in batch]
         nll = torch.nn.functional.cross_entropy(logits, gold, reduction="none").split(sizes)
@@ -103,8 +100,8 @@ def teacher_forced(
 
 @torch.inference_mode()
 def generated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     rows: Dataset,
     batch_size: int = 32,
     max_new_tokens: int | None = None,

@@ -169,7 +169,7 @@ class FreezeLayers(Method):
 
     def _free_of_adapters(self, model: PeftModel, modules: dict[str, nn.Module]) -> None:
         layers = adapters_below(model, modules)
-        fresh = {name: layer for name, layer in layers.items() if is_fresh(model, layer)}
+        fresh = {name: layer for name, layer in layers.items() if is_fresh(layer)}
         remove_adapters(model, fresh)
         logger.info(
             "freeze: %d new adapter layers below block %d were taken off, %d trained ones are kept and frozen.",
@@ -179,7 +179,7 @@ class FreezeLayers(Method):
     def _untie(self, base: nn.Module) -> None:
         head = base.get_output_embeddings()  # pyrefly: ignore[not-callable]
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        base.config.tie_word_embeddings = False  # pyrefly: ignore[missing-attribute]
+        base.config.tie_word_embeddings = False  # pyrefly: ignore
 
     def _say_tied(self, base: nn.Module) -> None:
         size = base.get_input_embeddings().weight.numel()  # pyrefly: ignore[not-callable]

@@ -165,6 +165,12 @@ class RecAdamOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update all parameters that have a gradient.
 
+        Args:
+            closure: Computes the loss again and its gradients.
+
+        Returns:
+            The closure's loss, or None.
+
         Raises:
             ValueError: If r lies outside [0, 1], before any parameter is changed.
         """

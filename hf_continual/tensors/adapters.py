@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +17,7 @@ def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str,
     return {n: m for n, m in base.named_modules() if id(m) in inside and isinstance(m, BaseTunerLayer)}
 
 
-def is_fresh(model: nn.Module, layer: BaseTunerLayer) -> bool:
+def is_fresh(layer: Any) -> bool:
     """Whether an adapter has learnt nothing: one factor of its product is all zero.
 
     An adapter without such a factor (initialised from the weights, or already trained) is not fresh.
@@ -42,7 +43,7 @@ def remove_adapters(model: PeftModel, layers: dict[str, BaseTunerLayer]) -> None
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, layer.get_base_layer())
     for adapter in model.active_adapters:
-        config = model.peft_config[adapter]
+        config: Any = model.peft_config[adapter]
         before = getattr(config, "exclude_modules", None)
         if isinstance(before, str):
             config.exclude_modules = "|".join([f"(?:{before})", *map(re.escape, layers)])

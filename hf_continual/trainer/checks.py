@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 from accelerate.utils import DistributedType
 from datasets import Dataset
 
@@ -29,6 +28,13 @@ def check_arguments(
     methods: Methods, args: Any, compute_loss_func: Any, optimizers: Any, optimizer_cls_and_kwargs: Any
 ) -> None:
     """Conflicts that can be seen before the model is loaded.
+
+    Args:
+        methods: The methods of the run.
+        args: Training arguments, or None for the defaults.
+        compute_loss_func: As given to the trainer.
+        optimizers: As given to the trainer.
+        optimizer_cls_and_kwargs: As given to the trainer.
 
     Raises:
         ValueError: If two optimizers are asked for, or a method reads a forward pass whose loss
@@ -62,6 +68,9 @@ def check_arguments(
 def check_trainer(trainer: ContinualTrainer) -> None:
     """Conflicts between the methods and the way of training.
 
+    Args:
+        trainer: The trainer, set up but for its methods.
+
     Raises:
         ValueError: If gradients or weights are edited under DeepSpeed, which keeps them in its engine.
     """
@@ -77,6 +86,10 @@ def check_trainer(trainer: ContinualTrainer) -> None:
 
 def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> None:
     """Ways of training that replay rows cannot join.
+
+    Args:
+        trainer: The trainer, set up but for its methods.
+        sources: Replay rows by method name.
 
     Raises:
         ValueError: Under context or sequence parallelism, with images, or with a weight where the loss
@@ -101,6 +114,10 @@ def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> N
 def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None:
     """Replay rows must speak the model's language.
 
+    Args:
+        trainer: The trainer, set up but for its methods.
+        rows: Tokenised replay rows by method name.
+
     Raises:
         ValueError: If a row holds a token that the model's embedding does not have.
     """
@@ -112,7 +129,8 @@ def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None
         )
     for name, prepared in rows.items():
         column = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
-        low, high = (int(np.asarray(f(pc.list_flatten(column)).as_py())) for f in (pc.min, pc.max))
+        ids = np.asarray(column.flatten())
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             raise ValueError(
                 f"{name}: a replay row holds the token id {high if high >= size else low}, and the model embeds ids "

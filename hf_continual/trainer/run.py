@@ -93,9 +93,9 @@ class TrainerRun:
 
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
         size = batch_size or self._trainer.args.per_device_train_batch_size
-        rows = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
         for start in range(0, len(rows), size):
-            picked = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            picked = [kept[i] for i in range(start, min(start + size, len(rows)))]
             yield self._trainer._prepare_inputs(self._trainer.data_collator(picked))
 
     def loss(self, batch: Batch) -> Tensor:

@@ -36,9 +36,9 @@ class ForwardTap:
         self.seen: dict[str, Tensor] = {}
         self.listening = False
         self.handles = [base.register_forward_hook(self._see_outputs)]
-        modules = dict(base.named_modules())
+        modules: dict[str, Any] = dict(base.named_modules())
         for tap in taps:
-            module = base.base_model if tap == LAST else modules.get(tap)
+            module: Any = base.base_model if tap == LAST else modules.get(tap)
             if module is None:
                 near = ", ".join(list(modules)[1:8])
                 raise ValueError(f"No module is called {tap!r} in {type(base).__name__}; there are {near}, ...")

@@ -91,6 +91,14 @@ class ContinualTrainer(SFTTrainer):
         ValueError: If methods do not fit each other, the data, or the way of training.
     """
 
+    # HF declares these more narrowly, or more widely, than what SFTTrainer really holds.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    optimizer: Any
+    processing_class: Any
+
     @explains_old_names(TRAINER)
     def __init__(
         self,
@@ -205,7 +213,7 @@ class ContinualTrainer(SFTTrainer):
             self.completion_only_loss = True
         try:
             formatting = self._formatting_func if row_type == "same" and found != "tokenized" else None
-            prepared = self._prepare_dataset(rows, self.processing_class, self.args, False, formatting, name)
+            prepared: Any = self._prepare_dataset(rows, self.processing_class, self.args, False, formatting, name)
         finally:
             self.completion_only_loss = completion_only
         if len(prepared) == 0:
@@ -269,7 +277,7 @@ class ContinualTrainer(SFTTrainer):
         if self.tap is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.tap.record():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             forward = self._forward(inputs, origin, num_items_in_batch)
             extra = self._terms(forward, 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
         if extra is None:
@@ -280,7 +288,7 @@ class ContinualTrainer(SFTTrainer):
         self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, tokens: torch.Tensor | int | None
     ) -> Forward:
         assert self.tap is not None and self.tap.outputs is not None
-        outputs = self.tap.outputs
+        outputs: Any = self.tap.outputs
         loss_BS = -outputs.log_probs
         self._log_sources(inputs, origin, loss_BS.detach())
         if self.args.loss_type == "dft":
@@ -311,9 +319,9 @@ class ContinualTrainer(SFTTrainer):
     def _terms(self, forward: Forward, steps: int) -> Tensor | None:
         """What to add to the loss of this micro-batch, or None; each term is entered in the log."""
         extra: list[Tensor] = []
-        for k, source in enumerate(self.mixer.sources if self.mixer else ()):
+        for name, source in zip(forward.sources, self.mixer.sources if self.mixer else (), strict=True):
             if source.weight != 1:
-                weighed = forward.token_loss_BS * forward.label_mask(self.mixer.names[k])
+                weighed = forward.token_loss_BS * forward.label_mask(name)
                 extra.append((source.weight - 1) * forward.token_mean(weighed) / steps)
         for method in self.methods:
             if method.reads_forward():

@@ -67,20 +67,22 @@ def expected(bottom: int, checkpointing: bool) -> float:
 def peak(bottom: int, checkpointing: bool) -> float:
     """Peak memory of a process that makes three steps, above that of one that only imports, in MB."""
     source = (
-        "import resource, sys; sys.path.insert(0, {root!r}); from tests.benchmarks.freeze import Step\n"
+        f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from tests.benchmarks.freeze import Step\n"
         "import torch; torch.set_num_threads(1)\n"
         "begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "step = Step({bottom}, {checkpointing})\n"
+        f"step = Step({bottom}, {checkpointing})\n"
         "for _ in range(3): step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)"
-    ).format(root=str(Path(__file__).parents[2]), bottom=bottom, checkpointing=checkpointing)
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) / 1024
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"FreezeLayers(bottom=n) / all trainable, {BLOCKS} blocks, batch {BATCH} x {LENGTH}, one thread, {PAIRS} pairs")
+    print(
+        f"FreezeLayers(bottom=n) / all trainable, {BLOCKS} blocks, batch {BATCH} x {LENGTH}, one thread, {PAIRS} pairs"
+    )
     for checkpointing in (False, True):
         full = Step(0, checkpointing)
         full()

@@ -18,7 +18,17 @@ import torch
 from hf_continual.methods.recadam import RecAdamOptimizer
 
 # A 30 M-parameter slice of a small language model: an embedding and eight blocks.
-SHAPES = [(6144, 576)] + 8 * [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
+SHAPES = [(6144, 576)] + 8 * [
+    (576, 576),
+    (192, 576),
+    (192, 576),
+    (576, 576),
+    (1536, 576),
+    (1536, 576),
+    (576, 1536),
+    (576,),
+    (576,),
+]
 PAIRS = 25
 
 
@@ -51,8 +61,12 @@ def main() -> None:
             adam.step()
             rec.step()
         ratios = sorted(1 / (seconds(adam) / seconds(rec)) for _ in range(PAIRS))
-        print(f"RecAdam / torch AdamW(fused=True), {sum(p.numel() for p in a) / 1e6:.0f} M parameters, {dtype}, one thread")
-        print(f"  step time   {statistics.median(ratios):.2f}   (min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {PAIRS} pairs)")
+        print(
+            f"RecAdam / torch AdamW(fused=True), {sum(p.numel() for p in a) / 1e6:.0f} M parameters, {dtype}, one thread"
+        )
+        print(
+            f"  step time   {statistics.median(ratios):.2f}   (min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {PAIRS} pairs)"
+        )
         print(f"  state       {state_bytes(rec, b):.1f} bytes per parameter, AdamW {state_bytes(adam, a):.1f}")
 
 

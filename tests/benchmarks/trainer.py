@@ -29,7 +29,9 @@ STEPS, PAIRS = 60, 9
 def seconds_per_step(trainer_class: type, folder: str) -> tuple[float, float]:
     settings = toy.settings(folder, max_steps=STEPS, logging_steps=STEPS, logging_strategy="no")
     model = toy.model(hidden_size=128, intermediate_size=256)
-    trainer = trainer_class(model, SFTConfig(**settings), train_dataset=toy.rows(number=64), processing_class=toy.tokenizer())
+    trainer = trainer_class(
+        model, SFTConfig(**settings), train_dataset=toy.rows(number=64), processing_class=toy.tokenizer()
+    )
     tracemalloc.start()
     begin = time.perf_counter()
     trainer.train()
@@ -45,7 +47,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for trainer_class in (SFTTrainer, ContinualTrainer):
             seconds_per_step(trainer_class, folder)
-        pairs = [(seconds_per_step(SFTTrainer, folder), seconds_per_step(ContinualTrainer, folder)) for _ in range(PAIRS)]
+        pairs = [
+            (seconds_per_step(SFTTrainer, folder), seconds_per_step(ContinualTrainer, folder)) for _ in range(PAIRS)
+        ]
     ratios = sorted(ours[0] / theirs[0] for theirs, ours in pairs)
     memory = statistics.median(ours[1] / theirs[1] for theirs, ours in pairs)
     print("ContinualTrainer(methods=[]) / SFTTrainer, tiny model (overhead shows most)")

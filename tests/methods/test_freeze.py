@@ -35,9 +35,7 @@ ZERO_TOLERANCE = 0.0
 
 def frozen_blocks(model):
     return [
-        i
-        for i, block in enumerate(find_blocks(model).modules)
-        if not any(p.requires_grad for p in block.parameters())
+        i for i, block in enumerate(find_blocks(model).modules) if not any(p.requires_grad for p in block.parameters())
     ]
 
 
@@ -221,7 +219,9 @@ def test_regular_expressions_of_the_adapter_are_extended():
     FreezeLayers(bottom=1).prepare_model(model, Task())
     config = model.peft_config["default"]
     assert isinstance(config.exclude_modules, str)
-    again = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=config.exclude_modules))
+    again = get_peft_model(
+        toy.model(), LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=config.exclude_modules)
+    )
     assert sorted(n for n, _ in again.named_parameters()) == sorted(n for n, _ in model.named_parameters())
 
 

@@ -207,7 +207,7 @@ def test_state_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
 
 
 def test_given_anchors_are_not_saved_with_the_groups_and_survive_a_load():
-    p, optimizer = one()
+    _p, optimizer = one()
     assert "anchors" not in optimizer.state_dict()["param_groups"][0]
     optimizer.load_state_dict(optimizer.state_dict())
     assert "anchors" in optimizer.param_groups[0]

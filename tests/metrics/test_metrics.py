@@ -39,7 +39,11 @@ def test_shapes_are_checked():
         AccuracyMatrix([[0.5], [0.5, 0.5]], [0.1])
 
 
-@given(st.integers(2, 5).flatmap(lambda n: st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n)))
+@given(
+    st.integers(2, 5).flatmap(
+        lambda n: st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n)
+    )
+)
 def test_forgetting_is_at_least_the_loss_since_learning(scores):
     matrix = AccuracyMatrix(scores)
     assert matrix.forgetting >= -matrix.backward_transfer - 1e-12

@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_continual.tensors.layers import embedding_modules, find_blocks, is_tied
 
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 12}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_hidden_layers": 12,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 # architecture -> (changes of the configuration, path of the blocks, embeddings)
 FAMILIES = {
@@ -46,7 +52,9 @@ def test_families(kind):
     assert blocks.path == path and len(blocks) == 12
     assert [model.get_submodule(f"{path}.{i}") for i in range(12)] == list(blocks.modules)
     assert sorted(embedding_modules(model)) == sorted(embeddings)
-    assert not any(isinstance(m, nn.Linear) and m is model.get_output_embeddings() for m in embedding_modules(model).values())
+    assert not any(
+        isinstance(m, nn.Linear) and m is model.get_output_embeddings() for m in embedding_modules(model).values()
+    )
 
 
 def test_projections_into_the_stack_belong_to_the_embeddings():
