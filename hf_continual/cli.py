@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew if the folder holds a run.")] = False,
 ) -> None:
     """See forgetting, and see it prevented: three tasks in a row, with and without methods, on a real model."""
+    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from hf_continual.demo.run import main as run_demo
 
     run_demo(model=model, out=out, seed=seed, fresh=fresh, steps=steps)

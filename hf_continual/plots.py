@@ -41,21 +41,21 @@ def plot_forgetting(
             x, y = zip(*curve, strict=True)
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             axis.plot(x, [100 * v for v in y], color=colour, marker=marker, markersize=5, label=task, linewidth=1.8)
-        axis.set_title(arm, fontsize=11)
+        axis.set_title(arm, fontsize=11, pad=18)
         axis.set_ylim(-4, 104)
         axis.set_xlabel("optimizer steps")
         if panel == 0:
             axis.set_ylabel("exact match (%)")
-            axis.legend(loc="lower left", fontsize=8, title="questions about", title_fontsize=8, framealpha=0.9)
     if general:
         axis = axes[-1]
         for i, (arm, curve) in enumerate(general.items()):
             x, y = zip(*curve, strict=True)
             axis.plot(x, y, color=COLOURS[-1 - i], marker=MARKERS[i], markersize=5, label=arm, linewidth=1.8)
-        axis.set_title("general text", fontsize=11)
+        axis.set_title("general text", fontsize=11, pad=18)
         axis.set_ylabel("loss (nats per token)")
         axis.set_xlabel("optimizer steps")
-        axis.legend(fontsize=8, framealpha=0.9)
+        axis.legend(fontsize=8, framealpha=0.9, loc="upper left")
+        axis.set_ylim(axis.get_ylim()[0], axis.get_ylim()[1] + 0.18 * (axis.get_ylim()[1] - axis.get_ylim()[0]))
     for axis in axes:
         axis.set_xlim(-0.02 * end, 1.02 * end)
         axis.grid(alpha=0.25)
@@ -63,9 +63,14 @@ def plot_forgetting(
         for step, name in boundaries:
             axis.axvline(step, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)))
             axis.annotate(
-                name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
-                rotation=90, va="top", fontsize=7, color="0.45",
+                name, (step, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+                fontsize=7, color="0.35",
             )  # fmt: skip
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9, frameon=False, title="questions about",
+        title_fontsize=9, alignment="left",
+    )  # fmt: skip
     if title:
         figure.suptitle(title, fontsize=12)
     return figure

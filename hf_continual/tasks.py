@@ -29,7 +29,7 @@ class Task:
     @property
     def folder(self) -> str:
         """Name of the folder that the task's model is kept in, such as ``task-00-cities``."""
-        return f"task-{self.index:02d}-{self.name}"
+        return f"task-{self.index:02d}-{self.name.replace(' ', '-')}"
 
 
 class TaskStream:

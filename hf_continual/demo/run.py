@@ -6,6 +6,8 @@ and the plot, and checks that the trained model loads.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as hf_logging
 
 from hf_continual.demo.arm import TASKS, Settings
 from hf_continual.metrics import AccuracyMatrix
@@ -48,12 +51,14 @@ def main(
     """
     console = Console()
     started = time.time()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     if fresh and (out / "settings.json").is_file():
         shutil.rmtree(out)
     if model is None:
         from hf_continual.demo.model import embedded_model
 
-        with console.status("converting the embedded model, once"):
+        with console.status("converting the embedded model, once"), contextlib.redirect_stderr(io.StringIO()):
             model = str(embedded_model())
     settings = Settings(model=model, out=str(out), seed=seed, **changes)
     _keep_settings(out, settings)
@@ -179,7 +184,11 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matrix_table(arm: str, results: dict[str, Any]) -> Table:
-    table = Table(title=f"{arm} ({ARMS[arm]}): exact match in %, n = {_rows(results)} per cell", title_justify="left")
+    table = Table(
+        title=f"{arm} ({ARMS[arm]}): exact match in %, n = {_rows(results)} per cell",
+        title_justify="left",
+        min_width=60,
+    )
     table.add_column("after learning")
     for name, _ in TASKS:
         table.add_column(name, justify="right")
@@ -229,7 +238,9 @@ def _plot(out: Path, results: dict[str, dict[str, Any]]) -> Path:
             curve = [(x, p["exact"][name]) for x, p in sorted(points.items()) if name in p["exact"]]
             arms[label][name] = [(begin, base["exact"][name]["value"]), *curve] if i == 0 else curve
     steps = results["continual"]["settings"]["steps"]
-    figure = plot_forgetting(arms, [(i * steps, f"learning {name}") for i, (name, _) in enumerate(TASKS)], general)
+    figure = plot_forgetting(
+        arms, [(i * steps, f"{i + 1}. learn {name}") for i, (name, _) in enumerate(TASKS)], general
+    )
     path = (out / "forgetting.png").resolve()
     figure.savefig(path, dpi=150)
     return path

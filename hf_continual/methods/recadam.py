@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 Anneal = Literal["sigmoid", "linear", "constant", "none"]
 ANNEALS = ("sigmoid", "linear", "constant", "none")
-CHUNK = 1 << 19  # elements updated at a time on a CPU, so that the recall finds the weights still in its cache
+CPU_BATCH = 1 << 20  # parameters updated in one call on a CPU: the recall finds part of them still in the cache
+LOW_BATCH = 1 << 25  # parameters in low precision updated in one call on a device: bounds the fp32 copies
 
 
 def recall_schedule(anneal: Anneal, t: int, k: float, t0: float, w: float) -> float:
@@ -239,56 +240,49 @@ class RecAdamOptimizer(Optimizer):
         decay = 1 - lr * group["weight_decay"]
         low = "residual" in self.state[members[0]]
         count = torch.full((), float(t), device=members[0].device)
-        for p, g, m, v, anchor, residual in self._pieces(members, low):
-            work = [(a.float() + b.float()) for a, b in zip(p, residual, strict=True)] if low else p
-            if low:
-                g, anchor = [x.float() for x in g], [x.float() for x in anchor]
-            torch._fused_adamw_(work, g, m, v, [], [count] * len(p), **adam)
-            if share:
+        for p, g, m, v, anchor, residual in self._batches(members, low):
+            work = [a.float().add_(b) for a, b in zip(p, residual, strict=True)] if low else p
+            torch._fused_adamw_(work, [x.float() for x in g] if low else g, m, v, [], [count] * len(p), **adam)
+            if share and low:
+                for exact, target in zip(work, anchor, strict=True):
+                    exact.mul_(1 - share).add_(target, alpha=share)
+            elif share:
                 torch._foreach_lerp_(work, anchor, share)
             if decay != 1:
                 torch._foreach_mul_(work, decay)
             if low:
                 for a, b, exact in zip(p, residual, work, strict=True):
                     a.copy_(exact)
-                    b.copy_(exact - a.float())
+                    b.copy_(exact.sub_(a))
 
-    def _pieces(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
-        """Lists of flat local tensors to update in one call: all at once on a device, cache-sized on a CPU."""
-        rows: list[tuple[Tensor, ...]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
+    def _batches(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
+        """Local tensors to update in one call: all at once on a device, a few that fit into the cache on a CPU."""
+        most = CPU_BATCH if members[0].device.type == "cpu" else (LOW_BATCH if low else math.inf)
+        pending: list[list[Tensor]] = []
+        size = 0
         for p in members:
-            state = self.state[p]
-            grad = p.grad
+            state, grad = self.state[p], p.grad
             assert grad is not None
-            tensors = [p, grad, *(state[k] for k in ("exp_avg", "exp_avg_sq", "anchor"))]
-            tensors.append(state["residual"] if low else state["anchor"])
-            local = [x.to_local() if isinstance(x, DTensor) else x.detach() for x in tensors]
-            if not local[0].numel():
+            row = [p.detach(), grad, state["exp_avg"], state["exp_avg_sq"], state["anchor"]]
+            row.append(state["residual"] if low else row[-1])
+            if isinstance(p, DTensor):
+                row = [x.to_local() for x in row]  # pyrefly: ignore[missing-attribute]
+            if not row[0].numel():
                 continue
-            if not local[0].is_contiguous():
-                copied.append((local[0], local[0].contiguous()))
-                local[0] = copied[-1][1]
-            local[1] = local[1].to(local[0].dtype).contiguous()
-            rows.append(tuple(x.reshape(-1) for x in local))
-        if not rows:
-            return
-        if rows[0][0].device.type != "cpu":
-            yield tuple(list(column) for column in zip(*rows, strict=True))
-        else:
-            pending: list[tuple[Tensor, ...]] = []
-            size = 0
-            for row in rows:
-                for piece in zip(*(x.split(CHUNK) for x in row), strict=True):
-                    pending.append(piece)
-                    size += piece[0].numel()
-                    if size >= CHUNK:
-                        yield tuple(list(column) for column in zip(*pending, strict=True))
-                        pending, size = [], 0
-            if pending:
+            if row[1].dtype != row[0].dtype or not row[1].is_contiguous():
+                row[1] = row[1].to(row[0].dtype).contiguous()
+            if row[0].is_contiguous():
+                pending.append(row)
+                size += row[0].numel()
+            else:  # the kernels walk through memory, so a transposed parameter is updated in a copy
+                original, row[0] = row[0], row[0].contiguous()
+                yield tuple([x] for x in row)
+                original.copy_(row[0])
+            if size >= most:
                 yield tuple(list(column) for column in zip(*pending, strict=True))
-        for original, changed in copied:
-            original.copy_(changed)
+                pending, size = [], 0
+        if pending:
+            yield tuple(list(column) for column in zip(*pending, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """As for every optimizer; without the anchors where `store_anchors` is off."""

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets
 import torch
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_continual import ContinualTrainer
@@ -32,6 +33,7 @@ def seconds_per_step(trainer_class: type, folder: str) -> tuple[float, float]:
     trainer = trainer_class(
         model, SFTConfig(**settings), train_dataset=toy.rows(number=64), processing_class=toy.tokenizer()
     )
+    trainer.remove_callback(PrinterCallback)
     tracemalloc.start()
     begin = time.perf_counter()
     trainer.train()
