@@ -413,3 +413,53 @@ def test_a_closure_is_called():
         return 3.5
 
     assert optimizer.step(closure) == 3.5 and math.isfinite(float(p.detach()[0]))
+
+
+def test_a_step_that_the_gradient_scaler_skips_is_no_step():
+    """An overflow in fp16: no Adam, no recall, no count."""
+    p, optimizer = one(1.0, 0.5, torch.float32, lr=0.1, anchor_strength=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for overflow in (True, False):
+        optimizer.zero_grad()
+        scaler.scale((p * (float("inf") if overflow else 0.0)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if overflow:
+            assert p.detach().tolist() == [1.0] * 3 and not optimizer.state
+    assert int(optimizer.state[p]["step"]) == 1
+    assert p.detach().tolist() == pytest.approx([0.95] * 3)
+
+
+def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
+    """The whole way: no anchor in the checkpoint, the same weights after resuming, a changed base refused."""
+    from trl import SFTConfig
+
+    from hf_continual import ContinualTrainer, FreezeLayers
+
+    folder, _ = saved(tmp_path)
+    toy.tokenizer().save_pretrained(folder)
+
+    def make():
+        changes = {"save_strategy": "steps", "save_steps": 2, "model_init_kwargs": {"dtype": "float32"}}
+        return ContinualTrainer(
+            str(folder),
+            SFTConfig(**toy.settings(tmp_path / "out", **changes)),
+            train_dataset=toy.rows(),
+            methods=[RecAdam(anneal="none", pull=0.1), FreezeLayers(bottom=1)],
+        )
+
+    straight = make()
+    straight.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert state and not any("anchor" in entry for entry in state.values())
+    record = json.loads((checkpoint / "continual" / "recadam.json").read_text())
+    assert record["base"] == str(folder)
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="The base checkpoint was changed"):
+        make().train(resume_from_checkpoint=str(checkpoint))

@@ -197,3 +197,15 @@ def test_sentences(options, error, said):
 def test_ratios_must_leave_room_for_the_task(tmp_path):
     with pytest.raises(ValueError, match="add up to 1.2"):
         build(tmp_path, Replay(toy.rows(), ratio=0.6), Replay(toy.rows(), ratio=0.6, name="b"))
+
+
+def test_a_streamed_task_resumes_bit_for_bit(tmp_path):
+    def make():
+        data = toy.rows(number=60).to_iterable_dataset()
+        return build(tmp_path, example(), data=data, max_steps=6, save_strategy="steps", save_steps=3)
+
+    straight, resumed = make(), make()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
+    assert (straight.replay_totals() == resumed.replay_totals()).all()
