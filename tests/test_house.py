@@ -73,7 +73,7 @@ def test_files_can_be_held_in_the_head():
         for p in (ROOT / "hf_continual").rglob("*.py")
         if (n := len(p.read_text().splitlines())) > 300
     }
-    assert set(long) <= {"hf_continual/methods/recadam.py", "hf_continual/trainer/trainer.py"}, long
+    assert set(long) <= {"hf_continual/trainer/trainer.py"}, long  # every private seam of HF in one place
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
