@@ -20,7 +20,12 @@ class Ledger:
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Enter a sum over `count` items; what is logged is the total over the count."""
         device = next((x.device for x in (total, count) if isinstance(x, torch.Tensor)), None)
-        entry = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in (total, count)])
+        # Plain numbers become tensors on the device itself; copying them there would cost a transfer per call.
+        pair = [
+            x.detach().float() if isinstance(x, torch.Tensor) else torch.full((), float(x), device=device)
+            for x in (total, count)
+        ]
+        entry = torch.stack(pair)
         self.entries[name] = self.entries[name] + entry if name in self.entries else entry
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
