@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_continual.methods.compose import Methods, overrides
 
@@ -22,6 +22,26 @@ def check_train_dataset(rows: Any) -> None:
     """Refuse an empty dataset with a sentence; everything else is SFTTrainer's to judge."""
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError("train_dataset has 0 rows: there is nothing to learn. Check the split or the filter.")
+
+
+def first_row(rows: Any) -> dict[str, Any]:
+    """The first raw row of the task, which replay rows are compared with; empty where SFTTrainer will refuse.
+
+    Args:
+        rows: What was given as `train_dataset`.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: If a streaming dataset yields nothing.
+    """
+    if not isinstance(rows, Dataset | IterableDataset):
+        return {}
+    row = next(iter(rows), None)
+    if row is None:
+        raise ValueError("train_dataset is a stream that yields no row: there is nothing to learn.")
+    return dict(row)
 
 
 def check_arguments(

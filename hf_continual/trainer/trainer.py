@@ -135,7 +135,7 @@ class ContinualTrainer(SFTTrainer):
         checks.check_train_dataset(train_dataset)
         if self.methods:
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
-        task_row = next(iter(train_dataset)) if self.methods else None  # pyrefly: ignore[no-matching-overload]
+        task_row = checks.first_row(train_dataset) if self.methods else {}
         super().__init__(
             model=model,
             args=args,
@@ -157,7 +157,7 @@ class ContinualTrainer(SFTTrainer):
         self.tap: ForwardTap | None = None
         self.ledger = Ledger()
         if self.methods:
-            self._set_up_methods(task_row or {})
+            self._set_up_methods(task_row)
 
     def _set_up_methods(self, task_row: dict[str, Any]) -> None:
         name, index = "task", 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
 from hf_continual import ContinualConfig, ContinualTrainer, FreezeLayers, Method, Paper, RecAdam, Replay
@@ -40,12 +40,23 @@ class Taps(Reads):
     taps = ("model.layers.9",)
 
 
+def nothing():
+    yield from ()
+
+
 SGD = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
 CASES = {
     "empty": (
         lambda t: build(t, train_dataset=Dataset.from_dict({"text": []})),
         ValueError,
         "train_dataset has 0 rows",
+    ),
+    "no dataset": (lambda t: build(t, Silent(), train_dataset=None), ValueError, "`train_dataset` is required"),
+    "a list": (lambda t: build(t, Silent(), train_dataset=[1]), TypeError, "must be a `Dataset`"),
+    "empty stream": (
+        lambda t: build(t, Silent(), train_dataset=IterableDataset.from_generator(nothing)),
+        ValueError,
+        "a stream that yields no row",
     ),
     "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "0 rows"),
     "missing file": (lambda t: build(t, Replay("gone.jsonl", ratio=0.1)), FileNotFoundError, "gone.jsonl"),
