@@ -143,6 +143,7 @@ class RecAdam(Method):
 
     def optimizer(self, run: Run) -> OptimizerChoice:
         """RecAdam with the betas, epsilon and weight decay of the training arguments."""
+        self._record = None  # a method object may serve a second run, whose anchors are others
         defaults = run.optimizer_defaults()
         if self.pull is not None and defaults["lr"] <= 0:
             raise ValueError(f"RecAdam(pull={self.pull}) is relative to the learning rate, which is {defaults['lr']}.")

@@ -463,3 +463,15 @@ def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="The base checkpoint was changed"):
         make().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_one_object_may_serve_two_runs(tmp_path):
+    """The second run has anchors of its own, and its checkpoints say so."""
+    folder, model = saved(tmp_path)
+    method = RecAdam(anneal="none", pull=0.1)
+    run = FakeRun(model)
+    train(model, run.build(method), 1)
+    first = method.state_dict(run)
+    again = FakeRun(toy.model(seed=4))
+    train(again.model, again.build(method), 1)
+    assert "fingerprint" in first and method.state_dict(again) == {"stored": True}
