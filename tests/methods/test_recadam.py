@@ -467,7 +467,7 @@ def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
 
 def test_one_object_may_serve_two_runs(tmp_path):
     """The second run has anchors of its own, and its checkpoints say so."""
-    folder, model = saved(tmp_path)
+    _, model = saved(tmp_path)
     method = RecAdam(anneal="none", pull=0.1)
     run = FakeRun(model)
     train(model, run.build(method), 1)
