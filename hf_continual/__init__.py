@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
-    from hf_continual.tasks import Task
+    from hf_continual.stream.run import train_stream
+    from hf_continual.tasks import Task, TaskStream
     from hf_continual.trainer.config import ContinualConfig
     from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -32,6 +33,8 @@ check_versions()
 # The face, in the order of the data. A name is imported when it is asked for: `import hf_continual` loads no torch.
 _FACE = {
     "Task": "hf_continual.tasks",
+    "TaskStream": "hf_continual.tasks",
+    "train_stream": "hf_continual.stream.run",
     "ContinualTrainer": "hf_continual.trainer.trainer",
     "ContinualConfig": "hf_continual.trainer.config",
     "Method": "hf_continual.methods.base",
@@ -49,6 +52,8 @@ _FACE = {
 
 __all__ = [  # noqa: RUF022 - in the order of the data
     "Task",
+    "TaskStream",
+    "train_stream",
     "ContinualTrainer",
     "ContinualConfig",
     "Method",

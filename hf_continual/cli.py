@@ -58,6 +58,25 @@ def demo(
 
 
 @app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="The plan, a YAML file.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what will be done and what it costs; load no weights.")
+    ] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="Output folder in place of the plan's.")] = None,
+    only: Annotated[str | None, typer.Option(help="One run of the plan's sweep, by name.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no log, only the tables.")] = False,
+) -> None:
+    """Learn the tasks of a plan one after the other and measure what was kept; goes on where it was interrupted."""
+    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from hf_continual.stream.command import run_plan
+
+    changes = {} if output_dir is None else {"output_dir": str(output_dir)}
+    run_plan(plan, dry_run=dry_run, only=only, quiet=quiet, **changes)
+
+
+@app.command()
 def methods() -> None:
     """List the methods against forgetting, where they act, and their papers."""
     from hf_continual.methods.compose import stations
@@ -81,5 +100,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if DEBUG["on"]:
             raise
-        Console(stderr=True).print(Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False)
+        Console(stderr=True).print(
+            Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False, soft_wrap=True
+        )
         sys.exit(2)

@@ -1,12 +1,14 @@
 """The accuracy matrix of a task sequence and what is read from it. Plain floats, no framework.
 
 Row i holds the scores after task i, column j is task j; a_{i,j} is the score on task j after learning task i, b_j
-the base model's. A cell that was not measured is None, and a mean over a missing cell is None: never a guess.
+the base model's, T the last task. A cell that was not measured is None, and a mean over a missing cell is None:
+never a guess. With losses in the cells (`lower_is_better`) every difference is turned round, so that a backward
+transfer below 0 and a forgetting above 0 always mean that something was lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Cell = float | None
@@ -25,33 +27,46 @@ def difference(a: Cell, b: Cell) -> Cell:
     return None if a is None or b is None else a - b
 
 
+def harmonic_mean(general: Cell, task: Cell) -> Cell:
+    """2 g t / (g + t): GeRe's "F1 Avg" of a general-ability score and the overall performance; 0 if both are 0."""
+    if general is None or task is None:
+        return None
+    return 2 * general * task / (general + task) if general + task > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class AccuracyMatrix:
-    """Scores of every task after every task, higher is better.
+    """Scores of every task after every task.
 
     Args:
         scores: Row i = after task i; a row may be shorter than the number of tasks (tasks to come are not
             measured) or hold None.
         base: Scores of the base model before the first task, or None.
+        lower_is_better: Whether the scores are losses; the signs of transfer and forgetting keep their meaning.
 
     Raises:
         ValueError: If a row is longer than the number of tasks, or the base row is of another length.
     """
 
     scores: list[list[float | None]]
-    base: list[float] | None = None
+    base: list[float] | list[float | None] | None = None
+    lower_is_better: bool = False
 
     def __post_init__(self) -> None:
         tasks = max((len(row) for row in self.scores), default=0)
         if tasks < len(self.scores):
             raise ValueError(f"{len(self.scores)} rows, but no row has a score for task {len(self.scores) - 1}.")
-        if self.base is not None and len(self.base) != tasks:
+        if self.base is not None and self.scores and len(self.base) != tasks:
             raise ValueError(f"base has {len(self.base)} scores and the matrix {tasks} tasks.")
 
     def score(self, after: int, task: int) -> Cell:
         """a_{after,task}; `after` = -1 is the base model. None where it was not measured."""
         row: Sequence[Cell] = (self.base or []) if after < 0 else self.scores[after]
         return row[task] if task < len(row) else None
+
+    def gain(self, new: Cell, old: Cell) -> Cell:
+        """How much better `new` is than `old`."""
+        return difference(old, new) if self.lower_is_better else difference(new, old)
 
     @property
     def last(self) -> int:
@@ -60,42 +75,136 @@ class AccuracyMatrix:
 
     @property
     def overall_performance(self) -> Cell:
-        """OP, also AP: mean of a_{T,j} over the tasks learnt."""
+        """OP, also AP or Last: mean of a_{T,j} over the tasks learnt."""
         return mean(self.score(self.last, j) for j in range(self.last + 1))
 
     @property
+    def average_performance(self) -> Cell:
+        """Mean over i of the mean of a_{i,j} over j <= i: the average over the whole sequence, also Avg."""
+        return mean(mean(self.score(i, j) for j in range(i + 1)) for i in range(self.last + 1))
+
+    @property
+    def learning_accuracy(self) -> Cell:
+        """LA: mean of a_{j,j}, each task right after it was learnt."""
+        return mean(self.score(j, j) for j in range(self.last + 1))
+
+    @property
     def backward_transfer(self) -> Cell:
-        """BWT: mean of a_{T,j} - a_{j,j} over all tasks but the last; below 0 is forgetting."""
-        return mean(difference(self.score(self.last, j), self.score(j, j)) for j in range(self.last))
+        """BWT: mean of a_{T,j} - a_{j,j} over all tasks but the last; below 0 is forgetting (TRACE, Recurrent-KIF)."""
+        return mean(self.gain(self.score(self.last, j), self.score(j, j)) for j in range(self.last))
+
+    @property
+    def backward_transfer_over_all(self) -> Cell:
+        """BWT as SAPT computes it: the same sum divided by the number of tasks, the last one included."""
+        value = self.backward_transfer
+        return None if value is None else value * self.last / (self.last + 1)
 
     @property
     def forward_transfer(self) -> Cell:
         """FWT: mean of a_{j-1,j} - b_j over all tasks but the first."""
-        return mean(difference(self.score(j - 1, j), self.score(-1, j)) for j in range(1, self.last + 1))
+        return mean(self.gain(self.score(j - 1, j), self.score(-1, j)) for j in range(1, self.last + 1))
 
     @property
     def forgetting(self) -> Cell:
-        """Mean of max_i a_{i,j} - a_{T,j} over all tasks but the last, the maximum over tasks before the last."""
+        """Mean of max_i a_{i,j} - a_{T,j} over all tasks but the last, i < T (Chaudhry et al. 2018, SAPT's Fgt).
+
+        The maximum is over what was measured; moments from when the task was learnt on must have been.
+        """
         return mean(self._forgotten(j) for j in range(self.last))
 
     def _forgotten(self, task: int) -> Cell:
-        past = [self.score(i, task) for i in range(task, self.last)]
-        if any(p is None for p in past):
+        past = [self.score(i, task) for i in range(self.last)]
+        if None in past[task:]:
             return None
-        return difference(max(p for p in past if p is not None), self.score(self.last, task))
+        best = (min if self.lower_is_better else max)(p for p in past if p is not None)
+        return self.gain(best, self.score(self.last, task))
 
     @property
     def per_task_minimum(self) -> list[Cell]:
-        """Least score of each task from when it was learnt to the end."""
+        """Worst score of each task from when it was learnt to the end: least accuracy, or greatest loss."""
+        worst = max if self.lower_is_better else min
         columns = [[self.score(i, j) for i in range(j, self.last + 1)] for j in range(self.last + 1)]
-        return [None if None in column else min(v for v in column if v is not None) for column in columns]
+        return [None if None in column else worst(v for v in column if v is not None) for column in columns]
 
     @property
     def summary(self) -> dict[str, Cell]:
         """The figures above by name."""
-        return {
-            "overall_performance": self.overall_performance,
-            "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer,
-            "forgetting": self.forgetting,
-        }
+        return {name: getattr(self, name) for name in SUMMARY}
+
+
+SUMMARY = (
+    "overall_performance",
+    "average_performance",
+    "learning_accuracy",
+    "backward_transfer",
+    "backward_transfer_over_all",
+    "forward_transfer",
+    "forgetting",
+)
+
+Rows = Mapping[tuple[int, int], Sequence[float]]
+
+
+def bootstrap_intervals(
+    runs: Sequence[Rows],
+    tasks: int,
+    draws: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    lower_is_better: bool = False,
+    figure: Callable[[AccuracyMatrix], Mapping[str, Cell]] = lambda matrix: matrix.summary,
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile intervals of a matrix' figures, drawn again over rows and over runs.
+
+    The rows of a task are drawn once for all moments of all runs, since the same rows are scored at every moment;
+    with several runs (seeds) the runs are drawn as well, and their figures averaged.
+
+    Args:
+        runs: For each run the score of every row in every cell, ``{(after, task): scores}``; `after` = -1 is the
+            base model.
+        tasks: Number of tasks.
+        draws: Number of draws.
+        confidence: Probability mass inside the interval.
+        seed: Seed of the draws.
+        lower_is_better: Whether the scores are losses.
+        figure: What is read from a matrix.
+
+    Returns:
+        Lower and upper bound by figure; None where a figure cannot be computed.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    sizes = {j: len(scores) for run in runs for (_, j), scores in run.items()}
+    means: list[dict[tuple[int, int], np.ndarray]] = [{} for _ in runs]
+    for j, size in sorted(sizes.items()):
+        counts = rng.multinomial(size, np.full(size, 1 / size), size=draws) / size
+        for run, found in zip(runs, means, strict=True):
+            found.update({cell: counts @ np.asarray(scores, float) for cell, scores in run.items() if cell[1] == j})
+    chosen = rng.integers(len(runs), size=(draws, len(runs))) if len(runs) > 1 else np.zeros((draws, 1), int)
+    drawn: dict[str, list[float]] = {}
+    missing: set[str] = set()
+    for k in range(draws):
+        values: dict[str, list[float]] = {}
+        for r in chosen[k]:
+            matrix = _matrix({cell: float(v[k]) for cell, v in means[r].items()}, tasks, lower_is_better)
+            for name, value in figure(matrix).items():
+                if value is None:
+                    missing.add(name)
+                else:
+                    values.setdefault(name, []).append(value)
+        for name, several in values.items():
+            drawn.setdefault(name, []).append(sum(several) / len(several))
+    tail = 100 * (1 - confidence) / 2
+    bounds: dict[str, tuple[float, float] | None] = dict.fromkeys(missing)
+    for name, values_of in drawn.items():
+        if name not in missing:
+            low, high = np.percentile(values_of, [tail, 100 - tail])
+            bounds[name] = (float(low), float(high))
+    return bounds
+
+
+def _matrix(cells: Mapping[tuple[int, int], float], tasks: int, lower_is_better: bool) -> AccuracyMatrix:
+    rows = [[cells.get((i, j)) for j in range(tasks)] for i in range(-1, tasks)]
+    base = rows[0] if any(v is not None for v in rows[0]) else None
+    return AccuracyMatrix(rows[1:], base, lower_is_better)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -73,4 +74,50 @@ def plot_forgetting(
     )  # fmt: skip
     if title:
         figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def plot_matrix(
+    scores: Sequence[Sequence[float | None]],
+    tasks: Sequence[str],
+    base: Sequence[float | None] | None = None,
+    title: str = "",
+    lower_is_better: bool = False,
+) -> Figure:
+    """The accuracy matrix as a heat map: rows are moments, columns are tasks.
+
+    Args:
+        scores: Row i = after task i; None where it was not measured.
+        tasks: Names of the tasks.
+        base: Scores of the base model, for a first row.
+        title: Heading.
+        lower_is_better: Whether the scores are losses; otherwise they are shares, shown in per cent.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    rows = [*([("base model", base)] if base is not None else []), *zip(tasks, scores, strict=False)]
+    figure = Figure(figsize=(2.2 + 0.95 * len(tasks), 1.7 + 0.5 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    values = np.full((len(rows), len(tasks)), np.nan)
+    for i, (_, row) in enumerate(rows):
+        values[i, : len(row)] = [np.nan if value is None else value for value in row]
+    image = axis.imshow(values, cmap="viridis_r" if lower_is_better else "viridis", aspect="auto")
+    if not lower_is_better:
+        image.set_clim(0.0, 1.0)
+    low, high = image.get_clim()
+    for i, j in np.argwhere(~np.isnan(values)):
+        bright = (values[i, j] - low) / max(high - low, 1e-12) > 0.6
+        shown = f"{values[i, j]:.2f}" if lower_is_better else f"{100 * values[i, j]:.0f}"
+        colour = "black" if bright != lower_is_better else "white"
+        axis.text(j, i, shown, ha="center", va="center", fontsize=9, color=colour)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set_xlabel("scored on")
+    axis.set_ylabel("after learning")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    if title:
+        axis.set_title(title, fontsize=10, loc="left")
     return figure

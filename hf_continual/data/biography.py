@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
@@ -199,3 +200,33 @@ def questions(who: Sequence[Person], attributes: Sequence[str] = ATTRIBUTES) -> 
             for a in attributes
         ]
     )
+
+
+def biography_rows(
+    people_number: int,
+    kind: Literal["texts", "questions"] = "questions",
+    skip: int = 0,
+    attributes: Sequence[str] = ATTRIBUTES,
+    versions: int = 5,
+    seed: int = 0,
+) -> Dataset:
+    """Rows of a task about invented people, as a plan names them: ``{biography: {people_number: 60, skip: 120}}``.
+
+    Args:
+        people_number: Number of people.
+        kind: Their biographies (``{"text", "name"}``), or questions about them (``{"prompt", "completion"}``).
+        skip: People of the same seed that are left out before them, so that tasks are about different people.
+        attributes: What is asked for.
+        versions: Biographies per person.
+        seed: Seed of names, facts, words and order.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    who = people(skip + people_number, seed)[skip:]
+    if kind not in ("texts", "questions"):
+        raise ValueError(f"biography: kind={kind!r} must be 'texts' or 'questions'.")
+    return biographies(who, versions, seed) if kind == "texts" else questions(who, attributes)

@@ -26,7 +26,7 @@ def load_rows(source: Dataset | str | Path | Sequence[dict[str, Any]], split: st
     Args:
         source: A `datasets.Dataset`; a list of row dictionaries; the path of a ``.jsonl``, ``.json``,
             ``.parquet``, ``.csv`` or ``.txt`` file; the folder of a saved dataset; or the id of a
-            dataset on the Hub, with ``@revision`` behind it to pin one.
+            dataset on the Hub, ``owner/name``, with ``:configuration`` and ``@revision`` behind it.
         split: Split to read where the source has several.
 
     Returns:
@@ -83,7 +83,8 @@ def _read(source: str, split: str) -> Dataset:
             f"dataset on the Hub as 'owner/name'."
         )
     name, _, revision = source.partition("@")
-    return load_dataset(name, split=split, revision=revision or None)
+    name, _, configuration = name.partition(":")
+    return load_dataset(name, configuration or None, split=split, revision=revision or None)
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from hf_continual.data.biography import people, questions
 from hf_continual.demo.general_text import HELD_OUT
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
-from hf_continual.evaluation.result import Score
+from hf_continual.evaluation.result import Scored
 from hf_continual.methods.base import Method
 from hf_continual.methods.freeze import FreezeLayers
 from hf_continual.methods.recadam import RecAdam
 from hf_continual.methods.replay import Replay
+from hf_continual.stream.folders import train_tasks
 from hf_continual.tasks import Task, TaskStream
 from hf_continual.tensors.layers import find_blocks
 from hf_continual.trainer.state import last_complete_checkpoint
-from hf_continual.trainer.stream import train_tasks
 from hf_continual.trainer.trainer import ContinualTrainer
 
 # Disjoint people, one kind of question each: what the base model cannot know, asked in three formats.
@@ -138,9 +139,9 @@ class Arm:
         point: dict[str, Any] = {"at": task * self.settings.steps + step, "general": None, "exact": {}, "nll": {}}
         for seen in self.stream.tasks[: max(task, 0) + 1]:
             answers = teacher_forced(model, self.tokenizer, rows_of(seen))
-            point["exact"][seen.name] = answers.exact.value
+            point["exact"][seen.name] = answers.score.value
             point["nll"][seen.name] = answers.nll.value if answers.nll else None
-        point["general"] = general_loss(model, self.tokenizer, HELD_OUT).value
+        point["general"] = general_loss(model, self.tokenizer, HELD_OUT).score.value
         with self.curves.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
         return point
@@ -153,9 +154,9 @@ class Arm:
             model = self._load()
             scores = {t.name: teacher_forced(model, self.tokenizer, rows_of(t)) for t in self.stream}
             measured = {
-                "exact": {n: a.exact.to_dict() for n, a in scores.items()},
+                "exact": {n: a.score.to_dict() for n, a in scores.items()},
                 "nll": {n: a.nll.to_dict() for n, a in scores.items() if a.nll},
-                "general": general_loss(model, self.tokenizer, HELD_OUT).to_dict(),
+                "general": general_loss(model, self.tokenizer, HELD_OUT).score.to_dict(),
             }
             file.write_text(json.dumps(measured, indent=1), encoding="utf-8")
         return json.loads(file.read_text(encoding="utf-8"))
@@ -163,7 +164,7 @@ class Arm:
     def run(self) -> None:
         """All tasks, then the merged model in ``model/`` and what was measured in ``results.json``."""
         base = self.base()
-        matrix = train_tasks(self.stream, self.folder, self.learn, self.evaluate)
+        matrix = train_tasks(self.stream, self.folder, self)
         last = self.folder / self.stream[len(self.stream) - 1].folder
         self.say(task=len(self.stream), step=0, doing="saving")
         model: Any = PeftModel.from_pretrained(self._load(), last)
@@ -177,7 +178,7 @@ class Arm:
             "base": base,
             "matrix": matrix.scores,
             "nll": {n: a.nll.to_dict() for n, a in final.items() if a.nll},
-            "general": general_loss(merged, self.tokenizer, HELD_OUT).to_dict(),
+            "general": general_loss(merged, self.tokenizer, HELD_OUT).score.to_dict(),
         }
         (self.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         self.say(task=len(self.stream), step=0, doing="done")
@@ -185,12 +186,12 @@ class Arm:
     def _load(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=torch.bfloat16)
 
-    def learn(self, task: Task, previous: Path | None, folder: Path) -> SFTTrainer:
-        """Train one task from the adapter of the task before."""
+    def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
+        """Train one task from the adapter of the task before; see `hf_continual.stream.folders.Learner`."""
         settings, model = self.settings, self._load()
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if previous is None else None
-        if previous is not None:
-            model = PeftModel.from_pretrained(model, previous, is_trainable=True)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if parent is None else None
+        if parent is not None:
+            model = PeftModel.from_pretrained(model, parent, is_trainable=True)
         args = SFTConfig(
             str(folder),
             per_device_train_batch_size=settings.batch,
@@ -223,7 +224,8 @@ class Arm:
         trainer.remove_callback(PrinterCallback)
         watch.trainer = trainer
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-        return trainer
+        trainer.save_model(str(folder))
+        return {"name": task.name, "steps": trainer.state.global_step}
 
     def methods(self, task: Task) -> list[Method]:
         """What the continual arm does against forgetting."""
@@ -265,11 +267,16 @@ class Arm:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.settings.model))
 
-    def evaluate(self, trainer: SFTTrainer, task: Task) -> tuple[Score, list[dict[str, Any]]]:
-        """Exact match of one task, and which rows were right."""
-        answers = teacher_forced(trainer.model, self.tokenizer, rows_of(task))
-        rows = [{**row, "right": right} for row, right in zip(rows_of(task), answers.right, strict=True)]
-        return answers.exact, rows
+    def columns(self, task: Task | None) -> list[Task]:
+        """Every task seen is scored."""
+        return list(self.stream.tasks[: (len(self.stream) if task is None else task.index + 1)])
+
+    def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:
+        """Exact match of the saved adapter on each task."""
+        model: Any = self._load()
+        model = model if folder is None else PeftModel.from_pretrained(model, folder)
+        for task in tasks:
+            done(task.name, teacher_forced(model, self.tokenizer, rows_of(task)))
 
 
 def main() -> None:

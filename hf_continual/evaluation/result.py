@@ -1,10 +1,13 @@
-"""One number and what must be known to believe it."""
+"""One number and what must be known to believe it; and the rows that it was made from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+Status = Literal["MEASURED", "NOT_RUN", "ERROR"]
 
 
 @dataclass(frozen=True)
@@ -17,32 +20,100 @@ class Score:
         protocol: How it was measured, in a word or two.
         standard_error: Standard error of the mean, or None.
         status: MEASURED, NOT_RUN or ERROR.
+        lower_is_better: Whether it is a loss.
+        error: What went wrong, where the status is ERROR.
     """
 
     value: float | None
     n: int
     protocol: str
     standard_error: float | None = None
-    status: Literal["MEASURED", "NOT_RUN", "ERROR"] = "MEASURED"
+    status: Status = "MEASURED"
+    lower_is_better: bool = False
+    error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
-        return asdict(self)
+        """The fields as plain data; `error` only where there is one."""
+        plain = asdict(self)
+        if self.error is None:
+            del plain["error"]
+        return plain
 
 
-def proportion(hits: int, n: int, protocol: str) -> Score:
-    """A share of rows with the standard error of a binomial."""
-    if n == 0:
-        return Score(None, 0, protocol, status="NOT_RUN")
-    share = hits / n
-    return Score(share, n, protocol, math.sqrt(share * (1 - share) / n))
+@dataclass(frozen=True)
+class RowScore:
+    """What one row contributes.
+
+    Args:
+        score: Its score, usually 0 to 1, or a loss.
+        weight: Its weight in the mean: 1, or the number of its tokens.
+        prediction: What the model said, as text.
+        reference: What was asked for.
+        also: Other values of the same row by name, such as ``{"nll": 0.7}``.
+    """
+
+    score: float
+    weight: float = 1.0
+    prediction: str = ""
+    reference: str = ""
+    also: dict[str, float] = field(default_factory=dict)
 
 
-def mean_of(values: list[float], protocol: str) -> Score:
-    """Mean of values with its standard error."""
-    n = len(values)
-    if n == 0:
-        return Score(None, 0, protocol, status="NOT_RUN")
-    centre = sum(values) / n
-    spread = math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-    return Score(centre, n, protocol, spread)
+@dataclass(frozen=True)
+class Scored:
+    """The scores of all rows of a task, in their order, and how they were obtained.
+
+    Args:
+        rows: One entry per row.
+        protocol: How they were scored, in a word or two.
+        lower_is_better: Whether the score is a loss.
+    """
+
+    rows: Sequence[RowScore]
+    protocol: str
+    lower_is_better: bool = False
+
+    @property
+    def score(self) -> Score:
+        """Weighted mean over the rows; `n` is the sum of the weights."""
+        values, weights = [r.score for r in self.rows], [r.weight for r in self.rows]
+        return weighted_mean(values, weights, self.protocol, self.lower_is_better)
+
+    @property
+    def nll(self) -> Score | None:
+        """Negative log-likelihood of an answer's token in nats, averaged over rows; None if it was not computed."""
+        if not self.rows or any("nll" not in r.also for r in self.rows):
+            return None
+        values = [r.also["nll"] for r in self.rows]
+        return weighted_mean(values, [1.0] * len(values), "answer NLL per token", lower_is_better=True)
+
+    @property
+    def right(self) -> list[bool]:
+        """Which rows have the full score of 1."""
+        return [r.score == 1 for r in self.rows]
+
+
+def weighted_mean(
+    values: Sequence[float], weights: Sequence[float], protocol: str, lower_is_better: bool = False
+) -> Score:
+    """Weighted mean with the standard error of a ratio of sums over independent rows.
+
+    Args:
+        values: One value per row.
+        weights: One weight per row; rows of weight 0 do not count.
+        protocol: How the values were obtained.
+        lower_is_better: Whether the value is a loss.
+
+    Returns:
+        The score; NOT_RUN when there is nothing to average.
+    """
+    used = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0]
+    total = math.fsum(w for _, w in used)
+    if not used:
+        return Score(None, 0, protocol, status="NOT_RUN", lower_is_better=lower_is_better)
+    centre = math.fsum(v * w for v, w in used) / total
+    n = len(used)
+    spread = None
+    if n > 1:
+        spread = math.sqrt(math.fsum((w * (v - centre)) ** 2 for v, w in used) * n / (n - 1)) / total
+    return Score(centre, round(total), protocol, spread, lower_is_better=lower_is_better)

@@ -178,11 +178,13 @@ class Method:
         paper: What it implements.
         taps: Module outputs wanted in `Forward.taps`: ``"last_hidden_state"``, or paths of modules
             below the causal language model such as ``"model.layers.3"``.
+        bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
     """
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
     taps: ClassVar[tuple[str, ...]] = ()
+    bytes_per_parameter: ClassVar[float] = 0.0
 
     def reads_forward(self) -> bool:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""

@@ -94,6 +94,8 @@ class RecAdam(Method):
     _record: State | None = field(default=None, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "recadam"
+    bytes_per_parameter: ClassVar[float] = 4.0  # the anchor
+
     paper: ClassVar[Paper] = Paper(
         "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
         "Chen and Hou and Cui and Che and Liu and Yu",

@@ -20,10 +20,11 @@ def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str,
 def is_fresh(layer: Any) -> bool:
     """Whether an adapter has learnt nothing: one factor of its product is all zero.
 
-    An adapter without such a factor (initialised from the weights, or already trained) is not fresh.
+    An adapter without such a factor (initialised from the weights, or already trained) is not fresh. One on the
+    meta device holds no values and counts as fresh: it is looked at before anything is loaded.
     """
     zero = [
-        not bool(p.detach().any())
+        p.is_meta or not bool(p.detach().any())
         for name, p in layer.named_parameters()
         if ("lora_B" in name or "lora_embedding_A" in name) and "bias" not in name
     ]

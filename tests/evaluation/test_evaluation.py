@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from hf_continual import ContinualTrainer
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.general import general_loss
-from hf_continual.evaluation.result import mean_of, proportion
+from hf_continual.evaluation.prompts import encode
+from hf_continual.evaluation.result import RowScore, Scored, weighted_mean
 from tests import toy
 
 
@@ -36,9 +37,10 @@ def test_teacher_forcing_is_generation(half_taught, batch_size):
     forced = teacher_forced(model, toy.tokenizer(), rows, batch_size)
     greedy = generated(model, toy.tokenizer(), rows, batch_size)
     assert forced.right == greedy.right
-    assert 0 < sum(forced.right) < len(rows) and forced.exact.value == sum(forced.right) / 16
-    wanted = [p == c.strip() for p, c in zip(greedy.predictions, rows["completion"], strict=True)]
-    assert wanted == greedy.right
+    assert 0 < sum(forced.right) < len(rows) and forced.score.value == sum(forced.right) / 16
+    said = [r.prediction for r in greedy.rows]
+    assert [p == c.strip() for p, c in zip(said, rows["completion"], strict=True)] == greedy.right
+    assert [r.prediction == r.reference.strip() for r in forced.rows] == forced.right
 
 
 def test_answer_loss_is_the_models_loss(half_taught):
@@ -65,8 +67,8 @@ def test_general_loss_is_the_models_loss():
         sums = [float(model(input_ids=i, labels=i).loss) * (i.shape[1] - 1) for i in ids]
     count = sum(i.shape[1] - 1 for i in ids)
     for size in (1, 3):
-        got = general_loss(model, toy.tokenizer(), texts, batch_size=size)
-        assert got.value == pytest.approx(sum(sums) / count, rel=1e-5) and got.n == count
+        got = general_loss(model, toy.tokenizer(), texts, batch_size=size).score
+        assert got.value == pytest.approx(sum(sums) / count, rel=1e-5) and got.n == count and got.lower_is_better
 
 
 def test_adapters_are_evaluated_and_the_mode_is_restored():
@@ -80,9 +82,62 @@ def test_adapters_are_evaluated_and_the_mode_is_restored():
 
 
 def test_scores_say_what_they_rest_on():
-    half = proportion(5, 10, "x")
+    half = Scored([RowScore(1.0)] * 5 + [RowScore(0.0)] * 5, "x").score
     assert (half.value, half.n, half.status) == (0.5, 10, "MEASURED")
-    assert half.standard_error == pytest.approx(math.sqrt(0.25 / 10))
-    assert proportion(0, 0, "x").status == mean_of([], "x").status == "NOT_RUN"
+    assert half.standard_error == pytest.approx(math.sqrt(0.25 / 9))
+    assert weighted_mean([], [], "x").status == "NOT_RUN" and "error" not in half.to_dict()
+    # By hand: weights 1 and 3, values 0 and 1: mean 0.75, deviations -0.75 and 3 * 0.25.
+    two = weighted_mean([0.0, 1.0], [1.0, 3.0], "x")
+    assert two.value == 0.75 and two.standard_error == pytest.approx(math.sqrt((0.75**2 + 0.75**2) * 2) / 4)
     empty = teacher_forced(toy.model(), toy.tokenizer(), Dataset.from_list([]))
-    assert empty.exact.value is None and empty.exact.status == "NOT_RUN"
+    assert empty.score.value is None and empty.score.status == "NOT_RUN" and empty.nll is None
+
+
+def test_batches_answer_as_single_rows_do(half_taught):
+    model, rows = half_taught
+    alone = [generated(model, toy.tokenizer(), rows.select([i])).rows[0] for i in range(len(rows))]
+    assert list(generated(model, toy.tokenizer(), rows, batch_size=8).rows) == alone
+    assert [r.prediction for r in alone] != [alone[0].prediction] * len(alone)
+
+
+def test_stop_strings_limits_and_match(half_taught):
+    model, rows = half_taught
+    tokenizer = toy.tokenizer()
+    plain = generated(model, tokenizer, rows).rows
+    stop = plain[0].prediction.split()[1]
+    cut = generated(model, tokenizer, rows, stop=[stop]).rows
+    for before, after in zip(plain, cut, strict=True):
+        assert after.prediction == before.prediction.split(stop)[0]
+    short = generated(model, tokenizer, rows, max_new_tokens=1).rows
+    assert all(len(r.prediction.split()) <= 1 for r in short)
+    overlap = generated(
+        model, tokenizer, rows, match=lambda said, wanted: float(said.split()[:1] == wanted.split()[:1])
+    )
+    assert overlap.score.value >= generated(model, tokenizer, rows).score.value
+    with pytest.raises(ValueError, match="unknown match 'exat'"):
+        generated(model, tokenizer, rows, match="exat")
+
+
+def test_the_checkpoints_generation_config_does_not_matter(half_taught):
+    model, rows = half_taught
+    before = [r.prediction for r in generated(model, toy.tokenizer(), rows).rows]
+    model.generation_config.repetition_penalty = 50.0
+    assert [r.prediction for r in generated(model, toy.tokenizer(), rows).rows] == before
+    assert model.generation_config.repetition_penalty == 50.0
+    model.generation_config.repetition_penalty = 1.0
+
+
+def test_conversations_are_scored():
+    tokenizer = toy.tokenizer()
+    row = {
+        "prompt": [{"role": "user", "content": "w1 w2"}],
+        "completion": [{"role": "assistant", "content": "w3 w4"}],
+    }
+    prompt, answer = encode(row, tokenizer)
+    assert tokenizer.decode(prompt) == "<user> w1 w2 <assistant>" and tokenizer.decode(answer) == "w3 w4 <eos>"
+    scored = teacher_forced(toy.model(), tokenizer, Dataset.from_list([row]))
+    assert scored.rows[0].reference == "w3 w4"
+    with pytest.raises(ValueError, match="needs 'prompt' and 'completion', this one has .'text'"):
+        encode({"text": "x"}, tokenizer)
+    with pytest.raises(ValueError, match="no token before the answer"):
+        encode({"prompt": "", "completion": "w1"}, tokenizer)

@@ -1,0 +1,129 @@
+"""The scorers by name, and scorers built from plain data. Importing this module imports none of them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_continual.evaluation.result import RowScore, Scored
+
+Scorer = Callable[..., Scored]
+
+SCORERS: dict[str, str] = {
+    "exact_match": "hf_continual.evaluation.exact_match:teacher_forced",
+    "teacher_forced": "hf_continual.evaluation.exact_match:teacher_forced",
+    "generated": "hf_continual.evaluation.exact_match:generated",
+    "label_likelihood": "hf_continual.evaluation.likelihood:label_likelihood",
+    "multiple_choice": "hf_continual.evaluation.likelihood:multiple_choice",
+    "answer_nll": "hf_continual.evaluation.likelihood:answer_nll",
+    "general_loss": "hf_continual.evaluation.general:general_loss",
+    "lm_eval": "hf_continual.evaluation.harness:lm_eval",
+}
+
+# Columns that a scorer reads; prompt and completion where nothing else is said.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "multiple_choice": ("context", "choices", "answer"),
+    "general_loss": ("text",),
+    "lm_eval": (),
+}
+
+
+def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
+    """Build a scorer from data: a name, or a mapping of one name to its options.
+
+    Args:
+        description: ``"exact_match"``, ``{"generated": {"match": "rougeL", "stop": ["\\n"]}}``, the place of a
+            function of one's own as ``"package.module:function"``, or a function. A function is called with
+            (model, tokenizer, rows) and returns `Scored` or one number per row.
+        batch_size: Rows per forward pass, for scorers that take one and are not given one.
+
+    Returns:
+        A function of (model, tokenizer, rows).
+
+    Raises:
+        TypeError: If the description is none of the above.
+        ValueError: If the name or an option is unknown.
+    """
+    name, options = _name_and_options(description)
+    function = description if name is None else _find(name)
+    shown = name or getattr(function, "__name__", repr(function))
+    known = list(inspect.signature(function).parameters)[3:]
+    if unknown := [k for k in options if k not in known]:
+        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"the metric {shown} has no option {unknown[0]!r}.{hint} Known are {', '.join(known) or 'none'}."
+        )
+    if batch_size is not None and "batch_size" in known:
+        options = {"batch_size": batch_size, **options}
+    if "match" in options:
+        from hf_continual.evaluation.match import find_match
+
+        find_match(options["match"])  # pyrefly: ignore[bad-argument-type]
+    return functools.partial(_scored, function, shown, options)
+
+
+def columns_of(description: Any) -> tuple[str, ...]:
+    """The columns that rows need for a scorer; empty where it is a function of one's own."""
+    name, _ = _name_and_options(description)
+    if name is None or ":" in name:
+        return ()
+    return COLUMNS.get(name, ("prompt", "completion"))
+
+
+def with_labels(description: Any, rows: Any) -> Any:
+    """Fix the labels of `label_likelihood` from all rows, so that a process that scores a part knows them all."""
+    name, options = _name_and_options(description)
+    if name != "label_likelihood" or options.get("labels") is not None:
+        return description
+    from hf_continual.evaluation.prompts import reference
+
+    return {name: {**options, "labels": sorted({reference(row) for row in rows})}}
+
+
+def _name_and_options(description: Any) -> tuple[str | None, dict[str, Any]]:
+    if callable(description):
+        return None, {}
+    if isinstance(description, str):
+        return description, {}
+    if isinstance(description, Mapping) and len(description) == 1:
+        name, options = next(iter(description.items()))
+        if options is None or isinstance(options, Mapping):
+            return str(name), dict(options or {})
+    raise TypeError(f"a metric is a name, or a mapping of one name to its options; got {description!r}.")
+
+
+def _find(name: str) -> Callable[..., Any]:
+    target = SCORERS.get(name, name if ":" in name else None)
+    if target is None:
+        close = difflib.get_close_matches(name, SCORERS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown metric {name!r}.{hint} Known are {', '.join(SCORERS)}; a function of your own is named "
+            f"'package.module:function'."
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the metric {name!r} cannot be imported: {error}.") from error
+
+
+def _scored(
+    function: Callable[..., Any], name: str, options: Mapping[str, Any], model: Any, tokenizer: Any, rows: Any
+) -> Scored:
+    """Call a scorer and check what it returned."""
+    result = function(model, tokenizer, rows, **options)
+    if isinstance(result, Sequence) and all(isinstance(v, bool | int | float) for v in result):
+        result = Scored([RowScore(float(v)) for v in result], name)
+    if not isinstance(result, Scored):
+        raise TypeError(
+            f"the metric {name} returned {type(result).__name__}; a scorer returns Scored, or one number per row."
+        )
+    if rows is not None and len(result.rows) != len(rows):
+        raise ValueError(f"the metric {name} returned {len(result.rows)} scores for {len(rows)} rows.")
+    return result

@@ -1,0 +1,64 @@
+"""Scores of a model while it is trained, at steps that the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_continual.durable import read_json, write_json
+from hf_continual.stream.prepare import Prepared
+from hf_continual.tasks import Task
+
+CURVE = Path("continual") / "curve.json"
+
+
+class Curve(TrainerCallback):
+    """Scores the model in training on all rows; the training does not notice.
+
+    Args:
+        trainer: The trainer.
+        steps: Optimizer steps after which to score; 0 is before the first.
+        tasks: What is scored.
+        prepared: The plan made ready.
+        file: Where the points are kept, by step. A point that is there is not measured again.
+
+    Raises:
+        ValueError: If the weights are spread over processes, which cannot be scored in training.
+    """
+
+    def __init__(
+        self, trainer: Any, steps: Sequence[int], tasks: Sequence[Task], prepared: Prepared, file: Path
+    ) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("a task's `curve` needs whole weights on each process; drop it under FSDP and DeepSpeed.")
+        self.trainer, self.steps, self.tasks, self.prepared, self.file = trainer, set(steps), tasks, prepared, file
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The point at step 0."""
+        self._point(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A point after a step."""
+        self._point(state.global_step)
+
+    def _point(self, step: int) -> None:
+        if step not in self.steps or not self.trainer.is_world_process_zero():
+            return
+        points = read_json(self.file) if self.file.is_file() else {}
+        if str(step) in points:
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        point = {}
+        for task in self.tasks:
+            scored = self.prepared.scorers[task.name](model, self.prepared.tokenizer, task.test)
+            point[task.name] = {"value": scored.score.value, "nll": None if scored.nll is None else scored.nll.value}
+        write_json(self.file, {**points, str(step): point})
+
+
+def read_curve(folder: Path) -> dict[str, Any]:
+    """The points of a finished task by step; empty where there are none."""
+    file = folder / CURVE
+    return dict(sorted(read_json(file).items(), key=lambda item: int(item[0]))) if file.is_file() else {}

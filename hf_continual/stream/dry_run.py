@@ -1,0 +1,140 @@
+"""What a plan will do and cost, said before any weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_continual.stream.prepare import Prepared
+from hf_continual.tasks import Task
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+FOUR_BIT = 0.56  # NF4 with its scales, per quantised weight
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """Tasks, rows, tokens, replay, trainable parameters, memory, steps and disk of one run.
+
+    Memory is the sum of weights, gradients and optimizer state of one process that holds all of them (exact), and
+    of the activations (a rough figure: 16 values per token, channel and block, or 2 with checkpointing).
+
+    Args:
+        prepared: The plan made ready.
+
+    Returns:
+        Plain data: ``tasks`` one entry each, and totals.
+    """
+    tasks = [_task(prepared, task) for task in prepared.stream]
+    shared = {k: tasks[0][k] for k in ("parameters", "weights_bytes")}
+    return {
+        "model": prepared.plan.model.path,
+        "output_dir": prepared.plan.output_dir,
+        "between_tasks": "merge" if prepared.plan.merge else prepared.plan.between_tasks,
+        "processes": PartialState().num_processes,
+        **shared,
+        "tasks": tasks,
+        "gauges": {name: None if rows is None else len(rows) for name, rows in prepared.gauges.items()},
+        "scored_rows": sum(len(t.test or ()) for t in prepared.columns_after(None))
+        * bool(prepared.plan.evaluation.base)
+        + sum(len(c.test or ()) for t in prepared.stream for c in prepared.columns_after(t)),
+        "steps": sum(t["steps"] for t in tasks),
+        "memory_bytes": max(t["memory_bytes"] for t in tasks),
+        "disk_bytes": sum(t["disk_bytes"] for t in tasks) + max(t["checkpoint_bytes"] for t in tasks),
+    }
+
+
+def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        args = prepared.config(task, Path(folder))
+    methods = prepared.methods(task)
+    model, total, weights = _on_paper(prepared)
+    for method in methods:
+        method.prepare_model(model, task)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lengths = token_counts(prepared, task, args.max_length)
+    world = PartialState().num_processes
+    batches = math.ceil(sum(lengths) / (args.max_length or max(lengths))) if args.packing else len(lengths)
+    batches = math.ceil(batches / (args.per_device_train_batch_size * world))
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    share = sum(getattr(m, "ratio", None) or 0.0 for m in methods)
+    longest = args.max_length if args.packing and args.max_length else max(lengths)
+    tokens = args.per_device_train_batch_size * longest / (1 - share)
+    config = model.config
+    values = 2 if args.gradient_checkpointing else 16
+    kept = 2.0 if args.bf16 or prepared.plan.model.dtype in ("bfloat16", "float16") else 4.0
+    activations = tokens * config.hidden_size * config.num_hidden_layers * values * kept
+    state = 8.0 + sum(type(m).bytes_per_parameter for m in methods)
+    grown = trainable * (task.index + 1 if prepared.plan.between_tasks == "new_adapter" else 1)
+    saved = 4.0 * grown if prepared.plan.peft else weights
+    return {
+        "name": task.name,
+        "parent": getattr(prepared.stream.parent(task), "name", "base"),
+        "rows": len(lengths),
+        "tokens": sum(lengths),
+        "test_rows": len(task.test) if task.test is not None else None,
+        "steps": steps,
+        "methods": [m.name for m in methods],
+        "replay_share": share,
+        "parameters": total,
+        "trainable": trainable,
+        "weights_bytes": weights,
+        "memory_bytes": weights + trainable * (4.0 + state) + activations,
+        "disk_bytes": saved,
+        "checkpoint_bytes": (saved + trainable * state) * ((args.save_total_limit or 1) + 1)
+        if args.save_strategy != "no"
+        else 0.0,
+    }
+
+
+def _on_paper(prepared: Prepared) -> tuple[Any, int, float]:
+    """The model with its adapters on the meta device, its parameters and the bytes of its weights."""
+    plan = prepared.plan
+    config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    dtype = (
+        str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        if plan.model.dtype == "auto"
+        else plan.model.dtype
+    )
+    weights = total * BYTES.get(dtype, 4.0)
+    if plan.model.quantization:
+        linear = sum(
+            m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+        )
+        each = FOUR_BIT if plan.model.quantization.get("load_in_4bit") else 1.0
+        weights -= linear * (BYTES.get(dtype, 4.0) - each)
+    if plan.peft is not None:
+        options: dict[str, Any] = {"task_type": "CAUSAL_LM", **plan.peft}
+        with torch.device("meta"):
+            model = get_peft_model(model, LoraConfig(**options), low_cpu_mem_usage=True)
+    return model, total, weights
+
+
+def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list[int]:
+    """Tokens of each training row as it will be cut."""
+    tokenizer, rows = prepared.tokenizer, task.train
+    assert rows is not None
+    columns = set(rows.column_names)
+    if "input_ids" in columns:
+        lengths = [len(ids) for ids in rows["input_ids"]]
+    elif "messages" in columns:
+        lengths = [len(tokenizer.apply_chat_template(m, tokenize=True, return_dict=False)) for m in rows["messages"]]
+    elif "text" in columns:
+        lengths = [len(ids) + 1 for ids in tokenizer(rows["text"][:])["input_ids"]]
+    else:
+        pairs = zip(rows["prompt"], rows["completion"], strict=True)
+        if isinstance(rows[0]["prompt"], str):
+            lengths = [len(ids) + 1 for ids in tokenizer([p + c for p, c in pairs])["input_ids"]]
+        else:
+            lengths = [len(tokenizer.apply_chat_template([*p, *c], tokenize=True, return_dict=False)) for p, c in pairs]
+    return lengths if max_length is None else [min(n, max_length) for n in lengths]

@@ -1,0 +1,209 @@
+"""Trains and scores the tasks of a plan: a fresh trainer per task, a fresh load per moment that is scored."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import set_seed
+
+from hf_continual.evaluation.result import Scored
+from hf_continual.stream.curve import CURVE, Curve
+from hf_continual.stream.folders import SCORES, keep_error, wait
+from hf_continual.stream.models import EARLIER, is_adapter, load_finished, load_for_training
+from hf_continual.stream.prepare import Prepared
+from hf_continual.tasks import Task
+from hf_continual.tensors.concatenate import concatenate_adapters
+from hf_continual.trainer.state import last_complete_checkpoint
+from hf_continual.trainer.trainer import ContinualTrainer
+
+logger = logging.getLogger(__name__)
+
+BEFORE_MERGE = "trained"
+
+
+class PlanLearner:
+    """Implements `hf_continual.stream.folders.Learner` for a plan.
+
+    Args:
+        prepared: The plan made ready.
+        output_dir: The run's folder.
+    """
+
+    def __init__(self, prepared: Prepared, output_dir: Path) -> None:
+        self.prepared, self.plan, self.output_dir = prepared, prepared.plan, output_dir
+
+    def columns(self, task: Task | None) -> Sequence[Task]:
+        """Tasks by the plan's rule, then the gauges."""
+        gauges = [Task(name, test=rows) for name, rows in self.prepared.gauges.items()]
+        return [*self.prepared.columns_after(task), *gauges]
+
+    def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
+        """Train, then merge if the plan says so; see `Learner.learn`."""
+        merge = self.plan.merge
+        start = None if merge is not None and merge.start == "base" else parent
+        goal = folder if merge is None else folder / BEFORE_MERGE
+        facts = self._train(task, start, folder, goal)
+        _free()
+        if merge is not None and PartialState().is_main_process:
+            self._merge(task, parent, folder)
+        wait()
+        return facts
+
+    def _train(self, task: Task, parent: Path | None, folder: Path, goal: Path) -> dict[str, Any]:
+        # New adapters are drawn before the trainer sets its seed: the draw must not depend on what came before.
+        set_seed(self.plan.seed)
+        model, peft_config, callbacks = load_for_training(self.plan, parent)
+        args = self.prepared.config(task, folder)
+        trainer = ContinualTrainer(
+            model=model,
+            args=args,
+            train_dataset=task.train,
+            processing_class=self.prepared.tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            methods=self.prepared.methods(task),
+        )
+        if steps := self.plan.tasks[task.index].curve:
+            # Behind the methods' own callback: what is scored is the model that the step ended with.
+            trainer.add_callback(Curve(trainer, steps, self.columns(task), self.prepared, folder / CURVE))
+        checkpoint = last_complete_checkpoint(folder)
+        logger.info("%s: training%s", task.name, f" from {Path(checkpoint).name}" if checkpoint else "")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        facts = {
+            "name": task.name,
+            "index": task.index,
+            "parent": None if parent is None else parent.name,
+            "steps": trainer.state.global_step,
+            "methods": trainer.methods.describe() if all(_plain(m.describe()) for m in trainer.methods) else None,
+        }
+        stacked = bool(callbacks)
+        trainer.save_model(str(folder / "new" if stacked else goal))
+        wait()
+        if PartialState().is_main_process:
+            if stacked:
+                concatenate_adapters(folder / "new" / EARLIER, folder / "new", goal)
+                shutil.rmtree(folder / "new")
+                self.prepared.tokenizer.save_pretrained(goal)
+            (goal / "training_args.bin").unlink(missing_ok=True)
+        trainer.accelerator.free_memory()
+        return facts
+
+    def _merge(self, task: Task, parent: Path | None, folder: Path) -> None:
+        """Merge the task's model with what was there, into the task's folder. On the main process only."""
+        merge = self.plan.merge
+        assert merge is not None
+        trained = folder / BEFORE_MERGE
+        if merge.start == "merged":
+            models = [] if parent is None else [parent]
+        else:
+            models = [self.output_dir / t.folder / BEFORE_MERGE for t in self.prepared.stream.lineage(task)[:-1]]
+        if not models:
+            logger.info("%s: the first of its line, there is nothing to merge it with", task.name)
+            _copy_files(trained, folder)
+            return
+        merged = folder / "merged"
+        if merged.is_dir():
+            shutil.rmtree(merged)
+        logger.info("%s: merging %s", task.name, ", ".join(str(m) for m in [*models, trained]))
+        function = find_function(merge.function)
+        offered = {"base": self.plan.model.path, "task": task, "calibration": task.train}
+        wanted = inspect.signature(function).parameters
+        given = {k: v for k, v in offered.items() if k in wanted and k not in merge.options}
+        function([str(m) for m in [*models, trained]], str(merged), **given, **merge.options)
+        if not any(merged.glob("*.safetensors")):
+            raise RuntimeError(
+                f"the merge {merge.function!r} left no safetensors file in {merged}. It must write a model or an adapter "
+                f"into the folder that is its second argument."
+            )
+        _copy_files(merged, folder)
+        shutil.rmtree(merged)
+
+    def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:
+        """Load once and score each task, its rows shared out over the processes; see `Learner.score`."""
+        where = folder or self.output_dir / "base"
+        logger.info("scoring %s on %s", where.name.removesuffix(".partial"), ", ".join(t.name for t in tasks))
+        model = load_finished(self.plan, folder)
+        try:
+            for task in tasks:
+                try:
+                    scored = self._scored(model, task)
+                except Exception as error:
+                    if PartialState().is_main_process:
+                        keep_error(where, task.name, "", f"{type(error).__name__}: {error}")
+                    raise RuntimeError(
+                        f"scoring {task.name!r} with {where} failed: {type(error).__name__}: {error}. It is written down as "
+                        f"ERROR in {where / SCORES}; run the plan again to go on from there."
+                    ) from error
+                done(task.name, scored)
+        finally:
+            del model
+            _free()
+
+    def _scored(self, model: Any, task: Task) -> Scored:
+        scorer, state = self.prepared.scorers[task.name], PartialState()
+        if task.test is None:
+            return scorer(model, self.prepared.tokenizer, None)
+        mine = task.test
+        if state.num_processes > 1:
+            mine = task.test.select(range(state.process_index, len(task.test), state.num_processes))
+        own = scorer(model, self.prepared.tokenizer, mine)
+        if state.num_processes == 1:
+            return own
+        parts = gather_object([list(own.rows)])
+        rows = [parts[i % state.num_processes][i // state.num_processes] for i in range(len(task.test))]
+        return Scored(rows, own.protocol, own.lower_is_better)
+
+
+def find_function(name: Any) -> Callable[..., Any]:
+    """A merge: a function, or ``package.module:function``.
+
+    Args:
+        name: Either.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If it cannot be imported.
+    """
+    if callable(name):
+        return name
+    module, _, attribute = str(name).partition(":")
+    try:
+        if attribute:
+            return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the merge {name!r} cannot be imported: {error}.") from error
+    raise ValueError(f"the merge {name!r} must be named 'package.module:function'.")
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    if is_adapter(source) != is_adapter(target) and is_adapter(target):
+        raise RuntimeError(f"{target} holds an adapter already.")
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copy2(file, target / file.name)
+
+
+def _plain(data: Any) -> bool:
+    if isinstance(data, dict):
+        return all(_plain(v) for v in data.values())
+    if isinstance(data, list):
+        return all(_plain(v) for v in data)
+    return data is None or isinstance(data, str | int | float | bool)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

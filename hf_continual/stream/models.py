@@ -1,0 +1,115 @@
+"""Loading: the base model, and what a task left in its folder, for training or for scoring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from hf_continual.stream.plan import ModelPlan, Plan
+
+ADAPTER = "adapter_config.json"
+EARLIER = "earlier"
+
+
+def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
+    """A causal language model as the plan says.
+
+    Args:
+        model: What to load and how.
+        folder: A task's folder with full weights in place of the plan's model.
+
+    Returns:
+        The model, on the host unless it is quantised.
+    """
+    options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if model.quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig(**model.quantization)
+        if torch.cuda.is_available():
+            options["device_map"] = {"": PartialState().local_process_index}
+    if folder is None:
+        options["revision"] = model.revision
+    return AutoModelForCausalLM.from_pretrained(model.path if folder is None else folder, **options)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not a whole model."""
+    return (folder / ADAPTER).is_file()
+
+
+def load_finished(plan: Plan, folder: Path | None) -> Any:
+    """The model of a folder, or the base model, ready to be scored on this process's device."""
+    if folder is None:
+        model = load_base(plan.model)
+    elif is_adapter(folder):
+        model = PeftModel.from_pretrained(load_base(plan.model), folder)
+    else:
+        model = load_base(plan.model, folder)
+    model = model.eval()
+    return model if plan.model.quantization else model.to(PartialState().device)
+
+
+def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None, list[TrainerCallback]]:
+    """The model that a task goes on from.
+
+    Args:
+        plan: The plan.
+        parent: Folder of the task before, None for the base model.
+
+    Returns:
+        The model, the adapter that the trainer still has to add, and callbacks that it needs.
+
+    Raises:
+        ValueError: If the parent's folder and the plan do not agree on adapters.
+    """
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
+    config = None if plan.peft is None else LoraConfig(**options)
+    if parent is None:
+        return load_base(plan.model), config, []
+    if not is_adapter(parent):
+        # A merge may turn adapters into a whole model; a new adapter goes on top of it.
+        return load_base(plan.model, parent), config, []
+    if config is None:
+        raise ValueError(
+            f"{parent} holds an adapter and the plan has no `peft`: nothing would be trained. Give it `peft`."
+        )
+    base = load_base(plan.model)
+    if plan.between_tasks != "new_adapter":
+        return PeftModel.from_pretrained(base, parent, is_trainable=True), None, []
+    model = PeftModel.from_pretrained(base, parent, adapter_name=EARLIER)
+    model.add_adapter("default", config)
+    both = BothAdapters()
+    both.activate(model)
+    return model, None, [both]
+
+
+class BothAdapters(TrainerCallback):
+    """Keeps the earlier adapter active and frozen beside the new one.
+
+    transformers 5.23 leaves only one adapter active when it resumes from a checkpoint.
+    """
+
+    @staticmethod
+    def activate(model: Any) -> None:
+        """Both act in the forward pass; only the new one learns."""
+        model.base_model.set_adapter(["default", EARLIER])
+        for name, parameter in model.named_parameters():
+            if f".{EARLIER}." in name:
+                parameter.requires_grad_(False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After a checkpoint was loaded."""
+        inner = model.module if hasattr(model, "module") else model
+        self.activate(inner)
+
+
+def base_of(folder: Path) -> str:
+    """What an adapter's configuration names as its base model."""
+    return json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]

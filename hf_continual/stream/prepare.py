@@ -1,0 +1,289 @@
+"""A plan made ready: rows loaded, mapped and checked, scorers built; no weights yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoTokenizer
+
+from hf_continual.data.biography import biography_rows
+from hf_continual.data.columns import check_columns, cut_prompts, map_columns, take, without_options
+from hf_continual.data.rows import load_rows
+from hf_continual.evaluation.table import Scorer, build_scorer, columns_of, with_labels
+from hf_continual.methods.base import Method
+from hf_continual.methods.compose import Methods
+from hf_continual.methods.table import build_methods
+from hf_continual.stream.plan import Plan, TaskPlan
+from hf_continual.stream.source import Key, PlanError, Where
+from hf_continual.tasks import BASE, Task, TaskStream, check_parents
+from hf_continual.trainer.config import ContinualConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EARLIER = "earlier_tasks"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs but weights.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+        stream: The tasks with their rows.
+        tokenizer: The model's.
+        scorers: Scorer of each scored task and gauge by name.
+        gauges: Rows of each gauge by name; None where its metric brings its own.
+    """
+
+    plan: Plan
+    where: Where
+    stream: TaskStream
+    tokenizer: Any
+    scorers: Mapping[str, Scorer]
+    gauges: Mapping[str, Dataset | None]
+
+    def scored(self, tasks: Sequence[Task] | None = None) -> list[Task]:
+        """The tasks that have rows to be scored with."""
+        return [t for t in (self.stream if tasks is None else tasks) if t.test is not None]
+
+    def columns_after(self, task: Task | None) -> list[Task]:
+        """The tasks to score after a task; None is the base model, which is scored on all of them."""
+        asked = self.plan.evaluation.tasks
+        if task is None or asked == "all":
+            return self.scored()
+        names = set(asked) if isinstance(asked, list) else {t.name for t in self.stream.lineage(task)}
+        names |= set(self.plan.tasks[task.index].evaluate)
+        return [t for t in self.scored() if t.name in names]
+
+    def options(self, task: Task) -> dict[str, Any]:
+        """Options of SFTConfig for a task."""
+        return {**self.plan.sft, **self.plan.tasks[task.index].sft}
+
+    def config(self, task: Task, folder: Path) -> ContinualConfig:
+        """The training arguments of a task."""
+        defaults: dict[str, Any] = {"save_total_limit": 1, "report_to": "none"}
+        seed = self.plan.seed
+        return ContinualConfig(
+            output_dir=str(folder),
+            task_name=task.name,
+            task_index=task.index,
+            seed=seed,
+            **{**defaults, **self.options(task)},
+        )
+
+    def methods(self, task: Task) -> list[Method]:
+        """Fresh methods for a task, rows of earlier tasks put in."""
+        own = self.plan.tasks[task.index].methods
+        description = self.plan.methods if own is None else own
+        if isinstance(description, Sequence) and description and all(isinstance(m, Method) for m in description):
+            return [replace(m) for m in description]  # pyrefly: ignore[bad-specialization]
+        return build_methods(_with_earlier(description, task, self.stream))
+
+
+def prepare(plan: Plan, where: Where) -> Prepared:
+    """Load rows, build scorers and check every task's arguments and methods.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+
+    Returns:
+        The plan made ready.
+
+    Raises:
+        PlanError: If something of it cannot be used; says where.
+    """
+    with _at(where, ("model",)):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            plan.model.tokenizer or plan.model.path, revision=plan.model.revision
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _check_parents(plan, where)
+    scorers: dict[str, Scorer] = {}
+    tasks = []
+    for i, task in enumerate(plan.tasks):
+        metric = plan.evaluation.metric if task.metric is None else task.metric
+        place: tuple[Key, ...] = ("evaluation", "metric") if task.metric is None else ("tasks", i, "metric")
+        train = _rows(task, "train", plan, tokenizer, where, i)
+        test = None
+        if task.test is not None:
+            with _at(where, place):
+                build_scorer(metric, plan.evaluation.batch_size)
+            test = _rows(task, "test", plan, tokenizer, where, i)
+            with _at(where, place if task.metric is not None else ("tasks", i, "columns" if task.columns else "test")):
+                check_columns(test, columns_of(metric), f"scoring task {task.name!r}")
+                scorers[task.name] = build_scorer(with_labels(metric, test), plan.evaluation.batch_size)
+        tasks.append(Task(task.name, i, train, test, task.parent))
+    gauges: dict[str, Dataset | None] = {}
+    for name, gauge in plan.evaluation.gauges.items():
+        place = ("evaluation", "gauges", name)
+        if name in scorers:
+            raise where.error(place, f"the gauge {name!r} has the name of a task; give it another.")
+        with _at(where, place):
+            scorers[name] = build_scorer(gauge.metric)
+            rows = None
+            if gauge.rows is not None:
+                rows = take(_load(gauge.rows, gauge.split), gauge.limit, plan.data_seed)
+                rows = map_columns(rows, gauge.columns) if gauge.columns else rows
+                check_columns(rows, columns_of(gauge.metric), f"the gauge {name!r}")
+            elif columns_of(gauge.metric):
+                raise ValueError(f"the gauge {name!r} needs rows. Name a file or a Hub id: rows: general.jsonl")
+        gauges[name] = rows
+    with _at(where, ("tasks",)):
+        stream = TaskStream(tasks)
+    prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges)
+    for task in stream:
+        own: tuple[Key, ...] = ("tasks", task.index)
+        with (
+            _at(where, (*own, "sft") if plan.tasks[task.index].sft else ("sft",)),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            prepared.config(task, Path(folder))
+        with _at(where, ("methods",) if plan.tasks[task.index].methods is None else (*own, "methods")):
+            Methods(prepared.methods(task))
+    return prepared
+
+
+@contextmanager
+def _at(where: Where, path: Sequence[Key]) -> Iterator[None]:
+    """Errors inside are errors of the plan at this place."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
+        raise where.error(path, str(error)) from error
+
+
+def _check_parents(plan: Plan, where: Where) -> None:
+    names = [(task.name, task.parent) for task in plan.tasks]
+    for i, (name, parent) in enumerate(names):
+        with _at(where, ("tasks", i, "parent" if parent else "name")):
+            TaskStream([Task(name)])
+            if name in [n for n, _ in names[:i]]:
+                raise ValueError(f"two tasks are called {name!r}; names tell tables and folders apart.")
+    try:
+        check_parents(names)
+    except ValueError as error:
+        # The message quotes the task that it is about first.
+        about = next(
+            (
+                i
+                for i, (n, p) in enumerate(names)
+                if (p and p != BASE and f"{n!r}" in str(error)) or f" {n} ->" in str(error)
+            ),
+            0,
+        )
+        raise where.error(("tasks", about, "parent"), str(error)) from error
+
+
+def _rows(task: TaskPlan, which: str, plan: Plan, tokenizer: Any, where: Where, index: int) -> Dataset:
+    """The rows of a task as they are learnt or scored."""
+    path = ("tasks", index)
+    source, split = (task.train, task.split) if which == "train" else (task.test, task.test_split)
+    with _at(where, (*path, which)):
+        rows = _load(source, split)
+    rows = take(rows, task.train_rows if which == "train" else task.test_rows, plan.data_seed)
+    if task.columns:
+        with _at(where, (*path, "columns")):
+            rows = map_columns(rows, task.columns, task.labels)
+    elif task.labels:
+        raise where.error(
+            (*path, "labels"), "labels name the classes of a column; say which with columns: {completion: ' {label}'}."
+        )
+    if task.drop_options:
+        with _at(where, (*path, "drop_options")):
+            check_columns(rows, ("prompt",), "drop_options")
+            rows = without_options(rows)
+    if task.max_prompt_tokens:
+        with _at(where, (*path, "max_prompt_tokens")):
+            check_columns(rows, ("prompt",), "max_prompt_tokens")
+            rows = cut_prompts(rows, task.max_prompt_tokens, tokenizer)
+    if which == "train":
+        with _at(where, (*path, "columns" if task.columns else "train")):
+            _check_trainable(rows, task.name)
+    return rows
+
+
+TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids",))
+
+
+def _check_trainable(rows: Dataset, name: str) -> None:
+    if not any(set(kind) <= set(rows.column_names) for kind in TRAINABLE):
+        check_columns(rows, ("prompt", "completion"), f"training task {name!r} on answers")
+
+
+def _load(source: Any, split: str) -> Dataset:
+    if isinstance(source, Mapping):
+        if list(source) != ["biography"] or not isinstance(source["biography"], Mapping):
+            raise ValueError(
+                f"rows are a path, a Hub id, a list of rows, or {{biography: {{...}}}}; got {dict(source)!r}."
+            )
+        return biography_rows(**source["biography"])
+    return load_rows(source, split)
+
+
+def _with_earlier(description: Any, task: Task, stream: TaskStream) -> Any:
+    """Put the rows of earlier tasks where a method asks for them; without any, leave the method out."""
+    if isinstance(description, Mapping):
+        kept = {}
+        for name, options in description.items():
+            if isinstance(options, Mapping) and (asked := _asked(options.get("rows"))) is not None:
+                rows = _earlier_rows(task, stream, **asked)
+                if rows is None:
+                    continue
+                options = {**options, "rows": rows}
+            kept[name] = options
+        return kept
+    if isinstance(description, Sequence) and not isinstance(description, str):
+        return [_with_earlier(item, task, stream) for item in description]
+    return description
+
+
+def _asked(rows: Any) -> dict[str, Any] | None:
+    if rows == EARLIER:
+        return {}
+    if isinstance(rows, Mapping) and EARLIER in rows:
+        if unknown := set(rows) - {EARLIER, "of", "seed"}:
+            raise ValueError(f"rows: {{{EARLIER}: NUMBER, of: [names]}} has no key {sorted(unknown)[0]!r}.")
+        return {"number": rows[EARLIER], "of": rows.get("of"), "seed": rows.get("seed", 0)}
+    return None
+
+
+def _earlier_rows(
+    task: Task, stream: TaskStream, number: int | None = None, of: Sequence[str] | None = None, seed: int = 0
+) -> Dataset | None:
+    """Training rows of the tasks that this task's model has learnt, at most `number` of each."""
+    earlier = [t for t in stream.lineage(task)[:-1] if of is None or t.name in of]
+    rows = [take(t.train, number, seed) for t in earlier if t.train is not None]
+    if not rows or task.train is None:
+        return None
+    wanted = ("prompt", "completion") if "prompt" in task.train.column_names else tuple(task.train.column_names)
+    for t, found in zip(earlier, rows, strict=True):
+        if not set(wanted) <= set(found.column_names):
+            raise ValueError(
+                f"the rows of the earlier task {t.name!r} have the columns {found.column_names} and task {task.name!r} "
+                f"learns {list(wanted)}. Name the tasks to replay: rows: {{{EARLIER}: NUMBER, of: [...]}}."
+            )
+    return concatenate_datasets([found.select_columns(list(wanted)) for found in rows])  # pyrefly: ignore
+
+
+def fingerprint(rows: Dataset | None) -> dict[str, Any] | None:
+    """Number of rows, and a hash of their content."""
+    if rows is None:
+        return None
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()[:16]}

@@ -1,0 +1,155 @@
+"""What a run measured, and what a plan will cost, as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hf_continual.metrics import SUMMARY
+
+TITLES = {
+    "overall_performance": "overall performance (OP)",
+    "average_performance": "average over the sequence",
+    "learning_accuracy": "right after learning (LA)",
+    "backward_transfer": "backward transfer (BWT)",
+    "backward_transfer_over_all": "backward transfer, over all tasks",
+    "forward_transfer": "forward transfer (FWT)",
+    "forgetting": "forgetting (max - last)",
+}
+
+
+def matrix_table(results: Mapping[str, Any]) -> Table:
+    """The accuracy matrix with its base row."""
+    lower = results["matrix"]["lower_is_better"]
+    scale = 1 if lower else 100
+    table = Table(title=f"{results['metric']}{'' if lower else ', in %'}", title_justify="left")
+    table.add_column("after learning")
+    for name in results["tasks"]:
+        table.add_column(name, justify="right")
+    if results["matrix"]["base"] is not None:
+        table.add_row("(base model)", *(_cell(v, scale) for v in results["matrix"]["base"]), style="dim")
+    for name, row in zip(results["tasks"], results["matrix"]["scores"], strict=False):
+        table.add_row(name, *(_cell(v, scale) for v in row))
+    return table
+
+
+def _cell(value: float | None, scale: float) -> str:
+    if value is None:
+        return ""
+    return f"{scale * value:.1f}" if scale == 100 else f"{value:.3f}"
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """The figures of a run with their intervals, the answers' losses and the gauges."""
+    lower = results["matrix"]["lower_is_better"]
+    scale = 1 if lower else 100
+    intervals = results["intervals"] or {}
+    table = Table(title="what was kept", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval over rows", justify="right")
+    for name in SUMMARY:
+        bounds = intervals.get(name)
+        shown = "" if bounds is None else f"{_cell(bounds[0], scale)} to {_cell(bounds[1], scale)}"
+        table.add_row(TITLES[name], _cell(results["summary"][name], scale) or "not measured", shown)
+    loss = results["nll"]["summary"]["overall_performance"]
+    if loss is not None and not lower:
+        table.add_row("answers' loss, all tasks (nats per token)", f"{loss:.3f}", "")
+    for name, gauge in results["gauges"].items():
+        if gauge["change"] is not None:
+            table.add_row(f"{name}, change from the base model", f"{gauge['change']:+.3f}", "")
+        if gauge.get("harmonic_mean_with_tasks") is not None:
+            table.add_row(f"harmonic mean of {name} and tasks", _cell(gauge["harmonic_mean_with_tasks"], 100), "")
+    return table
+
+
+def sweep_table(results: Mapping[str, Any]) -> Table:
+    """The arms of a sweep side by side, means over their seeds."""
+    table = Table(title="mean over seeds, ± standard deviation, in %", title_justify="left")
+    table.add_column("arm")
+    table.add_column("seeds", justify="right")
+    shown = [
+        n
+        for n in SUMMARY
+        if any(n in a["figures"] for a in results["arms"].values()) and n != "backward_transfer_over_all"
+    ]
+    for name in shown:
+        table.add_column(TITLES[name].split(" (")[0], justify="right")
+    gauges = list(dict.fromkeys(g for a in results["arms"].values() for g in a.get("gauge_changes", {})))
+    losses = any("nll" in a for a in results["arms"].values())
+    for name in ["answers' loss"] * losses + [f"{g}, change" for g in gauges]:
+        table.add_column(name, justify="right")
+    for group, arm in results["arms"].items():
+        figures = [_spread(arm["figures"].get(name)) for name in shown]
+        loss = [f"{arm['nll']:.2f}" if "nll" in arm else ""] * losses
+        changes = [f"{arm['gauge_changes'][g]:+.3f}" if g in arm.get("gauge_changes", {}) else "" for g in gauges]
+        table.add_row(group, str(len(arm["runs"])), *figures, *loss, *changes)
+    return table
+
+
+def _spread(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    return f"{100 * figure['mean']:.1f}" + ("" if figure["sd"] is None else f" ± {100 * figure['sd']:.1f}")
+
+
+def results_report(results: Mapping[str, Any]) -> RenderableType:
+    """Everything that is shown at the end of a run or of a sweep."""
+    if "arms" not in results:
+        return Group(matrix_table(results), summary_table(results))
+    waiting = [name for name, run in results["runs"].items() if run["status"] == "NOT_RUN"]
+    note = [Text(f"NOT_RUN: {', '.join(waiting)}", style="yellow")] if waiting else []
+    return Group(sweep_table(results), *note)
+
+
+def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> RenderableType:
+    """What will be done, without doing it.
+
+    Args:
+        plans: Name and description of each run; one without a sweep.
+
+    Returns:
+        A table per run with its totals.
+    """
+    parts: list[RenderableType] = []
+    for name, plan in plans:
+        title = f"{name + ': ' if name else ''}{plan['model']} -> {plan['output_dir']}"
+        table = Table(title=title, title_justify="left")
+        branches = any(
+            t["parent"] != before
+            for t, before in zip(plan["tasks"], ["base", *(t["name"] for t in plan["tasks"])], strict=False)
+        )
+        for column in ("task", "rows", "tokens", "replay", "steps", "trainable", "memory", "test"):
+            table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
+        for task in plan["tasks"]:
+            table.add_row(
+                task["name"] + (f"\n  from {task['parent']}" if branches else ""), f"{task['rows']:,}",
+                f"{task['tokens']:,}", f"{100 * task['replay_share']:.0f} %" if task["replay_share"] else "",
+                f"{task['steps']:,}", f"{task['trainable']:,}", size(task["memory_bytes"]),
+                "" if task["test_rows"] is None else f"{task['test_rows']:,}",
+            )  # fmt: skip
+        methods = {t["name"]: ", ".join(t["methods"]) for t in plan["tasks"] if t["methods"]}
+        lines = [
+            f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
+            "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
+            f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
+            f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
+        ]
+        parts += [table, Text("\n".join(lines)), Text("")]
+    if len(plans) > 1:
+        steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
+        parts.append(Text(f"{len(plans)} runs: {steps:,} steps, disk at most {size(disk)}"))
+    return Group(*parts)
+
+
+def size(number: float) -> str:
+    """Bytes in a unit that is read at a glance."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit in ("B", "kB") or number >= 10 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -1,0 +1,150 @@
+"""`train_stream`: a plan from the first task to the last, whatever moment it is killed at."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from filelock import FileLock
+
+from hf_continual.durable import write_json
+from hf_continual.stream.folders import learn_task, main_decides, read_stage, score_stage, wait
+from hf_continual.stream.learner import PlanLearner, find_function
+from hf_continual.stream.plan import Plan, read_plan
+from hf_continual.stream.prepare import Prepared, prepare
+from hf_continual.stream.record import keep_plan, only_one, plain_plan
+from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
+from hf_continual.stream.source import PlanError, Where
+from hf_continual.tasks import TaskStream
+
+logger = logging.getLogger(__name__)
+
+
+def train_stream(
+    plan: str | Path | Mapping[str, Any] | TaskStream, *, only: str | None = None, **changes: Any
+) -> StreamResult:
+    """Learn the tasks of a plan one after the other, and measure after each what was kept.
+
+    A fresh trainer learns each task from the folder that the one before left, and every model is scored as it was
+    saved. Whatever is finished in `output_dir` is not done again: killed at any moment, the same call goes on and
+    ends with the matrix and the weights of an undisturbed run.
+
+    Example:
+        >>> result = train_stream("plan.yaml")
+        >>> stream = TaskStream([Task("law", train=law, test=law_test), Task("tax", train=tax, test=tax_test)])
+        >>> result = train_stream(stream, model="Qwen/Qwen2.5-0.5B", output_dir="out", peft={"r": 16})
+        >>> result.matrix.backward_transfer
+
+    Args:
+        plan: A YAML file, a mapping of `hf_continual.stream.plan.Plan`'s fields, or a `TaskStream` with the other
+            fields in `changes`.
+        only: Name of the one run of a sweep that is wanted.
+        **changes: Fields that replace the plan's.
+
+    Returns:
+        The accuracy matrix and all that was measured. For a plan with a `sweep`, the results of all runs, and the
+        matrix of the last.
+
+    Raises:
+        FileNotFoundError: If the plan does not exist.
+        PlanError: If it cannot be run, or the folder was begun with another one. Says where and what to do.
+        RuntimeError: If a task could not be scored.
+    """
+    read, where = read_plan(plan, **changes)
+    if read.sweep is not None:
+        from hf_continual.stream.sweep import run_sweep
+
+        return run_sweep(read, where, only)
+    if only is not None:
+        raise where.error((), f"the plan has no sweep, so there is no run {only!r} to choose.")
+    prepared = prepare(read, where)
+    return run_prepared(prepared, Path(read.output_dir))
+
+
+def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = None) -> StreamResult:
+    """Run a plan that was made ready.
+
+    Args:
+        prepared: The plan.
+        output_dir: The run's folder.
+        base_dir: Folder that holds the base model's scores; by default the run's own.
+
+    Returns:
+        What was measured.
+    """
+    base_dir = base_dir or output_dir
+    main = PartialState().is_main_process
+    check_merge(prepared.plan, prepared.where)
+    with only_one(output_dir) if main else contextlib.nullcontext():
+        refuse_on_all(lambda: keep_plan(output_dir, plain_plan(prepared)))
+        if prepared.plan.evaluation.base:
+            _score_base(prepared, base_dir)
+            _check_unsolved(prepared, base_dir)
+        learner = PlanLearner(prepared, output_dir)
+        for task in prepared.stream:
+            parent = prepared.stream.parent(task)
+            learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
+            if main:
+                write_json(output_dir / RESULTS, collect(prepared, output_dir, base_dir).results)
+        wait()
+        return collect(prepared, output_dir, base_dir)
+
+
+def _score_base(prepared: Prepared, base_dir: Path) -> None:
+    """Score the base model; of a sweep's runs that share it, one does and the others wait."""
+    learner = PlanLearner(prepared, base_dir)
+    base_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(base_dir / ".base.lock") if PartialState().is_main_process else contextlib.nullcontext():
+        score_stage(base_dir / BASE_FOLDER, BASE_FOLDER, learner.columns(None), base_dir, learner, base=True)
+
+
+def refuse_on_all(check: Callable[[], None]) -> None:
+    """Make a check on the main process, and fail on all if it fails.
+
+    Args:
+        check: Raises PlanError.
+
+    Raises:
+        PlanError: What the check raised.
+    """
+
+    def said() -> str | None:
+        try:
+            check()
+        except PlanError as error:
+            return str(error)
+        return None
+
+    if refused := main_decides(said):
+        raise PlanError(refused)
+
+
+def check_merge(plan: Plan, where: Where) -> None:
+    """Refuse a merge that cannot be imported, before anything is trained."""
+    if plan.merge is None:
+        return
+    try:
+        find_function(plan.merge.function)
+    except ValueError as error:
+        raise where.error(("between_tasks", "merge"), str(error)) from error
+
+
+def _check_unsolved(prepared: Prepared, base_dir: Path) -> None:
+    """Refuse tasks that the base model can do already: what becomes of them is drift, not forgetting."""
+    limit = prepared.plan.evaluation.solved_at
+    scores = main_decides(lambda: read_stage(base_dir / BASE_FOLDER))
+    for task in prepared.scored():
+        cell = scores.get(task.name, {})
+        if limit is None or cell.get("value") is None or cell.get("lower_is_better"):
+            continue
+        if cell["value"] >= limit:
+            raise prepared.where.error(
+                ("tasks", task.index),
+                f"the base model scores {cell['value']:.2f} on {task.name!r} before it has learnt it (n = {cell['n']}): this "
+                f"measures drift, not forgetting. Choose a task that the base cannot do, or say evaluation: "
+                f"{{solved_at: null}} to measure it all the same.",
+            )

@@ -1,0 +1,98 @@
+"""A plan's YAML with the line of every key, so that an error can say where it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Key = str | int
+
+
+class PlanError(ValueError):
+    """A plan that cannot be run; the message says where, what and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-3`` as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class Where:
+    """Where the entries of a plan are written.
+
+    Args:
+        file: Name of the file, None for a plan made in Python.
+        lines: Line of each entry by its path of keys.
+    """
+
+    def __init__(self, file: str | None = None, lines: dict[tuple[Key, ...], int] | None = None) -> None:
+        self.file, self.lines = file, lines or {}
+
+    def of(self, path: Sequence[Key]) -> str:
+        """Words for a place, such as ``plan.yaml, line 7, tasks[1].train``."""
+        known = tuple(path)
+        while known and known not in self.lines:
+            known = known[:-1]
+        shown = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in path).lstrip(".")
+        if self.file is None:
+            return f"plan, {shown}" if shown else "plan"
+        line = f"{self.file}, line {self.lines.get(known, 1)}"
+        return f"{line}, {shown}" if shown else line
+
+    def error(self, path: Sequence[Key], message: str) -> PlanError:
+        """An error at a place."""
+        return PlanError(f"{self.of(path)}: {message}")
+
+
+def read_yaml(file: Path) -> tuple[Any, Where]:
+    """Read a plan with the lines of its keys.
+
+    Args:
+        file: A YAML file.
+
+    Returns:
+        The data, and where they are written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        PlanError: If it is no YAML, or a key is given twice.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no plan {str(file)!r} (looked in {Path.cwd()}).")
+    text = file.read_text(encoding="utf-8")
+    where = Where(str(file))
+    try:
+        node = yaml.compose(text, _Loader)
+        if node is None:
+            raise PlanError(f"{file} is empty; a plan needs at least model, output_dir and tasks.")
+        _collect(node, (), where)
+        return yaml.load(text, _Loader), where
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise PlanError(f"{file}{line}: this is no YAML: {getattr(error, 'problem', error)}.") from error
+
+
+def _collect(node: yaml.Node, path: tuple[Key, ...], where: Where) -> None:
+    where.lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _collect(item, (*path, i), where)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, key.value)
+            if inner in where.lines:
+                where.lines[inner] = key.start_mark.line + 1
+                raise where.error(inner, f"the key {key.value!r} is given twice; keep one.")
+            where.lines[inner] = key.start_mark.line + 1
+            _collect(value, inner, where)

@@ -1,0 +1,225 @@
+"""Several arms, orders and seeds of one plan: each a run of its own that can be resumed, one table at the end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_continual.durable import write_json
+from hf_continual.metrics import SUMMARY, bootstrap_intervals
+from hf_continual.stream.plan import Plan
+from hf_continual.stream.prepare import Prepared, prepare
+from hf_continual.stream.record import keep_plan, plain_plan
+from hf_continual.stream.results import RESULTS, StreamResult, row_scores
+from hf_continual.stream.run import check_merge, refuse_on_all, run_prepared
+from hf_continual.stream.source import Key, Where
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Args:
+        name: Name of its folder.
+        arm: Name of its methods, or "".
+        order: Name of its order, or "".
+        seed: Its seed.
+        plan: Its plan.
+        where: Where the plan's entries are written.
+    """
+
+    name: str
+    arm: str
+    order: str
+    seed: int
+    plan: Plan
+    where: Where
+
+    @property
+    def group(self) -> str:
+        """What differs beside the seed."""
+        return "-".join(part for part in (self.arm, self.order) if part) or "all"
+
+
+def members(plan: Plan, where: Where) -> list[Member]:
+    """The runs of a plan with a sweep.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+
+    Returns:
+        Every combination of arms, orders and seeds.
+
+    Raises:
+        PlanError: If an order names a task that is not defined, or one twice.
+    """
+    sweep = plan.sweep
+    assert sweep is not None
+    arms = sweep.methods if sweep.methods is not None else {"": plan.methods}
+    orders = sweep.orders if sweep.orders is not None else {"": [t.name for t in plan.tasks]}
+    seeds = sweep.seeds if sweep.seeds is not None else [plan.seed]
+    for axis, values in (("methods", arms), ("orders", orders), ("seeds", seeds)):
+        if not values:
+            raise where.error(("sweep", axis), f"the sweep has no {axis}. Name some, or leave the key out.")
+        for name in values if isinstance(values, Mapping) else ():
+            if "/" in name:
+                raise where.error(("sweep", axis, name), f"the name {name!r} becomes a folder and must hold no '/'.")
+    found = []
+    for (arm, methods), (order, names), seed in itertools.product(arms.items(), orders.items(), seeds):
+        places = _places(plan, where, order, names)
+        name = "-".join(part for part in (arm, order, f"seed{seed}") if part)
+        changed = plan.model_copy(
+            update={
+                "methods": methods,
+                "seed": seed,
+                "tasks": [plan.tasks[i] for i in places],
+                "output_dir": str(Path(plan.output_dir) / name),
+                "sweep": None,
+            }
+        )
+        found.append(Member(name, arm, order, seed, changed, _moved(where, places, arm)))
+    return found
+
+
+def _places(plan: Plan, where: Where, order: str, names: Sequence[str]) -> list[int]:
+    known = [t.name for t in plan.tasks]
+    for i, name in enumerate(names):
+        if name not in known or list(names).count(name) > 1:
+            what = "is not defined" if name not in known else "is named twice"
+            raise where.error(
+                ("sweep", "orders", order, i), f"task {name!r} {what}. The plan's tasks are {', '.join(known)}."
+            )
+    return [known.index(name) for name in names]
+
+
+def _moved(where: Where, places: Sequence[int], arm: str) -> Where:
+    """The same lines for tasks in another order, and for the methods of an arm."""
+    lines: dict[tuple[Key, ...], int] = {p: n for p, n in where.lines.items() if p[:1] != ("tasks",) or len(p) == 1}
+    for path, line in where.lines.items():
+        if path[:1] == ("tasks",) and len(path) > 1 and path[1] in places:
+            lines[("tasks", places.index(int(path[1])), *path[2:])] = line
+    if arm and ("sweep", "methods", arm) in lines:
+        lines[("methods",)] = lines[("sweep", "methods", arm)]
+    return Where(where.file, lines)
+
+
+def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tuple[Member, Prepared]]:
+    """Make every run of a sweep ready, so that a mistake in the last is met before the first is trained.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+        only: Name of the one run that is wanted.
+
+    Returns:
+        The runs.
+
+    Raises:
+        PlanError: If one cannot be run, or there is no run of that name.
+    """
+    everyone = members(plan, where)
+    chosen = [m for m in everyone if only in (None, m.name)]
+    if not chosen:
+        raise where.error(
+            ("sweep",), f"there is no run {only!r}; the sweep's are {', '.join(m.name for m in everyone)}."
+        )
+    return [(member, prepare(member.plan, member.where)) for member in chosen]
+
+
+def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult:
+    """Run all runs of a sweep, one after the other, and put them side by side.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+        only: Name of the one run that is wanted, so that several processes can share a sweep.
+
+    Returns:
+        The results of all runs, and the matrix of the last.
+    """
+    output_dir = Path(plan.output_dir)
+    ready = prepare_sweep(plan, where, only)
+    check_merge(plan, where)
+    whole = prepare(plan.model_copy(update={"sweep": None}), where)
+    refuse_on_all(lambda: keep_plan(output_dir, {**plain_plan(whole), "seed": None, "methods": None}))
+    results: dict[str, StreamResult] = {}
+    for i, (member, prepared) in enumerate(ready):
+        logger.info("run %d of %d: %s", i + 1, len(ready), member.name)
+        results[member.name] = run_prepared(prepared, output_dir / member.name, base_dir=output_dir)
+    table = compare(members(plan, where), results, dict(ready_rows(ready, output_dir)), plan.evaluation.bootstrap)
+    if PartialState().is_main_process and only is None:
+        write_json(output_dir / RESULTS, table)
+    last = results[ready[-1][0].name]
+    return StreamResult(output_dir, last.matrix, table)
+
+
+def ready_rows(ready: Sequence[tuple[Member, Prepared]], output_dir: Path) -> list[tuple[str, tuple[int, Any]]]:
+    """The scores of all rows of each run, for intervals over rows and seeds."""
+    found = []
+    for member, prepared in ready:
+        line = prepared.scored(prepared.stream.lineage(prepared.stream[len(prepared.stream) - 1]))
+        found.append((member.name, (len(line), row_scores(line, output_dir / member.name, output_dir))))
+    return found
+
+
+def compare(
+    everyone: Sequence[Member], results: Mapping[str, StreamResult], rows: Mapping[str, tuple[int, Any]], draws: int
+) -> dict[str, Any]:
+    """Runs side by side, and for each arm and order the mean over its seeds.
+
+    Args:
+        everyone: The runs of the sweep.
+        results: What was measured, by run.
+        rows: Number of tasks and row scores, by run.
+        draws: Draws of the intervals; 0 leaves them out.
+
+    Returns:
+        ``{"runs": ..., "arms": ...}``; a run that was not made is NOT_RUN.
+    """
+    runs: dict[str, Any] = {}
+    for member in everyone:
+        result = results.get(member.name)
+        runs[member.name] = {"arm": member.arm, "order": member.order, "seed": member.seed, "status": "NOT_RUN"}
+        if result is not None:
+            gauges = {name: g["change"] for name, g in result.results["gauges"].items()}
+            kept = {k: result.results[k] for k in ("summary", "tasks", "matrix", "nll")}
+            runs[member.name] |= {"status": "MEASURED", **kept, "gauge_changes": gauges}
+    arms: dict[str, Any] = {}
+    for group in dict.fromkeys(m.group for m in everyone):
+        own = [m.name for m in everyone if m.group == group and m.name in results]
+        if not own:
+            continue
+        figures = {}
+        lower = results[own[0]].matrix.lower_is_better
+        intervals = (
+            bootstrap_intervals([rows[n][1] for n in own], rows[own[0]][0], draws, lower_is_better=lower)
+            if draws
+            else {}
+        )
+        for name in SUMMARY:
+            values = [results[n].results["summary"][name] for n in own]
+            if None not in values:
+                figures[name] = {
+                    "mean": statistics.fmean(values),
+                    "sd": statistics.stdev(values) if len(values) > 1 else None,
+                    "interval": intervals.get(name),
+                }
+        arms[group] = {"runs": own, "figures": figures}
+        for name in results[own[0]].results["gauges"]:
+            changes = [results[n].results["gauges"][name]["change"] for n in own]
+            if None not in changes:
+                arms[group].setdefault("gauge_changes", {})[name] = statistics.fmean(changes)
+        losses = [results[n].results["nll"]["summary"]["overall_performance"] for n in own]
+        if None not in losses:
+            arms[group]["nll"] = statistics.fmean(losses)
+    return {"format": 1, "runs": runs, "arms": arms}

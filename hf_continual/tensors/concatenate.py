@@ -1,0 +1,117 @@
+"""Adding LoRA adapters exactly: side by side, never by averaging factors.
+
+(s_1 B_1 A_1 + s_2 B_2 A_2) x = [s_1 B_1, s_2 B_2] [A_1; A_2] x, so two adapters of rank r_1 and r_2 are one of rank
+r_1 + r_2 and scaling 1. The only rounding is that of s B, none where s is a power of two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTOR = re.compile(r"^(?P<module>.*)\.(?P<kind>lora|lora_embedding)_(?P<factor>[AB])(?P<rest>\.weight)?$")
+
+
+def scaling(config: dict[str, Any], module: str) -> float:
+    """The factor of B A in a module, as PEFT computes it from an adapter's configuration."""
+    name = module.removeprefix("base_model.model.")
+    rank = _pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def check_plain_lora(config: dict[str, Any], folder: Path) -> None:
+    """Refuse adapters that are not B A alone.
+
+    Args:
+        config: The adapter's configuration.
+        folder: Where it is, for the message.
+
+    Raises:
+        ValueError: If it is no LoRA, or has parts that do not add.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds a {config.get('peft_type')} adapter; only LoRA adapters can be added.")
+    for key in ("use_dora", "modules_to_save", "trainable_token_indices"):
+        if config.get(key):
+            raise ValueError(
+                f"{folder} has {key}={config[key]!r}, which does not add up with another adapter. Train without it."
+            )
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{folder} trains biases (bias={config['bias']!r}), which do not add up. Use bias='none'.")
+
+
+def concatenate_adapters(first: Path, second: Path, out: Path) -> None:
+    """Write one LoRA adapter that does what two do together.
+
+    Args:
+        first: Folder of an adapter.
+        second: Folder of another on the same base model.
+        out: Folder that gets the sum; made if it is not there.
+
+    Raises:
+        ValueError: If one is no plain LoRA adapter, or has none of the factors it should.
+    """
+    sides = []
+    for folder in (first, second):
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        check_plain_lora(config, folder)
+        sides.append((config, _pairs(load_file(folder / WEIGHTS), folder)))
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for module in sorted({m for _, pairs in sides for m in pairs}):
+        parts = [(scaling(config, module), pairs[module]) for config, pairs in sides if module in pairs]
+        names = parts[0][1]
+        tensors[names["A"][0]] = torch.cat([p["A"][1] for _, p in parts], dim=0).contiguous()
+        tensors[names["B"][0]] = (
+            torch.cat([s * p["B"][1].float() for s, p in parts], dim=1).to(names["B"][1].dtype).contiguous()
+        )
+        ranks[module.removeprefix("base_model.model.")] = tensors[names["A"][0]].shape[0]
+    config = dict(sides[1][0])
+    most = max(ranks.values())
+    different = {re.escape(m): r for m, r in ranks.items() if r != most}
+    config |= {
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": different,
+        "alpha_pattern": dict(different),
+        "use_rslora": False,
+    }
+    config |= {
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "exclude_modules": None,
+    }
+    config["layers_to_transform"] = config["layers_pattern"] = None
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    pairs: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT stores an embedding's own, unchanged weights beside its adapter
+        if (found := _FACTOR.match(name)) is None:
+            raise ValueError(f"{folder} holds {name!r}, which is no LoRA factor and cannot be added.")
+        pairs.setdefault(found["module"], {})[found["factor"]] = (name, tensor)
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise ValueError(f"{folder} has only one LoRA factor of {module}.")
+    return pairs

@@ -1,0 +1,119 @@
+"""Sweeps, the dry run and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_continual import FreezeLayers, Task, train_stream
+from hf_continual.cli import app
+from hf_continual.durable import read_json
+from hf_continual.stream.dry_run import describe
+from hf_continual.stream.plan import read_plan
+from hf_continual.stream.prepare import prepare
+from hf_continual.stream.report import size
+from hf_continual.stream.source import PlanError
+from tests import toy
+from tests.stream import world
+
+ARMS = {"plain": [], "replay": [{"replay": {"rows": "earlier_tasks", "ratio": 0.3}}]}
+
+
+def test_a_sweep_is_its_runs_side_by_side(tmp_path):
+    plan = world.make(
+        tmp_path, sweep={"methods": ARMS, "seeds": [0, 1], "orders": {"up": ["t0", "t1"], "down": ["t1", "t0"]}}
+    )
+    result = train_stream(plan, only="plain-up-seed1")
+    out = tmp_path / "out"
+    runs = result.results["runs"]
+    assert len(runs) == 8 and [n for n, r in runs.items() if r["status"] == "MEASURED"] == ["plain-up-seed1"]
+    assert not (out / "continual_results.json").is_file(), "a part is not the whole"
+    whole = train_stream(plan).results
+    assert read_json(out / "continual_results.json")["arms"].keys() == whole["arms"].keys()
+    assert set(whole["arms"]) == {"plain-up", "plain-down", "replay-up", "replay-down"}
+    one, two = (whole["runs"][f"plain-down-seed{s}"]["summary"]["overall_performance"] for s in (0, 1))
+    figure = whole["arms"]["plain-down"]["figures"]["overall_performance"]
+    assert figure["mean"] == pytest.approx((one + two) / 2) and figure["sd"] == pytest.approx(abs(one - two) / 2**0.5)
+    assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+    assert len(list((out / "predictions").glob("base.*"))) == 2 and not list(out.glob("plain*/predictions/base*"))
+    alone = {**plan, "sweep": None, "seed": 1, "tasks": plan["tasks"][1::-1], "output_dir": str(tmp_path / "alone")}
+    assert train_stream(alone).matrix.scores == whole["runs"]["plain-down-seed1"]["matrix"]["scores"]
+    for run in ("plain-down-seed1/task-01-t0", "plain-up-seed1/task-01-t1"):
+        assert (out / run / "model.safetensors").is_file()
+    assert torch.equal(world.weights(out / "plain-down-seed1/task-01-t0"), world.weights(tmp_path / "alone/task-01-t0"))
+    with pytest.raises(PlanError, match="there is no run 'x'; the sweep's are plain-up-seed0"):
+        train_stream(plan, only="x")
+    with pytest.raises(PlanError, match="the plan has no sweep"):
+        train_stream(alone, only="x")
+
+
+def test_the_dry_run_is_what_will_be(tmp_path, monkeypatch):
+    plan = world.make(
+        tmp_path,
+        peft={"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        methods=[{"freeze": {"bottom": 1}}, {"replay": {"rows": "earlier_tasks", "ratio": 0.25}}],
+    )
+    plan["sft"] |= {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    del plan["sft"]["max_steps"]
+    plan["tasks"][1]["train_rows"] = 5
+
+    def loads(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+        said = describe(prepare(*read_plan(plan)))
+    model = get_peft_model(toy.model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    FreezeLayers(bottom=1).prepare_model(model, Task())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = [
+        sum(
+            len(r["prompt"].split()) + len(r["completion"].split()) + 1
+            for r in toy.rows("prompt_completion", number=8, seed=i)
+        )
+        for i in range(3)
+    ]
+    first, second, third = said["tasks"]
+    assert first["trainable"] == trainable and first["tokens"] == tokens[0] and third["tokens"] == tokens[2]
+    assert first["parameters"] == sum(p.numel() for p in toy.model().parameters())
+    assert (first["replay_share"], second["replay_share"], second["rows"]) == (0.0, 0.25, 5)
+    assert said["scored_rows"] == 4 * 3 * 8
+    train_stream(plan)
+    for i, task in enumerate(said["tasks"]):
+        folder = tmp_path / "out" / f"task-0{i}-t{i}"
+        assert task["steps"] == read_json(folder / "continual" / "trained.json")["steps"]
+        size_on_disk = (folder / "adapter_model.safetensors").stat().st_size
+        assert task["disk_bytes"] <= size_on_disk < task["disk_bytes"] + 4096
+    assert size(999) == "999 B" and size(1.5e9) == "1.5 GB" and size(2e13) == "20.0 TB" and size(25_300_000) == "25 MB"
+
+
+def test_the_command_line(tmp_path):
+    file = world.write(tmp_path, world.make(tmp_path))
+    dry = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
+    assert dry.exit_code == 0 and "18 steps" in dry.output and not (tmp_path / "out").exists()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, "-m", "hf_continual", "run", str(file), "--quiet"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("(base model)", "backward transfer (BWT)", "95 % interval", "continual_results.json"):
+        assert text in done.stdout
+    assert "{'loss'" not in done.stdout
+    assert (tmp_path / "out" / "matrix.png").stat().st_size > 5000
+    data = yaml.safe_load(file.read_text())
+    data["tasks"][1]["trian"] = "x"
+    world.write(tmp_path, data)
+    bad = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False
+    )
+    assert bad.returncode == 2 and "unknown key 'trian'" in bad.stderr and "Traceback" not in bad.stderr
