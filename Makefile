@@ -46,7 +46,7 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers
+bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers, evaluation
 	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done
 
 docs: $(STAMP) ## API reference from the docstrings, in build/docs

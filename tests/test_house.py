@@ -26,7 +26,8 @@ TOP = {
     "Makefile",
     "LICENSE",
 }
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "sequence"))
+PLANS = sorted((ROOT / "recipes" / "sequence").glob("*.yaml"))
 
 
 def test_the_top_level_is_what_was_agreed():
@@ -100,6 +101,40 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
     )
     trainer.train()
     assert next(m.name for m in trainer.methods) == recipe.parent.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
+def test_plans_run_on_the_toy_world(plan, tmp_path, monkeypatch):
+    from hf_continual import train_stream
+    from hf_continual.stream.read import read_plan
+    from tests import toy
+    from tests.stream import world
+
+    monkeypatch.chdir(tmp_path)
+    small = world.make(tmp_path)
+    rows = toy.rows("prompt_completion", number=8)
+    (tmp_path / "data" / "longseq").mkdir(parents=True)
+    listed = [
+        {**row, "prompt": f"Which? Choose one from the option. Option: w1, w2.\n{row['prompt']}\nw9"} for row in rows
+    ]
+    for task in ("dbpedia", "amazon", "yahoo", "agnews"):
+        for split in ("train", "test"):
+            rows.from_list(listed).to_json(f"data/longseq/{task}.{split}.jsonl")
+    toy.rows().to_json("general.jsonl")
+    toy.rows().to_json("data/general.heldout.jsonl")
+    for split in ("train", "test"):
+        rows.to_json(f"law.{split}.jsonl")
+    toy.rows("messages").to_json("chat.jsonl")
+    rows.from_list([{"subject": "w1", "body": r["prompt"], "team": r["completion"].strip()} for r in rows]).to_csv(
+        "tickets.csv"
+    )
+    read, _ = read_plan(plan)
+    peft = {**(read.peft or {}), "r": 2}
+    sweep = None if read.sweep is None else {**read.sweep.model_dump(), "seeds": [0]}
+    result = train_stream(plan, model=small["model"], peft=peft, sft={**small["sft"], "max_steps": 2}, sweep=sweep)
+    assert result.results.get("complete", True) and len(result.matrix.scores) in (2, 4)
+    assert (tmp_path / read.output_dir / "continual_results.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

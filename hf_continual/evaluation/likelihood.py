@@ -197,7 +197,7 @@ def _behind(
         if share
         else None
     )
-    if first is not None and isinstance(first.past_key_values, DynamicCache):
+    if first is not None and isinstance(first.get("past_key_values"), DynamicCache):
         first.past_key_values.batch_select_indices(owner)
         rest = body(
             input_ids=tail, attention_mask=whole_mask, position_ids=places[:, width:],

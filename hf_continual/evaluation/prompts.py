@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -85,7 +86,25 @@ def evaluating(model: Any) -> Iterator[torch.device]:
         model.train(training)
 
 
-def decoder(model: Any) -> tuple[Any, Any]:
-    """The part below the language-model head, and the head, of a causal model with or without adapters."""
+def decoder(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The parts of a causal model with or without adapters, so that only chosen positions go through its head.
+
+    Args:
+        model: A causal language model.
+
+    Returns:
+        The part below the head, and a function from its hidden states to logits, with the scaling and capping
+        that some families put behind the head (Cohere, Granite, Gemma 2 and later).
+    """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    return base.base_model, base.get_output_embeddings()
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = head(hidden)
+        found = found if scale == 1.0 else found * scale
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    return base.base_model, logits

@@ -15,8 +15,8 @@ from transformers.utils import logging as hf_logging
 
 from hf_continual.plots import plot_matrix
 from hf_continual.stream.dry_run import describe
-from hf_continual.stream.plan import read_plan
 from hf_continual.stream.prepare import prepare
+from hf_continual.stream.read import read_plan
 from hf_continual.stream.report import dry_run_report, results_report
 from hf_continual.stream.results import RESULTS
 from hf_continual.stream.run import check_merge, train_stream

@@ -131,7 +131,7 @@ def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: S
     rows = task.test if task.test is not None else [{} for _ in scored.rows]
     lines = [
         {
-            "row": i, "prompt": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference,
+            "row_id": i, "prompt_hash": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference,
             "score": r.score, **({"weight": r.weight} if r.weight != 1 else {}), **r.also,
         }
         for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 EARLIER = "earlier_tasks"
 
+# Columns of the kinds of rows that can be learnt, as TRL looks for them.
+TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "labels"))
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -216,11 +219,8 @@ def _rows(task: TaskPlan, which: str, plan: Plan, tokenizer: Any, where: Where, 
     return rows
 
 
-TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids",))
-
-
 def _check_trainable(rows: Dataset, name: str) -> None:
-    if not any(set(kind) <= set(rows.column_names) for kind in TRAINABLE):
+    if "input_ids" not in rows.column_names and not any(set(kind) <= set(rows.column_names) for kind in TRAINABLE):
         check_columns(rows, ("prompt", "completion"), f"training task {name!r} on answers")
 
 
@@ -240,7 +240,7 @@ def _with_earlier(description: Any, task: Task, stream: TaskStream) -> Any:
         kept = {}
         for name, options in description.items():
             if isinstance(options, Mapping) and (asked := _asked(options.get("rows"))) is not None:
-                rows = _earlier_rows(task, stream, **asked)
+                rows = _earlier_rows(task, stream, options.get("row_type", "same"), **asked)
                 if rows is None:
                     continue
                 options = {**options, "rows": rows}
@@ -262,19 +262,29 @@ def _asked(rows: Any) -> dict[str, Any] | None:
 
 
 def _earlier_rows(
-    task: Task, stream: TaskStream, number: int | None = None, of: Sequence[str] | None = None, seed: int = 0
+    task: Task,
+    stream: TaskStream,
+    row_type: str,
+    number: int | None = None,
+    of: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Dataset | None:
     """Training rows of the tasks that this task's model has learnt, at most `number` of each."""
     earlier = [t for t in stream.lineage(task)[:-1] if of is None or t.name in of]
     rows = [take(t.train, number, seed) for t in earlier if t.train is not None]
     if not rows or task.train is None:
         return None
-    wanted = ("prompt", "completion") if "prompt" in task.train.column_names else tuple(task.train.column_names)
+    kinds = {
+        name: kind for name, kind in zip(("prompt_completion", "messages", "text", "tokenized"), TRAINABLE, strict=True)
+    }
+    own = next((kind for kind in TRAINABLE if set(kind) <= set(task.train.column_names)), ())
+    wanted = kinds.get(row_type, own)
     for t, found in zip(earlier, rows, strict=True):
         if not set(wanted) <= set(found.column_names):
             raise ValueError(
                 f"the rows of the earlier task {t.name!r} have the columns {found.column_names} and task {task.name!r} "
-                f"learns {list(wanted)}. Name the tasks to replay: rows: {{{EARLIER}: NUMBER, of: [...]}}."
+                f"replays {list(wanted)}. Name the tasks to replay, rows: {{{EARLIER}: NUMBER, of: [...]}}, or the type of "
+                f"their rows, row_type: prompt_completion."
             )
     return concatenate_datasets([found.select_columns(list(wanted)) for found in rows])  # pyrefly: ignore
 

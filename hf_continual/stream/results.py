@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import read_lines
+from hf_continual.evaluation.result import Score
 from hf_continual.metrics import AccuracyMatrix, bootstrap_intervals, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.folders import predictions_file, read_stage
@@ -66,7 +67,7 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
         "curves": {
             t.name: read_curve(output_dir / t.folder) for t in prepared.stream if prepared.plan.tasks[t.index].curve
         },
-        "cells": {**({"base": base} if base else {}), **stages},
+        "cells": {name: _all_cells(prepared, cells) for name, cells in (("base", base), *stages.items())},
         "versions": {name: _version(name) for name in PACKAGES},
     }
     return StreamResult(output_dir, matrix, results)
@@ -124,6 +125,12 @@ def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix
             entry["harmonic_mean_with_tasks"] = harmonic_mean(last["value"], matrix.overall_performance)
         found[name] = entry
     return found
+
+
+def _all_cells(prepared: Prepared, cells: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a moment, with what was not asked for as NOT_RUN."""
+    names = [*(t.name for t in prepared.scored()), *prepared.gauges]
+    return {name: cells.get(name, Score(None, 0, "", status="NOT_RUN").to_dict()) for name in names}
 
 
 def _version(name: str) -> str | None:

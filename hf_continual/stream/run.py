@@ -14,8 +14,9 @@ from filelock import FileLock
 from hf_continual.durable import write_json
 from hf_continual.stream.folders import learn_task, main_decides, read_stage, score_stage, wait
 from hf_continual.stream.learner import PlanLearner, find_function
-from hf_continual.stream.plan import Plan, read_plan
+from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared, prepare
+from hf_continual.stream.read import read_plan
 from hf_continual.stream.record import keep_plan, only_one, plain_plan
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
 from hf_continual.stream.source import PlanError, Where

@@ -8,10 +8,22 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from hf_continual import ContinualTrainer
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.general import general_loss
+from hf_continual.evaluation.generation import greedy
 from hf_continual.evaluation.prompts import encode
 from hf_continual.evaluation.result import RowScore, Scored, weighted_mean
 from tests import toy
@@ -141,3 +153,60 @@ def test_conversations_are_scored():
         encode({"text": "x"}, tokenizer)
     with pytest.raises(ValueError, match="no token before the answer"):
         encode({"prompt": "", "completion": "w1"}, tokenizer)
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, {}), "gpt2": (GPT2Config, {"n_layer": 2, "n_embd": 32, "n_head": 4}), "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "gemma2": (Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 6}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0}), "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "mistral": (MistralConfig, {"sliding_window": 5}), "mamba": (MambaConfig, {"state_size": 8}),
+}  # fmt: skip
+
+
+def family(name, tokenizer_size=64):
+    config, options = FAMILIES[name]
+    shape = {
+        "vocab_size": tokenizer_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    if name == "gpt2":
+        shape = {k: v for k, v in shape.items() if not k.startswith(("hidden", "num", "inter", "max"))}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config(**{**shape, **options})).eval()
+    with torch.no_grad():  # far from uniform, so that answers differ and end
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_answers_as_transformers_generates(name):
+    model, tokenizer = family(name), toy.tokenizer()
+    prompts = [tokenizer(p)["input_ids"] for p in toy.rows("prompt_completion", number=9, seed=2)["prompt"]]
+    limits = [1 + i % 8 for i in range(9)]
+    got = greedy(model, tokenizer, prompts, limits, batch_size=4)
+    for prompt, limit, out in zip(prompts, limits, got, strict=True):
+        alone = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        wanted = alone[0, len(prompt) :].tolist()
+        assert out.tokens == (wanted[: wanted.index(1) + 1] if 1 in wanted else wanted)
+    assert len({tuple(o.tokens) for o in got}) > 3
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "mamba"])
+def test_every_familys_answer_loss_is_its_own(name):
+    model, tokenizer = family(name), toy.tokenizer()
+    rows = toy.rows("prompt_completion", number=5, seed=4)
+    got = teacher_forced(model, tokenizer, rows, batch_size=3)
+    for row, scored in zip(rows, got.rows, strict=True):
+        prompt, answer = encode(row, tokenizer)
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            loss = float(model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss)
+        assert scored.also["nll"] == pytest.approx(loss, rel=1e-4)

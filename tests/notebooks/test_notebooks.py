@@ -30,3 +30,6 @@ def test_notebook(path, monkeypatch):
         assert int(first.split()[0]) >= 90
         assert int(plain.split()[0]) < 50 <= int(plain.split(",")[1].split()[0])
         assert int(kept.split()[0]) >= 80 and int(kept.split(",")[1].split()[0]) >= 80
+    if path.stem == "02_task_sequence":
+        plain, kept = eval(book.cells[-1].outputs[-1]["data"]["text/plain"])  # a list of two numbers
+        assert plain < 0.5 < 0.8 <= kept

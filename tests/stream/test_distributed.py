@@ -55,7 +55,7 @@ def test_two_processes_run_a_plan(tmp_path):
             world.weights(tmp_path / "out" / f"task-0{i}-t{i}") - world.weights(tmp_path / "alone" / f"task-0{i}-t{i}")
         ).abs().max() < 1e-5
     rows = [read_lines(tmp_path / out / "predictions" / "task-02-t2.t0.jsonl") for out in ("out", "alone")]
-    assert [r["prompt"] for r in rows[0]] == [r["prompt"] for r in rows[1]], "gathered in their order"
+    assert [r["prompt_hash"] for r in rows[0]] == [r["prompt_hash"] for r in rows[1]], "gathered in their order"
     plan["sft"]["learning_rate"] = 0.5
     refused = launch(world.write(tmp_path, plan))
     assert refused.returncode != 0 and "was begun with another plan" in refused.stderr

@@ -7,7 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_continual import train_stream
-from hf_continual.stream.plan import read_plan
+from hf_continual.stream.read import read_plan
 from hf_continual.stream.source import PlanError, read_yaml
 from tests.stream import world
 

@@ -18,8 +18,8 @@ from hf_continual import FreezeLayers, Task, train_stream
 from hf_continual.cli import app
 from hf_continual.durable import read_json
 from hf_continual.stream.dry_run import describe
-from hf_continual.stream.plan import read_plan
 from hf_continual.stream.prepare import prepare
+from hf_continual.stream.read import read_plan
 from hf_continual.stream.report import size
 from hf_continual.stream.source import PlanError
 from tests import toy
