@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from hf_continual.evaluation.result import Scored
 from hf_continual.stream.curve import CURVE, Curve
@@ -73,6 +74,8 @@ class PlanLearner:
             callbacks=callbacks,
             methods=self.prepared.methods(task),
         )
+        if args.disable_tqdm and args.logging_strategy == "no":
+            trainer.remove_callback(PrinterCallback)
         if steps := self.plan.tasks[task.index].curve:
             # Behind the methods' own callback: what is scored is the model that the step ended with.
             trainer.add_callback(Curve(trainer, steps, self.columns(task), self.prepared, folder / CURVE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ PLAN = "plan.json"
 
 # What may differ between two attempts without changing a result.
 FREE = ("output_dir", "evaluation.batch_size", "evaluation.bootstrap", "evaluation.solved_at", "sweep")
+SHOWN = re.compile(
+    r"(^|\.)sft\.(disable_tqdm|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$"
+)
 
 
 def plain_plan(prepared: Prepared) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
     """Every entry that differs, as ``path: old -> new``; tasks added at the end are left out."""
-    if path in FREE:
+    if path in FREE or SHOWN.search(path):
         return []
     if isinstance(then, dict) and isinstance(now, dict):
         lines = []

@@ -125,7 +125,10 @@ def main() -> None:
         mean = {
             s: [statistics.fmean(f["arms"][arm]["curve"][s][k] for f in found.values()) for k in (0, 1)] for s in CURVE
         }
-        arms[arm] = {"old": [(s, v[0]) for s, v in mean.items()], "task 1": [(s, v[1]) for s, v in mean.items()]}
+        arms[arm] = {
+            "old people": [(s, v[0]) for s, v in mean.items()],
+            "new people": [(s, v[1]) for s, v in mean.items()],
+        }
     plot_forgetting(arms, [], title=f"Biography: while task 1 is learnt, mean of {len(found)} seeds").savefig(
         args.out / "biography.png", dpi=150
     )

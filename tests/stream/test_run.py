@@ -95,6 +95,8 @@ def test_tasks_may_be_added_and_nothing_else_changed(taught, tmp_path):
     changed = [{**plan["tasks"][0], "train": plan["tasks"][1]["train"]}, *plan["tasks"][1:]]
     with pytest.raises(PlanError, match=r"tasks\[0\].train.sha256"):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": changed})
+    shown = {**TEACH, "logging_steps": 7, "logging_strategy": "steps"}
+    assert train_stream({**plan, "output_dir": str(tmp_path / "out"), "sft": shown}).matrix == result.matrix
     with pytest.raises(PlanError, match=r"tasks\[1\]: 't1' -> left out"):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": plan["tasks"][:1]})
 
