@@ -4,7 +4,7 @@ SHELL := /bin/bash
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ifdef VIRTUAL_ENV
-  PYTHON ?= python
+  PYTHON ?= $(VIRTUAL_ENV)/bin/python
   STAMP := $(VIRTUAL_ENV)/.hf_continual_installed
 else
   PYTHON ?= .venv/bin/python
