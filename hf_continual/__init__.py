@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_continual.data.replay import ReplayRows
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
     from hf_continual.methods.freeze import FreezeLayers
+    from hf_continual.methods.gere import GeRe
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
@@ -45,6 +46,7 @@ _FACE = {
     "ReplayRows": "hf_continual.data.replay",
     "ReplayCollator": "hf_continual.data.collator",
     "Replay": "hf_continual.methods.replay",
+    "GeRe": "hf_continual.methods.gere",
     "FreezeLayers": "hf_continual.methods.freeze",
     "RecAdam": "hf_continual.methods.recadam",
     "AccuracyMatrix": "hf_continual.metrics",
@@ -64,6 +66,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "ReplayRows",
     "ReplayCollator",
     "Replay",
+    "GeRe",
     "FreezeLayers",
     "RecAdam",
     "AccuracyMatrix",

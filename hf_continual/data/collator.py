@@ -101,7 +101,10 @@ class ReplayCollator:
         merged = join(batch, added)
         fills = {"source": -100, "row": -1, "offset": -1}
         axis = 1 if self.flattened else 0
-        merged[ORIGIN] = {k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills}
+        merged[ORIGIN] = {
+            **{k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills},
+            "drawn": [(source, index, len(row["input_ids"])) for source, index, row in drawn],
+        }
         return merged
 
     def _origin(self, added: Mapping[str, Any], drawn: Sequence[tuple[int, int, Any]]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
     from torch.nn import Parameter
@@ -63,6 +64,9 @@ class Forward:
         sources: Names of the replay sources; `source_BS` indexes this tuple.
         tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by
             which the trainer divides the summed token loss.
+        drawn: ``(source, row, tokens)`` of each replay row in this micro-batch, in the order of its tokens; on the
+            host, so that a method can fetch what it keeps of a row without asking the accelerator.
+        notes: See `note`.
         scale: What a sum of token losses over `tokens` is multiplied with to be in the unit of a
             loss term (processes, accumulation steps).
     """
@@ -76,6 +80,12 @@ class Forward:
     sources: tuple[str, ...]
     tokens: Tensor
     scale: float
+    drawn: Sequence[tuple[int, int, int]] = ()
+    notes: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+    def note(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Log a value that is no loss term: the mean ``total / count`` over the logged steps, under the method's name."""
+        self.notes[name] = (total, count)
 
     def mask(self, source: str | None = None) -> Tensor:
         """Tokens of a replay source, or of the task for None; bool of shape (B, S)."""
@@ -168,6 +178,13 @@ class Run(Protocol):
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a tensor over the processes."""
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """The lower precision that forward passes are computed in, ``"bf16"`` or ``"fp16"``, or None."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute inside as the training's forward passes do."""
 
 
 class Method:

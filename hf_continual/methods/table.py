@@ -18,6 +18,7 @@ from hf_continual.methods.base import Method
 
 TABLE: dict[str, str] = {
     "replay": "hf_continual.methods.replay:Replay",
+    "gere": "hf_continual.methods.gere:GeRe",
     "freeze": "hf_continual.methods.freeze:FreezeLayers",
     "recadam": "hf_continual.methods.recadam:RecAdam",
 }

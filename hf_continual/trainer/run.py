@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -112,6 +113,14 @@ class TrainerRun:
             trainer._clip_grad_norm(trainer.model_wrapped)
         trainer.optimizer.step()
         trainer.model_wrapped.zero_grad()
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        precision = self._trainer.accelerator.mixed_precision
+        return None if precision == "no" else precision
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self._trainer.accelerator.autocast()
 
     def mean(self, value: Tensor) -> Tensor:
         return self._trainer.accelerator.reduce(value, reduction="mean")

@@ -285,7 +285,7 @@ class ContinualTrainer(SFTTrainer):
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _forward(
-        self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, tokens: torch.Tensor | int | None
+        self, inputs: dict[str, Any], origin: dict[str, Any] | None, tokens: torch.Tensor | int | None
     ) -> Forward:
         assert self.tap is not None and self.tap.outputs is not None
         outputs: Any = self.tap.outputs
@@ -314,6 +314,7 @@ class ContinualTrainer(SFTTrainer):
             sources=self.mixer.names if self.mixer else (),
             tokens=torch.as_tensor(tokens, device=loss_BS.device).clamp(min=1),
             scale=scale,
+            drawn=origin.get("drawn", ()),
         )
 
     def _terms(self, forward: Forward, steps: int) -> Tensor | None:
@@ -328,6 +329,9 @@ class ContinualTrainer(SFTTrainer):
                 for name, term in method.loss_terms(forward).items():
                     self.ledger.add(f"{method.name}/{name}", term)
                     extra.append(term / steps)
+                for name, (total, count) in forward.notes.items():
+                    self.ledger.add(f"{method.name}/{name}", total, count)
+                forward.notes.clear()
         return sum(extra[1:], start=extra[0]) if extra else None
 
     def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, nll_BS: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ class FakeRun:
         self.task, self.step, self.seed = Task(index=task), 0, 0
         self.device, self.is_sharded = torch.device("cpu"), False
         self.optimizer: Any = None
+
+    autocast_dtype = None
+
+    def autocast(self) -> Any:
+        return contextlib.nullcontext()
 
     def optimizer_defaults(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

@@ -1,0 +1,78 @@
+"""General text that a model writes itself, for those who may not keep or fetch any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# First words of the texts. English; a model of another language is better served by rows of its own.
+OPENINGS = (
+    "The", "In", "A", "When", "Most", "It", "After", "There", "Many", "For", "As", "One", "This", "People", "During",
+    "How", "To", "What", "If", "She", "He", "We", "At", "On", "Some", "By", "From", "While", "Every", "Since",
+)  # fmt: skip
+
+SHORTEST = 16  # tokens
+MOST_TRIES = 4  # times the number of texts asked for
+
+
+def degenerate(tokens: Sequence[int]) -> bool:
+    """Whether a text is too short, or goes round in circles: few different tokens, or half of its trigrams repeated."""
+    if len(tokens) < SHORTEST:
+        return True
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(tokens)) < 0.3 * len(tokens) or len(set(trigrams)) < 0.5 * len(trigrams)
+
+
+def own_words(
+    model: Any, tokenizer: Any, number: int, max_new_tokens: int, seed: int, batch_size: int = 32
+) -> list[str]:
+    """Sample texts from a model at temperature 1.
+
+    The random numbers of the run are not touched.
+
+    Args:
+        model: A causal language model; its training mode is restored.
+        tokenizer: Its tokenizer.
+        number: How many texts.
+        max_new_tokens: Most tokens of a text.
+        seed: Seed of the sampling.
+        batch_size: Texts written at once.
+
+    Returns:
+        The texts, none degenerate.
+
+    Raises:
+        ValueError: If the model writes too few of them.
+    """
+    device, training = model.get_input_embeddings().weight.device, model.training
+    model.eval()
+    texts: list[str] = []
+    tried = 0
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        while len(texts) < number and tried < MOST_TRIES * number + batch_size:
+            first = [tokenizer(OPENINGS[(tried + i) % len(OPENINGS)])["input_ids"] for i in range(batch_size)]
+            shortest = min(map(len, first))
+            ids = torch.tensor([tokens[:shortest] for tokens in first], device=device)
+            written = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            tried += batch_size
+            for tokens in written.tolist():
+                end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens[1:] else len(tokens)
+                if not degenerate(tokens[:end]):
+                    texts.append(tokenizer.decode(tokens[:end]))
+    model.train(training)
+    if len(texts) < number:
+        raise ValueError(
+            f'rows="self": of {tried} texts that the model wrote only {len(texts)} were longer than {SHORTEST} tokens and did '
+            f"not repeat themselves; {number} are wanted. Ask for fewer (num_samples), or give rows."
+        )
+    logger.info("the model wrote %d texts of its own, %d were thrown away", number, tried - len(texts))
+    return texts[:number]

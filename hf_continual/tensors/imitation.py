@@ -1,0 +1,61 @@
+"""The losses beside the threshold margin: the authors' mix of cross-entropies, and the paper's imitation baselines."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+TEMPERATURE = 2.0  # of the authors' KL
+TILE = 256  # tokens whose logits exist at once
+
+
+def mixed_ce(loss_BS: Tensor, general_BS: Tensor, task_BS: Tensor) -> Tensor:
+    """The authors' cross-entropy of a micro-batch: the mean of the means of general and task tokens.
+
+    Args:
+        loss_BS: Loss of each predicted token.
+        general_BS: True where a token of a general sample is predicted.
+        task_BS: True where a token of the task is predicted.
+
+    Returns:
+        1/2 (CE_general + CE_task); the one that is there if the other has no token.
+    """
+    means, there = [], []
+    for mask in (general_BS, task_BS):
+        count = mask.sum()
+        means.append((loss_BS * mask).sum() / count.clamp(min=1))
+        there.append((count > 0).to(loss_BS.dtype))
+    return sum(means[1:], start=means[0]) / (there[0] + there[1]).clamp(min=1)
+
+
+def imitation(hidden_TD: Tensor, reference_TD: Tensor, norm: Literal["l1", "l2"]) -> Tensor:
+    """Feature imitation, a baseline of the paper: mean |z - h| or (z - h)^2 over all units."""
+    difference = hidden_TD.float() - reference_TD.float()
+    return difference.abs().mean() if norm == "l1" else difference.square().mean()
+
+
+def logit_divergence(hidden_TD: Tensor, reference_TD: Tensor, head: Any, reference_head_VD: Tensor) -> Tensor:
+    """KL of the reference's next-token distribution from the model's, mean over tokens, at temperature 2.
+
+    Args:
+        hidden_TD: Last hidden states of the model.
+        reference_TD: Those of the reference.
+        head: The model's language-model head.
+        reference_head_VD: The reference's.
+
+    Returns:
+        Mean over tokens of sum_v p_v (log p_v - log q_v), p the reference. Logits exist for 256 tokens at a time.
+    """
+
+    def tile(z: Tensor, h: Tensor) -> Tensor:
+        wanted = log_softmax((h.to(reference_head_VD.dtype) @ reference_head_VD.T).float() / TEMPERATURE, dim=-1)
+        return kl_div(log_softmax(head(z).float() / TEMPERATURE, dim=-1), wanted, reduction="sum", log_target=True)
+
+    total = torch.zeros((), device=hidden_TD.device)
+    for z, h in zip(hidden_TD.split(TILE), reference_TD.split(TILE), strict=True):
+        total = total + checkpoint(tile, z, h, use_reentrant=False)  # pyrefly: ignore[unsupported-operation]
+    return total / max(hidden_TD.shape[0], 1)

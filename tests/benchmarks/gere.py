@@ -1,0 +1,141 @@
+"""GeRe's cost: a step against SFTTrainer's on the same rows, the offline pass, the loss against the naive one, storage.
+
+    python tests/benchmarks/gere.py [MODEL]
+
+MODEL is a folder or Hub id; by default the embedded SmolLM2-135M with LoRA in bfloat16. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import datasets
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_continual import ContinualTrainer, GeRe
+from hf_continual.data.biography import biography_rows
+from hf_continual.data.states import record
+from hf_continual.methods.gere import tm_loss
+from hf_continual.tensors.reference import last_hidden
+from hf_continual.tensors.ternary import activation_states
+
+STEPS, PAIRS, LENGTH = 4, 5, 96
+
+
+def trainer(kind: str, path: str, folder: str, rows: Dataset, general: Dataset) -> SFTTrainer:
+    """The same tokens per step: 6 + 2 rows with GeRe, 8 rows without."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    settings = {
+        "output_dir": folder, "per_device_train_batch_size": 8 if kind == "sft" else 6, "max_steps": STEPS, "bf16": False,
+        "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "gradient_checkpointing": False, "max_length": LENGTH,
+    }  # fmt: skip
+    common = {
+        "model": model, "args": SFTConfig(**settings), "train_dataset": rows,
+        "processing_class": AutoTokenizer.from_pretrained(path), "peft_config": LoraConfig(r=8, target_modules="all-linear"),
+    }  # fmt: skip
+    if kind == "sft":
+        made = SFTTrainer(**common)
+    else:
+        method = GeRe(general, per_batch=2, max_length=LENGTH, weight="dynamic", cache_dir=folder)
+        made = ContinualTrainer(**common, methods=[method])
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def seconds(call) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def naive(hidden, reference, low, high, mask):
+    """The loss as it is written down: fp32 states, every temporary kept."""
+    z, h = hidden.float(), reference.float()
+    negative, positive = h <= low, h >= high
+    neutral = ~negative & ~positive
+    loss = (
+        negative * torch.relu(z - low)
+        + neutral * (torch.relu(z - high) + torch.relu(low - z))
+        + positive * torch.relu(high - z)
+    )
+    loss = loss * mask[..., None]
+    return loss.sum() / ((loss != 0).sum() + 1e-8)
+
+
+def main() -> None:
+    """Print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    if args.model is None:
+        from hf_continual.demo.model import embedded_model
+
+        args.model = str(embedded_model())
+    texts = biography_rows(60, "texts", versions=2)["text"]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    cut = [tokenizer.decode(tokenizer(t)["input_ids"][: LENGTH - 1]) for t in texts]
+    rows = Dataset.from_list([{"text": t} for t in cut if len(tokenizer(t)["input_ids"]) >= LENGTH - 1])
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = []
+        for _ in range(PAIRS + 1):
+            both = [trainer(kind, args.model, folder, rows, rows) for kind in ("sft", "gere")]
+            pairs.append([seconds(t.train) for t in both])
+        ratios = sorted(ours / theirs for theirs, ours in pairs[1:])
+        print(
+            f"GeRe step / SFTTrainer step, same tokens: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+        tokens = [tokenizer(t)["input_ids"][:LENGTH] for t in rows["text"]][:40]
+        with torch.no_grad():
+            bare, whole = [], []
+            for i in range(3):
+                bare.append(seconds(lambda: [last_hidden(model, ids) for ids in tokens]))
+                file = Path(folder) / f"pass{i}.safetensors"
+                whole.append(seconds(lambda f=file: record(f, {}, tokens, partial(last_hidden, model), 1.0)))
+            print(f"offline pass / bare forward over the same texts: {min(whole) / min(bare):.3f}")
+            made = record(Path(folder) / "pass0.safetensors", {}, tokens, partial(last_hidden, model), 1.0)
+            official = sum(map(len, tokens)) * model.config.hidden_size * 4
+            print(f"storage: the authors' fp32 files / ours: {official / made.file.stat().st_size:.2f}")
+    hidden = torch.randn(4, 512, 2048, requires_grad=True)
+    reference = hidden.detach() + 0.1 * torch.randn_like(hidden)
+    low, high, mask = torch.full((2048,), -1.0), torch.full((2048,), 1.0), torch.ones(4, 512)
+    states = activation_states(reference, low, high)
+    ways = {
+        "naive": lambda: naive(hidden, reference, low, high, mask),
+        "ours": lambda: tm_loss(hidden, states, low, high, mask),
+    }
+    times = {}
+    for name, way in ways.items():
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t.numel() * t.element_size()) or t, lambda t: t
+        ):
+            way()
+        times[name] = (min(seconds(lambda w=way: w().backward()) for _ in range(5)), sum(saved))
+    slow, fast = times["naive"], times["ours"]
+    print(
+        f"loss and its backward, naive / ours: time {slow[0] / fast[0]:.2f}, bytes kept for backward {slow[1] / fast[1]:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
