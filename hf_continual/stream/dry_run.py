@@ -66,7 +66,11 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     share = sum(getattr(m, "ratio", None) or 0.0 for m in methods)
     longest = args.max_length if args.packing and args.max_length else max(lengths)
+    added = sum(getattr(m, "per_batch", None) or 0 for m in methods)
+    widest = max([longest, *(getattr(m, "max_length", longest) for m in methods if getattr(m, "per_batch", None))])
     tokens = args.per_device_train_batch_size * longest / (1 - share)
+    if added:  # padded to the widest row of the micro-batch
+        tokens = (args.per_device_train_batch_size + added) * min(widest, args.max_length or widest)
     config = model.config
     values = 2 if args.gradient_checkpointing else 16
     kept = 2.0 if args.bf16 or prepared.plan.model.dtype in ("bfloat16", "float16") else 4.0
@@ -83,6 +87,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "steps": steps,
         "methods": [m.name for m in methods],
         "replay_share": share,
+        "micro_batch": {"task_rows": args.per_device_train_batch_size, "added_rows": added, "tokens": round(tokens)},
         "parameters": total,
         "trainable": trainable,
         "weights_bytes": weights,

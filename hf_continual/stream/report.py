@@ -136,6 +136,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
         lines = [
             f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
+            *_micro_batches(plan["tasks"]),
             f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
         ]
@@ -144,6 +145,17 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
         steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
         parts.append(Text(f"{len(plans)} runs: {steps:,} steps, disk at most {size(disk)}"))
     return Group(*parts)
+
+
+def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What replay adds to a micro-batch, where it adds whole rows."""
+    largest = max((t["micro_batch"] for t in tasks), key=lambda m: m["tokens"])
+    if not largest["added_rows"]:
+        return []
+    return [
+        f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, at most "
+        f"{largest['tokens']:,} tokens in all"
+    ]
 
 
 def size(number: float) -> str:

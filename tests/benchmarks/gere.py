@@ -32,7 +32,7 @@ from hf_continual.data.biography import biography_rows
 from hf_continual.data.states import record
 from hf_continual.methods.gere import tm_loss
 from hf_continual.tensors.reference import last_hidden
-from hf_continual.tensors.ternary import activation_states
+from hf_continual.tensors.ternary import activation_states, unpack_states
 
 STEPS, PAIRS, LENGTH = 4, 5, 96
 
@@ -79,6 +79,45 @@ def naive(hidden, reference, low, high, mask):
     return loss.sum() / ((loss != 0).sum() + 1e-8)
 
 
+def flips(path: str, texts: list[str], tokenizer) -> None:
+    """Units that the shape of a batch alone moves across a threshold, at identical weights."""
+    tokens = [tokenizer(t)["input_ids"][: 20 + 7 * (i % 11)] for i, t in enumerate(texts[:64])]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            made = record(Path(folder) / "x.safetensors", {}, tokens, partial(last_hidden, model), 1.0)
+            distances = {"padded": [], "flattened": []}
+            for start in range(0, len(tokens), 8):
+                batch = tokens[start : start + 8]
+                states = [
+                    unpack_states(made.row(start + i, len(ids)), made.low_D.numel()) for i, ids in enumerate(batch)
+                ]
+                width = max(map(len, batch))
+                ids = torch.tensor([b + [tokenizer.eos_token_id] * (width - len(b)) for b in batch])
+                mask = torch.tensor([[1] * len(b) + [0] * (width - len(b)) for b in batch])
+                padded = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                flat = model.model(
+                    input_ids=torch.tensor([[token for row in batch for token in row]]), use_cache=False,
+                    position_ids=torch.tensor([[p for b in batch for p in range(len(b))]]),
+                ).last_hidden_state[0]  # fmt: skip
+                for i, s in enumerate(states):
+                    before = sum(map(len, batch[:i]))
+                    for kind, z in (("padded", padded[i, : len(s)]), ("flattened", flat[before : before + len(s)])):
+                        distances[kind].append(outside(z.float(), s, made.low_D, made.high_D).flatten())
+            for kind, found in distances.items():
+                all_of = torch.cat(found)
+                moved = all_of[all_of > 0]
+                largest = f", largest {moved.max():.2g}, 99.9 % below {moved.quantile(0.999):.2g}" if len(moved) else ""
+                print(f"flips at identical weights, {dtype}, {kind}: {len(moved)} of {len(all_of)} units{largest}")
+
+
+def outside(z, states, low, high):
+    """Distance of each unit from its interval."""
+    upper = torch.where(states < 0, low, torch.where(states > 0, torch.inf, high))
+    lower = torch.where(states > 0, high, torch.where(states < 0, -torch.inf, low))
+    return torch.relu(z - upper) + torch.relu(lower - z)
+
+
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +154,7 @@ def main() -> None:
             made = record(Path(folder) / "pass0.safetensors", {}, tokens, partial(last_hidden, model), 1.0)
             official = sum(map(len, tokens)) * model.config.hidden_size * 4
             print(f"storage: the authors' fp32 files / ours: {official / made.file.stat().st_size:.2f}")
+    flips(args.model, texts, tokenizer)
     hidden = torch.randn(4, 512, 2048, requires_grad=True)
     reference = hidden.detach() + 0.1 * torch.randn_like(hidden)
     low, high, mask = torch.full((2048,), -1.0), torch.full((2048,), 1.0), torch.ones(4, 512)

@@ -12,15 +12,16 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_continual import ContinualTrainer, FreezeLayers, RecAdam, Replay
+from hf_continual import ContinualTrainer, FreezeLayers, GeRe, RecAdam, Replay
 from tests import toy
 
 
 def methods():
-    """All three at once."""
+    """All at once."""
     return [
         Replay(toy.rows(seed=9, low=30, high=59), ratio=0.3, weight=0.7),
         Replay(toy.rows(seed=12), per_batch=1, name="general"),
+        GeRe(toy.rows(seed=14, low=20, high=50), per_batch=1, weight=2.0, cache_dir="build/test-gere"),
         FreezeLayers(bottom=1),
         RecAdam(k=1.0, t0=3, anchor_strength=100.0, floor=0.2),
     ]

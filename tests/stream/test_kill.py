@@ -24,6 +24,9 @@ TRIALS = 20
 
 def run(plan: dict, out: Path, kill: float | None = None, hook=None) -> bool:
     """Run a plan in a forked process, killed after some seconds; whether it came to its end."""
+    # Every run records the general samples' states for itself, so that this too is interrupted.
+    gere = {**plan["methods"][0]["gere"], "cache_dir": f"{out}-states"}
+    plan = {**plan, "methods": [{"gere": gere}, *plan["methods"][1:]]}
     child = os.fork()
     if child == 0:
         code = 1
@@ -64,6 +67,7 @@ def quiet(tmp_path_factory):
     plan = world.make(
         folder,
         methods=[
+            {"gere": {"rows": str(folder / "general.jsonl"), "per_batch": 1, "weight": "dynamic"}},
             {"replay": {"rows": "earlier_tasks", "ratio": 0.3}},
             {"freeze": {"bottom": 1}},
             {"recadam": {"anneal": "none", "pull": 0.01}},
