@@ -32,6 +32,8 @@ ARMS = {
     "replay": {"constraint": "none"},
     "tm-100": {"weight": 100.0},
     "tm-dynamic": {"weight": "dynamic"},
+    "tm-1": {"weight": 1.0},
+    "tm-10": {"weight": 10.0},
 }
 
 

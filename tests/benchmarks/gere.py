@@ -65,6 +65,26 @@ def seconds(call) -> float:
     return time.perf_counter() - begin
 
 
+def bytes_for_backward(made: SFTTrainer) -> int:
+    """Memory that the graph of one micro-batch holds, each storage counted once."""
+    storages: dict[int, int] = {}
+    step = made.training_step
+
+    def counted(*args, **kwargs):
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return step(*args, **kwargs)
+
+    made.training_step = counted
+    made.args.max_steps = 1
+    made.train()
+    weights = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
+    return sum(n for pointer, n in storages.items() if pointer not in weights)
+
+
 def naive(hidden, reference, low, high, mask):
     """The loss as it is written down: fp32 states, every temporary kept."""
     z, h = hidden.float(), reference.float()
@@ -138,6 +158,8 @@ def main() -> None:
         for _ in range(PAIRS + 1):
             both = [trainer(kind, args.model, folder, rows, rows) for kind in ("sft", "gere")]
             pairs.append([seconds(t.train) for t in both])
+        kept = [bytes_for_backward(trainer(kind, args.model, folder, rows, rows)) for kind in ("sft", "gere")]
+        print(f"bytes kept for backward by a step, GeRe / SFTTrainer, same tokens: {kept[1] / kept[0]:.3f}")
         ratios = sorted(ours / theirs for theirs, ours in pairs[1:])
         print(
             f"GeRe step / SFTTrainer step, same tokens: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"

@@ -490,6 +490,30 @@ def test_rows_that_are_too_short(tmp_path):
     assert build(tmp_path, mixed).mixer.draws[0].lengths == [3]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_4_bit_base(tmp_path):
+    """The states are those of the quantised base, whatever the adapter has learnt."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    toy.model(hidden_size=128, intermediate_size=128, num_key_value_heads=4).save_pretrained(tmp_path / "wide")
+
+    def base():
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "wide", quantization_config=config)
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    first = build(tmp_path, gere(tmp_path), model=base(), peft=lora, max_steps=3, learning_rate=1e-2)
+    first.train()
+    entries = [e for e in toy.logs(first) if "gere/tm" in e]
+    assert entries[0]["gere/violations"] < 0.02 < entries[-1]["gere/violations"]
+    first.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    build(tmp_path, gere(tmp_path), model=again, max_steps=1)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1, "the same reference, with another adapter on"
+
+
 def test_frozen_bottom_and_gere(tmp_path):
     trainer = build(tmp_path, gere(tmp_path), FreezeLayers(bottom=2), max_steps=3, kind="prompt_completion")
     trainer.train()
