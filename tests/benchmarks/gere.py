@@ -127,8 +127,12 @@ def flips(path: str, texts: list[str], tokenizer) -> None:
             for kind, found in distances.items():
                 all_of = torch.cat(found)
                 moved = all_of[all_of > 0]
-                largest = f", largest {moved.max():.2g}, 99.9 % below {moved.quantile(0.999):.2g}" if len(moved) else ""
-                print(f"flips at identical weights, {dtype}, {kind}: {len(moved)} of {len(all_of)} units{largest}")
+                shown = [f"{float(moved.quantile(q)):.2g}" for q in (0.5, 0.9, 0.99, 1.0)] if len(moved) else "none"
+                width = float((made.high_D - made.low_D).median()) / 2
+                print(
+                    f"flips at identical weights, {dtype}, {kind}: {len(moved)} of {len(all_of)} units, "
+                    f"by (median, 90 %, 99 %, most) {shown}; a channel's deviation is {width:.2g} (median)"
+                )
 
 
 def outside(z, states, low, high):
