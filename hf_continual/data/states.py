@@ -142,6 +142,7 @@ def record(
             return found or _open_own(file)
         try:
             _make(file, facts, rows, hidden, threshold, keep_hidden, extra, world, rank)
+            _wait()  # process 0 reads the parts of all: none may be removed before it is done
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -149,10 +150,10 @@ def record(
                 f"another cache_dir; about {_size(rows)} tokens have to be kept.",
             ) from error
         finally:
-            for part in file.parent.glob(f"{file.stem}.*.part"):
-                if rank == 0 or part.name.startswith(f"{file.stem}.{rank}."):
-                    part.unlink(missing_ok=True)
-        _wait()
+            for part in file.parent.glob(f"{file.stem}.{rank}.*.part"):
+                part.unlink(missing_ok=True)
+            if rank == 0:
+                (file.parent / f"{file.stem}.file.part").unlink(missing_ok=True)
     return _open_own(file)
 
 
