@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
+    from hf_continual.methods.kif import KIF
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
@@ -48,6 +49,7 @@ _FACE = {
     "Replay": "hf_continual.methods.replay",
     "GeRe": "hf_continual.methods.gere",
     "FreezeLayers": "hf_continual.methods.freeze",
+    "KIF": "hf_continual.methods.kif",
     "RecAdam": "hf_continual.methods.recadam",
     "AccuracyMatrix": "hf_continual.metrics",
 }
@@ -68,6 +70,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "Replay",
     "GeRe",
     "FreezeLayers",
+    "KIF",
     "RecAdam",
     "AccuracyMatrix",
 ]

@@ -86,6 +86,7 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     toy.rows("prompt_completion", seed=9).to_json("old_tasks.jsonl")
+    toy.rows("prompt_completion", seed=9).to_json("memory.jsonl")
     toy.rows(seed=8).to_json("general.jsonl")
     fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     small = toy.settings(tmp_path / "out", max_steps=2)

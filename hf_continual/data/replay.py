@@ -71,6 +71,22 @@ def _permutation(seed: int, source: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, source, epoch]).permutation(rows)
 
 
+def shuffled(seed: int, rows: int, draw: int, source: int = 0) -> int:
+    """Index of the row that the `draw`-th of many draws takes: passes over all rows, each in an order of its own.
+
+    Args:
+        seed: Seed of the orders.
+        rows: Number of rows.
+        draw: Which draw, counted from 0.
+        source: Tells the orders of several sources apart.
+
+    Returns:
+        The index.
+    """
+    epoch, position = divmod(draw, rows)
+    return int(_permutation(seed, source, epoch, rows)[position])
+
+
 def _phase(seed: int, source: int, slot: int) -> float:
     """Uniform number in [0, 1) that staggers the slots, so that their roundings do not add up."""
     return float(np.random.default_rng([seed, source, slot, 7]).random())
@@ -103,8 +119,7 @@ class ReplayDraw:
 
     def row(self, slot: int, draw: int) -> int:
         """Index of the row that the `draw`-th draw of a slot takes: a pure function."""
-        epoch, position = divmod(draw * self.slots + slot, len(self.lengths))
-        return int(_permutation(self.seed, self.source, epoch, len(self.lengths))[position])
+        return shuffled(self.seed, len(self.lengths), draw * self.slots + slot, self.source)
 
     def draw(self, slot: int, task_tokens: int, fixed_tokens: int = 0) -> list[int]:
         """Rows for one micro-batch; counts them.

@@ -11,27 +11,26 @@ B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from datasets import Dataset
 
+from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.nn import Parameter
     from torch.optim import Optimizer
-    from transformers import PreTrainedTokenizerBase
 
     from hf_continual.data.replay import ReplayRows
     from hf_continual.tasks import Task
 
-Batch = dict[str, Any]
 State = dict[str, Any]  # values are tensors, or plain data that JSON can hold
+
+__all__ = ["PADDING", "TASK", "Batch", "Forward", "Method", "OptimizerChoice", "Run", "State"]
 
 TASK, PADDING = -1, -100
 
@@ -107,84 +106,6 @@ class Forward:
             Scalar whose contribution to the step's loss is ``values.sum() / tokens``.
         """
         return values_BS.sum() / self.tokens * self.scale
-
-
-class Run(Protocol):
-    """All that a method may ask of the trainer."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model without the wrappers of DDP and the like; PEFT stays."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run."""
-
-    @property
-    def task(self) -> Task:
-        """The task being learnt; its index is 0 outside a sequence."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done so far."""
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps of this run in all; 0 before training starts."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate of the run."""
-
-    @property
-    def seed(self) -> int:
-        """Seed for whatever a method draws; it must use a generator of its own."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches live."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer of the run, without accelerate's wrapper."""
-
-    def optimizer_defaults(self) -> dict[str, Any]:
-        """`lr`, `betas`, `eps` and `weight_decay` as the training arguments have them."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether parameters are spread over processes (FSDP, ZeRO)."""
-
-    def named_parameters(self) -> dict[str, Parameter]:
-        """Trainable parameters by the name they have in the unwrapped model."""
-
-    def rows(self, method: Method) -> Dataset:
-        """The replay rows of a method, tokenised, in the order that `Forward.row_BS` indexes."""
-
-    def prepare(self, rows: Dataset, row_type: str = "same") -> Dataset:
-        """Tokenise rows as the task's rows were."""
-
-    def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
-        """Collated batches of tokenised rows on the device, in order."""
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Token-mean SFT loss of one batch through the wrapped model; not counted in the metrics."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward through the trainer's scaler and hooks."""
-
-    def optimizer_step(self) -> None:
-        """Clip, step the trainer's optimizer and zero the gradients; the schedule does not move."""
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the processes."""
-
-    @property
-    def autocast_dtype(self) -> str | None:
-        """The lower precision that forward passes are computed in, ``"bf16"`` or ``"fp16"``, or None."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Compute inside as the training's forward passes do."""
 
 
 class Method:

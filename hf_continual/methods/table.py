@@ -20,6 +20,7 @@ TABLE: dict[str, str] = {
     "replay": "hf_continual.methods.replay:Replay",
     "gere": "hf_continual.methods.gere:GeRe",
     "freeze": "hf_continual.methods.freeze:FreezeLayers",
+    "kif": "hf_continual.methods.kif:KIF",
     "recadam": "hf_continual.methods.recadam:RecAdam",
 }
 

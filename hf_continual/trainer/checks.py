@@ -115,20 +115,33 @@ def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> N
         ValueError: Under context or sequence parallelism, with images, or with a weight where the loss
             is not divided by the number of tokens.
     """
-    parallel = trainer.accelerator.parallelism_config
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-        raise ValueError(
-            "Replay rows cannot join batches that are split along the sequence (context or sequence parallelism): "
-            "the split is fixed before the rows are drawn. Set cp_size=1 and sp_size=1."
-        )
-    if trainer._is_vision_dataset:
-        raise ValueError("Replay supports text only, and the training rows hold images. Train without Replay.")
+    check_extra_rows(trainer, "Replay")
     weighted = [name for name, source in sources.items() if source.weight != 1]
     if weighted and not trainer.model_accepts_loss_kwargs:
         raise ValueError(
             f"{weighted[0]}: weight={sources[weighted[0]].weight:g} needs the loss as a mean over all tokens of a "
             f"step, and {type(trainer.model).__name__} does not accept the number of tokens. Use weight=1."
         )
+
+
+def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
+    """Ways of training that rows beside the task's cannot join.
+
+    Args:
+        trainer: The trainer, set up but for its methods.
+        name: Whose rows they are.
+
+    Raises:
+        ValueError: Under context or sequence parallelism, or with images.
+    """
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            f"{name}: rows cannot join batches that are split along the sequence (context or sequence parallelism): "
+            f"the split is fixed before the rows are drawn. Set cp_size=1 and sp_size=1."
+        )
+    if trainer._is_vision_dataset:
+        raise ValueError(f"{name} supports text only, and the training rows hold images. Train without {name}.")
 
 
 def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 
-from hf_continual.methods.base import Batch, Method
+from hf_continual.data.replay import shuffled
+from hf_continual.methods.run import Batch, Named
+from hf_continual.trainer import aside, checks
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +74,15 @@ class TrainerRun:
     def is_sharded(self) -> bool:
         return self._trainer.accelerator.distributed_type in SHARDED
 
+    @property
+    def is_main_process(self) -> bool:
+        return self._trainer.accelerator.is_main_process
+
+    @property
+    def schedule(self) -> float:
+        scheduler, peak = self._trainer.lr_scheduler, self._trainer.args.learning_rate
+        return float(scheduler.get_last_lr()[0]) / peak if scheduler is not None and peak else 1.0
+
     def optimizer_defaults(self) -> dict[str, Any]:
         args = self._trainer.args
         return {
@@ -84,20 +95,36 @@ class TrainerRun:
     def named_parameters(self) -> dict[str, Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def rows(self, method: Method) -> Dataset:
+    def rows(self, method: Named) -> Dataset:
         if self._trainer.mixer is None or method.name not in self._trainer.mixer.names:
             raise KeyError(f"{type(method).__name__} brings no replay rows; its `replay` returned None.")
         return self._trainer.mixer.rows[self._trainer.mixer.names.index(method.name)]
 
-    def prepare(self, rows: Dataset, row_type: str = "same") -> Dataset:
-        return self._trainer.prepare_rows(rows, row_type, "method")
+    def prepare(self, rows: Dataset, row_type: str = "same", name: str = "method") -> Dataset:
+        checks.check_extra_rows(self._trainer, name)
+        prepared = self._trainer.prepare_rows(rows, row_type, name)
+        checks.check_token_ids(self._trainer, {name: prepared})
+        return prepared
 
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
         size = batch_size or self._trainer.args.per_device_train_batch_size
         kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
         for start in range(0, len(rows), size):
-            picked = [kept[i] for i in range(start, min(start + size, len(rows)))]
-            yield self._trainer._prepare_inputs(self._trainer.data_collator(picked))
+            yield self._collated(kept, range(start, min(start + size, len(rows))))
+
+    def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
+        args = self._trainer.args
+        size = batch_size or args.per_device_train_batch_size
+        kept: Any = rows.select_columns(["input_ids", "labels"])
+        slots = args.gradient_accumulation_steps * args.world_size
+        mine = []
+        for micro in range(args.gradient_accumulation_steps):
+            first = (step * slots + micro * args.world_size + args.process_index) * size
+            mine.append(self._collated(kept, [shuffled(self.seed, len(rows), first + i) for i in range(size)]))
+        return mine
+
+    def _collated(self, rows: Any, which: Sequence[int]) -> Batch:
+        return self._trainer._prepare_inputs(self._trainer.data_collator([rows[i] for i in which]))
 
     def loss(self, batch: Batch) -> Tensor:
         with self._trainer.compute_loss_context_manager():
@@ -106,13 +133,23 @@ class TrainerRun:
     def backward(self, loss: Tensor) -> None:
         self._trainer.accelerator.backward(loss)
 
+    def gradients(self, batches: Sequence[Batch], scale: float = 1.0) -> Tensor:
+        return aside.gradients(self._trainer, batches, scale)
+
+    def update(self, change: Callable[[], None] | None = None) -> bool:
+        return aside.step(self._trainer, change)
+
+    def zero_grad(self) -> None:
+        self._trainer.model_wrapped.zero_grad()
+
     def optimizer_step(self) -> None:
-        trainer = self._trainer
-        assert trainer.optimizer is not None
-        if trainer.args.max_grad_norm > 0:
-            trainer._clip_grad_norm(trainer.model_wrapped)
-        trainer.optimizer.step()
-        trainer.model_wrapped.zero_grad()
+        if self._trainer.args.max_grad_norm > 0:
+            self._trainer._clip_grad_norm(self._trainer.model_wrapped)
+        self.update()
+        self.zero_grad()
+
+    def note(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        self._trainer.ledger.add(name, total, count)
 
     @property
     def autocast_dtype(self) -> str | None:
@@ -124,3 +161,6 @@ class TrainerRun:
 
     def mean(self, value: Tensor) -> Tensor:
         return self._trainer.accelerator.reduce(value, reduction="mean")
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._trainer.accelerator.reduce(value, reduction="sum")

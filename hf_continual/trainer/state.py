@@ -82,7 +82,7 @@ def _differences(then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) 
         lines += [
             f"{name}.{key} was {old.get(key)!r}, is {new.get(key)!r}"
             for key in old.keys() | new.keys()
-            if key != "rows" and old.get(key) != new.get(key)
+            if key not in ("rows", "memory") and old.get(key) != new.get(key)
         ]
     return lines
 

@@ -47,7 +47,7 @@ def test_yaml_reads_an_exponent_as_text():
     ("description", "error", "said"),
     [
         ("recadm", ValueError, "Did you mean 'recadam'"),
-        ({"ewc2": {}}, ValueError, "Known are replay, gere, freeze, recadam"),
+        ({"ewc2": {}}, ValueError, "Known are replay, gere, freeze, kif, recadam"),
         ({"freeze": {"botom": 1}}, ValueError, "Did you mean 'bottom'"),
         ({"freeze": {"bottom": "three"}}, TypeError, "methods.freeze.bottom is 'three' (str), expected int"),
         ({"freeze": {"bottom": 1.5}}, TypeError, "methods.freeze.bottom is 1.5"),

@@ -1,0 +1,28 @@
+"""Checks of hyper-parameters, with the sentence that names the method, the option and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def one_of(owner: str, key: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse a word that is not among the known ones."""
+    if value not in known:
+        raise ValueError(f"{owner}({key}={value!r}) must be one of {', '.join(known)}.")
+
+
+def whole_number(owner: str, key: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no int, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}({key}={value!r}) must be a whole number, got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{owner}({key}={value}) must be at least {least}.")
+
+
+def between(owner: str, key: str, value: Any, low: float, high: float, closed: bool = False) -> None:
+    """Refuse what is no number strictly between two, or not the upper one where that is allowed."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
+    if not (low < value < high or (closed and value == high)):
+        raise ValueError(f"{owner}({key}={value!r}) must lie between {low:g} and {high:g}.")

@@ -1,0 +1,297 @@
+r"""Recurrent-KIF: an inner learner for the new task, an outer one for old rows, fused by what matters to each.
+
+Feng et al., "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning", ACL 2025,
+https://arxiv.org/abs/2502.17510.
+
+Every Q = `inner_steps` steps on the new task are followed by M = `outer_steps` steps on a small memory of old rows. Both
+measure the importance of every weight (`hf_continual.tensors.importance`), and their movements are fused element by
+element (`hf_continual.tensors.fusion`):
+
+    theta_{b+1} = theta_b + w_in tau_in + w_out tau_out,    m = score > its (1 - top_share) quantile
+
+The paper's text and its published code differ; `rule="paper"` and `rule="code"` are the two, and `published` has each
+published setting by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from datasets import Dataset
+
+from hf_continual.data.replay import RowType
+from hf_continual.data.rows import load_rows
+from hf_continual.methods.base import Method, Run, State
+from hf_continual.methods.bounds import between, one_of, whole_number
+from hf_continual.paper import Paper
+from hf_continual.tensors.flat import Flat, bytes_of
+from hf_continual.tensors.flat_adam import FlatAdam
+from hf_continual.tensors.fusion import fuse
+from hf_continual.tensors.importance import Order, Scope, top_share_masks, update_importance_
+from hf_continual.tensors.two_sides import RULES, Fusion, Rule, TwoSides
+
+__all__ = ["KIF", "PUBLISHED", "fuse", "top_share_masks", "update_importance_"]
+
+logger = logging.getLogger(__name__)
+
+# What each published setting sets; all share Q = 8, M = 4, the top 20 %, and decays of 0.85.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # The text of the paper: importance without the uncertainty product, 0/1 masks, a learner of its own.
+    "paper": {"rule": "paper", "uncertainty": False, "outer_optimizer": "separate", "outer_learning_rate": 1e-3},
+    # The code for T5 (fp32): outer steps use the inner optimizer, and their loss is divided by 4 accumulation steps.
+    "t5": {"rule": "code", "uncertainty": True, "outer_optimizer": "shared", "outer_loss_scale": 0.25},
+    # The code for LLaMA (fp16): the outer learning rate is 0 for ever, so memory only steers the masks.
+    "llama": {"rule": "code", "uncertainty": True, "outer_optimizer": "none", "outer_loss_scale": 0.25},
+}
+
+CHOICES = {
+    "rule": RULES,
+    "scope": ("global", "tensor"),
+    "outer_optimizer": ("separate", "shared", "none"),
+    "order": ("first", "second", "mixed"),
+    "old_importance": ("recurrent", "static"),
+}
+
+
+@dataclass
+class KIF(Method):
+    """Alternate between the new task and a memory, and fuse both movements by the importance of each weight.
+
+    Idea: a few steps on old rows tell which weights matter to old tasks *now*; what the new task needs is kept where
+    only it matters, and what memory repaired where only that matters.
+    Stations: rows (a memory of its own, not mixed into the batches), after step.
+    Cost: M steps on memory for Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more for
+    the moments of a separate outer learner.
+    Relations: `Replay` mixes the same memory into every batch. Composes with everything; edits of gradients by other
+    methods do not reach the outer steps.
+    Differs from the authors' code: the outer learner learns (theirs for LLaMA has learning rate 0), steps and not
+    micro-batches are counted, the loss of memory is its token mean, and a run resumes at any step.
+
+    Args:
+        memory: Rows of earlier tasks, of the task's type: a dataset, a list, a file or a Hub id; in a plan
+            ``kept`` or ``earlier_tasks``. None or empty only for a first task, which is then plain training.
+        inner_steps: Q, optimizer steps on the task in a round.
+        outer_steps: M, optimizer steps on memory in a round.
+        top_share: Share of the weights that matter to a side.
+        beta1: Decay of the importance.
+        beta2: Decay of its uncertainty.
+        rule: ``"code"``, ``"paper"``, or an ablation: ``"no_shared"`` (weights that matter to both stay), ``"adaptive"``
+            (sigmoid of the score difference), ``"weighted"`` (one weight for all), ``"sum"`` (no identification).
+        scope: One threshold over all weights, or one per tensor.
+        outer_optimizer: ``"separate"``: Adam of its own; ``"shared"``: the run's optimizer; ``"none"``: memory is only
+            measured.
+        outer_learning_rate: Peak rate of a separate outer learner, which follows the run's schedule; None: the run's.
+        order: Taylor terms of the sensitivity.
+        importance_every: Measure every so many steps, the last one of a round always.
+        uncertainty: Whether the score is importance times uncertainty (the code) or importance alone (the paper).
+        old_importance: ``"recurrent"``, or the ablation ``"static"``: of old tasks measured in the first round only.
+        temperature: Of ``rule="adaptive"``.
+        outer_loss_scale: What the memory's loss is multiplied with.
+        memory_batch: Rows of a micro-batch of memory; None: as many as of the task.
+        row_type: As in `Replay`.
+        name: Prefix of the logged values.
+
+    Raises:
+        TypeError: If a hyper-parameter has the wrong type.
+        ValueError: If one is out of range, or memory is empty in a later task.
+    """
+
+    memory: Dataset | str | list[dict[str, Any]] | None = None
+    inner_steps: int = 8
+    outer_steps: int = 4
+    top_share: float = 0.2
+    beta1: float = 0.85
+    beta2: float = 0.85
+    rule: Rule = "code"
+    scope: Scope = "global"
+    outer_optimizer: Literal["separate", "shared", "none"] = "separate"
+    outer_learning_rate: float | None = None
+    order: Order = "first"
+    importance_every: int = 1
+    uncertainty: bool = True
+    old_importance: Literal["recurrent", "static"] = "recurrent"
+    temperature: float = 1.0
+    outer_loss_scale: float = 1.0
+    memory_batch: int | None = None
+    row_type: RowType = "same"
+    name: str = "kif"  # pyrefly: ignore[bad-override]
+
+    bytes_per_parameter: ClassVar[float] = 29.0  # five buffers, a mask byte, two moments
+    paper: ClassVar[Paper] = Paper(
+        "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning",
+        "Feng et al.",
+        2025,
+        arxiv="2502.17510",
+        venue="ACL 2025",
+    )
+    _memory: Dataset | None = field(default=None, init=False, repr=False, compare=False)
+    _flat: Flat | None = field(default=None, init=False, repr=False, compare=False)
+    _sides: TwoSides | None = field(default=None, init=False, repr=False, compare=False)
+    _learner: FlatAdam | None = field(default=None, init=False, repr=False, compare=False)
+    _resumed: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for key, known in CHOICES.items():
+            one_of("KIF", key, getattr(self, key), known)
+        for key in ("inner_steps", "outer_steps", "importance_every", "memory_batch"):
+            if getattr(self, key) is not None:
+                whole_number("KIF", key, getattr(self, key))
+        between("KIF", "top_share", self.top_share, 0, 1, closed=True)
+        for key in ("beta1", "beta2"):
+            between("KIF", key, getattr(self, key), 0, 1)
+        for key in ("temperature", "outer_loss_scale", "outer_learning_rate"):
+            if getattr(self, key) is not None:
+                between("KIF", key, getattr(self, key), 0, float("inf"))
+        if self.outer_learning_rate is not None and self.outer_optimizer != "separate":
+            raise ValueError(
+                f"KIF(outer_learning_rate={self.outer_learning_rate!r}) belongs to outer_optimizer='separate'; "
+                f"{self.outer_optimizer!r} has no rate of its own."
+            )
+        if self.importance_every > self.inner_steps:
+            raise ValueError(
+                f"KIF(importance_every={self.importance_every}) is more than the {self.inner_steps} inner steps of a round."
+            )
+        # Reading now: a wrong path must fail before a model is loaded, not after.
+        empty = self.memory is None or (not isinstance(self.memory, str) and len(self.memory) == 0)
+        self._rows = None if empty else load_rows(self.memory)  # pyrefly: ignore[bad-argument-type]
+
+    @classmethod
+    def published(cls, setting: str, memory: Any = None, **changes: Any) -> KIF:
+        """A published setting by name, with what differs on purpose; the names are the keys of `PUBLISHED`."""
+        if setting not in PUBLISHED:
+            raise ValueError(f"KIF.published({setting!r}): there are {', '.join(PUBLISHED)}.")
+        return cls(memory, **{**PUBLISHED[setting], **changes})
+
+    def replay(self, run: Run) -> None:
+        """Tokenise the memory; nothing is mixed into the batches."""
+        if self._rows is not None:
+            self._memory = run.prepare(self._rows, self.row_type, self.name)
+        elif run.task.index > 0:
+            raise ValueError(
+                f"KIF: task {run.task.index} ({run.task.name!r}) has no memory of earlier tasks, and without it nothing "
+                f"tells which weights matter to them. Give memory=ROWS (in a plan memory: earlier_tasks), or drop KIF."
+            )
+        else:
+            logger.info("KIF: the first task has no memory; it is trained plainly.")
+
+    def begin_task(self, run: Run) -> None:
+        """Lay out the buffers, unless a checkpoint has filled them."""
+        if self._memory is None:
+            return
+        if not self._resumed:
+            self._set_up(run)
+        self._resumed = False
+
+    def _set_up(self, run: Run) -> None:
+        params = run.named_parameters()
+        if not params:
+            raise ValueError(
+                "KIF: no parameter is trainable, so there is nothing to measure or fuse. Freeze less, or give an adapter."
+            )
+        self._done = self._outer = 0
+        self._flat = flat = Flat(params)
+        self._learner = None
+        if self.outer_optimizer == "separate":
+            defaults = run.optimizer_defaults()
+            self._learner = FlatAdam(flat, defaults["betas"], defaults["eps"])
+        own = {f.name: getattr(self, f.name) for f in fields(Fusion)}
+        add_up = run.sum if run.is_sharded else None
+        self._sides = None if self.rule == "sum" else TwoSides(flat, Fusion(**own), add_up)
+
+    def after_step(self, run: Run) -> None:
+        """An inner step: the new weights and the clipped gradient that moved them."""
+        if self._memory is None:
+            return
+        self._done += 1
+        if self._sides is not None and (self.inner_steps - self._done) % self.importance_every == 0:
+            self._sides.record(self._sides.inner)
+
+    def end_step(self, run: Run) -> None:
+        """After the last inner step of a round: the outer steps, and the fusion."""
+        if self._memory is None or self._done < self.inner_steps:
+            return
+        sides = self._sides
+        if sides is not None:
+            sides.end_inner()
+        if sides is not None or self.outer_optimizer != "none":
+            for step in range(self.outer_steps):
+                self._outer_step(run, (self.outer_steps - 1 - step) % self.importance_every == 0)
+        if sides is not None:
+            for key, share in sides.fuse().items():
+                run.note(f"{self.name}/{key}", share)
+        self._done = 0
+
+    def _outer_step(self, run: Run, measure: bool) -> None:
+        assert self._memory is not None
+        loss = run.gradients(run.micro_batches(self._memory, self._outer, self.memory_batch), self.outer_loss_scale)
+        rate = (self.outer_learning_rate or run.learning_rate) * run.schedule
+
+        def move() -> None:
+            if self._learner is not None:
+                self._learner.step(rate)
+
+        stepped = run.update(None if self.outer_optimizer == "shared" else move)
+        first_round = self._outer < self.outer_steps
+        if stepped and measure and self._sides is not None and (self.old_importance == "recurrent" or first_round):
+            self._sides.record(self._sides.outer)
+        run.zero_grad()
+        run.note(f"{self.name}/memory_loss", loss)
+        self._outer += 1
+
+    def end_task(self, run: Run) -> None:
+        """Say what was left out, once."""
+        if self._memory is None:
+            return
+        if self._done:
+            logger.info(
+                "KIF: the last %d steps are no whole round of %d, so they were not fused.", self._done, self.inner_steps
+            )
+        if self._sides is not None and (count := int(self._sides.left_out)):
+            logger.warning("KIF: %d steps had gradients that were not finite; they are in no importance.", count)
+
+    def memory_bytes(self) -> int:
+        """Bytes of all buffers on this process, masks and moments of the outer learner included."""
+        kept = [] if self._learner is None else list(self._learner.moments)
+        if self._sides is not None:
+            kept += [*self._sides.buffers().values(), *([] if self._sides.mask_in is None else [self._sides.mask_in])]
+        return bytes_of(kept)
+
+    def state_dict(self, run: Run) -> State:
+        """Buffers by parameter name, and how far the round is."""
+        if self._flat is None:
+            return {}
+        state: State = {"done": self._done, "outer": self._outer}
+        for key, buffer in self._kept().items():
+            state |= self._flat.named(buffer, f"{key}/", run.is_main_process)
+        if self._learner is not None:
+            state["learner"] = self._learner.t
+        if self._sides is not None:
+            state["left_out"] = self._sides.left_out
+        return state
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """What the rest of the run depends on: right after a fusion neither the anchor nor the inner averages."""
+        kept = {} if self._sides is None else self._sides.buffers()
+        if self._done == 0:
+            kept = {k: v for k, v in kept.items() if k.startswith("outer")}
+        if self._learner is not None:
+            kept |= dict(zip(("learner.first", "learner.second"), self._learner.moments, strict=True))
+        return kept
+
+    def load_state_dict(self, state: State, run: Run) -> None:
+        """Fill the buffers."""
+        if self._memory is None or not state:
+            return
+        self._set_up(run)
+        self._resumed = True
+        self._done, self._outer = state["done"], state["outer"]
+        assert self._flat is not None
+        for key, buffer in self._kept().items():
+            self._flat.fill(buffer, state, f"{key}/")
+        if self._learner is not None:
+            self._learner.t = state["learner"]
+        if self._sides is not None:
+            self._sides.left_out = state["left_out"].to(self._flat.device)

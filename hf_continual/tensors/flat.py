@@ -1,0 +1,162 @@
+"""All trainable parameters end to end in one buffer: a kernel a bucket instead of one a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Elements that are gathered at a time: bounds the copies, and on a CPU they stay in the cache.
+CPU_BUCKET, DEVICE_BUCKET = 1 << 18, 1 << 22
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A run of whole parameters: elements `start` to `stop` of every buffer."""
+
+    start: int
+    stop: int
+    names: tuple[str, ...]
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """This bucket's part of a buffer, as a view."""
+        return buffer[self.start : self.stop]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor on this process; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Flat:
+    """Layout of parameters, of their parts on this process under FSDP, in flat float32 buffers.
+
+    Args:
+        params: Parameters by name, all on one device.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = dict(params)
+        self.device = local(next(iter(self.params.values())).detach()).device
+        most = CPU_BUCKET if self.device.type == "cpu" else DEVICE_BUCKET
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.buckets: list[Bucket] = []
+        start, size, names = 0, 0, []
+        for name, p in self.params.items():
+            count = local(p.detach()).numel()
+            if names and size + count - start > most:
+                self.buckets.append(Bucket(start, size, tuple(names)))
+                start, names = size, []
+            self.spans[name] = (size, size + count)
+            size += count
+            names.append(name)
+        self.buckets.append(Bucket(start, size, tuple(names)))
+        self.size = size
+        self._room = torch.empty(2, max(b.stop - b.start for b in self.buckets), device=self.device)
+
+    def zeros(self) -> Tensor:
+        """A buffer of zeros."""
+        return torch.zeros(self.size, device=self.device)
+
+    def _views(self, bucket: Bucket, buffer: Tensor) -> list[Tensor]:
+        shapes = [local(self.params[n].detach()).shape for n in bucket.names]
+        spans = [self.spans[n] for n in bucket.names]
+        return [buffer[a - bucket.start : b - bucket.start].view(s) for (a, b), s in zip(spans, shapes, strict=True)]
+
+    @torch.no_grad()
+    def weights(self, bucket: Bucket) -> Tensor:
+        """The bucket's weights, float32, in room that the next call uses again."""
+        room = self._room[0, : bucket.stop - bucket.start]
+        torch._foreach_copy_(self._views(bucket, room), [local(self.params[n].detach()) for n in bucket.names])
+        return room
+
+    @torch.no_grad()
+    def gradients(self, bucket: Bucket) -> Tensor:
+        """The bucket's gradients, zero where a parameter has none; in room of their own that is used again."""
+        room = self._room[1, : bucket.stop - bucket.start]
+        views = self._views(bucket, room)
+        held = [self.params[n].grad for n in bucket.names]
+        if any(g is None for g in held):
+            room.zero_()
+        pairs = [(v, local(g)) for v, g in zip(views, held, strict=True) if g is not None]
+        if pairs:
+            torch._foreach_copy_([v for v, _ in pairs], [g for _, g in pairs])
+        return room
+
+    @torch.no_grad()
+    def write(self, bucket: Bucket, values: Tensor) -> None:
+        """Put values into the bucket's weights, rounded to their type."""
+        torch._foreach_copy_([local(self.params[n].detach()) for n in bucket.names], self._views(bucket, values))
+
+    def all_gradients(self) -> list[Tensor]:
+        """The gradients that are there, this process's parts."""
+        return [local(p.grad) for p in self.params.values() if p.grad is not None]
+
+    def copy_weights(self, buffer: Tensor) -> None:
+        """Copy all weights into a buffer."""
+        for bucket in self.buckets:
+            bucket.of(buffer).copy_(self.weights(bucket))
+
+    def items(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Views of a buffer by parameter name, shaped as the parameters' parts on this process."""
+        for name, (start, stop) in self.spans.items():
+            yield name, buffer[start:stop].view(local(self.params[name].detach()).shape)
+
+    def named(self, buffer: Tensor, prefix: str, keep: bool = True) -> dict[str, Tensor]:
+        """A buffer as whole tensors by parameter name, on the CPU. All processes must call it together.
+
+        Args:
+            buffer: Made by `zeros`.
+            prefix: Put before each name.
+            keep: Whether this process wants them; where they are sharded, all take part in gathering.
+
+        Returns:
+            Tensors of the parameters' full shapes, nothing where `keep` is False.
+        """
+        found = {}
+        for name, view in self.items(buffer):
+            p = self.params[name]
+            whole = view
+            if isinstance(p, DTensor):
+                whole = DTensor.from_local(
+                    view, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+                ).full_tensor()
+            if keep:
+                found[prefix + name] = whole.detach().cpu().clone()
+        return found
+
+    def fill(self, buffer: Tensor, named: Mapping[str, Tensor], prefix: str) -> None:
+        """Take a buffer back from what `named` returned.
+
+        Args:
+            buffer: Is overwritten.
+            named: Whole tensors by name.
+            prefix: Before each name.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape; names the first five.
+        """
+        wrong = [
+            f"{n} ({'missing' if prefix + n not in named else f'{tuple(named[prefix + n].shape)} there'}, "
+            f"{tuple(p.shape)} here)"
+            for n, p in self.params.items()
+            if prefix + n not in named or named[prefix + n].shape != p.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the state does not belong to these parameters: {len(wrong)} differ, first {'; '.join(wrong[:5])}. "
+                f"Resume with the model and adapter that it was saved with."
+            )
+        for name, view in self.items(buffer):
+            p, whole = self.params[name], named[prefix + name].to(self.device, torch.float32)
+            if isinstance(p, DTensor):
+                whole = distribute_tensor(whole, p.device_mesh, p.placements).to_local()
+            view.copy_(whole)
+
+
+def bytes_of(buffers: Sequence[Tensor]) -> int:
+    """Bytes that buffers take."""
+    return sum(b.numel() * b.element_size() for b in buffers)

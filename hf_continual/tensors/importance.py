@@ -1,0 +1,171 @@
+r"""Importance of single parameters, and the most important share of them.
+
+The sensitivity |w g| of a parameter estimates by how much the loss would change without it (first-order Taylor term).
+One batch gives a noisy estimate, so it is smoothed over steps, and parameters that it is uncertain about count more
+(PLATON, Zhang et al., ICML 2022; used by AdaLoRA, TaSL and Recurrent-KIF):
+
+    I <- b1 I + (1 - b1) |w g|          U <- b2 U + (1 - b2) | |w g| - I |          score = I U
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_continual.tensors.selection import kth_smallest
+
+Order = Literal["first", "second", "mixed"]
+Scope = Literal["global", "tensor"]
+
+# Both factors of a score are multiplied with it: a power of two changes no digit, and the product of two small
+# averages (below 1e-19 each) no longer falls out of float32.
+SCALE = 2.0**40
+
+
+def sensitivity(param: Tensor, grad: Tensor, order: Order = "first") -> Tensor:
+    """Change of the loss if a parameter were zero: |w g|, (w g)^2, or |w g - (w g)^2 / 2|.
+
+    Args:
+        param: Weights w.
+        grad: Gradient g of the loss at w.
+        order: Taylor terms: the first, the second (with g^2 for the Hessian), or both.
+
+    Returns:
+        float32, at least 0, of the same shape.
+
+    Raises:
+        ValueError: If `order` is unknown.
+    """
+    product = param.float() * grad.float()
+    if order == "first":
+        return product.abs_()
+    if order == "second":
+        return product.square_()
+    if order == "mixed":
+        return (product - 0.5 * product * product).abs_()
+    raise ValueError(f"order={order!r} is not known; there are first, second, mixed.")
+
+
+@torch.no_grad()
+def update_importance_(
+    importance: Tensor,
+    uncertainty: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    order: Order = "first",
+    valid: Tensor | None = None,
+) -> None:
+    """Take one step's gradient into the two averages, in place (Recurrent-KIF's code, as AdaLoRA's).
+
+    Args:
+        importance: I, float32; zeros at first.
+        uncertainty: U, float32; zeros at first.
+        param: Weights, as they are after the step.
+        grad: The clipped gradient of that step.
+        beta1: Decay of I.
+        beta2: Decay of U.
+        order: See `sensitivity`.
+        valid: Scalar bool on the device; where it is False the step leaves no trace. Spares a wait for the device.
+    """
+    now = sensitivity(param, grad, order)
+    rate1, rate2 = (1 - beta1), (1 - beta2)
+    if valid is None:
+        importance.lerp_(now, rate1)
+        uncertainty.lerp_(now.sub_(importance).abs_(), rate2)
+        return
+    now = torch.where(valid, now, importance)  # not a product: 0 times NaN is NaN
+    importance.lerp_(now, rate1)
+    uncertainty.lerp_(now.sub_(importance).abs_(), valid.float() * rate2)
+
+
+def scores(importance: Tensor, uncertainty: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """I U, or I alone, up to a constant power of two that keeps small products.
+
+    Args:
+        importance: I.
+        uncertainty: U, or None where the score is I.
+        out: Where the result goes; may be one of the two.
+
+    Returns:
+        Scores, float32.
+    """
+    if uncertainty is None:
+        return torch.mul(importance, SCALE, out=out)
+    return torch.mul(importance * SCALE, uncertainty * SCALE, out=out)
+
+
+def share_rank(count: int, share: float) -> int:
+    """Rank of the largest value that is not among the top share: floor((1 - share) (count - 1)), from 0.
+
+    Args:
+        count: Number of values.
+        share: Share that is to lie above, in (0, 1].
+
+    Returns:
+        The rank. All values above it are strictly above the linearly interpolated quantile: it lies between
+        this value and the next, and is the next one nowhere.
+
+    Raises:
+        ValueError: If the share lies outside.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share!r} must lie in (0, 1]: it is the share of parameters that is selected.")
+    # 1 - 0.2 is 0.8 to the last bit but 0.8 * 5 need not be 4: a rounding error must not cost a rank.
+    position = (1 - share) * (count - 1)
+    return round(position) if math.isclose(position, round(position), rel_tol=1e-12) else math.floor(position)
+
+
+def share_threshold(
+    values: Tensor, share: float, count: int | None = None, add_up: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The value that the top share lies strictly above.
+
+    Args:
+        values: Scores, any shape; on one process of several its own part.
+        share: See `share_rank`.
+        count: Values on all processes together, where they are spread.
+        add_up: Sums counts over the processes, where they are spread.
+
+    Returns:
+        Scalar on the device of `values`.
+    """
+    if add_up is not None:
+        return kth_smallest(lambda: [values], share_rank(count or values.numel(), share), add_up).to(values.device)
+    return values.flatten().kthvalue(share_rank(values.numel(), share) + 1).values
+
+
+def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Scope = "global") -> dict[str, Tensor]:
+    """The most important share of all parameters, or of each tensor: strictly above the quantile.
+
+    Ties at the quantile are not selected: of equal scores none is. Exact for any number of scores (`torch.quantile`
+    ends at 2^24), and several times faster.
+
+    Args:
+        scores: Scores by parameter name.
+        share: Share to select, in (0, 1].
+        scope: One quantile over all tensors, or one for each.
+
+    Returns:
+        Bool masks of the same shapes.
+
+    Raises:
+        ValueError: If there is no score, one is not finite, or an option is unknown.
+    """
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"scope={scope!r} is not known; there are global, tensor.")
+    filled = {name: s for name, s in scores.items() if s.numel()}
+    if not filled:
+        raise ValueError("there are no scores to select from.")
+    for name, s in filled.items():
+        if not torch.isfinite(s).all():
+            raise ValueError(f"the scores of {name} are not all finite; their order means nothing.")
+    if scope == "tensor":
+        return {n: s > share_threshold(s, share) if s.numel() else s > 0 for n, s in scores.items()}
+    threshold = share_threshold(torch.cat([s.flatten() for s in filled.values()]), share)
+    return {name: s > threshold for name, s in scores.items()}

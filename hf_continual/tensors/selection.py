@@ -1,0 +1,66 @@
+"""The k-th smallest of many values: in memory, over processes, or over parts that never meet in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+BITS = 16  # of a float32 that one pass decides: two passes, 65,536 counters
+
+
+def ordered_keys(values: Tensor) -> Tensor:
+    """Integers in 0 to 2^32 - 1 that are ordered as float32 values are.
+
+    Args:
+        values: Any float type; compared as float32.
+
+    Returns:
+        int64 of the same shape. Both zeros have the same key.
+    """
+    # Adding zero turns -0.0 into 0.0, which compares equal but has other bits.
+    bits = (values.float() + 0.0).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -bits - 1, bits + 2**31)
+
+
+def key_value(key: int | Tensor) -> Tensor:
+    """The float32 value of a key; the inverse of `ordered_keys`."""
+    key = torch.as_tensor(key, dtype=torch.int64)
+    return torch.where(key < 2**31, -key - 1, key - 2**31).to(torch.int32).view(torch.float32)
+
+
+def kth_smallest(
+    parts: Callable[[], Iterable[Tensor]], k: int, add_up: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> Tensor:
+    """The k-th smallest value of all parts together, exactly, in two passes that count.
+
+    Args:
+        parts: Gives the parts anew each time; the same values in any order and cut.
+        k: Rank, counted from 0.
+        add_up: Sums a tensor of counts over processes that hold different parts.
+
+    Returns:
+        float32 scalar on the device of the counts.
+
+    Raises:
+        ValueError: If there are not more than `k` values.
+    """
+    prefix, below = 0, 0
+    for shift in (BITS, 0):
+        counts: Tensor | None = None
+        for part in parts():
+            keys = ordered_keys(part.flatten())
+            if shift == 0:
+                keys = keys[(keys >> BITS) == prefix]
+            found = torch.bincount((keys >> shift) & (2**BITS - 1), minlength=2**BITS)
+            counts = found if counts is None else counts + found
+        if counts is None:
+            raise ValueError(f"there is no value number {k} (counted from 0) among 0 values.")
+        total = below + add_up(counts).cumsum(0)
+        where = int(torch.searchsorted(total, k, right=True))
+        if where == 2**BITS:
+            raise ValueError(f"there is no value number {k} (counted from 0) among {int(total[-1])} values.")
+        below = int(total[where - 1]) if where else below
+        prefix = prefix << BITS | where
+    return key_value(prefix).to(total.device)

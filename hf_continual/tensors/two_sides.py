@@ -1,0 +1,186 @@
+"""What an inner and an outer learner did to the same weights: importance on both sides, and their fusion in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_continual.tensors.flat import Bucket, Flat
+from hf_continual.tensors.fusion import WEIGHTS, adaptive_weights, blend, mask_weights
+from hf_continual.tensors.importance import Order, Scope, scores, share_threshold, update_importance_
+from hf_continual.tensors.selection import kth_smallest
+
+Rule = Literal["code", "paper", "no_shared", "adaptive", "weighted", "sum"]
+RULES = ("code", "paper", "no_shared", "adaptive", "weighted", "sum")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How importance is measured and movements are fused; the fields are those of `hf_continual.KIF`."""
+
+    rule: Rule
+    top_share: float
+    scope: Scope
+    beta1: float
+    beta2: float
+    order: Order
+    uncertainty: bool
+    temperature: float
+
+
+class TwoSides:
+    """Five float32 buffers over the trainable weights: the anchor, and two averages for each side.
+
+    Buffers are used twice: once the inner steps are done their averages are only needed as scores, so that the
+    weights reached by then take the place of one and the scores that of the other.
+
+    Args:
+        flat: Layout of the weights.
+        fusion: How to measure and fuse.
+        add_up: Sums over processes where they hold different parts of the weights, else None.
+    """
+
+    def __init__(self, flat: Flat, fusion: Fusion, add_up: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.flat, self.fusion, self.add_up = flat, fusion, add_up
+        self.anchor = flat.zeros()
+        self.inner = [flat.zeros() for _ in range(1 + fusion.uncertainty)]
+        self.outer = [flat.zeros() for _ in range(1 + fusion.uncertainty)]
+        self.mask_in: Tensor | None = None
+        self.left_out = torch.zeros((), device=flat.device)
+        self.total = flat.size
+        if add_up is not None:
+            self.total = int(add_up(torch.tensor(flat.size, device=flat.device)))
+        flat.copy_weights(self.anchor)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Everything kept, by name."""
+        names = ("importance", "uncertainty")
+        sides = {"inner": self.inner, "outer": self.outer}
+        kept = {f"{side}.{name}": b for side, held in sides.items() for name, b in zip(names, held, strict=False)}
+        return {"anchor": self.anchor, **kept}
+
+    @torch.no_grad()
+    def record(self, side: list[Tensor]) -> None:
+        """Take the gradients of a step into the averages of a side; a step that is not finite leaves no trace.
+
+        Args:
+            side: `inner` or `outer`.
+        """
+        f, grads = self.fusion, self.flat.all_gradients()
+        wrong = torch.zeros((), device=self.flat.device)
+        if grads:
+            wrong = (~torch.isfinite(torch.stack(torch._foreach_norm(grads)))).any().float()
+        if self.add_up is not None:
+            wrong = self.add_up(wrong)
+        valid = wrong == 0
+        self.left_out += (~valid).float()
+        for bucket in self.flat.buckets:
+            kept = bucket.of(side[0])
+            # Where the score is the average alone nobody reads how uncertain it is.
+            spread = bucket.of(side[1]) if f.uncertainty else torch.empty_like(kept)
+            weights, gradients = self.flat.weights(bucket), self.flat.gradients(bucket)
+            update_importance_(kept, spread, weights, gradients, f.beta1, f.beta2, f.order, valid)
+
+    @torch.no_grad()
+    def end_inner(self) -> None:
+        """The inner steps are done: select what matters to them, and remember the weights."""
+        kept = self.inner[-1]
+        scores(self.inner[0], self.inner[1] if self.fusion.uncertainty else None, out=kept)
+        if self.fusion.rule in WEIGHTS:
+            self.mask_in = self._top(kept)
+        if self.fusion.uncertainty or self.mask_in is not None:
+            self.middle = self.inner[0]
+        else:
+            self.middle = self.flat.zeros()
+        self.flat.copy_weights(self.middle)
+
+    def _top(self, values: Tensor) -> Tensor:
+        """Mask of the top share of a buffer of scores."""
+        share, add_up = self.fusion.top_share, self.add_up
+        if self.fusion.scope == "global":
+            return values > share_threshold(values, share, self.total, add_up)
+        mask = torch.empty_like(values, dtype=torch.bool)
+        for name, (start, stop) in self.flat.spans.items():
+            part = values[start:stop]
+            if add_up is not None or part.numel():
+                mask[start:stop] = part > share_threshold(part, share, self.flat.params[name].numel(), add_up)
+        return mask
+
+    def _score_out(self, bucket: Bucket) -> Tensor:
+        return scores(bucket.of(self.outer[0]), bucket.of(self.outer[1]) if self.fusion.uncertainty else None)
+
+    @torch.no_grad()
+    def fuse(self) -> dict[str, Tensor]:
+        """Fuse in place, make the result the new anchor, and forget the inner averages.
+
+        Returns:
+            Shares of the elements by side (``both``, ``in_only``, ``out_only``, ``neither``), or the mean weight of the
+            inner side (``inner_weight``) where the rule has no masks.
+        """
+        f, totals = self.fusion, torch.zeros(4, device=self.flat.device)
+        mask_out = self._mask_out() if f.rule in WEIGHTS else None
+        soft = None if mask_out is not None else self._soft()
+        for bucket in self.flat.buckets:
+            if mask_out is not None:
+                assert self.mask_in is not None
+                m_in, m_out = bucket.of(self.mask_in), bucket.of(mask_out)
+                w_in, w_out = mask_weights(m_in, m_out, f.rule)  # pyrefly: ignore[bad-argument-type]
+                counts = [m_in & m_out, m_in & ~m_out, ~m_in & m_out, ~(m_in | m_out)]
+                totals += torch.stack([m.sum() for m in counts])
+            else:
+                assert soft is not None
+                w_in, w_out = soft(bucket)
+                totals[0] += w_in.sum()
+            anchor, middle, now = bucket.of(self.anchor), bucket.of(self.middle), self.flat.weights(bucket)
+            self.flat.write(bucket, blend(anchor, middle - anchor, now - middle, w_in, w_out))
+            # What the weights hold, not what was computed: in low precision they were rounded.
+            anchor.copy_(self.flat.weights(bucket))
+        for buffer in self.inner:
+            buffer.zero_()
+        self.mask_in = None
+        totals = (totals if self.add_up is None else self.add_up(totals)) / self.total
+        if f.rule in WEIGHTS:
+            return dict(zip(("both", "in_only", "out_only", "neither"), totals, strict=True))
+        return {"inner_weight": totals[0]}
+
+    def _mask_out(self) -> Tensor:
+        # The inner scores have become a mask, so that their room is free for the outer ones.
+        values = self.inner[-1] if self.fusion.uncertainty else torch.empty_like(self.anchor)
+        scores(self.outer[0], self.outer[1] if self.fusion.uncertainty else None, out=values)
+        return self._top(values)
+
+    def _soft(self) -> Callable[[Bucket], tuple[Tensor, Tensor]]:
+        """Weights of a bucket where the rule has no masks."""
+        score_in, buckets = self.inner[-1], self.flat.buckets
+        if self.fusion.rule == "weighted":
+            of_in, of_out = score_in.sum(), sum(self._score_out(b).sum() for b in buckets)
+            both = torch.stack([of_in, torch.as_tensor(of_out, device=of_in.device)])
+            both = both if self.add_up is None else self.add_up(both)
+            w = both[0] / both.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+            def one(bucket: Bucket) -> tuple[Tensor, Tensor]:
+                w_in = w.expand(bucket.stop - bucket.start)
+                return w_in, 1 - w_in
+
+            return one
+        low_in, high_in = self._range(lambda: [score_in])
+        low_out, high_out = self._range(lambda: (self._score_out(b) for b in buckets))
+
+        def adaptive(bucket: Bucket) -> tuple[Tensor, Tensor]:
+            z_in = (bucket.of(score_in) - low_in) / (high_in - low_in)
+            z_out = (self._score_out(bucket) - low_out) / (high_out - low_out)
+            return adaptive_weights(z_in.nan_to_num(0.0), z_out.nan_to_num(0.0), self.fusion.temperature)
+
+        return adaptive
+
+    def _range(self, parts: Callable[[], object]) -> tuple[Tensor, Tensor]:
+        """Least and largest value of all parts; over processes by the exact selection that is there anyway."""
+        if self.add_up is None:
+            ends = [torch.aminmax(p) for p in parts() if p.numel()]  # pyrefly: ignore
+            return torch.stack([e.min for e in ends]).min(), torch.stack([e.max for e in ends]).max()
+        ends = [kth_smallest(parts, k, self.add_up) for k in (0, self.total - 1)]  # pyrefly: ignore
+        return ends[0].to(self.flat.device), ends[1].to(self.flat.device)

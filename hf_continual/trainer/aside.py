@@ -1,0 +1,90 @@
+"""Gradients of rows that are no training batch: an outer loop's, or those that importance is measured with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_continual.methods.base import Batch
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+
+@contextmanager
+def aside(trainer: ContinualTrainer, micro_batches: int) -> Iterator[None]:
+    """Losses computed inside are in no metric and no method sees their forward passes."""
+    kept = (trainer._metrics, trainer._total_train_tokens, trainer.tap, trainer.current_gradient_accumulation_steps)
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    trainer.tap, trainer.current_gradient_accumulation_steps = None, micro_batches
+    try:
+        yield
+    finally:
+        trainer._metrics, trainer._total_train_tokens, trainer.tap, trainer.current_gradient_accumulation_steps = kept
+
+
+def gradients(trainer: ContinualTrainer, batches: Sequence[Batch], scale: float) -> Tensor:
+    """Leave the clipped gradient of some batches in `.grad`, as one optimizer step of the trainer would.
+
+    Args:
+        trainer: The trainer, between two steps.
+        batches: Micro-batches of this process.
+        scale: What the loss is multiplied with.
+
+    Returns:
+        The loss, a scalar without gradient: the mean over the batches' tokens on all processes.
+    """
+    model, accelerator = trainer.model_wrapped, trainer.accelerator
+    model.train()
+    items: Any = None
+    if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
+        items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+    total = torch.zeros((), device=trainer.args.device)
+    with aside(trainer, len(batches)):
+        for i, batch in enumerate(batches):
+            together = nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model)
+            with together:
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+                if items is None:
+                    loss = loss / len(batches)
+                accelerator.backward(loss * scale if scale != 1 else loss)
+            total += loss.detach()
+    # As the trainer: without clipping the norm is taken all the same, which undoes the scaling of the loss.
+    if trainer.args.max_grad_norm > 0:
+        trainer._clip_grad_norm(model)
+    else:
+        trainer._get_grad_norm(model)
+    return total
+
+
+def step(trainer: ContinualTrainer, update: Any) -> bool:
+    """Step the trainer's optimizer, or call `update` in its place, unless gradients overflowed under a scaler.
+
+    Args:
+        trainer: The trainer, gradients in place.
+        update: Changes the weights, or None for the trainer's optimizer.
+
+    Returns:
+        Whether a step was made.
+    """
+    scaler, optimizer = trainer.accelerator.scaler, trainer.optimizer
+    assert optimizer is not None
+    if update is None:
+        optimizer.step()
+        return not trainer.accelerator.optimizer_step_was_skipped
+    if scaler is None:
+        update()
+        return True
+    norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    finite = bool(torch.isfinite(torch.stack(norms)).all())
+    if finite:
+        update()
+    # As after every step: the scale moves, and the scaler forgets that these gradients were unscaled.
+    scaler.update()
+    return finite
