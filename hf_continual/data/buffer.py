@@ -153,7 +153,7 @@ class Memory:
         rows: Any = task.train
         if self.by not in rows.column_names and self.by != "completion":
             raise ValueError(f"by: the rows of task {task.name!r} have no {self.by!r}, only {rows.column_names}.")
-        return list(map(repr, rows[self.by])) if self.by in rows.column_names else range(len(rows))
+        return list(map(repr, rows[self.by][:])) if self.by in rows.column_names else range(len(rows))
 
     def records(self, tasks: Sequence[Task], sources: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """The kept rows with their origin, as plain data; `sources` says where each task's rows were read from."""

@@ -48,7 +48,9 @@ def test_classes_are_kept_evenly(labels, number, seed):
     for n in range(len(ordered)):
         counts = Counter(labels[row] for row in ordered[:n])
         # Every class that still has rows to give is at most one behind the largest.
-        assert all(counts[label] >= max(counts.values(), default=0) - 1 for label in kept if counts[label] < kept[label])
+        assert all(
+            counts[label] >= max(counts.values(), default=0) - 1 for label in kept if counts[label] < kept[label]
+        )
 
 
 def test_free_text_has_no_classes():
