@@ -39,10 +39,8 @@ def class_balanced(labels: Sequence[Hashable], number: int, rng: random.Random) 
     classes: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         classes.setdefault(label, []).append(row)
-    if not classes or len(classes) > number:
-        return rng.sample(range(len(labels)), number)
-    quota = number // len(classes)
-    chosen = [row for rows in classes.values() for row in rng.sample(rows, min(quota, len(rows)))]
+    quota = number // max(len(classes), 1)
+    chosen = [row for rows in classes.values() if quota for row in rng.sample(rows, min(quota, len(rows)))]
     taken = set(chosen)
     return chosen + rng.sample([row for row in range(len(labels)) if row not in taken], number - len(chosen))
 
