@@ -86,6 +86,9 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "test_rows": len(task.test) if task.test is not None else None,
         "steps": steps,
         "methods": [m.name for m in methods],
+        "memory_rows": None
+        if prepared.memory is None
+        else {"given": len(prepared.memory.given(task)), "kept": len(prepared.memory.after[task.name])},
         "replay_share": share,
         "micro_batch": {"task_rows": args.per_device_train_batch_size, "added_rows": added, "tokens": round(tokens)},
         "parameters": total,

@@ -136,6 +136,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
         lines = [
             f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
+            *_memory(plan["tasks"]),
             *_micro_batches(plan["tasks"]),
             f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
@@ -145,6 +146,13 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
         steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
         parts.append(Text(f"{len(plans)} runs: {steps:,} steps, disk at most {size(disk)}"))
     return Group(*parts)
+
+
+def _memory(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each task is given of earlier ones, and hands on."""
+    rows = {t["name"]: t["memory_rows"] for t in tasks if t["memory_rows"] is not None}
+    shown = "; ".join(f"{name}: given {n['given']:,}, hands on {n['kept']:,}" for name, n in rows.items())
+    return [f"memory, in rows: {shown}"] if shown else []
 
 
 def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
