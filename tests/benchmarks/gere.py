@@ -1,6 +1,6 @@
 """GeRe's cost: a step against SFTTrainer's on the same rows, the offline pass, the loss against the naive one, storage.
 
-    python tests/benchmarks/gere.py [MODEL]
+    python tests/benchmarks/gere.py [MODEL] [--dtype float32]
 
 MODEL is a folder or Hub id; by default the embedded SmolLM2-135M with LoRA in bfloat16. One thread.
 """
@@ -34,12 +34,12 @@ from hf_continual.methods.gere import tm_loss
 from hf_continual.tensors.reference import last_hidden
 from hf_continual.tensors.ternary import activation_states, unpack_states
 
-STEPS, PAIRS, LENGTH = 3, 5, 96
+STEPS, PAIRS, LENGTH = 3, 4, 96
 
 
-def trainer(kind: str, path: str, folder: str, rows: Dataset, general: Dataset) -> SFTTrainer:
+def trainer(kind: str, path: str, folder: str, rows: Dataset, general: Dataset, dtype: torch.dtype) -> SFTTrainer:
     """The same tokens per step: 6 + 2 rows with GeRe, 8 rows without."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     settings = {
         "output_dir": folder, "per_device_train_batch_size": 8 if kind == "sft" else 6, "max_steps": STEPS, "bf16": False,
         "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
@@ -180,7 +180,10 @@ def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor does not compute in bfloat16")
+    parser.add_argument("--no-flips", action="store_true")
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)
     datasets.disable_progress_bars()
@@ -194,9 +197,9 @@ def main() -> None:
     general = of_length(texts, tokenizer, LENGTH)
     loss_against_naive()
     with tempfile.TemporaryDirectory() as folder:
-        kept = [bytes_for_backward(trainer(kind, args.model, folder, rows, general)) for kind in ("sft", "gere")]
+        kept = [bytes_for_backward(trainer(kind, args.model, folder, rows, general, dtype)) for kind in ("sft", "gere")]
         print(f"bytes kept for backward by a step, GeRe / SFTTrainer, same tokens: {kept[1] / kept[0]:.3f}")
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
         tokens = [tokenizer(t)["input_ids"][:LENGTH] for t in rows["text"]][:40]
         with torch.no_grad():
             bare, whole = [], []
@@ -210,13 +213,14 @@ def main() -> None:
             print(f"storage: the authors' fp32 files / ours: {official / made.file.stat().st_size:.2f}")
         pairs = []
         for _ in range(PAIRS + 1):
-            both = [trainer(kind, args.model, folder, rows, general) for kind in ("sft", "gere")]
+            both = [trainer(kind, args.model, folder, rows, general, dtype) for kind in ("sft", "gere")]
             pairs.append([seconds(t.train) for t in both])
         ratios = sorted(ours / theirs for theirs, ours in pairs[1:])
         print(
             f"GeRe step / SFTTrainer step, same tokens: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         )
-    flips(args.model, texts, tokenizer)
+    if not args.no_flips:
+        flips(args.model, texts, tokenizer)
 
 
 if __name__ == "__main__":
