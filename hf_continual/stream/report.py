@@ -141,6 +141,11 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
         ]
+        if plan["memory_bytes"] > plan["memory_here_bytes"]:
+            lines.append(
+                f"that is more memory than the {size(plan['memory_here_bytes'])} of this machine: lower "
+                f"per_device_train_batch_size, a method's per_batch or max_length, or set gradient_checkpointing"
+            )
         parts += [table, Text("\n".join(lines)), Text("")]
     if len(plans) > 1:
         steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
@@ -161,8 +166,8 @@ def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     if not largest["added_rows"]:
         return []
     return [
-        f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, at most "
-        f"{largest['tokens']:,} tokens in all"
+        f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, about "
+        f"{largest['tokens']:,} tokens with padding"
     ]
 
 
