@@ -85,6 +85,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "tokens": sum(lengths),
         "test_rows": len(task.test) if task.test is not None else None,
         "steps": steps,
+        "extra_steps": sum(m.extra_steps(steps) for m in methods),
         "methods": [m.name for m in methods],
         "memory_rows": None
         if prepared.memory is None

@@ -129,7 +129,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             table.add_row(
                 task["name"] + (f"\n  from {task['parent']}" if branches else ""), f"{task['rows']:,}",
                 f"{task['tokens']:,}", f"{100 * task['replay_share']:.0f} %" if task["replay_share"] else "",
-                f"{task['steps']:,}", f"{task['trainable']:,}", size(task["memory_bytes"]),
+                f"{task['steps']:,}" + (f" + {task['extra_steps']:,}" if task["extra_steps"] else ""), f"{task['trainable']:,}", size(task["memory_bytes"]),
                 "" if task["test_rows"] is None else f"{task['test_rows']:,}",
             )  # fmt: skip
         methods = {t["name"]: ", ".join(t["methods"]) for t in plan["tasks"] if t["methods"]}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -48,7 +47,9 @@ def plan(args: argparse.Namespace, arm: str, seed: int) -> dict:
     kif = options is not None and "replay" not in options
     methods = []
     if options is not None:
-        methods = [{"kif": {**KEPT, "inner_steps": args.inner, "outer_steps": args.outer, **options}} if kif else options]
+        methods = [
+            {"kif": {**KEPT, "inner_steps": args.inner, "outer_steps": args.outer, **options}} if kif else options
+        ]
     rows = args.rows - 1 if arm == "mixed" else args.rows
     tasks = [
         {
@@ -62,7 +63,12 @@ def plan(args: argparse.Namespace, arm: str, seed: int) -> dict:
         }
         for i, name in enumerate(TASKS)
     ]  # fmt: skip
-    general = {"rows": str(args.general), "split": "train", "limit": 24, "metric": {"general_loss": {"max_length": 128}}}
+    general = {
+        "rows": str(args.general),
+        "split": "train",
+        "limit": 24,
+        "metric": {"general_loss": {"max_length": 128}},
+    }
     return {
         "model": {"path": args.model, "dtype": args.dtype},
         "output_dir": str(args.out / arm / f"seed{seed}"),
@@ -79,19 +85,6 @@ def plan(args: argparse.Namespace, arm: str, seed: int) -> dict:
         "tasks": tasks,
         "evaluation": {"tasks": "seen", "base": False, "gauges": {"general": general}, "bootstrap": 0},
     }  # fmt: skip
-
-
-def share_first(args: argparse.Namespace, arm: str, seed: int) -> None:
-    """The first task is the same plain training in every arm; it is trained once a seed."""
-    name = f"task-00-{TASKS[0]}"
-    source, target = (args.out / which / f"seed{seed}" for which in ("plain", arm))
-    if arm == "plain" or not (source / name).is_dir() or (target / name).is_dir():
-        return
-    (target / "predictions").mkdir(parents=True, exist_ok=True)
-    for file in (source / "predictions").glob(f"{name}.*"):
-        shutil.copy2(file, target / "predictions")
-    shutil.copytree(source / name, target / "copying", dirs_exist_ok=True)
-    (target / "copying").rename(target / name)
 
 
 def figures(results: dict, seconds: float) -> dict[str, float]:
@@ -129,7 +122,6 @@ def main() -> None:
     file = args.out / "compare.json"
     for seed in args.seeds:
         for arm in args.arms:
-            share_first(args, arm, seed)
             begin = time.process_time()
             results = train_stream(plan(args, arm, seed)).results
             found = json.loads(file.read_text()) if file.is_file() else {}
@@ -139,7 +131,9 @@ def main() -> None:
             print(arm, seed, {k: round(v, 3) for k, v in found[arm][str(seed)].items()}, flush=True)
     for arm, seeds in json.loads(file.read_text()).items():
         names = next(iter(seeds.values()))
-        print(f"{arm} ({len(seeds)} seeds)", {k: f"{statistics.fmean(r[k] for r in seeds.values()):.3f}" for k in names})
+        print(
+            f"{arm} ({len(seeds)} seeds)", {k: f"{statistics.fmean(r[k] for r in seeds.values()):.3f}" for k in names}
+        )
 
 
 if __name__ == "__main__":

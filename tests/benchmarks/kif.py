@@ -123,7 +123,9 @@ def main() -> None:
             f"time, a round of {INNER} + {OUTER} steps / {INNER + OUTER} plain steps of SFTTrainer: "
             f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         )
-        print(f"share of a round that is averages, selection, fusion and the outer Adam: {statistics.median(shares):.4f}")
+        print(
+            f"share of a round that is averages, selection, fusion and the outer Adam: {statistics.median(shares):.4f}"
+        )
         print(
             f"state, values of 4 bytes per trainable weight ({number} weights): {method.memory_bytes() / number / 4:.2f}, "
             f"of these {2:.0f} are the outer learner's moments"

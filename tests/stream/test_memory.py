@@ -320,3 +320,20 @@ def test_rows_with_any_character_are_handed_on(tmp_path):
     assert without_order(plain(kept)) == without_order(odd) and kept[0]["memory_source"] == "rows in Python"
     start = prepare(*read_plan({**plan, "memory": {"rows": 4, "start": str(file_of(tmp_path / "out", 0))}}))
     assert start.memory.start == kept
+
+
+def test_kif_is_plain_on_the_first_task_and_fuses_on_later_ones(tmp_path):
+    plan = make(tmp_path, methods=[{"kif": {"memory": "kept", "inner_steps": 2, "outer_steps": 2}}], memory={"rows": 4})
+    plan["sft"] |= {"max_steps": 4, "learning_rate": 1e-2}
+    told = describe(prepare(*read_plan(plan)))
+    assert [t["methods"] for t in told["tasks"]] == [[], ["kif"], ["kif"]]
+    assert [(t["steps"], t["extra_steps"]) for t in told["tasks"]] == [(4, 0), (4, 4), (4, 4)]
+    shown = Console(file=io.StringIO(), width=160)
+    shown.print(dry_run_report([("", told)]))
+    assert "4 + 4" in shown.file.getvalue()
+    train_stream(plan)
+    plain_plan = {**plan, "methods": [], "memory": None, "output_dir": str(tmp_path / "plain")}
+    train_stream(plain_plan)
+    same = [torch.equal(world.weights(tmp_path / "out" / t), world.weights(tmp_path / "plain" / t)) for t in
+            ("task-00-t0", "task-01-t1")]  # fmt: skip
+    assert same == [True, False]
