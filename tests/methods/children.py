@@ -76,6 +76,9 @@ def ranks(folder: Path, fsdp: bool) -> None:
         weights = torch.cat([p.detach().full_tensor().flatten() for p in trained.model.parameters()])
     else:
         weights = toy.flat(trained.model)
+    # Fusion puts every element on a side; all processes must have come to the same.
+    everyone = trained.accelerator.gather(weights[None])
+    assert torch.equal(everyone[0], everyone[1])
     totals = trained.replay_totals()
     resumed = trainer(folder, **settings)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))

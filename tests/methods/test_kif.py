@@ -490,6 +490,33 @@ def test_on_a_quantised_base(tmp_path):
     assert (tmp_path / "out" / "checkpoint-3" / "continual" / "kif.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_quantised_run_resumes_as_exactly_as_without(tmp_path):
+    """Plain SFTTrainer does not resume QLoRA bit for bit: adapters are bfloat16 when new and float32 when loaded."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    toy.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def run(folder, methods, resume=None):
+        trainer = build(
+            tmp_path / folder, *methods,
+            model=AutoModelForCausalLM.from_pretrained(
+                tmp_path / "base", quantization_config=four_bit, device_map="cpu"
+            ),
+            peft=LoraConfig(r=2, target_modules="all-linear"), save_strategy="steps", save_steps=3, max_steps=6,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().float().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    far = []
+    for folder, methods in (("plain", list), ("kif", lambda: [example()])):
+        straight = run(folder, methods())
+        resumed = run(folder, methods(), str(tmp_path / folder / "checkpoint-3"))
+        far.append((straight - resumed).norm() / straight.norm())
+    assert 0 < far[0] < 0.02 and far[1] < 2 * far[0]
+
+
 class Spoil(Method):
     """Writes a NaN into the gradients of one step, and keeps the weights out of it."""
 
