@@ -59,11 +59,19 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
 
     Returns:
         64 hexadecimal digits; an empty string where this process does not hold the weights (FSDP loads them once).
+
+    Raises:
+        ValueError: If the weights are spread over processes already, as under DeepSpeed ZeRO-3.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             return ""
+        if not tensor.numel():
+            raise ValueError(
+                f"{name} is empty on this process: DeepSpeed ZeRO-3 has spread the weights before the reference could be "
+                f"read. Use ZeRO-2 or FSDP2, or drop the method that needs a reference."
+            )
         plain = name.removeprefix("base_model.model.")
         for wrapper in (".base_layer.", ".original_module."):
             plain = plain.replace(wrapper, ".")

@@ -315,3 +315,10 @@ def test_a_row_touches_its_own_bytes(tmp_path):
     made.file.write_bytes(content)
     assert torch.equal(made.row(4, 3), row) and not made.row(3, 3).any()
     assert open_recorded(made.file, {}) is None
+
+
+def test_weights_that_are_spread_already_are_refused():
+    model = toy.model()
+    model.lm_head.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="lm_head.weight is empty on this process: DeepSpeed ZeRO-3"):
+        weights_fingerprint(model, "base")

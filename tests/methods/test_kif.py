@@ -686,3 +686,8 @@ def test_the_adapter_alone_is_laid_out_in_its_own_order():
     for name, view in flat.items(buffer):
         assert torch.equal(view, flat.params[name].detach())
     assert sum(b.stop - b.start for b in flat.buckets) == flat.size
+
+
+def test_weights_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="lie on cpu, meta"):
+        Flat({"a": torch.zeros(2), "b": torch.zeros(2, device="meta")})
