@@ -385,6 +385,7 @@ RULES = {
     "no_shared": {"rule": "no_shared"},
     "adaptive": {"rule": "adaptive", "temperature": 0.5},
     "weighted": {"rule": "weighted"},
+    "weighted-tensor": {"rule": "weighted", "scope": "tensor"},
     "weighted-plain": {"rule": "weighted", "uncertainty": False},
     "sum": {"rule": "sum"},
     "static": {"old_importance": "static"},
