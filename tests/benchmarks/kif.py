@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kif.py [MODEL]
 
-MODEL is a folder or Hub id; by default the embedded SmolLM2-135M with LoRA in bfloat16. One thread, processor time.
+MODEL is a folder or Hub id; by default the embedded SmolLM2-135M with LoRA in float32. One thread, processor time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_continual.tensors.importance import top_share_masks
 INNER, OUTER, ROUNDS, PAIRS = 8, 4, 1, 4
 
 
-def trainer(kind: str, path: str, folder: str) -> SFTTrainer:
+def trainer(kind: str, path: str, folder: str, dtype: str) -> SFTTrainer:
     """Q inner and M outer steps a round, or as many plain ones; all rows have the same length."""
     rows = biography_rows(60, "texts", versions=2).select_columns(["text"])
     settings = {
@@ -42,7 +42,7 @@ def trainer(kind: str, path: str, folder: str) -> SFTTrainer:
         "pad_to_multiple_of": 64,
     }  # fmt: skip
     common = {
-        "model": AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), "args": SFTConfig(**settings),
+        "model": AutoModelForCausalLM.from_pretrained(path, dtype=dtype), "args": SFTConfig(**settings),
         "train_dataset": rows, "processing_class": AutoTokenizer.from_pretrained(path),
         "peft_config": LoraConfig(r=8, target_modules="all-linear"),
     }  # fmt: skip
@@ -91,6 +91,7 @@ def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor computes in it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -111,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ratios, shares = [], []
         for i in range(PAIRS + 1):
-            plain, kif = trainer("sft", args.model, folder), trainer("kif", args.model, folder)
+            plain, kif = trainer("sft", args.model, folder, args.dtype), trainer("kif", args.model, folder, args.dtype)
             (method,) = kif.methods
             spent = own_work(method)
             times = [seconds(plain.train), seconds(kif.train)]
