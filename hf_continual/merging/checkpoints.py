@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.hub import fetch
-from hf_continual.merging.stored import StoredFile, StoredTensor, read_header
+from hf_continual.merging.stored import Files, StoredFile, StoredTensor, read_header
 
 CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,10 +43,16 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the safetensors headers and sizes: which checkpoint this is, told without reading weights."""
+        """Which checkpoint this is: sha256 over headers, sizes and the first 4 KiB of every tensor."""
         digest = hashlib.sha256()
         for file in sorted(self.files, key=lambda f: f.path.name):
             digest.update(f"{file.path.name} {file.size} {file.header_sha256}\n".encode())
+        with Files() as files:
+            for name in sorted(self.tensors):
+                tensor = self.tensors[name]
+                start = bytearray(min(tensor.nbytes, 4096 // tensor.itemsize * tensor.itemsize))
+                files.read_into(tensor, 0, len(start) // tensor.itemsize, memoryview(start))
+                digest.update(start)
         return digest.hexdigest()
 
     @property
@@ -55,12 +61,11 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def open_checkpoint(model: str | os.PathLike[str], token: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers and the configuration of a model or an adapter.
 
     Args:
         model: A folder, or a Hub id such as ``"me/model"`` or ``"me/model@revision"`` (downloaded into the cache).
-        token: Token for the Hub.
 
     Returns:
         The checkpoint; no weights are read.
@@ -69,7 +74,7 @@ def open_checkpoint(model: str | os.PathLike[str], token: str | None = None) -> 
         FileNotFoundError: If it is no folder and cannot be a Hub id, or holds no model.
         MergeError: If its weights are pickled, in GGUF, quantised, cut off or incomplete.
     """
-    folder, hub_id, revision = fetch(model, token)
+    folder, hub_id, revision = fetch(model)
     name = hub_id or folder.resolve().name
     adapter = (folder / ADAPTER_CONFIG).is_file()
     config_file = folder / (ADAPTER_CONFIG if adapter else CONFIG)

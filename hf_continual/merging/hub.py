@@ -11,12 +11,11 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken
 _UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights, kept beside them
 
 
-def fetch(model: str | os.PathLike[str], token: str | None = None) -> tuple[Path, str | None, str | None]:
+def fetch(model: str | os.PathLike[str]) -> tuple[Path, str | None, str | None]:
     """The folder of a model.
 
     Args:
         model: A folder, or a Hub id such as ``"me/model"`` or ``"me/model@revision"``.
-        token: Token for the Hub.
 
     Returns:
         The folder, the Hub id and the commit (both None for a folder).
@@ -35,8 +34,6 @@ def fetch(model: str | os.PathLike[str], token: str | None = None) -> tuple[Path
     from huggingface_hub import snapshot_download  # imported when asked for: a merge of folders needs no network code
 
     found = Path(
-        snapshot_download(
-            hub_id, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, token=token
-        )
+        snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     )
     return found, hub_id, found.name
