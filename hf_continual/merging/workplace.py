@@ -131,5 +131,5 @@ def locked(output_dir: Path) -> Iterator[None]:
     finally:
         lock.release()
         # A refused merge leaves nothing; an interrupted one leaves its journal and goes on later.
-        if folder.is_dir() and not (folder / "journal.json").exists():
+        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", "calibration", "old")):
             shutil.rmtree(folder, ignore_errors=True)

@@ -33,7 +33,7 @@ def plan(args: argparse.Namespace, independent: bool) -> dict[str, Any]:
         tasks.append({**entry, "parent": "base"} if independent else entry)
     general = {"rows": args.general, "split": "train", "limit": 24, "metric": {"general_loss": {"max_length": 128}}}
     return {
-        "model": {"path": args.model, "dtype": "bfloat16"},
+        "model": {"path": args.model, "dtype": "float32"},
         "output_dir": str(args.out / ("experts" if independent else "sequential")),
         "peft": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
         "sft": {
