@@ -65,7 +65,9 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def family(tmp: Path, name: str = "llama", number: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> list[Path]:
+def family(
+    tmp: Path, name: str = "llama", number: int = 2, dtype: torch.dtype = torch.float32, **options: Any
+) -> list[Path]:
     """A base and tuned copies of it, saved."""
     base = build(name, dtype=dtype)
     folders = [save(base, tmp / "base", **options)]
