@@ -12,7 +12,7 @@ reads its inputs three times.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.chunks import chunks
-from hf_continual.merging.job import Job, run_job
+from hf_continual.merging.job import Job, make_plan, run_job
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.model_output import model_tensors
+from hf_continual.merging.options import read_output
 from hf_continual.merging.task_arithmetic import scales_for
 from hf_continual.merging.threshold import kth_largest
+from hf_continual.merging.workplace import check_free
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
@@ -111,30 +113,23 @@ def ties(
     assert full is not None
     (scale,) = scales_for(scale, 1)
     everyone = [Member(full), *members]
-    options = {"density": density, "scale": scale}
-    if output.get("dry_run"):
-        thresholds = (0.0,) * len(members)
-    else:
-        run_job(
-            Job("ties", PAPER, everyone, full, lambda _: TrimElectMerge(()), options),
-            Path(output_dir),
-            {**output, "dry_run": True},
-        )
-        thresholds = trim_thresholds(everyone, density)
-    job = Job(
-        "ties",
-        PAPER,
-        everyone,
-        full,
-        lambda _: TrimElectMerge(thresholds, scale),
-        options,
-        facts={"thresholds": list(thresholds)},
-    )
+    facts = {"density": density, "scale": scale}
+    # Every check comes before the passes that look for thresholds.
+    planned = Job("ties", PAPER, everyone, full, lambda _: TrimElectMerge((), scale), facts)
+    checked = read_output(output)
+    check_free(Path(output_dir), checked.overwrite)
+    make_plan(planned, Path(output_dir), checked)
+    thresholds = (0.0,) * len(members) if checked.dry_run else trim_thresholds(everyone, density)
+    rule = TrimElectMerge(thresholds, scale)
+    job = Job("ties", PAPER, everyone, full, lambda _: rule, facts, facts={"thresholds": list(thresholds)})
     return run_job(job, Path(output_dir), output)
 
 
 def trim_thresholds(members: Sequence[Member], density: float) -> tuple[float, ...]:
-    """The magnitude that the `density` largest changes of each model reach, over all of its weights.
+    """The magnitude that the `density` largest changes of each model reach.
+
+    A task vector is made of all tensors that are stored anew or adapted; what an adapter shares with its base is none
+    of it.
 
     Args:
         members: Base first, then the models.
@@ -143,24 +138,20 @@ def trim_thresholds(members: Sequence[Member], density: float) -> tuple[float, .
     Returns:
         One threshold per model; 0 keeps all.
     """
+    return tuple(_threshold([members[0], member], density) for member in members[1:])
 
-    def changes(place: int) -> Callable[[], Iterator[Tensor]]:
-        pair = [members[0], members[place]]
 
-        def passes() -> Iterator[Tensor]:
-            found: list[Tensor] = []
+def _threshold(pair: Sequence[Member], density: float) -> float:
+    def change(values: Sequence[Tensor]) -> Tensor:
+        return values[1].sub_(values[0]).abs_()
 
-            def change(values: Sequence[Tensor]) -> Tensor:
-                found.append(values[1].sub_(values[0]).abs_())
-                return found[-1]
+    tensors = [t for t in model_tensors(pair, lambda _: change, None, "strict", []) if t.parts[0].function is not None]
 
-            tensors = model_tensors(pair, lambda _: change, None, "strict", [])
-            for _, part, chunk in chunks(tensors):
-                # Tensors that no model changed hold zeros, which count like any other element.
-                yield torch.zeros(chunk.stop - chunk.start) if part.function is None else part.function(chunk)
+    def passes() -> Iterator[Tensor]:
+        for _, part, chunk in chunks(tensors):
+            assert part.function is not None
+            yield part.function(chunk)
 
-        return passes
-
-    total = sum(prod(t.shape) for t in members[0].checkpoint.tensors.values() if t.is_float)
+    total = sum(prod(t.shape) for t in tensors)
     kth = max(1, round(density * total))
-    return tuple(0.0 if kth >= total else kth_largest(changes(i), kth) for i in range(1, len(members)))
+    return 0.0 if kth >= total else kth_largest(passes, kth)
