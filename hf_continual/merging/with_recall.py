@@ -21,7 +21,7 @@ from hf_continual.merging.recall import PAPER, Bandwidth
 from hf_continual.merging.recall_weights import calibrated, check_choices
 from hf_continual.merging.report import REPORT
 from hf_continual.merging.result import MergeResult, RecallMergeResult
-from hf_continual.merging.structure import groups_of
+from hf_continual.merging.structure import groups_of, ordered
 from hf_continual.merging.workplace import check_free, locked
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def merge_with_recall(
     target = Path(output_dir)
     try:
         members, place, full = _members(models, base, include_base, anchor)
+        with_base = members[0].adapter is None and members[0].checkpoint is full
         names = list(dict.fromkeys(n for m in members for n in m.names))
         if weights is not None:
             groups, found = read_weights(
@@ -137,19 +138,19 @@ def merge_with_recall(
             facts: dict[str, Any] = {}
         else:
             groups = groups_of(names, members[0].checkpoint.config)
-            check_choices(calibration, choices, members, dry_run)
+            check_choices(calibration, choices, with_base, dry_run)
             checked = Job(
                 "recall", PAPER, members, full, lambda _: Average((1 / len(members),) * len(members)), choices
             )
             make_plan(checked, target, read_output(given))
             if dry_run:
-                equal = {g: [1 / len(members)] * len(members) for g in dict.fromkeys(groups.values())}
+                equal = {g: [1 / len(members)] * len(members) for g in ordered(groups.values())}
                 found, facts = equal, {}
             else:
                 check_free(target, overwrite)
                 with locked(target):
                     found, facts = calibrated(
-                        members, place, calibration, choices, target, (device, calibration_dtype, low_memory)
+                        members, place, with_base, calibration, choices, target, (device, calibration_dtype, low_memory)
                     )
         job = _job(members, place, full, groups, found, facts, choices if weights is None else {})
         result = run_job(job, target, given)
