@@ -13,6 +13,7 @@ import numpy as np
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
+from hf_continual.merging.heat_map import save_heat_map
 from hf_continual.merging.job import Job, make_plan, run_job
 from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, open_members
@@ -217,13 +218,7 @@ def _job(
     known["mode"] = "running" if before else "joint"
 
     def draw(out: Path) -> None:
-        # matplotlib is imported when the buffers are gone, so that the two do not add up.
-        from hf_continual.plots import plot_layer_weights
-
-        figure = plot_layer_weights(
-            np.array([list(w) for w in weights.values()]).T, list(weights), [m.name for m in members]
-        )
-        figure.savefig(out / HEAT_MAP, dpi=120)
+        save_heat_map(weights, [m.name for m in members], out / HEAT_MAP)
 
     return Job(
         "recall", PAPER, members, base, lambda name: rules[groups[name]], choices, newest=anchor, report=RECALL_REPORT,

@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_continual.merging.chunks import CHUNK, SLOTS, Chunk, Part, chunks
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.shards import Shard
-from hf_continual.merging.stored import DTYPES, Files, StoredFile, view
+from hf_continual.merging.stored import DTYPES, Files, StoredFile, make_buffer, view
 from hf_continual.merging.workplace import Workplace
 
 SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the disk while the next ones are computed
@@ -198,7 +198,7 @@ class _Writer:
             raise self._failed
         nbytes = values.numel() * dtype.itemsize
         if buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            buffer = make_buffer(nbytes)
         _check_finite(values, buffer[:nbytes].view(dtype).copy_(values), blame)
         # Hashed here and not beside the writing, which keeps both cores of a small machine busy.
         self._digest.update(view(buffer)[:nbytes])
