@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def calibrated(
     from hf_continual.merging.calibration import Setting, cached_representations, load_tokenizer
     from hf_continual.merging.typical_texts import typical_texts
 
+    started = time.perf_counter()
     setting, cache = Setting(*run), folder_beside(target) / "calibration"
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(members[anchor])
@@ -96,6 +98,7 @@ def calibrated(
         "sigma2": {g: float(found["sigma2"][i]) for i, g in enumerate(names)},
         "similarity": {g: found["similarity"][:, i].tolist() for i, g in enumerate(names)},
         "typical_samples": typical,
+        "calibration_seconds": time.perf_counter() - started,
     }
 
 

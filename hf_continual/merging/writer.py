@@ -32,7 +32,10 @@ SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the dis
 
 
 def write_shards(
-    shards: Sequence[Shard], work: Workplace, on_bytes: Callable[[int], None] = lambda _: None
+    shards: Sequence[Shard],
+    work: Workplace,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    also: Sequence[StoredFile] = (),
 ) -> dict[str, dict[str, object]]:
     """Write the shards that are not finished yet.
 
@@ -40,6 +43,7 @@ def write_shards(
         shards: The shards.
         work: Where they go, and the journal.
         on_bytes: Told the bytes of every chunk read and written.
+        also: Files that must not change meanwhile beside those that are read in chunks (adapters).
 
     Returns:
         Size and sha256 of each file by name.
@@ -55,7 +59,7 @@ def write_shards(
     with _Writer(work) as writer:
         for shard in todo:
             files = {s.file.path: s.file for t in shard.tensors for p in t.parts for s in p.sources}
-            writer.begin(shard, list(files.values()))
+            writer.begin(shard, [*files.values(), *also])
             _write_tensors(shard, writer, on_bytes)
             writer.end()
     return {s.file: work.finished[s.file] for s in shards}

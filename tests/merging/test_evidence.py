@@ -271,3 +271,24 @@ def test_a_head_that_left_its_embedding_is_kept(tmp_path):
     loaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
     assert loaded_model.config.tie_word_embeddings is False
     assert not torch.equal(loaded_model.lm_head.weight, loaded_model.model.embed_tokens.weight)
+
+
+def test_a_hub_id_is_fetched_at_its_revision_and_named_in_the_report(tmp_path, monkeypatch):
+    _, a, b = family(tmp_path)
+    snapshot = tmp_path / "cache" / "0123abc"
+    snapshot.parent.mkdir()
+    a.rename(snapshot)
+    asked = []
+
+    def download(repo_id, revision=None, **options):
+        asked.append((repo_id, revision, options["ignore_patterns"]))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    result = merge_linear(["me/model@v2", b], tmp_path / "out")
+    assert asked == [("me/model", "v2", ["*/*", "consolidated*"])]
+    first, second = result.report["models"]
+    assert (first["name"], first["hub_id"], first["revision"]) == ("me/model", "me/model", "0123abc")
+    assert (second["name"], second["hub_id"]) == ("m2", None)
+    merge_linear(["me/model", b], tmp_path / "main")
+    assert asked[-1][:2] == ("me/model", None) and digest(tmp_path / "main") == digest(tmp_path / "out")

@@ -15,7 +15,7 @@ from hf_continual import merge_linear
 from hf_continual.merging import combine, writer
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.linear import Average
-from tests.merging.world import digest, family
+from tests.merging.world import adapter, build, digest, family, save
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +94,22 @@ def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch, how):
     with pytest.raises(MergeError, match=said):
         merge_linear([a, b], tmp_path / "out", overwrite=True)
     assert digest(tmp_path / "out") == old
+
+
+def test_an_adapter_that_changes_meanwhile(tmp_path, monkeypatch):
+    base = build()
+    save(base, tmp_path / "base")
+    a, b = adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
+    called = combine.Factors.load
+
+    def load(self, dtype):
+        os.utime(b / "adapter_model.safetensors", ns=(1, 1))
+        return called(self, dtype)
+
+    monkeypatch.setattr(combine.Factors, "load", load)
+    with pytest.raises(MergeError, match="b/adapter_model.safetensors changed while it was merged"):
+        merge_linear([a, b], tmp_path / "out", base=tmp_path / "base", output="model")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_merge_of_other_options_is_discarded(tmp_path, monkeypatch):
