@@ -84,14 +84,15 @@ class Watch(threading.Thread):
         return max(self.peak, anonymous())
 
 
-def watched(function: str, out: str, models: list[str]) -> dict[str, Any]:
-    """Run a merge and tell what it took above `import torch`."""
+def watched(function: str, out: str, models: list[str], watch_memory: bool = True) -> dict[str, Any]:
+    """Run a merge and tell what it took above `import torch`; watching the memory costs CPU time of its own."""
     import torch
 
     torch.set_num_threads(1)
     before = anonymous()
     watch = Watch()
-    watch.start()
+    if watch_memory:
+        watch.start()
     started, cpu = time.perf_counter(), time.process_time()
     face = importlib.import_module("hf_continual")
     options = {"weights": {"default": [0.4, 0.6]}} if function == "merge_with_recall" else {"weights": [0.4, 0.6]}
@@ -99,7 +100,7 @@ def watched(function: str, out: str, models: list[str]) -> dict[str, Any]:
     return {
         "wall": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
-        "memory": watch.stop() - before,
+        "memory": watch.stop() - before if watch_memory else None,
         "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "torch": before,
         "imported": [m for m in ("transformers", "peft", "sklearn", "datasets", "trl") if m in sys.modules],
@@ -108,4 +109,5 @@ def watched(function: str, out: str, models: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(watched(sys.argv[1], sys.argv[2], sys.argv[3:])))
+    asked, *rest = sys.argv[1:]
+    sys.stdout.write(json.dumps(watched(asked.removesuffix("!"), rest[0], rest[1:], not asked.endswith("!"))))

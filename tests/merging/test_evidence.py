@@ -52,7 +52,7 @@ def test_recall_on_every_family_and_again_from_its_report(tmp_path, name):
     assert np.array_equal(again.weights, result.weights) and again.similarity is None
 
 
-def test_the_report_is_complete_and_holds_no_paths_and_no_texts(tmp_path):
+def test_the_report_is_complete_and_holds_no_paths_and_no_texts(tmp_path, as_users):
     base = build()
     save(base, tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
