@@ -15,6 +15,12 @@ from hf_continual.versions import check_versions
 if TYPE_CHECKING:
     from hf_continual.data.collator import ReplayCollator
     from hf_continual.data.replay import ReplayRows
+    from hf_continual.merging.interpolate import interpolate, scan_alpha
+    from hf_continual.merging.linear import merge_linear
+    from hf_continual.merging.magnitude_max import magnitude_max
+    from hf_continual.merging.task_arithmetic import task_arithmetic
+    from hf_continual.merging.ties import ties
+    from hf_continual.merging.with_recall import merge_with_recall
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
@@ -52,6 +58,13 @@ _FACE = {
     "KIF": "hf_continual.methods.kif",
     "RecAdam": "hf_continual.methods.recadam",
     "AccuracyMatrix": "hf_continual.metrics",
+    "merge_with_recall": "hf_continual.merging.with_recall",
+    "merge_linear": "hf_continual.merging.linear",
+    "interpolate": "hf_continual.merging.interpolate",
+    "scan_alpha": "hf_continual.merging.interpolate",
+    "task_arithmetic": "hf_continual.merging.task_arithmetic",
+    "ties": "hf_continual.merging.ties",
+    "magnitude_max": "hf_continual.merging.magnitude_max",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the data
@@ -73,6 +86,13 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "KIF",
     "RecAdam",
     "AccuracyMatrix",
+    "merge_with_recall",
+    "merge_linear",
+    "interpolate",
+    "scan_alpha",
+    "task_arithmetic",
+    "ties",
+    "magnitude_max",
 ]
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import hf_continual
+from hf_continual.merging.command import merge
 
 app = typer.Typer(
     name="hf-continual",
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DEBUG = {"on": False}
+app.command()(merge)
 
 
 def _version(wanted: bool) -> None:

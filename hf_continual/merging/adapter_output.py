@@ -116,7 +116,11 @@ def adapter_tensors(
                 f"{[list(v.source.shape) for v in known]}. Give output='model' and vocab='extend'."
             )
         kind = dtype or _widest([v.source.dtype for v in known])
-        name = next(adapter.saved[target].name for _, adapter in adapters if target in adapter.saved)
+        stored_as = next(adapter.saved[target].name for _, adapter in adapters if target in adapter.saved)
+        module, _, last = stored_as.replace(".base_layer.", ".").rpartition(".")
+        # PEFT finds the bias of a module that is adapted in the layer below the adapter.
+        below = ".base_layer" if last == "bias" and module.removeprefix(_PREFIX) in ranks else ""
+        name = f"{module}{below}.{last}"
         stored = [type(v)(v.source) for v in known]
         outputs.append(OutputTensor(name, kind, known[0].source.shape, (combined(stored, kind, rule_for(target)),)))
     return outputs, ranks
@@ -132,13 +136,15 @@ def adapter_config(members: Sequence[Member], ranks: dict[str, int]) -> dict[str
     Returns:
         ``adapter_config.json`` as data; every module has scaling 1.
     """
-    configs = [dict(m.adapter.checkpoint.config) for m in members if m.adapter is not None]
+    adapted = [(m.checkpoint, m.adapter) for m in members if m.adapter is not None]
+    configs, base = [dict(adapter.checkpoint.config) for _, adapter in adapted], adapted[-1][0]
+    named = base.hub_id or configs[-1].get("base_model_name_or_path") or str(base.folder)
     config, most = configs[-1], max(ranks.values(), default=1)
     different = {re.escape(m): r for m, r in ranks.items() if r != most}
     saved = sorted({s for c in configs for s in (c.get("modules_to_save") or ())})
     biases = {c.get("bias", "none") for c in configs} - {"none"}
     return config | {
-        "r": most, "lora_alpha": most, "rank_pattern": different, "alpha_pattern": dict(different), "use_rslora": False,
+        "base_model_name_or_path": named, "r": most, "lora_alpha": most, "rank_pattern": different, "alpha_pattern": dict(different), "use_rslora": False,
         "init_lora_weights": True, "inference_mode": True, "target_modules": sorted(ranks), "exclude_modules": None,
         "layers_to_transform": None, "layers_pattern": None, "modules_to_save": saved or None,
         "bias": "none" if not biases else biases.pop() if len(biases) == 1 else "all",

@@ -211,13 +211,13 @@ def _template(folder: Path) -> str | None:
 
 def warn_identical(members: Sequence[Member]) -> None:
     """Warn if two models are one: the average counts it twice, which is rarely meant."""
-    seen: dict[str, str] = {}
+    seen: dict[str, list[str]] = {}
     for member in members:
-        if (mark := member.own.fingerprint) in seen:
-            warnings.warn(
-                f"{seen[mark]} and {member.name} are the same weights (equal headers, sizes and beginnings of all tensors): "
-                f"the merge counts them twice. Leave one out if that is not meant.",
-                UserWarning,
-                stacklevel=4,
-            )
-        seen[mark] = member.name
+        seen.setdefault(member.own.fingerprint, []).append(member.name)
+    if same := [names for names in seen.values() if len(names) > 1]:
+        warnings.warn(
+            f"{'; '.join(' and '.join(names) for names in same)} are the same weights (equal headers, sizes and beginnings of "
+            f"all tensors): the merge counts them more than once. Leave them out if that is not meant.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -101,7 +101,9 @@ def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult
         work = Workplace(output_dir, plan.identity, options.resume)
         check_disk(plan, output_dir, sum(facts["size"] for facts in work.finished.values()))
         with bytes_bar(
-            plan.bytes_read + plan.bytes_written, f"{job.method} -> {output_dir.name}", options.progress
+            plan.bytes_streamed + sum(t.nbytes for s in plan.shards for t in s.tensors),
+            f"{job.method} -> {output_dir.name}",
+            options.progress,
         ) as tell:
             files = write_shards(plan.shards, work, tell)
         if len(plan.shards) > 1:

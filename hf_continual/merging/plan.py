@@ -44,9 +44,14 @@ class MergePlan:
     notes: tuple[str, ...]
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that are read in chunks."""
+    def bytes_streamed(self) -> int:
+        """Bytes of weights that are read in chunks, without the factors of adapters."""
         return sum(t.read_bytes for s in self.shards for t in s.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that are read; of adapters, what their folders hold."""
+        return self.bytes_streamed + sum(m["bytes"] for m in self.facts["models"] if m["kind"] == "adapter")
 
     @property
     def bytes_written(self) -> int:

@@ -33,8 +33,8 @@ def describe_job(job: Job, kind: str, rank: int | None, notes: list[str], option
     Returns:
         The report without what only the writing tells.
     """
-    models = [describe_member(m, f"model {i}") for i, m in enumerate(job.members)]
-    if job.base is not None and not any(m.adapter is None and m.checkpoint is job.base for m in job.members):
+    models = [describe_member(m, "base" if _is(m, job.base) else f"model {i}") for i, m in enumerate(job.members)]
+    if job.base is not None and not any(_is(m, job.base) for m in job.members):
         models.insert(0, {**describe_checkpoint(job.base), "role": "base"})
     packages = ("hf-continual", "torch", "safetensors")
     return {
@@ -50,6 +50,10 @@ def describe_job(job: Job, kind: str, rank: int | None, notes: list[str], option
         "notes": list(notes),
         "versions": {name: metadata.version(name) for name in packages},
     }
+
+
+def _is(member: Member, base: Checkpoint | None) -> bool:
+    return member.adapter is None and member.checkpoint is base
 
 
 def describe_member(member: Member, role: str) -> dict[str, Any]:

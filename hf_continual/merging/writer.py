@@ -106,7 +106,7 @@ def _check_finite(values: Tensor, written: Tensor, blame: Callable[[], str]) -> 
     # element is larger than the norm. Only where that is not enough is every element looked at.
     if not values.is_floating_point() or values.dtype not in (torch.float32, torch.float64):
         return
-    if float(torch.dot(values, values)) < torch.finfo(written.dtype).max ** 2:
+    if float(torch.dot(values, values)) ** 0.5 < torch.finfo(written.dtype).max:
         return
     if not bool(torch.isfinite(written).all()):
         raise MergeError(blame())

@@ -82,7 +82,7 @@ def adapter(base: PreTrainedModel, folder: Path, seed: int, **config: Any) -> Pa
     torch.manual_seed(seed)
     model = get_peft_model(copy, LoraConfig(**settings))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
