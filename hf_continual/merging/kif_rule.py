@@ -1,0 +1,221 @@
+"""Recurrent-KIF's fusion on stored weights: passes over the scores that find thresholds, then a rule for chunks.
+
+The maths are those of `hf_continual.tensors.fusion` and `hf_continual.tensors.importance`. A global threshold is exact
+without all scores in memory: two passes that count, see `hf_continual.tensors.selection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_continual.merging.chunks import Chunk, OutputTensor, chunks, stream
+from hf_continual.merging.errors import MergeError
+from hf_continual.merging.kif_importance import SIDES, Scores, Side
+from hf_continual.merging.stored import StoredTensor
+from hf_continual.tensors.fusion import WEIGHTS, MaskRule, adaptive_weights, blend, mask_weights
+from hf_continual.tensors.importance import Scope, scores, share_rank
+from hf_continual.tensors.selection import kth_smallest
+
+FuseRule = Literal["code", "paper", "no_shared", "adaptive", "weighted"]
+FUSE_RULES = (*WEIGHTS, "adaptive", "weighted")
+GROUPS = ("both", "new_only", "old_only", "neither")
+
+# Elements worked on at a time within a chunk, so that masks, weights and keys stay in a core's cache.
+PIECE = 65_536
+SCRATCH = PIECE * 96  # bytes: counting takes six int64 of a piece, fusing sixteen float32 and the masks
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How sides are weighed; the fields are those of `hf_continual.kif_fuse`."""
+
+    rule: FuseRule
+    top_share: float
+    scope: Scope
+    temperature: float
+
+
+@dataclass
+class Weighing:
+    """What the passes over the scores found, and the weights that follow from it.
+
+    Args:
+        choice: The rule.
+        thresholds: Tensor -> what the top share of the new and the old side lies strictly above.
+        ranges: Smallest and largest score of each side, for ``"adaptive"``.
+        weight: Of the new side everywhere, for ``"weighted"``.
+        counts: Tensor -> elements by `GROUPS`, or the mean weight of the new side where the rule has no masks.
+    """
+
+    choice: Choice
+    thresholds: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ranges: tuple[tuple[Tensor, Tensor], ...] = ()
+    weight: Tensor | None = None
+    counts: dict[str, list[float]] = field(default_factory=dict)
+
+    def masks(self, name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Elements that matter to each side."""
+        of_new, of_old = self.thresholds[name]
+        return new > of_new, old > of_old
+
+    def weights(self, name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """w_in and w_out of a piece of a tensor.
+
+        Args:
+            name: The tensor.
+            new: Scores of the new side.
+            old: Scores of the old side.
+
+        Returns:
+            The weights of the two movements.
+        """
+        rule = self.choice.rule
+        if rule == "weighted":
+            assert self.weight is not None
+            return self.weight, 1 - self.weight
+        if rule == "adaptive":
+            z_new, z_old = (
+                ((s - low) / (high - low)).nan_to_num(0.0)
+                for s, (low, high) in zip((new, old), self.ranges, strict=True)
+            )
+            return adaptive_weights(z_new, z_old, self.choice.temperature)
+        mask_rule: MaskRule = rule
+        return mask_weights(*self.masks(name, new, old), mask_rule)
+
+
+class FuseChunk:
+    """The chunk function: values of base, new, old if there is one, then the scores of both sides.
+
+    Args:
+        weighing: Gives the weights.
+        sides: Scores of both sides.
+        old_from: Place of the model that old was trained from, 0 (base) or 1 (new); None where there is no old.
+    """
+
+    def __init__(self, weighing: Weighing, sides: Mapping[Side, Scores], old_from: int | None) -> None:
+        self._weighing, self._sides, self._old_from = weighing, sides, old_from
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        models = 2 if self._old_from is None else 3
+        base_all = chunk.values[0]
+        for first in range(0, chunk.stop - chunk.start, PIECE):
+            values = [v[first : first + PIECE] for v in chunk.values]
+            new, old = scores_of(values[models:], self._sides)
+            w_in, w_out = self._weighing.weights(chunk.name, new, old)
+            base, tuned = values[:2]
+            moved = torch.zeros(()) if self._old_from is None else values[2] - values[self._old_from]
+            base.copy_(blend(base, tuned - base, moved, w_in, w_out))
+        return base_all
+
+
+def scores_of(values: Sequence[Tensor], sides: Mapping[Side, Scores]) -> list[Tensor]:
+    """Scores of the sides from what is stored of them, in order."""
+    found, at = [], 0
+    for side in SIDES:
+        if side in sides:
+            number = sides[side].number
+            stored = [v.float() for v in values[at : at + number]]
+            spread = stored[1] if number == 2 else None
+            found.append(scores(stored[0], spread) if sides[side].averages else stored[0])
+            at += number
+    return found
+
+
+def pieces(sides: Mapping[Side, Scores], names: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Scores of some tensors, a piece of elements at a time, read ahead.
+
+    Args:
+        sides: Scores of one side or both.
+        names: The tensors.
+
+    Yields:
+        Name of the tensor, and a piece of the scores of each side.
+
+    Raises:
+        MergeError: If a score is not finite.
+    """
+    wanted = [_streamed(n, [t for side in SIDES if side in sides for t in sides[side].tensors[n]]) for n in names]
+    for output, _, chunk in chunks([w for w in wanted if prod(w.shape)]):
+        for first in range(0, chunk.stop - chunk.start, PIECE):
+            found = scores_of([v[first : first + PIECE] for v in chunk.values], sides)
+            for side, score in zip([s for s in SIDES if s in sides], found, strict=True):
+                if not bool(torch.isfinite(score).all()):
+                    raise MergeError(
+                        f"importance of the {side} side is not finite in {output.name!r}, between elements {chunk.start} and "
+                        f"{chunk.stop}; its order means nothing there. Measure it again, or leave the broken step out."
+                    )
+            yield output.name, found
+
+
+def _streamed(name: str, sources: Sequence[StoredTensor]) -> OutputTensor:
+    # Never written: the function only says that values are wanted in float32.
+    return stream(name, "F32", sources, lambda chunk: chunk.values[0])
+
+
+def weigh(choice: Choice, sides: Mapping[Side, Scores]) -> Weighing:
+    """Find thresholds or ranges, and count which elements go to which side.
+
+    Args:
+        choice: The rule.
+        sides: Scores of both sides, of the same tensors.
+
+    Returns:
+        What was found.
+
+    Raises:
+        MergeError: If a score is not finite, or the sides cannot be compared.
+    """
+    names = list(sides["new"].tensors)
+    sizes = {n: t[0].numel for n, t in sides["new"].tensors.items()}
+    found = Weighing(choice)
+    if choice.rule in WEIGHTS:
+        groups = [[n] for n in names if sizes[n]] if choice.scope == "tensor" else [names]
+        for group in groups:
+            rank = share_rank(sum(sizes[n] for n in group), choice.top_share)
+            of_new, of_old = (_threshold(sides, side, group, rank) for side in SIDES)
+            found.thresholds |= dict.fromkeys(group, (of_new, of_old))
+    elif choice.rule == "adaptive":
+        found.ranges = tuple(_range(sides, side, names) for side in SIDES)
+    else:
+        found.weight = _share(sides, names)
+    totals: dict[str, Tensor] = {n: torch.zeros(4 if choice.rule in WEIGHTS else 1, dtype=torch.float64) for n in names}
+    for name, (new, old) in pieces(sides, names):
+        if choice.rule in WEIGHTS:
+            m_in, m_out = found.masks(name, new, old)
+            both = [m_in & m_out, m_in & ~m_out, m_out & ~m_in, ~(m_in | m_out)]
+            totals[name] += torch.stack([m.sum() for m in both])
+        else:
+            w_in, _ = found.weights(name, new, old)
+            totals[name] += w_in.double().expand(new.shape).sum()
+    found.counts = {n: t.tolist() for n, t in totals.items()}
+    return found
+
+
+def _threshold(sides: Mapping[Side, Scores], side: Side, names: Sequence[str], rank: int) -> Tensor:
+    return kth_smallest(lambda: (score for _, (score,) in pieces({side: sides[side]}, names)), rank)
+
+
+def _range(sides: Mapping[Side, Scores], side: Side, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    ends = [torch.stack(torch.aminmax(score)) for _, (score,) in pieces({side: sides[side]}, names)]
+    both = torch.stack(ends)
+    return both[:, 0].min(), both[:, 1].max()
+
+
+def _share(sides: Mapping[Side, Scores], names: Sequence[str]) -> Tensor:
+    """Share of the new side in all scores together."""
+    forms = [(s.averages, s.number) for s in sides.values()]
+    if forms[0] != forms[1]:
+        raise MergeError(
+            f"rule='weighted' compares the sums of both sides, and their scores are of two kinds: "
+            f"{' and '.join(str(dict(s.facts).get('score')) for s in sides.values())}. Give both as states, or both as scores."
+        )
+    totals = torch.zeros(2, dtype=torch.float64)
+    for _, (new, old) in pieces(sides, names):
+        totals += torch.stack([new.double().sum(), old.double().sum()])
+    return (totals[0] / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
