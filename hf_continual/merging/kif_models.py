@@ -12,10 +12,10 @@ import torch
 
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.checks import tensor_names
-from hf_continual.merging.chunks import OutputTensor, chunks, stream
+from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.members import Member, check_one_base
-from hf_continual.merging.stored import Files, StoredTensor
+from hf_continual.merging.stored import DTYPES, Files, StoredTensor, view
 
 # Settings of an adapter that change nothing about what its factors mean.
 _HARMLESS = (
@@ -23,6 +23,7 @@ _HARMLESS = (
     "peft_version", "task_type", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
     "megatron_core", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
+COMPARED = 65_536  # elements at a time
 FAR = 1.0  # of a factor A's own norm; two independent initialisations are 1.4 apart, training moves it far less
 
 
@@ -195,15 +196,23 @@ def changed_tensors(models: Models, outputs: Sequence[OutputTensor]) -> list[str
         Their names, in order.
     """
     found = []
-    for output in outputs:
-        sources = models.sources(output.name)
-        if not sources[0].is_float or not sources[0].numel:
-            continue
-        # A function, though it is not called: values of different types are compared as float32.
-        read = chunks([stream(output.name, output.dtype, sources, lambda chunk: chunk.values[0])])
-        try:
-            if any(not torch.equal(chunk.values[0], v) for _, _, chunk in read for v in chunk.values[1:]):
+    with Files() as files:
+        for output in outputs:
+            sources = models.sources(output.name)
+            if sources[0].is_float and any(_differ(sources[0], other, files) for other in sources[1:]):
                 found.append(output.name)
-        finally:
-            read.close()
     return found
+
+
+def _differ(one: StoredTensor, two: StoredTensor, files: Files) -> bool:
+    """Whether two stored tensors differ in value; values of different types are compared in the wider one."""
+    room = [torch.empty(min(COMPARED, t.numel) * t.itemsize, dtype=torch.uint8) for t in (one, two)]
+    for first in range(0, one.numel, COMPARED):
+        last, values = min(first + COMPARED, one.numel), []
+        for tensor, buffer in zip((one, two), room, strict=True):
+            raw = buffer[: (last - first) * tensor.itemsize]
+            files.read_into(tensor, first, last, view(raw))
+            values.append(raw.view(DTYPES[tensor.dtype]))
+        if not torch.equal(*(values if one.dtype == two.dtype else [v.double() for v in values])):
+            return True
+    return False

