@@ -92,12 +92,13 @@ def tensor_names(members: Sequence[Member]) -> list[str]:
     """
     names = list(dict.fromkeys(n for m in members for n in m.names))
     for member in members:
-        missing = [n for n in names if member.view(n) is None]
-        if missing:
-            extra = next(m for m in members if any(n in m.names for n in missing))
+        if lacking := [n for n in names if member.view(n) is None]:
+            other = next(m for m in members if any(n in m.names for n in lacking))
+            only = [n for n in member.names if other.view(n) is None]
             raise MergeError(
-                f"architecture mismatch: {member.name} lacks {len(missing)} tensors that {extra.name} has ({some(missing)}). "
-                f"Only models of one architecture can be merged; if they are, save both with the same transformers version."
+                f"architecture mismatch: {other.name} has {len(lacking)} tensors that {member.name} has not ({some(lacking)})"
+                + (f", and {member.name} has {len(only)} that {other.name} has not ({some(only)})" if only else "")
+                + ". Only models of one architecture can be merged; if they are, save both with the same transformers version."
             )
     return names
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.stored import DTYPES, Files, StoredTensor, view
+from hf_continual.merging.stored import DTYPES, Files, StoredTensor, make_buffer, view
 
 CHUNK = 262_144  # elements; of 16 Ki to 1 Mi the fastest: fp32 operands of one chunk stay in a core's cache
 BUFFERS = 12 * 2**20  # bytes that read-ahead and operands may take; with many or wide sources the chunks get smaller
@@ -200,7 +200,7 @@ def _read(outputs: list[OutputTensor], elements: int, free: Queue, filled: Queue
                     if i == len(slot):
                         slot.append(torch.empty(0, dtype=torch.uint8))
                     if slot[i].numel() < nbytes:
-                        slot[i] = torch.empty(min(elements, source.numel) * source.itemsize, dtype=torch.uint8)
+                        slot[i] = make_buffer(min(elements, source.numel) * source.itemsize)
                     files.read_into(source, first, last, view(slot[i])[:nbytes])
                     raw.append(slot[i][:nbytes].view(DTYPES[source.dtype]))
                 chunk = Chunk(output.name, output.shape, begin + first, begin + last, first, raw)
@@ -218,8 +218,8 @@ def _as_operands(raw: list[Tensor], operands: list[Tensor]) -> list[Tensor]:
             values.append(stored)
             continue
         if i >= len(operands):
-            operands.extend(torch.empty(0) for _ in range(i + 1 - len(operands)))
-        if operands[i].dtype != wide or operands[i].numel() < stored.numel():
-            operands[i] = torch.empty(stored.numel(), dtype=wide)
-        values.append(operands[i][: stored.numel()].copy_(stored))
+            operands.extend(make_buffer(0) for _ in range(i + 1 - len(operands)))
+        if operands[i].numel() < stored.numel() * wide.itemsize:
+            operands[i] = make_buffer(stored.numel() * wide.itemsize)
+        values.append(operands[i][: stored.numel() * wide.itemsize].view(wide).copy_(stored))
     return values

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_continual.durable import read_json
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.structure import groups_of
+from hf_continual.merging.structure import groups_of, ordered
 
 DEFAULT = "default"
 
@@ -43,7 +43,7 @@ def read_weights(
         if set(given) != {DEFAULT}:
             raise
         groups = dict.fromkeys(names, DEFAULT)
-    wanted = list(dict.fromkeys(groups.values()))
+    wanted = ordered(groups.values())
     if unknown := [g for g in given if g not in wanted and g != DEFAULT]:
         raise ValueError(f"weights name the groups {', '.join(unknown)}; the model has {', '.join(wanted)}.")
     found = {}

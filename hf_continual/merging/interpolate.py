@@ -105,7 +105,9 @@ def scan_alpha(
     trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
     found = {float(a): v for a, v in read_json(measured)} if measured.is_file() and output.get("resume", True) else {}
     for alpha in sorted({float(a) for a in alphas} - found.keys()):
-        interpolate(base, tuned, trial, alpha=alpha, **{**output, "overwrite": True, "dry_run": False})
+        candidate = output.copy()
+        candidate["overwrite"], candidate["dry_run"] = True, False
+        interpolate(base, tuned, trial, alpha=alpha, **candidate)
         found[alpha] = float(gauge(trial))
         write_json(measured, sorted(found.items()))
     numbers = {a: found[a] for a in sorted(float(a) for a in alphas) if found[a] == found[a]}

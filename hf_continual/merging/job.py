@@ -111,7 +111,7 @@ def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult
             f"{job.method} -> {output_dir.name}",
             options.progress,
         ) as tell:
-            files = write_shards(plan.shards, work, tell)
+            files = write_shards(plan.shards, work, tell, [f for m in job.members for f in m.own.files])
         if len(plan.shards) > 1:
             write_json(work.out / INDEX, index_of(plan.shards))
         write_side_files(work.out, plan.files, plan.config, plan.config_file, plan.kind == "adapter")
@@ -144,7 +144,7 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     errors: dict[str, float] = {}
     kind = "model" if job.tensors is not None else _kind(job, options)
     newest = job.members[job.newest]
-    reference = job.members[0].checkpoint if job.base is None else job.base
+    reference = job.members[0].checkpoint
     if kind == "adapter":
         outputs, ranks = adapter_tensors(job.members, job.rule_for, options.adapter_rank, options.dtype, errors)
         shards = make_shards(outputs, max(1, sum(t.nbytes for t in outputs)), _ADAPTER_STEM)

@@ -74,6 +74,9 @@ class Member:
 
         Args:
             name: A tensor's name in the full model; the head's name gives the embedding where the two are tied.
+
+        Returns:
+            Where its values come from.
         """
         base, adapter = self.checkpoint, self.adapter
         stored = base.tensors.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ from hf_continual.merging.structure import EMBED, FINAL
 from hf_continual.merging.workplace import folder_beside
 
 
-def check_choices(calibration: Any, choices: Mapping[str, Any], members: Sequence[Member], dry_run: bool) -> None:
+def check_choices(calibration: Any, choices: Mapping[str, Any], with_base: bool, dry_run: bool) -> None:
     """Refuse impossible choices before a model is loaded.
 
     Args:
         calibration: Texts or rows, or None.
         choices: The options of `merge_with_recall`.
-        members: The models.
+        with_base: Whether the base is the first of the models.
         dry_run: Whether nothing will be calibrated.
 
     Raises:
@@ -38,7 +39,7 @@ def check_choices(calibration: Any, choices: Mapping[str, Any], members: Sequenc
     if choices["reference"] not in ("anchor", "all_pairs"):
         raise ValueError(f"reference={choices['reference']!r}: it can be 'anchor' or 'all_pairs'.")
     layer_weights(np.zeros((1, 1, 1, 1)), 0, choices["bandwidth"], choices["temperature"])
-    _nonblock(choices["nonblock"], [1.0], 0, members)
+    _nonblock(choices["nonblock"], [1.0], 0, with_base)
     if mode == "data" and calibration is None and not dry_run:
         raise ValueError(
             "calibration is missing: give texts of the newest model's task, or calibration_mode='self' to let the model write "
@@ -49,6 +50,7 @@ def check_choices(calibration: Any, choices: Mapping[str, Any], members: Sequenc
 def calibrated(
     members: Sequence[Member],
     anchor: int,
+    with_base: bool,
     calibration: Any,
     choices: Mapping[str, Any],
     target: Path,
@@ -59,6 +61,7 @@ def calibrated(
     Args:
         members: The models.
         anchor: Place of the newest.
+        with_base: Whether the base is the first of the models.
         calibration: Texts or rows of its task.
         choices: The options of `merge_with_recall`.
         target: The output folder; beside it representations are kept until the merge is published.
@@ -71,6 +74,7 @@ def calibrated(
     from hf_continual.merging.calibration import Setting, cached_representations, load_tokenizer
     from hf_continual.merging.typical_texts import typical_texts
 
+    started = time.perf_counter()
     setting, cache = Setting(*run), folder_beside(target) / "calibration"
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(members[anchor])
@@ -85,7 +89,7 @@ def calibrated(
     _warn_degenerate(found, anchor)
     weights = {g: found["weights"][:, i].tolist() for i, g in enumerate(names)}
     for group in (EMBED, FINAL):
-        weights[group] = _nonblock(choices["nonblock"], weights[group], anchor, members)
+        weights[group] = _nonblock(choices["nonblock"], weights[group], anchor, with_base)
     typical = [
         {"index": p, "tokens": len(t), "ids_sha256": hashlib.sha256(json.dumps(list(t)).encode()).hexdigest()}
         for t, p in zip(texts, places, strict=True)
@@ -94,10 +98,11 @@ def calibrated(
         "sigma2": {g: float(found["sigma2"][i]) for i, g in enumerate(names)},
         "similarity": {g: found["similarity"][:, i].tolist() for i, g in enumerate(names)},
         "typical_samples": typical,
+        "calibration_seconds": time.perf_counter() - started,
     }
 
 
-def _nonblock(rule: str, found: list[float], anchor: int, members: Sequence[Member]) -> list[float]:
+def _nonblock(rule: str, found: list[float], anchor: int, with_base: bool) -> list[float]:
     if rule == "representation":
         return found
     if rule == "uniform":
@@ -106,7 +111,7 @@ def _nonblock(rule: str, found: list[float], anchor: int, members: Sequence[Memb
         return [float(i == anchor) for i in range(len(found))]
     if rule != "base":
         raise ValueError(f"nonblock={rule!r}: it can be 'representation', 'uniform', 'anchor' or 'base'.")
-    if members[0].adapter is not None:
+    if not with_base:
         raise ValueError("nonblock='base' needs the base among the models: give include_base=True.")
     return [float(i == 0) for i in range(len(found))]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -151,6 +152,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         tensors[name] = tensor
     return tensors
+
+
+def make_buffer(nbytes: int) -> torch.Tensor:
+    """A uint8 buffer whose memory goes back to the system with it; the allocator would keep it for later."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def view(buffer: torch.Tensor) -> memoryview:

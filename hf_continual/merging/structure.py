@@ -84,6 +84,12 @@ def groups_of(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]
     return groups
 
 
+def ordered(groups: Iterable[str]) -> list[str]:
+    """Each group once, from the input upwards."""
+    place = {EMBED: -1, FINAL: 1 << 30}
+    return sorted(set(groups), key=lambda g: place.get(g, int(g.rpartition(".")[2]) if g.startswith("layer.") else 0))
+
+
 def embedding_name(model: Checkpoint) -> str | None:
     """Name of the token embedding, or None if there is no known one."""
     return next((n for n in model.tensors if n.endswith(_EMBEDDINGS)), None)

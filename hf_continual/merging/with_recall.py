@@ -13,6 +13,7 @@ import numpy as np
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
+from hf_continual.merging.heat_map import save_heat_map
 from hf_continual.merging.job import Job, make_plan, run_job
 from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, open_members
@@ -21,7 +22,7 @@ from hf_continual.merging.recall import PAPER, Bandwidth
 from hf_continual.merging.recall_weights import calibrated, check_choices
 from hf_continual.merging.report import REPORT
 from hf_continual.merging.result import MergeResult, RecallMergeResult
-from hf_continual.merging.structure import groups_of
+from hf_continual.merging.structure import groups_of, ordered
 from hf_continual.merging.workplace import check_free, locked
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def merge_with_recall(
     target = Path(output_dir)
     try:
         members, place, full = _members(models, base, include_base, anchor)
+        with_base = members[0].adapter is None and members[0].checkpoint is full
         names = list(dict.fromkeys(n for m in members for n in m.names))
         if weights is not None:
             groups, found = read_weights(
@@ -137,19 +139,19 @@ def merge_with_recall(
             facts: dict[str, Any] = {}
         else:
             groups = groups_of(names, members[0].checkpoint.config)
-            check_choices(calibration, choices, members, dry_run)
+            check_choices(calibration, choices, with_base, dry_run)
             checked = Job(
                 "recall", PAPER, members, full, lambda _: Average((1 / len(members),) * len(members)), choices
             )
             make_plan(checked, target, read_output(given))
             if dry_run:
-                equal = {g: [1 / len(members)] * len(members) for g in dict.fromkeys(groups.values())}
+                equal = {g: [1 / len(members)] * len(members) for g in ordered(groups.values())}
                 found, facts = equal, {}
             else:
                 check_free(target, overwrite)
                 with locked(target):
                     found, facts = calibrated(
-                        members, place, calibration, choices, target, (device, calibration_dtype, low_memory)
+                        members, place, with_base, calibration, choices, target, (device, calibration_dtype, low_memory)
                     )
         job = _job(members, place, full, groups, found, facts, choices if weights is None else {})
         result = run_job(job, target, given)
@@ -216,13 +218,7 @@ def _job(
     known["mode"] = "running" if before else "joint"
 
     def draw(out: Path) -> None:
-        # matplotlib is imported when the buffers are gone, so that the two do not add up.
-        from hf_continual.plots import plot_layer_weights
-
-        figure = plot_layer_weights(
-            np.array([list(w) for w in weights.values()]).T, list(weights), [m.name for m in members]
-        )
-        figure.savefig(out / HEAT_MAP, dpi=120)
+        save_heat_map(weights, [m.name for m in members], out / HEAT_MAP)
 
     return Job(
         "recall", PAPER, members, base, lambda name: rules[groups[name]], choices, newest=anchor, report=RECALL_REPORT,

@@ -25,14 +25,17 @@ from torch import Tensor
 from hf_continual.merging.chunks import CHUNK, SLOTS, Chunk, Part, chunks
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.shards import Shard
-from hf_continual.merging.stored import DTYPES, Files, StoredFile, view
+from hf_continual.merging.stored import DTYPES, Files, StoredFile, make_buffer, view
 from hf_continual.merging.workplace import Workplace
 
 SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the disk while the next ones are computed
 
 
 def write_shards(
-    shards: Sequence[Shard], work: Workplace, on_bytes: Callable[[int], None] = lambda _: None
+    shards: Sequence[Shard],
+    work: Workplace,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    also: Sequence[StoredFile] = (),
 ) -> dict[str, dict[str, object]]:
     """Write the shards that are not finished yet.
 
@@ -40,6 +43,7 @@ def write_shards(
         shards: The shards.
         work: Where they go, and the journal.
         on_bytes: Told the bytes of every chunk read and written.
+        also: Files that must not change meanwhile beside those that are read in chunks (adapters).
 
     Returns:
         Size and sha256 of each file by name.
@@ -55,7 +59,7 @@ def write_shards(
     with _Writer(work) as writer:
         for shard in todo:
             files = {s.file.path: s.file for t in shard.tensors for p in t.parts for s in p.sources}
-            writer.begin(shard, list(files.values()))
+            writer.begin(shard, [*files.values(), *also])
             _write_tensors(shard, writer, on_bytes)
             writer.end()
     return {s.file: work.finished[s.file] for s in shards}
@@ -198,7 +202,7 @@ class _Writer:
             raise self._failed
         nbytes = values.numel() * dtype.itemsize
         if buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            buffer = make_buffer(nbytes)
         _check_finite(values, buffer[:nbytes].view(dtype).copy_(values), blame)
         # Hashed here and not beside the writing, which keeps both cores of a small machine busy.
         self._digest.update(view(buffer)[:nbytes])

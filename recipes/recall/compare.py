@@ -33,6 +33,7 @@ from hf_continual.merging.ties import ties
 from hf_continual.merging.with_recall import merge_with_recall
 
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
+ARMS = ("sequential training", "last expert", "uniform average", "recall", "task arithmetic, 0.5")  # --arms all: more
 ROUTES = [*TASKS, *(f"then-{name}" for name in TASKS[1:])]  # four experts, and the sequence that goes on from the first
 
 
@@ -120,13 +121,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=48, help="test rows of each task")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to which prompts are cut")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), help="what is scored; all: also temperature 0.1, TIES, ..."
+    )
     parser.add_argument("--cpu", action="store_true", help="not on a GPU")
     args = parser.parse_args()
     file = args.out / "compare.json"
     found: dict[str, dict[str, dict[str, float]]] = read_json(file) if file.is_file() else {}
 
     def keep(arm: str, seed: str, model_folder: Path | None) -> None:
-        if seed not in found.setdefault(arm, {}):
+        wanted = arm in (*args.arms, "base") or "all" in args.arms
+        if wanted and seed not in found.setdefault(arm, {}):
             found[arm][seed] = score(args, model_folder)
             write_json(file, found)
 
@@ -136,7 +141,7 @@ def main() -> None:
         keep("sequential training", str(seed), folder(args, seed, ROUTES[-1]))
         keep("last expert", str(seed), folder(args, seed, TASKS[-1]))
         for arm, merge in merges(args, seed).items():
-            if str(seed) not in found.get(arm, {}):
+            if str(seed) not in found.get(arm, {}) and (arm in args.arms or "all" in args.arms):
                 merge(args.out / "merged")
                 keep(arm, str(seed), args.out / "merged")
         for name in TASKS[:-1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from tests import toy
+from tests.merging.bytes_of import digest as digest
 
 COMMON = dict(vocab_size=len(toy.VOCABULARY), pad_token_id=0, eos_token_id=1, bos_token_id=1)
 LLAMA = dict(
@@ -66,12 +66,12 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 
 
 def family(
-    tmp: Path, name: str = "llama", number: int = 2, dtype: torch.dtype = torch.float32, **options: Any
+    tmp: Path, name: str = "llama", number: int = 2, dtype: torch.dtype = torch.float32, **config: Any
 ) -> list[Path]:
     """A base and tuned copies of it, saved."""
-    base = build(name, dtype=dtype)
-    folders = [save(base, tmp / "base", **options)]
-    return folders + [save(tuned(base, seed), tmp / f"m{seed}", **options) for seed in range(1, number + 1)]
+    base = build(name, dtype=dtype, **config)
+    folders = [save(base, tmp / "base")]
+    return folders + [save(tuned(base, seed), tmp / f"m{seed}") for seed in range(1, number + 1)]
 
 
 def adapter(base: PreTrainedModel, folder: Path, seed: int, **config: Any) -> Path:
@@ -94,11 +94,6 @@ def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(4, 24).reshape(2, 10)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits.float()
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """sha256 of every weight file of a folder."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
