@@ -94,7 +94,7 @@ def kif_fuse(
         calibration_old: Rows of old tasks, for the gradients of `old`, or of the base where there is no `old`.
         rule: ``"code"``, ``"paper"``, ``"no_shared"``, ``"adaptive"`` or ``"weighted"``, as in `KIF`.
         top_share: Share of the elements that matter to a side.
-        scope: One threshold over all scored tensors, or one for each.
+        scope: One threshold (or weight, for ``"weighted"``) over all scored tensors, or one for each.
         temperature: Of ``rule="adaptive"``.
         uncertainty: Whether importance counts times its uncertainty; None: where there is one.
         old_from: What `old` was trained from: the base, or `new` (as a round of `KIF`: the task, then the memory).

@@ -157,8 +157,8 @@ def _threshold_of(weighing: Weighing, name: str) -> dict[str, Any]:
 
 
 def _found(weighing: Weighing) -> dict[str, Any]:
-    if weighing.weight is not None:
-        return {"new_weight": float(weighing.weight)}
+    if weighing.shares:
+        return {}
     if weighing.ranges:
         ends = [[float(low), float(high)] for low, high in weighing.ranges]
         return {"ranges": dict(zip(SIDES, ends, strict=True))}

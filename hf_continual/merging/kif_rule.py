@@ -51,14 +51,14 @@ class Weighing:
         choice: The rule.
         thresholds: Tensor -> what the top share of the new and the old side lies strictly above.
         ranges: Smallest and largest score of each side, for ``"adaptive"``.
-        weight: Of the new side everywhere, for ``"weighted"``.
+        shares: Tensor -> weight of the new side, for ``"weighted"``; the same everywhere, or with scope "tensor" each its own.
         counts: Tensor -> elements by `GROUPS`, or the mean weight of the new side where the rule has no masks.
     """
 
     choice: Choice
     thresholds: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     ranges: tuple[tuple[Tensor, Tensor], ...] = ()
-    weight: Tensor | None = None
+    shares: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, list[float]] = field(default_factory=dict)
 
     def masks(self, name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +79,7 @@ class Weighing:
         """
         rule = self.choice.rule
         if rule == "weighted":
-            assert self.weight is not None
-            return self.weight, 1 - self.weight
+            return self.shares[name], 1 - self.shares[name]
         if rule == "adaptive":
             z_new, z_old = (
                 ((s - low) / (high - low)).nan_to_num(0.0)
@@ -185,7 +184,7 @@ def weigh(choice: Choice, sides: Mapping[Side, Scores]) -> Weighing:
     elif choice.rule == "adaptive":
         found.ranges = tuple(_range(sides, side, names) for side in SIDES)
     else:
-        found.weight = _share(sides, names)
+        found.shares = _shares(sides, names, choice.scope)
     totals: dict[str, Tensor] = {n: torch.zeros(4 if choice.rule in WEIGHTS else 1, dtype=torch.float64) for n in names}
     for name, (new, old) in pieces(sides, names):
         if choice.rule in WEIGHTS:
@@ -209,15 +208,18 @@ def _range(sides: Mapping[Side, Scores], side: Side, names: Sequence[str]) -> tu
     return both[:, 0].min(), both[:, 1].max()
 
 
-def _share(sides: Mapping[Side, Scores], names: Sequence[str]) -> Tensor:
-    """Share of the new side in all scores together."""
+def _shares(sides: Mapping[Side, Scores], names: Sequence[str], scope: Scope) -> dict[str, Tensor]:
+    """Share of the new side in the summed scores, of all tensors together or of each."""
     forms = [(s.averages, s.number) for s in sides.values()]
     if forms[0] != forms[1]:
         raise MergeError(
             f"rule='weighted' compares the sums of both sides, and their scores are of two kinds: "
             f"{' and '.join(str(dict(s.facts).get('score')) for s in sides.values())}. Give both as states, or both as scores."
         )
-    totals = torch.zeros(2, dtype=torch.float64)
-    for _, (new, old) in pieces(sides, names):
-        totals += torch.stack([new.double().sum(), old.double().sum()])
-    return (totals[0] / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
+    sums = {n: torch.zeros(2, dtype=torch.float64) for n in names}
+    for name, both in pieces(sides, names):
+        sums[name] += torch.stack([score.double().sum() for score in both])
+    if scope == "global":
+        sums = dict.fromkeys(names, torch.stack(list(sums.values())).sum(0))
+    # Where nothing was measured on either side both count alike.
+    return {n: (s[0] / s.sum() if float(s.sum()) > 0 else torch.tensor(0.5)).float() for n, s in sums.items()}

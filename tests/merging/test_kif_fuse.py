@@ -115,12 +115,15 @@ def test_soft_rules(tmp_path, world):
         z = [(sides[s][name] - flat[s].min()) / (flat[s].max() - flat[s].min()) for s in ("new", "old")]
         w = adaptive_weights(*z, 0.5)
         assert torch.equal(got, blend(b[name], n[name] - b[name], o[name] - b[name], *w)), name
-    result = kif_fuse(base, new, tmp_path / "one", old=old, importance=files(tmp_path), rule="weighted")
-    share = (flat["new"].double().sum() / (flat["new"].double().sum() + flat["old"].double().sum())).float()
-    assert result.report["new_weight"] == pytest.approx(float(share), rel=1e-6)
-    for name, got in tensors(tmp_path / "one").items():
-        wanted = blend(b[name], n[name] - b[name], o[name] - b[name], share, 1 - share)
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    for scope in ("global", "tensor"):
+        given = {"old": old, "importance": files(tmp_path), "rule": "weighted", "scope": scope}
+        result = kif_fuse(base, new, tmp_path / scope, **given)
+        for name, got in tensors(tmp_path / scope).items():
+            sums = [(flat[s] if scope == "global" else sides[s][name]).double().sum() for s in ("new", "old")]
+            share = (sums[0] / sum(sums)).float()
+            wanted = blend(b[name], n[name] - b[name], o[name] - b[name], share, 1 - share)
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+            assert result.report["tensors"][name]["new_weight"] == pytest.approx(float(share), rel=1e-6)
     report = json.loads((tmp_path / "soft" / "kif_report.json").read_text())
     assert 0 < report["layers"]["layer.0"]["new_weight"] < 1 and (tmp_path / "soft" / "kif_sides.png").is_file()
 
