@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_continual.data.states import cannot_write, locked
+from hf_continual.data.together import from_first
+from hf_continual.durable import read_lines, write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -76,3 +81,46 @@ def own_words(
         )
     logger.info("the model wrote %d texts of its own, %d were thrown away", number, tried - len(texts))
     return texts[:number]
+
+
+def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -> list[str]:
+    """Texts from a file, which is made by one process of one run and made again if it was damaged.
+
+    Args:
+        file: Lines of JSON.
+        number: How many texts it must hold.
+        write: Gives the texts; None where they cannot be written any more.
+
+    Returns:
+        The texts, the same on every process.
+
+    Raises:
+        ValueError: If the file is damaged and the texts cannot be written again.
+        OSError: If it cannot be written.
+    """
+
+    def made() -> list[str]:
+        if file.is_file():
+            try:
+                texts = [row["text"] for row in read_lines(file)]
+                problem = None if len(texts) == number else f"it holds {len(texts)} texts, not {number}"
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                texts, problem = [], f"it cannot be read ({type(error).__name__}: {error})"
+            if problem is None:
+                return texts
+            if write is None:
+                raise ValueError(
+                    f"GeRe: {file} is damaged ({problem}) and the base model, which wrote it, is not here. Begin with the "
+                    f"first task, or give rows."
+                )
+            logger.warning("%s is not used: %s. It is made again.", file, problem)
+        assert write is not None
+        texts = write()
+        try:
+            write_lines(file, [{"text": text} for text in texts])
+        except OSError as error:
+            raise cannot_write(file, error, f"{number:,} texts have to be kept") from error
+        return texts
+
+    with locked(file):
+        return from_first(made)

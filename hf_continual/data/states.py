@@ -7,11 +7,12 @@ checksum; a file of another key, or one that was damaged, is made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_continual.data.together import all_well, from_first, gathered, world
+from hf_continual.durable import write_text
 from hf_continual.tensors.ternary import RunningStatistics, activation_states, pack_states
 
 logger = logging.getLogger(__name__)
@@ -96,14 +99,10 @@ def open_recorded(file: Path, facts: dict[str, Any]) -> Recorded | None:
 
 def checksum(file: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(opened)
-
-
-def _digest(opened: Any) -> str:
     digest = hashlib.sha256()
-    while block := opened.read(1 << 20):
-        digest.update(block)
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -115,8 +114,9 @@ def record(
     threshold: float,
     keep_hidden: bool = False,
     extra: Callable[[], dict[str, Tensor]] = dict,
+    able: bool = True,
 ) -> Recorded:
-    """Record rows with one forward pass each, unless a valid file is there; two processes make one file.
+    """Record rows with one forward pass each, unless a valid file is there; two runs at once make one file.
 
     Args:
         file: Where it goes.
@@ -126,42 +126,68 @@ def record(
         threshold: Distance of the thresholds from the mean, in standard deviations.
         keep_hidden: Whether hidden states in bfloat16 are kept instead of their states.
         extra: Further tensors to keep, such as a language-model head.
+        able: Whether this process holds the weights; process 0 must, the others leave the rows to those that do.
 
     Returns:
         The open file.
 
     Raises:
         OSError: If it cannot be written, such as on a full disk; nothing half-written is left in its place.
+        ValueError: If the hidden states are not finite.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    world, rank = _world()
-    with FileLock(file.with_suffix(".lock")) if rank == 0 else _Nothing():
-        found = open_recorded(file, facts) if rank == 0 else None
-        if _agreed(found is not None):
-            _wait()
-            return found or _open_own(file)
+    with locked(file):
+        if from_first(lambda: open_recorded(file, facts) is not None):
+            return open_whole(file)
         try:
-            _make(file, facts, rows, hidden, threshold, keep_hidden, extra, world, rank)
-            _wait()  # process 0 reads the parts of all: none may be removed before it is done
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"The recorded states could not be written to {file}: {error.strerror or error}. Make room or name "
-                f"another cache_dir; about {_size(rows)} tokens have to be kept.",
-            ) from error
+            _make(file, facts, rows, hidden, threshold, keep_hidden, extra, able)
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(file, error, f"about {sum(map(len, rows)):,} tokens have to be kept") from error
         finally:
-            for part in file.parent.glob(f"{file.stem}.{rank}.*.part"):
+            for part in file.parent.glob(f"{file.stem}.{world()[1]}.*.part"):
                 part.unlink(missing_ok=True)
-            if rank == 0:
-                (file.parent / f"{file.stem}.file.part").unlink(missing_ok=True)
-    return _open_own(file)
+    return open_whole(file)
 
 
-def _size(rows: Sequence[Sequence[int]]) -> str:
-    return f"{sum(map(len, rows)):,}"
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """While one run makes a file, others that want it wait.
+
+    Args:
+        file: The file; its folder is made.
+
+    Yields:
+        None: While process 0 of this run holds the lock.
+
+    Raises:
+        OSError: If there is no way of writing there.
+    """
+    lock = FileLock(file.with_suffix(".lock"))
+
+    def take() -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise cannot_write(file, error, "states of general samples are kept there") from error
+
+    from_first(take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _open_own(file: Path) -> Recorded:
+def cannot_write(file: Path, error: Exception, why: str) -> OSError:
+    """What to say where a file of the cache cannot be written."""
+    said = getattr(error, "strerror", None) or error
+    return OSError(
+        getattr(error, "errno", None),
+        f"{file} could not be written: {said}. Make room or name another cache_dir; {why}.",
+    )
+
+
+def open_whole(file: Path) -> Recorded:
+    """Open a file that was checked."""
     with safe_open(file, "pt") as opened:
         return Recorded(
             file, opened.get_tensor("offsets").tolist(), opened.get_tensor("low"), opened.get_tensor("high")
@@ -169,55 +195,54 @@ def _open_own(file: Path) -> Recorded:
 
 
 def _make(
-    file: Path,
-    facts: Any,
-    rows: Any,
-    hidden: Any,
-    threshold: float,
-    keep_hidden: bool,
-    extra: Any,
-    world: int,
-    rank: int,
+    file: Path, facts: Any, rows: Any, hidden: Any, threshold: float, keep_hidden: bool, extra: Any, able: bool
 ) -> None:
     """One pass: hidden states go to a file of this process in their own type, then thresholds, then states."""
-    mine = range(rank, len(rows), world)
-    statistics = RunningStatistics()
-    spill = file.parent / f"{file.stem}.{rank}.spill.part"
-    dtype = None
-    with spill.open("wb") as out:
-        for i in mine:
-            part = hidden(rows[i])
-            dtype = part.dtype
-            statistics.add(part)
-            out.write(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        out.flush()
-        os.fsync(out.fileno())
-    statistics = _merged(statistics, world)
-    mean_D, std_D = statistics.result()
+    rank = world()[1]
+    workers = [r for r, holds in enumerate(gathered(able)) if holds]
+    mine = range(workers.index(rank), len(rows), len(workers)) if able else range(0)
+    statistics, spill = RunningStatistics(), file.parent / f"{file.stem}.{rank}.spill.part"
+    dtype, problem = None, None
+    try:
+        with spill.open("wb") as out:
+            for i in mine:
+                part = hidden(rows[i])
+                dtype = part.dtype
+                statistics.add(part)
+                out.write(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    except OSError as error:
+        problem = error
+    all_well(problem)
+    mean_D, std_D = _merged(statistics).result()
     low_D, high_D = (mean_D - threshold * std_D).cpu(), (mean_D + threshold * std_D).cpu()
-    kept = list(_kept(spill, [len(rows[i]) for i in mine], dtype, low_D, high_D, keep_hidden))
-    save_file({str(i): t for i, t in zip(mine, kept, strict=True)}, file.parent / f"{file.stem}.{rank}.kept.part")
-    _wait()
-    if rank == 0:
-        parts = [safe_open(file.parent / f"{file.stem}.{r}.kept.part", "pt") for r in range(world)]
-        joined = torch.cat([parts[i % world].get_tensor(str(i)) for i in range(len(rows))])
+    if not (torch.isfinite(low_D).all() and torch.isfinite(high_D).all()):
+        raise ValueError(
+            f"The reference model gives hidden states that are not finite ({int((~torch.isfinite(low_D)).sum())} of "
+            f"{low_D.numel()} channels), so they have no thresholds. Load it in bfloat16 or float32."
+        )
+    try:
+        kept = list(_kept(spill, [len(rows[i]) for i in mine], dtype, low_D, high_D, keep_hidden))
+        save_file({str(i): t for i, t in zip(mine, kept, strict=True)}, file.parent / f"{file.stem}.{rank}.kept.part")
+        del kept
+    except (OSError, SafetensorError) as error:
+        problem = error
+    all_well(problem)
+
+    def join() -> None:
+        parts = {r: safe_open(file.parent / f"{file.stem}.{r}.kept.part", "pt") for r in workers}
+        joined = torch.cat([parts[workers[i % len(workers)]].get_tensor(str(i)) for i in range(len(rows))])
         offsets = torch.tensor([0, *torch.tensor([len(r) for r in rows]).cumsum(0).tolist()])
-        tensors = {
-            "hidden" if keep_hidden else "states": joined,
-            "offsets": offsets,
-            "low": low_D,
-            "high": high_D,
-            **extra(),
-        }
-        partial = file.parent / f"{file.stem}.file.part"
+        what = "hidden" if keep_hidden else "states"
+        tensors = {what: joined, "offsets": offsets, "low": low_D, "high": high_D, **extra()}
+        partial = file.parent / f"{file.stem}.0.file.part"
         # One entry of metadata: the order of several is not fixed, and the bytes should be.
         save_file(tensors, partial, metadata={"facts": json.dumps(facts, sort_keys=True)})
         with partial.open("rb") as opened:
             os.fsync(opened.fileno())
-        from hf_continual.durable import write_text
-
         write_text(file.with_suffix(".sha256"), checksum(partial))
         partial.replace(file)
+
+    from_first(join)  # all wait for it: no part may be removed before it was read
 
 
 def _kept(
@@ -233,39 +258,12 @@ def _kept(
             yield part.to(torch.bfloat16) if keep_hidden else pack_states(activation_states(part, low_D, high_D))
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-def _world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
-
-
-def _agreed(mine: bool) -> bool:
-    """What process 0 found."""
-    box = [mine]
-    if _world()[0] > 1:
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def _wait() -> None:
-    if _world()[0] > 1:
-        torch.distributed.barrier()
-
-
-def _merged(statistics: RunningStatistics, world: int) -> RunningStatistics:
+def _merged(statistics: RunningStatistics) -> RunningStatistics:
     """Statistics over all processes, merged in the order of the processes so that all get the same bits."""
-    if world == 1:
+    if world()[0] == 1:
         return statistics
-    everyone: list[Any] = [None] * world
-    own = (statistics.count, statistics.mean_D.cpu(), statistics.squares_D.cpu())
-    torch.distributed.all_gather_object(everyone, own)
     merged = RunningStatistics()
-    for count, mean_D, squares_D in everyone:
+    own = (statistics.count, statistics.mean_D.cpu(), statistics.squares_D.cpu())
+    for count, mean_D, squares_D in gathered(own):
         merged.merge(count, mean_D, squares_D)
     return merged

@@ -128,6 +128,10 @@ class Method:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""
         return type(self).loss_terms is not Method.loss_terms
 
+    def extra_steps(self, steps: int) -> int:
+        """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
+        return 0
+
     def replay(self, run: Run) -> ReplayRows | None:
         """Station 1: rows to mix into training."""
         return None

@@ -16,7 +16,6 @@ w is fixed ("100" in the paper) or "dynamic": CE / TM of the micro-batch, withou
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,19 +25,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_continual.data.own_words import own_words
+from hf_continual.data.lineage import DIGITS, facts_of, kept_of_base, remember
+from hf_continual.data.own_words import kept_texts, own_words
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
-from hf_continual.data.states import Recorded, key_of, open_recorded, record
-from hf_continual.durable import read_lines, write_lines
+from hf_continual.data.states import Recorded, key_of, open_recorded, open_whole, record
+from hf_continual.data.together import from_first, gathered
 from hf_continual.methods.base import Forward, Method, Run
 from hf_continual.paper import Paper
 from hf_continual.tensors.imitation import imitation, logit_divergence, mixed_ce
 from hf_continual.tensors.margin import Reduction, margin, reduced, tm_loss
-from hf_continual.tensors.reference import as_reference, last_hidden, numerics, weights_fingerprint
+from hf_continual.tensors.reference import (
+    Reference,
+    as_reference,
+    last_hidden,
+    numerics,
+    untrained,
+    weights_fingerprint,
+)
 from hf_continual.tensors.ternary import activation_states, hidden_statistics, unpack_states
 
 __all__ = ["GeRe", "activation_states", "hidden_statistics", "imitation", "mixed_ce", "tm_loss"]
@@ -160,64 +166,81 @@ class GeRe(Method):
 
     def _tokens(self, run: Run) -> list[list[int]]:
         texts = self._own_texts(run) if self.rows == "self" else self._rows["text"][: self.num_samples]
+        if (empty := sum(not isinstance(text, str) for text in texts)) > 0:
+            raise ValueError(f"GeRe: {empty} of {len(texts)} general rows hold None or a number in 'text', not a text.")
         return [ids[: self.max_length] for ids in run.tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyrefly: ignore
 
+    def _weights(self, run: Run, reference: Reference) -> tuple[str, bool]:
+        """Fingerprint of process 0's weights, and whether this process holds the same."""
+        own = weights_fingerprint(run.model, reference)
+        first = gathered(own)[0]
+        return first, own == first
+
     def _own_texts(self, run: Run) -> list[str]:
-        facts = {
-            "weights": weights_fingerprint(run.model, "base"),
-            "number": self.num_samples,
-            "length": self.max_length,
-            "seed": run.seed,
-        }
-        file = Path(self.cache_dir).expanduser() / f"own-words-{key_of(facts)}.jsonl"
-        if not file.is_file():
+        numbers = {"number": self.num_samples, "length": self.max_length, "seed": run.seed}
+        stem = f"own-words-{key_of({**numbers, **numerics(run.model, run.tokenizer)})}"
+        folder, weights = Path(self.cache_dir).expanduser(), self._weights(run, "base")[0]
+        moved = run.task.index > 0 and untrained(run.model)
+        file, here = from_first(lambda: kept_of_base(folder, stem, ".jsonl", weights, moved))
+
+        def write() -> list[str]:
             with as_reference(run.model, "base"), run.autocast():
-                texts = own_words(run.model, run.tokenizer, self.num_samples, self.max_length, run.seed)
-            write_lines(file, [{"text": text} for text in texts])
-        return [row["text"] for row in read_lines(file)]
+                return own_words(run.model, run.tokenizer, self.num_samples, self.max_length, run.seed)
+
+        return kept_texts(file, self.num_samples, None if here is None else write)
 
     def _record(self, run: Run, tokens: Sequence[Sequence[int]]) -> Recorded:
         keep = self.constraint != "tm"
         facts: dict[str, Any] = {
             "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
             "max_length": self.max_length, "threshold": self.threshold, "what": "hidden" if keep else "states",
-            "head": self.constraint == "kl", "layer": "last_hidden_state", "version": 1, "autocast": run.autocast_dtype, **numerics(run.model, run.tokenizer),
+            "head": self.constraint == "kl", "layer": "last_hidden_state", "version": 2, "autocast": run.autocast_dtype,
+            **numerics(run.model, run.tokenizer),
         }  # fmt: skip
-        folder = Path(self.cache_dir).expanduser()
-        # A later task finds the first one's file by everything but the weights, which may be gone by then.
-        weights = weights_fingerprint(run.model, self.reference)
-        file = folder / f"{key_of(facts)}-{weights[:16]}.safetensors"
-        if self.reference == "base" and run.task.index > 0 and not file.is_file():
-            others = sorted(folder.glob(f"{key_of(facts)}-*.safetensors"))
-            if others or not _has_adapter(run.model):
-                return self._from_first_task(others, facts, run)
-        facts["weights"] = weights
+        folder, (weights, able) = Path(self.cache_dir).expanduser(), self._weights(run, self.reference)
+        file, base = folder / f"{key_of(facts)}-{weights[:DIGITS]}.safetensors", weights
+        if self.reference == "base":
+            moved = run.task.index > 0 and untrained(run.model)
+            file, base = from_first(lambda: kept_of_base(folder, key_of(facts), ".safetensors", weights, moved))
+        self._base = facts["weights"] = base or str(facts_of(file).get("weights"))
+        if base is None:
+            if from_first(lambda: open_recorded(file, facts)) is None:
+                raise ValueError(f"GeRe: {file} is damaged and the base weights are gone. Begin with the first task.")
+            return open_whole(file)
 
         def head() -> dict[str, Tensor]:
             weight: Any = run.model.get_output_embeddings().weight  # pyrefly: ignore[not-callable]
             return {"head": weight.detach().to(torch.bfloat16).cpu().clone()} if self.constraint == "kl" else {}
 
         with as_reference(run.model, self.reference), run.autocast():
-            return record(file, facts, tokens, partial(last_hidden, run.model), self.threshold, keep, head)
+            return record(file, facts, tokens, partial(last_hidden, run.model), self.threshold, keep, head, able)
 
-    def _from_first_task(self, files: Sequence[Path], facts: dict[str, Any], run: Run) -> Recorded:
-        """The file of the sequence's first task: the weights have moved on, the reference is no longer here."""
-        if len(files) != 1:
+    def end_task(self, run: Run) -> None:
+        """The next task begins with the weights of now: which base they come from is noted."""
+        if self._recorded is None or self.reference != "base" or run.is_sharded or isinstance(run.model, PeftModel):
+            return
+        folder, now = Path(self.cache_dir).expanduser(), weights_fingerprint(run.model, "base")
+        from_first(lambda: remember(folder, now, self._base))
+
+    def state_dict(self, run: Run) -> dict[str, Tensor]:
+        """The thresholds: a resumed run must have those of the weights that the run began with."""
+        return {} if self._recorded is None else {"low": self._recorded.low_D, "high": self._recorded.high_D}
+
+    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
+        """Refuse states that were recorded from other weights."""
+        if self._recorded is None or not state:
+            return
+        width = (state["high"] - state["low"]).abs() + 1e-6
+        if float(((self._recorded.low_D - state["low"]).abs() / width).max()) > 1e-3:
             raise ValueError(
-                f"GeRe(reference='base'): task {run.task.index} begins with fine-tuned weights, and {self.cache_dir} holds "
-                f"{len(files)} files of recorded states for these rows and this model, not one. Run the first task with the "
-                f"same cache_dir, or say reference='task_start'."
+                f"GeRe: {self._recorded.file} holds states of other weights than those that the run to be resumed began with. "
+                f"Build the trainer with the same model as then, not with a checkpoint of it."
             )
-        with_weights = {**facts, "weights": _recorded_weights(files[0])}
-        found = open_recorded(files[0], with_weights)
-        if found is None:
-            raise ValueError(
-                f"GeRe: {files[0]} is damaged and the base weights are gone. Record it again from the base model."
-            )
-        return found
 
     def begin_task(self, run: Run) -> None:
-        """Where the head is that the KL needs."""
+        """What is compared with on the device, and where the head is that the KL needs."""
+        if self._recorded is not None:
+            self._low_D, self._high_D = (t.to(run.device) for t in (self._recorded.low_D, self._recorded.high_D))
         if self.constraint == "kl" and self._recorded is not None:
             if run.is_sharded:
                 raise ValueError(
@@ -236,8 +259,12 @@ class GeRe(Method):
             both = general | task
             terms["mix"] = mixed_ce(loss_BS, general, task) - forward.token_mean(loss_BS * both)
         drawn = [(row, length) for source, row, length in forward.drawn if forward.sources[source] == self.name]
-        if self._recorded is None or not drawn:
+        if self._recorded is None:
             return terms
+        if not drawn:  # entered all the same: processes add up their logs name by name
+            for name in (self.constraint, "weight", *(["violations"] if self.constraint == "tm" else [])):
+                forward.note(name, loss_BS.new_zeros(()), 0.0)
+            return {**terms, "constraint": loss_BS.new_zeros(())}
         tokens = sum(length for _, length in drawn)
         hidden_BSD = forward.taps["last_hidden_state"]
         where = torch.nonzero_static(forward.mask(self.name).flatten(), size=tokens).squeeze(1)
@@ -245,14 +272,15 @@ class GeRe(Method):
         what = "states" if self.constraint == "tm" else "hidden"
         kept = torch.cat([self._recorded.row(row, length, what) for row, length in drawn])
         kept = kept.to(hidden_TD.device, non_blocking=True)
-        if self.constraint != "tm":
-            value = self._imitation(hidden_TD, kept)
+        if self.constraint == "kl":
+            value = logit_divergence(hidden_TD, kept, self._head, self._reference_head)
+        elif self.constraint != "tm":
+            value = imitation(hidden_TD, kept, "l1" if self.constraint == "l1" else "l2")
         else:
-            low, high = (t.to(hidden_TD.device) for t in (self._recorded.low_D, self._recorded.high_D))
             channels = hidden_TD.shape[1]
             states = unpack_states(kept, channels)
             ones = torch.ones(tokens, device=hidden_TD.device)
-            total, count = margin(hidden_TD, states, low, high, ones, self.dead_band)
+            total, count = margin(hidden_TD, states, self._low_D, self._high_D, ones, self.dead_band)
             value = reduced(total, count, tokens, channels, self.reduction)
             forward.note("violations", count, tokens * channels)
         weight: Any = self.weight
@@ -260,26 +288,9 @@ class GeRe(Method):
             ce = mixed_ce(loss_BS.detach(), general, task)
             weight = (ce / (value.detach() + 1e-8)).clamp(max=MOST_WEIGHT)
         forward.note(self.constraint, value)
-        forward.note("weight", torch.as_tensor(weight, dtype=torch.float32, device=value.device))
+        forward.note("weight", weight)
         terms["constraint"] = weight * value
         return terms
-
-    def _imitation(self, hidden_TD: Tensor, reference_TD: Tensor) -> Tensor:
-        if self.constraint == "kl":
-            return logit_divergence(hidden_TD, reference_TD, self._head, self._reference_head)
-        return imitation(hidden_TD, reference_TD, "l1" if self.constraint == "l1" else "l2")
-
-
-def _has_adapter(model: Any) -> bool:
-    return isinstance(model, PeftModel)
-
-
-def _recorded_weights(file: Path) -> str | None:
-    try:
-        with safe_open(file, "pt") as opened:
-            return json.loads((opened.metadata() or {})["facts"])["weights"]
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
 
 
 def _at_least(key: str, value: Any, least: float) -> None:

@@ -165,6 +165,10 @@ class KIF(Method):
             raise ValueError(f"KIF.published({setting!r}): there are {', '.join(PUBLISHED)}.")
         return cls(memory, **{**PUBLISHED[setting], **changes})
 
+    def extra_steps(self, steps: int) -> int:
+        """The outer steps."""
+        return 0 if self._rows is None else steps // self.inner_steps * self.outer_steps
+
     def replay(self, run: Run) -> None:
         """Tokenise the memory; nothing is mixed into the batches."""
         if self._rows is not None:
@@ -243,9 +247,7 @@ class KIF(Method):
 
     def end_task(self, run: Run) -> None:
         """Say what was left out, once."""
-        if self._memory is None:
-            return
-        if self._done:
+        if self._memory is not None and self._done:
             logger.info(
                 "KIF: the last %d steps are no whole round of %d, so they were not fused.", self._done, self.inner_steps
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_continual.methods.base import Method
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
 
@@ -46,6 +49,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         + sum(len(c.test or ()) for t in prepared.stream for c in prepared.columns_after(t)),
         "steps": sum(t["steps"] for t in tasks),
         "memory_bytes": max(t["memory_bytes"] for t in tasks),
+        "memory_here_bytes": _memory_here(),
         "disk_bytes": sum(t["disk_bytes"] for t in tasks) + max(t["checkpoint_bytes"] for t in tasks),
     }
 
@@ -66,11 +70,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     share = sum(getattr(m, "ratio", None) or 0.0 for m in methods)
     longest = args.max_length if args.packing and args.max_length else max(lengths)
-    added = sum(getattr(m, "per_batch", None) or 0 for m in methods)
-    widest = max([longest, *(getattr(m, "max_length", longest) for m in methods if getattr(m, "per_batch", None))])
-    tokens = args.per_device_train_batch_size * longest / (1 - share)
-    if added:  # padded to the widest row of the micro-batch
-        tokens = (args.per_device_train_batch_size + added) * min(widest, args.max_length or widest)
+    added, tokens = _micro_batch(args, methods, longest, share)
     config = model.config
     values = 2 if args.gradient_checkpointing else 16
     kept = 2.0 if args.bf16 or prepared.plan.model.dtype in ("bfloat16", "float16") else 4.0
@@ -85,9 +85,13 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "tokens": sum(lengths),
         "test_rows": len(task.test) if task.test is not None else None,
         "steps": steps,
+        "extra_steps": sum(m.extra_steps(steps) for m in methods),
         "methods": [m.name for m in methods],
+        "memory_rows": None
+        if prepared.memory is None
+        else {"given": len(prepared.memory.given(task)), "kept": len(prepared.memory.after[task.name])},
         "replay_share": share,
-        "micro_batch": {"task_rows": args.per_device_train_batch_size, "added_rows": added, "tokens": round(tokens)},
+        "micro_batch": {"task_rows": args.per_device_train_batch_size, "added_rows": added, "tokens": tokens},
         "parameters": total,
         "trainable": trainable,
         "weights_bytes": weights,
@@ -97,6 +101,29 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         if args.save_strategy != "no"
         else 0.0,
     }
+
+
+def _micro_batch(args: Any, methods: Sequence[Method], longest: int, share: float) -> tuple[int, int]:
+    """Rows that methods add to a micro-batch, at least, and the most tokens that it then holds, padding included."""
+    rows = args.per_device_train_batch_size
+    limits = [
+        getattr(m, "max_length", longest) for m in methods if getattr(m, "per_batch", None) or getattr(m, "ratio", None)
+    ]
+    widest = max([longest, *limits])
+    widest = min(widest, args.max_length or widest)
+    added = sum(getattr(m, "per_batch", None) or 0 for m in methods)
+    owed = rows * longest * share / (1 - share)
+    if args.packing or args.padding_free:
+        return added, round(rows * longest + owed + added * widest)
+    added += math.ceil(owed / widest)
+    return added, (rows + added) * widest  # every row is padded to the widest
+
+
+def _memory_here() -> int:
+    """Of an accelerator, or of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(PartialState().local_process_index).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _on_paper(prepared: Prepared) -> tuple[Any, int, float]:

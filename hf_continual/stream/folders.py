@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCORES = Path("continual") / "scores.json"
 TRAINED = Path("continual") / "trained.json"
+MEMORY = Path("continual") / "memory.jsonl"
 PREDICTIONS = "predictions"
 
 Value = TypeVar("Value")

@@ -17,9 +17,10 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from hf_continual.durable import write_lines
 from hf_continual.evaluation.result import Scored
 from hf_continual.stream.curve import CURVE, Curve
-from hf_continual.stream.folders import SCORES, keep_error, wait
+from hf_continual.stream.folders import MEMORY, SCORES, keep_error, wait
 from hf_continual.stream.models import EARLIER, is_adapter, load_finished, load_for_training
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
@@ -49,7 +50,7 @@ class PlanLearner:
         return [*self.prepared.columns_after(task), *gauges]
 
     def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
-        """Train, then merge if the plan says so; see `Learner.learn`."""
+        """Train, merge if the plan says so, and write down what is kept for later tasks; see `Learner.learn`."""
         merge = self.plan.merge
         start = None if merge is not None and merge.start == "base" else parent
         goal = folder if merge is None else folder / BEFORE_MERGE
@@ -57,6 +58,8 @@ class PlanLearner:
         _free()
         if merge is not None and PartialState().is_main_process:
             self._merge(task, parent, folder)
+        if (memory := self.prepared.memory) is not None and PartialState().is_main_process:
+            write_lines(folder / MEMORY, memory.after[task.name])
         wait()
         return facts
 

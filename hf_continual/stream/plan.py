@@ -141,6 +141,29 @@ class Between(_Strict):
         return {"function": value} if isinstance(value, str) or callable(value) else value
 
 
+class MemoryPlan(_Strict):
+    """Which rows of learnt tasks are kept and handed on, as ``continual/memory.jsonl`` in each task's folder.
+
+    Args:
+        policy: ``class_balanced``: a share of each task's rows, spread over its classes; ``newest_first``: the same
+            within `capacity`, which the oldest tasks' rows leave first; ``reservoir``: a uniform sample of all rows.
+        share: Part of each task's rows; by default 0.02.
+        rows: Rows of each task, instead of `share`.
+        capacity: Rows of all tasks together; not for ``class_balanced``.
+        by: Column that holds the class.
+        seed: Seed of the draws.
+        start: The ``memory.jsonl`` of another run, whose rows come before those of this one.
+    """
+
+    policy: Literal["class_balanced", "reservoir", "newest_first"] = "class_balanced"
+    share: float | None = None
+    rows: int | None = None
+    capacity: int | None = None
+    by: str = "completion"
+    seed: int = 42
+    start: str | None = None
+
+
 class SweepPlan(_Strict):
     """Several runs of one plan: every combination of what is named.
 
@@ -166,7 +189,9 @@ class Plan(_Strict):
         peft: Options of `peft.LoraConfig`; None trains all weights.
         sft: Options of `trl.SFTConfig` for every task.
         methods: Methods against forgetting, as in `ContinualConfig.methods`; ``rows: earlier_tasks`` stands for
-            the training rows of the tasks before.
+            the training rows of the tasks before, ``rows: kept`` for what `memory` keeps of them.
+        memory: What is kept of each task for later ones; ``forbidden`` refuses every method that asks for such rows;
+            None keeps nothing apart.
         between_tasks: ``continue`` (the adapter or the weights), ``new_adapter`` (earlier ones stay, frozen), or
             ``{merge: ...}``.
         evaluation: What is scored.
@@ -181,6 +206,7 @@ class Plan(_Strict):
     peft: dict[str, Any] | None = None
     sft: dict[str, Any] = {}
     methods: Any = None
+    memory: Literal["forbidden"] | MemoryPlan | None = None
     between_tasks: Literal["continue", "new_adapter"] | Between = "continue"
     evaluation: EvaluationPlan = EvaluationPlan()
     tasks: list[TaskPlan]

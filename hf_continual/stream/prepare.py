@@ -11,28 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_continual.data.biography import biography_rows
+from hf_continual.data.buffer import Memory
 from hf_continual.data.columns import check_columns, cut_prompts, map_columns, take, without_options
 from hf_continual.data.rows import load_rows
+from hf_continual.durable import read_lines
 from hf_continual.evaluation.table import Scorer, build_scorer, columns_of, with_labels
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
-from hf_continual.stream.plan import Plan, TaskPlan
+from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
+from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
 from hf_continual.stream.source import Key, PlanError, Where
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
 from hf_continual.trainer.config import ContinualConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-EARLIER = "earlier_tasks"
-
-# Columns of the kinds of rows that can be learnt, as TRL looks for them.
-TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "labels"))
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Prepared:
         tokenizer: The model's.
         scorers: Scorer of each scored task and gauge by name.
         gauges: Rows of each gauge by name; None where its metric brings its own.
+        memory: What is kept for later tasks, None where nothing is.
     """
 
     plan: Plan
@@ -54,6 +53,7 @@ class Prepared:
     tokenizer: Any
     scorers: Mapping[str, Scorer]
     gauges: Mapping[str, Dataset | None]
+    memory: KeptRows | None = None
 
     def scored(self, tasks: Sequence[Task] | None = None) -> list[Task]:
         """The tasks that have rows to be scored with."""
@@ -90,7 +90,7 @@ class Prepared:
         description = self.plan.methods if own is None else own
         if isinstance(description, Sequence) and description and all(isinstance(m, Method) for m in description):
             return [replace(m) for m in description]  # pyrefly: ignore[bad-specialization]
-        return build_methods(_with_earlier(description, task, self.stream))
+        return build_methods(with_earlier(description, task, self.stream, self.memory))
 
 
 def prepare(plan: Plan, where: Where) -> Prepared:
@@ -145,7 +145,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         gauges[name] = rows
     with _at(where, ("tasks",)):
         stream = TaskStream(tasks)
-    prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges)
+    prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges, _memory(plan, where, stream))
     for task in stream:
         own: tuple[Key, ...] = ("tasks", task.index)
         with (
@@ -156,6 +156,27 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         with _at(where, ("methods",) if plan.tasks[task.index].methods is None else (*own, "methods")):
             Methods(prepared.methods(task))
     return prepared
+
+
+def _memory(plan: Plan, where: Where, stream: TaskStream) -> KeptRows | None:
+    """What the plan's memory keeps after each task, chosen before anything is trained."""
+    if not isinstance(plan.memory, MemoryPlan):
+        return None
+    start: list[dict[str, Any]] = []
+    if plan.memory.start is not None:
+        with _at(where, ("memory", "start")):
+            start = read_lines(Path(plan.memory.start).expanduser())
+            if not start:
+                raise ValueError(f"{plan.memory.start} holds no rows. Leave start out to begin with none.")
+    with _at(where, ("memory",)):
+        memory = Memory(**plan.memory.model_dump(exclude={"start"}), start=start)
+        return KeptRows(memory, stream, {t.name: _named(t.train) for t in plan.tasks})
+
+
+def _named(source: Any) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    return json.dumps(source, default=str) if isinstance(source, Mapping) else "rows in Python"
 
 
 @contextmanager
@@ -234,62 +255,7 @@ def _load(source: Any, split: str) -> Dataset:
     return load_rows(source, split)
 
 
-def _with_earlier(description: Any, task: Task, stream: TaskStream) -> Any:
-    """Put the rows of earlier tasks where a method asks for them; without any, leave the method out."""
-    if isinstance(description, Mapping):
-        kept = {}
-        for name, options in description.items():
-            if isinstance(options, Mapping) and (asked := _asked(options.get("rows"))) is not None:
-                rows = _earlier_rows(task, stream, options.get("row_type", "same"), **asked)
-                if rows is None:
-                    continue
-                options = {**options, "rows": rows}
-            kept[name] = options
-        return kept
-    if isinstance(description, Sequence) and not isinstance(description, str):
-        return [_with_earlier(item, task, stream) for item in description]
-    return description
-
-
-def _asked(rows: Any) -> dict[str, Any] | None:
-    if rows == EARLIER:
-        return {}
-    if isinstance(rows, Mapping) and EARLIER in rows:
-        if unknown := set(rows) - {EARLIER, "of", "seed"}:
-            raise ValueError(f"rows: {{{EARLIER}: NUMBER, of: [names]}} has no key {sorted(unknown)[0]!r}.")
-        return {"number": rows[EARLIER], "of": rows.get("of"), "seed": rows.get("seed", 0)}
-    return None
-
-
-def _earlier_rows(
-    task: Task,
-    stream: TaskStream,
-    row_type: str,
-    number: int | None = None,
-    of: Sequence[str] | None = None,
-    seed: int = 0,
-) -> Dataset | None:
-    """Training rows of the tasks that this task's model has learnt, at most `number` of each."""
-    earlier = [t for t in stream.lineage(task)[:-1] if of is None or t.name in of]
-    rows = [take(t.train, number, seed) for t in earlier if t.train is not None]
-    if not rows or task.train is None:
-        return None
-    kinds = {
-        name: kind for name, kind in zip(("prompt_completion", "messages", "text", "tokenized"), TRAINABLE, strict=True)
-    }
-    own = next((kind for kind in TRAINABLE if set(kind) <= set(task.train.column_names)), ())
-    wanted = kinds.get(row_type, own)
-    for t, found in zip(earlier, rows, strict=True):
-        if not set(wanted) <= set(found.column_names):
-            raise ValueError(
-                f"the rows of the earlier task {t.name!r} have the columns {found.column_names} and task {task.name!r} "
-                f"replays {list(wanted)}. Name the tasks to replay, rows: {{{EARLIER}: NUMBER, of: [...]}}, or the type of "
-                f"their rows, row_type: prompt_completion."
-            )
-    return concatenate_datasets([found.select_columns(list(wanted)) for found in rows])  # pyrefly: ignore
-
-
-def fingerprint(rows: Dataset | None) -> dict[str, Any] | None:
+def fingerprint(rows: Dataset | Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:
     """Number of rows, and a hash of their content."""
     if rows is None:
         return None

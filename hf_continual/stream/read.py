@@ -12,11 +12,28 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hf_continual.data.benchmarks import BENCHMARKS
-from hf_continual.stream.plan import Between, EvaluationPlan, GaugePlan, MergePlan, ModelPlan, Plan, SweepPlan, TaskPlan
+from hf_continual.stream.earlier import check_memory
+from hf_continual.stream.plan import (
+    Between,
+    EvaluationPlan,
+    GaugePlan,
+    MemoryPlan,
+    MergePlan,
+    ModelPlan,
+    Plan,
+    SweepPlan,
+    TaskPlan,
+)
 from hf_continual.stream.source import Key, PlanError, Where, read_yaml
 from hf_continual.tasks import TaskStream
 
-_PARTS: dict[str, type[BaseModel]] = {"model": ModelPlan, "evaluation": EvaluationPlan, "sweep": SweepPlan}
+_PARTS: dict[str, type[BaseModel]] = {
+    "model": ModelPlan,
+    "evaluation": EvaluationPlan,
+    "sweep": SweepPlan,
+    "memory": MemoryPlan,
+}
+_BRANCHES = {"Between", "MemoryPlan"}
 
 
 def read_plan(plan: str | Path | Mapping[str, Any] | TaskStream, **changes: Any) -> tuple[Plan, Where]:
@@ -52,6 +69,7 @@ def read_plan(plan: str | Path | Mapping[str, Any] | TaskStream, **changes: Any)
         raise _explained(error, where, origins) from None
     where.lines = _spread(where.lines, origins)
     _check_names(read, where)
+    check_memory(read, where)
     return read, where
 
 
@@ -100,11 +118,11 @@ def _explained(error: ValidationError, where: Where, origins: list[tuple[Key, ..
     errors = error.errors()
     # Of a union pydantic reports every branch: of a mapping, the branch that is one says what is wrong.
     if isinstance(errors[0]["input"], Mapping):
-        errors = [e for e in errors if "Between" in e["loc"]] or errors
+        errors = [e for e in errors if _BRANCHES & set(e["loc"])] or errors
     # A mistyped key may also be a missing one; the mistake is what helps.
     said = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # Names of branches are no keys of the plan.
-    loc = [k for k in said["loc"] if isinstance(k, int) or not ("[" in k or k == "Between")]
+    loc = [k for k in said["loc"] if isinstance(k, int) or not ("[" in k or k in _BRANCHES)]
     path: list[Key] = [*origins[int(loc[1])], *loc[2:]] if loc[:1] == ["tasks"] and len(loc) > 1 else list(loc)
     if said["type"] == "extra_forbidden":
         known = _known(loc)

@@ -41,6 +41,8 @@ def plain_plan(prepared: Prepared) -> dict[str, Any]:
             )
             entry[which] = None if rows is None else {"source": named, **(fingerprint(rows) or {})}
         data["tasks"].append(entry)
+    if prepared.memory is not None and prepared.memory.start:
+        data["memory"]["start"] = {"source": data["memory"]["start"], **(fingerprint(prepared.memory.start) or {})}
     for name, rows in prepared.gauges.items():
         data["evaluation"]["gauges"][name]["rows"] = fingerprint(rows)
     return data

@@ -129,22 +129,35 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             table.add_row(
                 task["name"] + (f"\n  from {task['parent']}" if branches else ""), f"{task['rows']:,}",
                 f"{task['tokens']:,}", f"{100 * task['replay_share']:.0f} %" if task["replay_share"] else "",
-                f"{task['steps']:,}", f"{task['trainable']:,}", size(task["memory_bytes"]),
+                f"{task['steps']:,}" + (f" + {task['extra_steps']:,}" if task["extra_steps"] else ""), f"{task['trainable']:,}", size(task["memory_bytes"]),
                 "" if task["test_rows"] is None else f"{task['test_rows']:,}",
             )  # fmt: skip
         methods = {t["name"]: ", ".join(t["methods"]) for t in plan["tasks"] if t["methods"]}
         lines = [
             f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
+            *_memory(plan["tasks"]),
             *_micro_batches(plan["tasks"]),
             f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
         ]
+        if plan["memory_bytes"] > plan["memory_here_bytes"]:
+            lines.append(
+                f"that is more memory than the {size(plan['memory_here_bytes'])} of this machine: lower "
+                f"per_device_train_batch_size, a method's per_batch or max_length, or set gradient_checkpointing"
+            )
         parts += [table, Text("\n".join(lines)), Text("")]
     if len(plans) > 1:
         steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
         parts.append(Text(f"{len(plans)} runs: {steps:,} steps, disk at most {size(disk)}"))
     return Group(*parts)
+
+
+def _memory(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each task is given of earlier ones, and hands on."""
+    rows = {t["name"]: t["memory_rows"] for t in tasks if t["memory_rows"] is not None}
+    shown = "; ".join(f"{name}: given {n['given']:,}, hands on {n['kept']:,}" for name, n in rows.items())
+    return [f"memory, in rows: {shown}"] if shown else []
 
 
 def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -153,8 +166,8 @@ def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     if not largest["added_rows"]:
         return []
     return [
-        f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, at most "
-        f"{largest['tokens']:,} tokens in all"
+        f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, about "
+        f"{largest['tokens']:,} tokens with padding"
     ]
 
 

@@ -36,10 +36,19 @@ class Flat:
 
     Args:
         params: Parameters by name, all on one device.
+
+    Raises:
+        ValueError: If they are spread over several devices of this process.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = dict(params)
+        devices = sorted({str(p.device) for p in self.params.values()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"the trainable weights lie on {', '.join(devices)}, and one buffer holds them all. Load the model on one "
+                f"device, or spread it with FSDP2, one process a device."
+            )
         self.device = local(next(iter(self.params.values())).detach()).device
         most = CPU_BUCKET if self.device.type == "cpu" else DEVICE_BUCKET
         self.spans: dict[str, tuple[int, int]] = {}

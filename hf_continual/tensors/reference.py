@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,16 @@ from hf_continual.tensors.anchors import fingerprint
 
 Reference = Literal["base", "task_start"]
 
+# Keys of a configuration that hidden states do not depend on, and that loading and saving a model may change.
+_IDLE = re.compile(
+    r"^_|token_id$|^output_|^(transformers_version|architectures|dtype|torch_dtype|use_cache|return_dict|id2label|label2id"
+    r"|problem_type|initializer_range|quantization_config|vocab_size|pretraining_tp|chunk_size_feed_forward)$"
+)
+
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
-    """Evaluation mode without gradients; for the base also without adapters. Modes are restored.
+    """Evaluation mode without gradients; for the base also without adapters. What it changes is restored.
 
     Args:
         model: The unwrapped model.
@@ -28,6 +35,8 @@ def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
         None: While the model is the reference.
     """
     training = {name: module.training for name, module in model.named_modules()}
+    # PEFT makes all active adapters trainable when they are switched on again, also those that were frozen.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -37,16 +46,50 @@ def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+        for parameter, wanted in trainable:
+            parameter.requires_grad_(wanted)
 
 
 def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
-    """Hash of the weights that the reference computes with; the same with and without adapters for ``"base"``."""
-    tensors = {}
+    """Hash of the weights that the reference computes with; the same with and without adapters for ``"base"``.
+
+    Args:
+        model: The unwrapped model.
+        reference: ``"base"`` leaves adapters out.
+
+    Returns:
+        64 hexadecimal digits; an empty string where this process does not hold the weights (FSDP loads them once).
+
+    Raises:
+        ValueError: If the weights are spread over processes already, as under DeepSpeed ZeRO-3.
+    """
+    tensors: dict[str, Tensor] = {}
     for name, tensor in model.named_parameters():
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if tensor.is_meta:
+            return ""
+        if not tensor.numel():
+            raise ValueError(
+                f"{name} is empty on this process: DeepSpeed ZeRO-3 has spread the weights before the reference could be "
+                f"read. Use ZeRO-2 or FSDP2, or drop the method that needs a reference."
+            )
+        plain = name.removeprefix("base_model.model.")
+        for wrapper in (".base_layer.", ".original_module."):
+            plain = plain.replace(wrapper, ".")
         if reference == "task_start" or not _of_adapter(name):
             tensors[plain] = tensor
+            # Of a quantised weight the codes alone do not tell its scale.
+            scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
+            if isinstance(scales, Tensor):
+                tensors[f"{plain}.absmax"] = scales
     return fingerprint(tensors)
+
+
+def untrained(model: nn.Module) -> bool:
+    """Whether there is no adapter, or none that has learnt anything: what was learnt is then in the weights."""
+    learnt = [p for name, p in model.named_parameters() if "lora_B." in name or "lora_embedding_B." in name]
+    if not isinstance(model, PeftModel):
+        return True
+    return bool(learnt) and not any(bool(p.detach().count_nonzero()) for p in learnt)
 
 
 def _of_adapter(name: str) -> bool:
@@ -54,11 +97,13 @@ def _of_adapter(name: str) -> bool:
 
 
 def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What else the last hidden states depend on: type of the weights, attention, tokenizer."""
+    """What else the last hidden states depend on: configuration, type of the weights, attention, tokenizer."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    shape = {k: v for k, v in base.config.to_dict().items() if v is not None and not _IDLE.search(k)}
     return {
         "model": type(base).__name__,
+        "config": hashlib.sha256(repr(sorted(shape.items(), key=str)).encode()).hexdigest()[:16],
         "dtype": str(next(p.dtype for p in base.parameters() if p.is_floating_point())),
         "attention": base.config._attn_implementation,
         "quantised": bool(getattr(base, "is_quantized", False)),

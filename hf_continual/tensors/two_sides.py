@@ -157,16 +157,7 @@ class TwoSides:
         """Weights of a bucket where the rule has no masks."""
         score_in, buckets = self.inner[-1], self.flat.buckets
         if self.fusion.rule == "weighted":
-            of_in, of_out = score_in.sum(), sum(self._score_out(b).sum() for b in buckets)
-            both = torch.stack([of_in, torch.as_tensor(of_out, device=of_in.device)])
-            both = both if self.add_up is None else self.add_up(both)
-            w = both[0] / both.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-            def one(bucket: Bucket) -> tuple[Tensor, Tensor]:
-                w_in = w.expand(bucket.stop - bucket.start)
-                return w_in, 1 - w_in
-
-            return one
+            return self._shares(score_in)
         low_in, high_in = self._range(lambda: [score_in])
         low_out, high_out = self._range(lambda: (self._score_out(b) for b in buckets))
 
@@ -176,6 +167,30 @@ class TwoSides:
             return adaptive_weights(z_in.nan_to_num(0.0), z_out.nan_to_num(0.0), self.fusion.temperature)
 
         return adaptive
+
+    def _shares(self, score_in: Tensor) -> Callable[[Bucket], tuple[Tensor, Tensor]]:
+        """One weight for all elements, or for each tensor: the inner share of the summed scores."""
+        spans = self.flat.spans
+        sums = torch.zeros(2, len(spans), device=self.flat.device)
+        place = {name: i for i, name in enumerate(spans)}
+        for bucket in self.flat.buckets:
+            out = self._score_out(bucket)
+            for name in bucket.names:
+                start, stop = spans[name]
+                sums[0, place[name]] = score_in[start:stop].sum()
+                sums[1, place[name]] = out[start - bucket.start : stop - bucket.start].sum()
+        if self.add_up is not None:
+            sums = self.add_up(sums)
+        if self.fusion.scope == "global":
+            sums = sums.sum(1, keepdim=True).expand_as(sums)
+        # Where nothing was measured on either side both count alike.
+        shares = torch.where(sums.sum(0) > 0, sums[0] / sums.sum(0), 0.5)
+
+        def given(bucket: Bucket) -> tuple[Tensor, Tensor]:
+            w_in = torch.cat([shares[place[n]].expand(spans[n][1] - spans[n][0]) for n in bucket.names])
+            return w_in, 1 - w_in
+
+        return given
 
     def _range(self, parts: Callable[[], object]) -> tuple[Tensor, Tensor]:
         """Least and largest value of all parts; over processes by the exact selection that is there anyway."""

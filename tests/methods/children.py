@@ -21,7 +21,7 @@ def methods():
     return [
         Replay(toy.rows(seed=9, low=30, high=59), ratio=0.3, weight=0.7),
         Replay(toy.rows(seed=12), per_batch=1, name="general"),
-        GeRe(toy.rows(seed=14, low=20, high=50), per_batch=1, weight=2.0, cache_dir="build/test-gere"),
+        GeRe(toy.rows(seed=14, low=20, high=50), ratio=0.1, weight=2.0, cache_dir="build/test-gere"),
         FreezeLayers(bottom=1),
         KIF(toy.rows(seed=16, low=20, high=50), inner_steps=3, outer_steps=2, outer_learning_rate=2e-3),
         RecAdam(k=1.0, t0=3, anchor_strength=100.0, floor=0.2),
@@ -76,6 +76,9 @@ def ranks(folder: Path, fsdp: bool) -> None:
         weights = torch.cat([p.detach().full_tensor().flatten() for p in trained.model.parameters()])
     else:
         weights = toy.flat(trained.model)
+    # Fusion puts every element on a side; all processes must have come to the same.
+    everyone = trained.accelerator.gather(weights[None])
+    assert torch.equal(everyone[0], everyone[1])
     totals = trained.replay_totals()
     resumed = trainer(folder, **settings)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))

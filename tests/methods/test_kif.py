@@ -385,6 +385,7 @@ RULES = {
     "no_shared": {"rule": "no_shared"},
     "adaptive": {"rule": "adaptive", "temperature": 0.5},
     "weighted": {"rule": "weighted"},
+    "weighted-tensor": {"rule": "weighted", "scope": "tensor"},
     "weighted-plain": {"rule": "weighted", "uncertainty": False},
     "sum": {"rule": "sum"},
     "static": {"old_importance": "static"},
@@ -488,6 +489,33 @@ def test_on_a_quantised_base(tmp_path):
     assert all("lora_" in name for name in method._sides.flat.params)
     assert torch.isfinite(method._sides.anchor).all()
     assert (tmp_path / "out" / "checkpoint-3" / "continual" / "kif.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_quantised_run_resumes_as_exactly_as_without(tmp_path):
+    """Plain SFTTrainer does not resume QLoRA bit for bit: adapters are bfloat16 when new and float32 when loaded."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    toy.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def run(folder, methods, resume=None):
+        trainer = build(
+            tmp_path / folder, *methods,
+            model=AutoModelForCausalLM.from_pretrained(
+                tmp_path / "base", quantization_config=four_bit, device_map="cpu"
+            ),
+            peft=LoraConfig(r=2, target_modules="all-linear"), save_strategy="steps", save_steps=3, max_steps=6,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().float().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    far = []
+    for folder, methods in (("plain", list), ("kif", lambda: [example()])):
+        straight = run(folder, methods())
+        resumed = run(folder, methods(), str(tmp_path / folder / "checkpoint-3"))
+        far.append((straight - resumed).norm() / straight.norm())
+    assert 0 < far[0] < 0.02 and far[1] < 2 * far[0]
 
 
 class Spoil(Method):
@@ -659,3 +687,8 @@ def test_the_adapter_alone_is_laid_out_in_its_own_order():
     for name, view in flat.items(buffer):
         assert torch.equal(view, flat.params[name].detach())
     assert sum(b.stop - b.start for b in flat.buckets) == flat.size
+
+
+def test_weights_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="lie on cpu, meta"):
+        Flat({"a": torch.zeros(2), "b": torch.zeros(2, device="meta")})

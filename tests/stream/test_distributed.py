@@ -32,7 +32,8 @@ def launch(file: Path) -> subprocess.CompletedProcess:
 def test_two_processes_run_a_plan(tmp_path):
     plan = world.make(
         tmp_path,
-        methods=[{"replay": {"rows": "earlier_tasks", "ratio": 0.3}}, {"recadam": {"pull": 0.01, "anneal": "none"}}],
+        methods=[{"replay": {"rows": "kept", "ratio": 0.3}}, {"recadam": {"pull": 0.01, "anneal": "none"}}],
+        memory={"policy": "reservoir", "capacity": 6},
     )
     plan["tasks"][2]["curve"] = [0, 4]
     plan["evaluation"]["gauges"] = {"general": {"rows": str(tmp_path / "general.jsonl"), "split": "train"}}
@@ -54,6 +55,10 @@ def test_two_processes_run_a_plan(tmp_path):
         assert (
             world.weights(tmp_path / "out" / f"task-0{i}-t{i}") - world.weights(tmp_path / "alone" / f"task-0{i}-t{i}")
         ).abs().max() < 1e-5
+        kept = [
+            read_lines(tmp_path / out / f"task-0{i}-t{i}" / "continual" / "memory.jsonl") for out in ("out", "alone")
+        ]
+        assert kept[0] == kept[1] and len(kept[0]) == 6
     rows = [read_lines(tmp_path / out / "predictions" / "task-02-t2.t0.jsonl") for out in ("out", "alone")]
     assert [r["prompt_hash"] for r in rows[0]] == [r["prompt_hash"] for r in rows[1]], "gathered in their order"
     plan["sft"]["learning_rate"] = 0.5

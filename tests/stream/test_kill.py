@@ -70,8 +70,10 @@ def quiet(tmp_path_factory):
             {"gere": {"rows": str(folder / "general.jsonl"), "per_batch": 1, "weight": "dynamic"}},
             {"replay": {"rows": "earlier_tasks", "ratio": 0.3}},
             {"freeze": {"bottom": 1}},
+            {"kif": {"memory": "kept", "inner_steps": 3, "outer_steps": 1}},
             {"recadam": {"anneal": "none", "pull": 0.01}},
         ],
+        memory={"rows": 4},
     )
     plan["evaluation"]["gauges"] = {"general": {"rows": str(folder / "general.jsonl"), "split": "train"}}
     out = folder / "straight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -20,7 +22,7 @@ from hf_continual.durable import read_json
 from hf_continual.stream.dry_run import describe
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
-from hf_continual.stream.report import size
+from hf_continual.stream.report import dry_run_report, size
 from hf_continual.stream.source import PlanError
 from tests import toy
 from tests.stream import world
@@ -94,6 +96,41 @@ def test_the_dry_run_is_what_will_be(tmp_path, monkeypatch):
         size_on_disk = (folder / "adapter_model.safetensors").stat().st_size
         assert task["disk_bytes"] <= size_on_disk < task["disk_bytes"] + 4096
     assert size(999) == "999 B" and size(1.5e9) == "1.5 GB" and size(2e13) == "20.0 TB" and size(25_300_000) == "25 MB"
+
+
+def render(report) -> str:
+    """A report as text, without wrapped lines."""
+    console = Console(file=io.StringIO(), width=400)
+    console.print(report)
+    return console.file.getvalue()
+
+
+def test_the_dry_run_says_what_added_rows_take(tmp_path, monkeypatch):
+    """Rows that are longer than the task's widen the whole micro-batch: said before anything is loaded."""
+
+    def said(gere, **sft):
+        plan = world.make(tmp_path)
+        plan["sft"] |= sft
+        plan["methods"] = [{"gere": {"rows": str(tmp_path / "general.jsonl"), **gere}}] if gere else []
+        return describe(prepare(*read_plan(plan)))
+
+    plain = said({})
+    longest = plain["tasks"][0]["micro_batch"]["tokens"] // 4
+    batch = said({"per_batch": 2, "max_length": 100})["tasks"][0]["micro_batch"]
+    assert batch == {"task_rows": 4, "added_rows": 2, "tokens": 600}
+    assert said({"ratio": 0.1, "max_length": 100})["tasks"][0]["micro_batch"]["tokens"] == 500
+    flat = said({"per_batch": 2, "max_length": 100}, padding_free=True, max_length=None)["tasks"][0]["micro_batch"]
+    assert flat["tokens"] == 4 * longest + 200
+    assert said({"per_batch": 2, "max_length": 100}, max_length=50)["tasks"][0]["micro_batch"]["tokens"] == 300
+    grown = said({"per_batch": 60})
+    assert grown["memory_bytes"] > 10 * plain["memory_bytes"]
+    monkeypatch.setattr("hf_continual.stream.dry_run._memory_here", lambda: 1_000_000)
+    text = render(dry_run_report([("", said({"per_batch": 60}))]))
+    assert "a micro-batch holds 4 rows of the task and 60 that methods add, about 36,032 tokens with padding" in text
+    assert (
+        "more memory than the 1.0 MB of this machine: lower per_device_train_batch_size, a method's per_batch" in text
+    )
+    assert "more memory than" not in render(dry_run_report([("", plain)]))
 
 
 def test_the_command_line(tmp_path):
