@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -668,3 +669,20 @@ def test_every_part_of_an_adapter_has_its_name(tmp_path):
     model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     trained = {stored_name(n) for n, p in model.named_parameters() if p.requires_grad}
     assert trained == tensors(tmp_path / "a").keys()
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_the_toy_world(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "recipes" / "kif" / "fuse.py"
+    spec = importlib.util.spec_from_file_location("fuse_recipe", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    whole = save(toy.model(), tmp_path / "toy")
+    given = ["--model", str(whole), "--out", str(tmp_path / "out"), "--steps", "2", "--people", "3", "--cpu"]
+    monkeypatch.setattr(sys, "argv", ["fuse.py", *given])
+    recipe.main()
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {row[0].strip() for row in table[2:]} == {
+        "cities", "fields", "employers", *recipe.WAYS, "half of both", "sum of both",
+    }  # fmt: skip
+    assert all(float(cell) > 0 for row in table[2:] for cell in row[1:])
