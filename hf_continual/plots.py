@@ -167,15 +167,16 @@ def plot_sides(layers: Mapping[str, Mapping[str, float]]) -> Figure:
     values = np.array(
         [[layer[k] / (1 if soft else max(layer["elements"], 1)) for layer in layers.values()] for k in keys]
     )
-    figure = Figure(figsize=(2.6 + max(3.0, 0.42 * columns), 1.6 + 0.42 * len(keys)), layout="constrained")
+    figure = Figure(figsize=(min(16.0, 2.6 + max(3.0, 0.42 * columns)), 1.6 + 0.42 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     image = axis.imshow(100 * values, cmap="viridis", aspect="auto", vmin=0.0, vmax=100.0)
-    for i, j in np.argwhere(np.isfinite(values)):
+    for i, j in np.argwhere(np.isfinite(values)) if columns <= 40 else ():
         colour = "black" if values[i, j] > 0.6 else "white"
         axis.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
     shown = [name if len(name) < 24 else f"...{name[-20:]}" for name in names]
-    axis.set_xticks(range(columns), shown, rotation=90, fontsize=7)
+    step = -(-columns // 80)
+    axis.set_xticks(range(0, columns, step), shown[::step], rotation=90, fontsize=7)
     axis.set_yticks(range(len(keys)), [k.replace("_", " ") for k in keys], fontsize=8)
     title = "mean weight of the new side (%)" if soft else "elements that matter to which side (% of the layer)"
     axis.set_title(title, fontsize=9, loc="left")

@@ -87,7 +87,8 @@ def given_sources(
                 f"importance={importance!r} is no pair: give (of new, of old), or one checkpoint for both."
             )
     rows = {k: v for k, v in (("new", calibration_new), ("old", calibration_old)) if v is not None}
-    files = {k: v for k, v in files.items() if k not in rows and v is not None}
+    if files and not (files := {k: v for k, v in files.items() if k not in rows and v is not None}):
+        raise ValueError("importance= is not used: both sides have rows to calibrate on. Leave one of the three out.")
     if without := [s for s in ("new", "old") if s not in files and s not in rows]:
         raise ValueError(
             f"nothing says which elements matter to the {' and the '.join(without)} side: give "

@@ -15,7 +15,8 @@ from hf_continual.merging.checks import tensor_names
 from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.members import Member, check_one_base
-from hf_continual.merging.stored import DTYPES, Files, StoredTensor, view
+from hf_continual.merging.pieces import pieces_of
+from hf_continual.merging.stored import Files, StoredTensor
 
 # Settings of an adapter that change nothing about what its factors mean.
 _HARMLESS = (
@@ -23,7 +24,6 @@ _HARMLESS = (
     "peft_version", "task_type", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
     "megatron_core", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
-COMPARED = 65_536  # elements at a time
 FAR = 1.0  # of a factor A's own norm; two independent initialisations are 1.4 apart, training moves it far less
 
 
@@ -206,13 +206,7 @@ def changed_tensors(models: Models, outputs: Sequence[OutputTensor]) -> list[str
 
 def _differ(one: StoredTensor, two: StoredTensor, files: Files) -> bool:
     """Whether two stored tensors differ in value; values of different types are compared in the wider one."""
-    room = [torch.empty(min(COMPARED, t.numel) * t.itemsize, dtype=torch.uint8) for t in (one, two)]
-    for first in range(0, one.numel, COMPARED):
-        last, values = min(first + COMPARED, one.numel), []
-        for tensor, buffer in zip((one, two), room, strict=True):
-            raw = buffer[: (last - first) * tensor.itemsize]
-            files.read_into(tensor, first, last, view(raw))
-            values.append(raw.view(DTYPES[tensor.dtype]))
+    for values in pieces_of([one, two], files):
         if not torch.equal(*(values if one.dtype == two.dtype else [v.double() for v in values])):
             return True
     return False

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_continual.merging.chunks import BUFFERS, Chunk, OutputTensor, chunks, stream
+from hf_continual.merging.chunks import Chunk
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.kif_importance import SIDES, Scores, Side
-from hf_continual.merging.stored import StoredTensor
+from hf_continual.merging.pieces import PIECE, pieces_of
+from hf_continual.merging.stored import Files
 from hf_continual.tensors.fusion import WEIGHTS, MaskRule, adaptive_weights, blend, mask_weights
 from hf_continual.tensors.importance import Scope, scores, share_rank
 from hf_continual.tensors.selection import kth_smallest
@@ -26,11 +26,9 @@ FuseRule = Literal["code", "paper", "no_shared", "adaptive", "weighted"]
 FUSE_RULES = (*WEIGHTS, "adaptive", "weighted")
 GROUPS = ("both", "new_only", "old_only", "neither")
 
-# Elements worked on at a time within a chunk, so that masks, weights and keys stay in a core's cache.
-PIECE = 65_536
-# Bytes: a counting pass takes six int64 of a piece and its counters, fusing sixteen float32 and the masks. The passes
-# read ahead into buffers of their own before anything is written, and an allocator need not give those back.
-SCRATCH = PIECE * 96 + 4 * 2**20 + BUFFERS
+# Bytes: a counting pass takes six int64 of a piece, its stored scores and its counters, and is over before anything is
+# written; fusing takes sixteen float32 and the masks.
+SCRATCH = PIECE * 96 + 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def scores_of(values: Sequence[Tensor], sides: Mapping[Side, Scores]) -> list[Te
 
 
 def pieces(sides: Mapping[Side, Scores], names: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Scores of some tensors, a piece of elements at a time, read ahead.
+    """Scores of some tensors, a piece of elements at a time.
 
     Args:
         sides: Scores of one side or both.
@@ -141,22 +139,18 @@ def pieces(sides: Mapping[Side, Scores], names: Sequence[str]) -> Iterator[tuple
     Raises:
         MergeError: If a score is not finite.
     """
-    wanted = [_streamed(n, [t for side in SIDES if side in sides for t in sides[side].tensors[n]]) for n in names]
-    for output, _, chunk in chunks([w for w in wanted if prod(w.shape)]):
-        for first in range(0, chunk.stop - chunk.start, PIECE):
-            found = scores_of([v[first : first + PIECE] for v in chunk.values], sides)
-            for side, score in zip([s for s in SIDES if s in sides], found, strict=True):
-                if not bool(torch.isfinite(score).all()):
-                    raise MergeError(
-                        f"importance of the {side} side is not finite in {output.name!r}, between elements {chunk.start} and "
-                        f"{chunk.stop}; its order means nothing there. Measure it again, or leave the broken step out."
-                    )
-            yield output.name, found
-
-
-def _streamed(name: str, sources: Sequence[StoredTensor]) -> OutputTensor:
-    # Never written: the function only says that values are wanted in float32.
-    return stream(name, "F32", sources, lambda chunk: chunk.values[0])
+    here = [side for side in SIDES if side in sides]
+    with Files() as files:
+        for name in names:
+            for values in pieces_of([t for side in here for t in sides[side].tensors[name]], files):
+                found = scores_of(values, sides)
+                for side, score in zip(here, found, strict=True):
+                    if not bool(torch.isfinite(score).all()):
+                        raise MergeError(
+                            f"importance of the {side} side is not finite in {name!r}; its order means nothing there. "
+                            f"Measure it again, or leave the broken step out."
+                        )
+                yield name, found
 
 
 def weigh(choice: Choice, sides: Mapping[Side, Scores]) -> Weighing:

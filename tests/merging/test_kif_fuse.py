@@ -625,6 +625,12 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
         ({"importance": "x", "scope": "row"}, ValueError, "scope='row'"),
         ({"importance": "x", "top_share": 0}, ValueError, "share=0 must lie in"),
         ({"importance": "x", "old_from": "else"}, ValueError, "old_from='else'"),
+        ({"importance": "x", "old_from": "new"}, ValueError, "there is no old="),
+        (
+            {"importance": "x", "calibration_new": [{"text": "w1 w2"}], "calibration_old": [{"text": "w1 w2"}]},
+            ValueError,
+            "importance= is not used",
+        ),
         ({"importance": "x", "temperature": 0}, ValueError, "temperature=0"),
         ({"importance": "x", "beta1": 1.0}, ValueError, "beta1=1.0"),
         ({"importance": "x", "batch_size": 0}, ValueError, "batch_size=0"),
