@@ -385,6 +385,8 @@ def noted(*a):
     return made
 kif.make_plan = noted
 plot_sides({"layer.0": {"elements": 1, "both": 0, "new_only": 0, "old_only": 0, "neither": 1}}).savefig(sys.argv[2])
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew: imports had their own
 before = memory("VmRSS")
 folder = sys.argv[1]
 kif.kif_fuse(f"{folder}/base", f"{folder}/new", f"{folder}/out", old=f"{folder}/old", importance=f"{folder}/state")
@@ -416,7 +418,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["heavy"] == []
-    assert told["bound"] < 45e6 and told["grown"] < told["bound"], told
+    assert told["bound"] < 30e6 and told["grown"] < told["bound"], told
 
 
 KILLED = """
