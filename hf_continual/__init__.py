@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_continual.data.collator import ReplayCollator
     from hf_continual.data.replay import ReplayRows
     from hf_continual.merging.interpolate import interpolate, scan_alpha
+    from hf_continual.merging.kif import kif_fuse
     from hf_continual.merging.linear import merge_linear
     from hf_continual.merging.magnitude_max import magnitude_max
     from hf_continual.merging.task_arithmetic import task_arithmetic
@@ -65,6 +66,7 @@ _FACE = {
     "task_arithmetic": "hf_continual.merging.task_arithmetic",
     "ties": "hf_continual.merging.ties",
     "magnitude_max": "hf_continual.merging.magnitude_max",
+    "kif_fuse": "hf_continual.merging.kif",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the data
@@ -93,6 +95,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "task_arithmetic",
     "ties",
     "magnitude_max",
+    "kif_fuse",
 ]
 
 

@@ -149,3 +149,38 @@ def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Seque
     axis.tick_params(length=0)
     figure.colorbar(image, ax=axis, pad=0.01)
     return figure
+
+
+def plot_sides(layers: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Which side the elements of each layer went to when two models were fused: a heat map of sides by layers.
+
+    Args:
+        layers: Name of the layer -> ``elements`` and how many of them are ``both``, ``new_only``, ``old_only`` and
+            ``neither``; or ``new_weight``, the mean weight of the new side.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    names, columns = list(layers), len(layers)
+    soft = "new_weight" in next(iter(layers.values()))
+    keys = ["new_weight"] if soft else ["both", "new_only", "old_only", "neither"]
+    values = np.array(
+        [[layer[k] / (1 if soft else max(layer["elements"], 1)) for layer in layers.values()] for k in keys]
+    )
+    figure = Figure(figsize=(min(16.0, 2.6 + max(3.0, 0.42 * columns)), 1.6 + 0.42 * len(keys)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(100 * values, cmap="viridis", aspect="auto", vmin=0.0, vmax=100.0)
+    for i, j in np.argwhere(np.isfinite(values)) if columns <= 40 else ():
+        colour = "black" if values[i, j] > 0.6 else "white"
+        axis.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    shown = [name if len(name) < 24 else f"...{name[-20:]}" for name in names]
+    step = -(-columns // 80)
+    axis.set_xticks(range(0, columns, step), shown[::step], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(keys)), [k.replace("_", " ") for k in keys], fontsize=8)
+    title = "mean weight of the new side (%)" if soft else "elements that matter to which side (% of the layer)"
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    figure.colorbar(image, ax=axis, pad=0.01)
+    return figure

@@ -58,10 +58,12 @@ class Part:
         sources: Stored tensors of the same number of elements.
         function: Makes the output's chunk from theirs; None copies the first source's bytes, after a check that the
             other sources hold the same bytes.
+        scratch: Bytes that the function needs for a chunk beside its values, where they are more than a few numbers.
     """
 
     sources: tuple[StoredTensor, ...]
     function: ChunkFunction | None = None
+    scratch: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "task-arithmetic": ("hf_continual.merging.task_arithmetic:task_arithmetic", ("scale",)),
     "ties": ("hf_continual.merging.ties:ties", ("density", "scale")),
     "magnitude-max": ("hf_continual.merging.magnitude_max:magnitude_max", ("scale",)),
+    "kif": (
+        "hf_continual.merging.kif:kif_fuse",
+        (
+            "importance", "calibration_new", "calibration_old", "rule", "top_share", "scope", "temperature", "old_from",
+            "base_model", "device",
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -52,10 +59,22 @@ def merge(
     ] = None,
     num_typical: Annotated[int | None, typer.Option(help="recall: texts that all models see.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="recall: anchor_spread, dim, or sigma.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="recall: of the softmax.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="recall: of the softmax. kif: of rule adaptive.")] = None,
     anchor: Annotated[int | None, typer.Option(help="recall: place of the newest model.")] = None,
     seed: Annotated[int | None, typer.Option(help="recall: seed of the clustering.")] = None,
-    device: Annotated[str | None, typer.Option(help="recall: where models run.")] = None,
+    device: Annotated[str | None, typer.Option(help="recall, kif: where models run for calibration.")] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="kif: checkpoint of a run with KIF, or files of scores as NEW,OLD.")
+    ] = None,
+    calibration_new: Annotated[str | None, typer.Option(help="kif: rows of the new task, file or Hub id.")] = None,
+    calibration_old: Annotated[str | None, typer.Option(help="kif: rows of old tasks, file or Hub id.")] = None,
+    rule: Annotated[str | None, typer.Option(help="kif: code, paper, no_shared, adaptive or weighted.")] = None,
+    top_share: Annotated[float | None, typer.Option(help="kif: share of elements that matter to a side.")] = None,
+    scope: Annotated[str | None, typer.Option(help="kif: one threshold, global, or one per tensor.")] = None,
+    old_from: Annotated[str | None, typer.Option(help="kif: what OLD was trained from, base or new.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="kif: full model that adapters sit on, for calibration.")
+    ] = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="recall: read blocks from the disk as needed.")
     ] = False,
@@ -86,7 +105,9 @@ def merge(
         "weights": weights, "alpha": alpha, "scale": scale, "density": density, "bandwidth": bandwidth,
         "calibration": calibration, "calibration_mode": "self" if self_calibration else None, "include_base": include_base,
         "num_typical": num_typical, "temperature": temperature, "anchor": anchor, "seed": seed, "device": device,
-        "low_memory": low_memory or None,
+        "low_memory": low_memory or None, "importance": importance, "calibration_new": calibration_new,
+        "calibration_old": calibration_old, "rule": rule, "top_share": top_share, "scope": scope, "old_from": old_from,
+        "base_model": base_model,
     }  # fmt: skip
     written = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
@@ -120,7 +141,7 @@ def run_merge(
     if strange := [k for k in given if k not in known]:
         takes = ", ".join("--" + k.replace("_", "-") for k in known)
         raise ValueError(f"merge {method} does not take --{strange[0].replace('_', '-')}; it takes {takes}.")
-    if method == "recall":
+    if method == "recall" or any(k.startswith("calibration") for k in given):
         _quiet_transformers()
     module, _, name = where.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -132,6 +153,13 @@ def run_merge(
         if base is None or len(models) != 1 or "alpha" not in options:
             raise ValueError(f"merge interpolate needs one model (got {len(models)}), --base and --alpha.")
         result = function(base, models[0], out, **options)
+    elif method == "kif":
+        if base is None or len(models) not in (1, 2):
+            raise ValueError(
+                f"merge kif needs [OLD] NEW (got {len(models)} models) and --base, which both started from."
+            )
+        old = models[0] if len(models) == 2 else None
+        result = function(base, models[-1], out, old=old, **options)
     elif base is None and method in ("task-arithmetic", "ties", "magnitude-max"):
         raise ValueError(f"merge {method} needs --base, the model that the others were tuned from.")
     else:
@@ -164,6 +192,8 @@ def _value(method: str, key: str, value: Any) -> Any:
     if key == "scale":
         found = _numbers(key, value)
         return found[0] if len(found) == 1 else found
+    if key == "importance" and "," in value:
+        return tuple(value.split(","))
     if key == "bandwidth" and value not in ("anchor_spread", "dim"):
         return _numbers(key, value)[0]
     return value

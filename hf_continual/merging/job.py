@@ -13,8 +13,9 @@ from typing import Any
 
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.adapter_output import adapter_config, adapter_tensors, check_adapter_output
-from hf_continual.merging.checkpoints import ADAPTER_WEIGHTS, CONFIG, INDEX, Checkpoint
+from hf_continual.merging.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, INDEX, Checkpoint
 from hf_continual.merging.checks import check_configs, check_tokenizers, warn_identical
+from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.combine import Rule
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.members import Member
@@ -32,6 +33,8 @@ from hf_continual.paper import Paper
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER_STEM = ADAPTER_WEIGHTS.removesuffix(".safetensors")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -48,6 +51,8 @@ class Job:
         report: Name of the report's file.
         facts: Further entries of the report.
         evidence: Writes further files, told the output folder.
+        tensors: Lays the output out itself, told how it is written and where notes go. The models may then be adapters
+            that are combined element by element, as tensors of their own and not as what they do to a base.
     """
 
     method: str
@@ -60,6 +65,7 @@ class Job:
     report: str = REPORT
     facts: Mapping[str, Any] = field(default_factory=dict)
     evidence: Callable[[Path], None] | None = None
+    tensors: Callable[[Output, list[str]], list[OutputTensor]] | None = None
 
 
 def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
@@ -131,28 +137,34 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     Returns:
         The plan, and a dictionary that is filled with the truncation error of each module while it is written.
     """
-    notes: list[str] = [*check_configs(job.members), *check_tokenizers(job.members, options.vocab)]
+    elements = job.members[0].checkpoint.is_adapter
+    notes: list[str] = [] if elements else check_configs(job.members)
+    notes += check_tokenizers(job.members, options.vocab)
     warn_identical(job.members)
     errors: dict[str, float] = {}
-    kind = _kind(job, options)
+    kind = "model" if job.tensors is not None else _kind(job, options)
     newest = job.members[job.newest]
     reference = job.members[0].checkpoint
     if kind == "adapter":
         outputs, ranks = adapter_tensors(job.members, job.rule_for, options.adapter_rank, options.dtype, errors)
-        shards = make_shards(
-            outputs, max(1, sum(t.nbytes for t in outputs)), ADAPTER_WEIGHTS.removesuffix(".safetensors")
-        )
+        shards = make_shards(outputs, max(1, sum(t.nbytes for t in outputs)), _ADAPTER_STEM)
         config, config_file, rank = adapter_config(job.members, ranks), None, max(ranks.values(), default=0)
     else:
         if options.adapter_rank is not None:
             raise ValueError(
                 f"adapter_rank={options.adapter_rank} is for output='adapter'; this output is a full model."
             )
-        outputs = model_tensors(job.members, job.rule_for, options.dtype, options.vocab, notes)
+        if job.tensors is not None:
+            outputs = job.tensors(options, notes)
+        else:
+            outputs = model_tensors(job.members, job.rule_for, options.dtype, options.vocab, notes)
         shards = make_shards(outputs, options.max_shard_size)
         named = None if options.dtype is None else transformers_name(options.dtype)
         config, rank = model_config(reference.config, outputs, named), None
         config_file = reference.folder / CONFIG if config == reference.config else None
+        if elements:  # an adapter is one file, and the configuration is the one that all have
+            kind, rank, shards = "adapter", reference.config.get("r"), make_shards(outputs, 2**62, _ADAPTER_STEM)
+            config, config_file = reference.config, reference.folder / ADAPTER_CONFIG
     for note in notes:
         logger.info("%s", note)
     facts = describe_job(job, kind, rank, notes, options)

@@ -132,11 +132,12 @@ def open_members(
             raise ValueError(f"{found.name} is an adapter: give base=, the full model it was trained on ({wanted!r}).")
         else:
             members.append(Member(full, read_adapter(found, full)))
-    _check_one_base([m.adapter.checkpoint for m in members if m.adapter is not None])
+    check_one_base([m.adapter.checkpoint for m in members if m.adapter is not None])
     return members, full
 
 
-def _check_one_base(adapters: Sequence[Checkpoint]) -> None:
+def check_one_base(adapters: Sequence[Checkpoint]) -> None:
+    """Refuse adapters whose configurations name different models."""
     for other in adapters[1:]:
         for key in ("base_model_name_or_path", "revision"):
             one, two = adapters[0].config.get(key), other.config.get(key)

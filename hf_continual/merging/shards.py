@@ -90,4 +90,5 @@ def memory_bound(shards: Sequence[Shard]) -> int:
     )
     written = max((DTYPES[t.dtype].itemsize for t in outputs), default=4)
     produced = max((2 * t.nbytes for t in outputs if t.produce is not None), default=0)
-    return elements * (sources + SLOTS * written + 8) + produced
+    scratch = max((p.scratch for t in outputs for p in t.parts), default=0)
+    return elements * (sources + SLOTS * written + 8) + produced + scratch

@@ -1,0 +1,112 @@
+"""What a streamed fusion costs: memory beside the plan's bound, and time beside a plain average of the same files.
+
+python tests/benchmarks/kif_fuse.py --gigabytes 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+SIZE = 4096 * 1024  # elements of a tensor
+ROLES = ("base", "new", "old")
+
+
+def make(folder: Path, tensors: int) -> None:
+    """Three models in bfloat16 and the averages of both sides in float32."""
+    g = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.w.weight" for i in range(tensors)]
+    base = {n: torch.randn(SIZE, generator=g).view(4096, -1) for n in names}
+    for role in ROLES:
+        (folder / role).mkdir()
+        moved = base if role == "base" else {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in base.items()}
+        save_file({n: t.bfloat16() for n, t in moved.items()}, folder / role / "model.safetensors")
+        (folder / role / "config.json").write_text(json.dumps({"model_type": "x", "num_hidden_layers": tensors}))
+    keys = [f"{side}.{k}/{n}" for side in ("inner", "outer") for k in ("importance", "uncertainty") for n in names]
+    save_file({k: torch.rand(4096, SIZE // 4096, generator=g) for k in keys}, folder / "kif.safetensors")
+
+
+def memory(key: str) -> int:
+    """Bytes of this process now (VmRSS) or at most so far (VmHWM); rusage would begin with the parent's peak."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def child(folder: Path, way: str) -> None:
+    """One merge in a process of its own."""
+
+    from hf_continual.merging import kif, linear
+    from hf_continual.plots import plot_sides
+
+    # Drawn once before: what matplotlib loads is no buffer of the fusion.
+    plot_sides({"x": dict.fromkeys(("elements", "both", "new_only", "old_only", "neither"), 1)}).savefig(
+        folder / "x.png"
+    )
+
+    base, new, old = (folder / r for r in ROLES)
+    bounds: list[int] = []
+    plan = kif.make_plan
+
+    def noted(*given):
+        made = plan(*given)
+        bounds.append(made[0].memory)
+        return made
+
+    kif.make_plan = noted
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports had their own
+    before, cpu, wall = memory("VmRSS"), time.process_time(), time.perf_counter()
+    if way == "average":
+        result = linear.merge_linear([base, new, old], folder / "out", overwrite=True)
+    else:
+        result = kif.kif_fuse(base, new, folder / "out", old=old, importance=folder / "kif.safetensors", overwrite=True)
+    told = {
+        "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "read": result.bytes_read,
+        "grown": memory("VmHWM") - before, "bound": bounds[:1],
+    }  # fmt: skip
+    print(json.dumps(told))
+
+
+def main() -> None:
+    """Interleaved runs; medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=0.1, help="of each model")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--child", nargs=2)
+    args = parser.parse_args()
+    if args.child:
+        child(Path(args.child[0]), args.child[1])
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder, tensors = Path(name), max(1, round(args.gigabytes * 1e9 / 2 / SIZE))
+        make(folder, tensors)
+        runs: dict[str, list[dict]] = {"average": [], "kif_fuse": []}
+        for _ in range(args.repeat):
+            for way, found in runs.items():
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", name, way], capture_output=True, text=True, check=True
+                )
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+    middle = {w: sorted(found, key=lambda r: r["cpu"])[len(found) // 2] for w, found in runs.items()}
+    for way, r in middle.items():
+        bound = f", plan {r['bound'][0] / 2**20:.0f} MiB" if r["bound"] else ""
+        print(
+            f"{way}: {tensors * SIZE / 1e6:.0f} M elements, read {r['read'] / 1e9:.2f} GB, {r['cpu']:.1f} s of CPU "
+            f"({r['wall']:.1f} s), memory grew by {r['grown'] / 2**20:.0f} MiB{bound}"
+        )
+    ratio = middle["kif_fuse"]["cpu"] / middle["average"]["cpu"]
+    print(
+        f"kif_fuse / average in CPU time: {ratio:.1f}, for {middle['kif_fuse']['read'] / middle['average']['read']:.1f} of the bytes"
+    )
+
+
+if __name__ == "__main__":
+    main()
