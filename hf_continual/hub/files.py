@@ -1,0 +1,74 @@
+"""A folder that is complete: card, configuration, results and pictures beside the model."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+from hf_continual.durable import write_json, write_text
+from hf_continual.hub.card import CONFIG, RESULTS, render_card
+from hf_continual.hub.facts import CardFacts
+from hf_continual.hub.folder_facts import evaluation_to
+from hf_continual.hub.text import safe
+
+README = "README.md"
+PACKAGES = ("hf-continual", "trl", "transformers", "peft", "torch", "datasets")
+FORGETTING, MATRIX, WEIGHTS = "plots/forgetting.png", "plots/matrix.png", "plots/merge_weights.png"
+
+
+def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> CardFacts:
+    """Write README.md, continual_config.json, continual_results.json and the pictures; the same facts, the same bytes.
+
+    Args:
+        folder: The model's folder.
+        facts: What is known.
+        existing: The card to keep the author's text of; by default the folder's.
+
+    Returns:
+        The facts with the pictures that were drawn.
+    """
+    if existing is None and (folder / README).is_file():
+        existing = (folder / README).read_text(encoding="utf-8", errors="replace")
+    facts = replace(facts, plots={**facts.plots, **_draw(folder, facts)})
+    write_json(folder / RESULTS, evaluation_to(facts.evaluation))
+    write_json(folder / CONFIG, {"format": 1, "relation": facts.relation, **safe(facts.to_dict())})
+    write_text(folder / README, render_card(facts, existing or ""))
+    return facts
+
+
+def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
+    """The pictures that the numbers allow. Drawn without a date, so that a second push has nothing new."""
+    evaluation, drawn = facts.evaluation, {}
+    if not evaluation.matrix or evaluation.row_names is not None:
+        return drawn
+    from hf_continual.plots import plot_matrix, plot_stages
+
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    plain = {"Software": None}
+    if len(evaluation.tasks) > 1:
+        figure = plot_stages(
+            [list(r) for r in evaluation.accuracy.scores], list(evaluation.tasks), evaluation.accuracy.base,
+            evaluation.lower_is_better,
+        )  # fmt: skip
+        figure.savefig(folder / FORGETTING, dpi=120, metadata=plain)
+        drawn["forgetting"] = FORGETTING
+    figure = plot_matrix(
+        evaluation.accuracy.scores, list(evaluation.tasks), evaluation.accuracy.base, evaluation.metric or "",
+        evaluation.lower_is_better or any(v is not None and not 0 <= v <= 1 for r in evaluation.matrix for v in r),
+    )  # fmt: skip
+    figure.savefig(folder / MATRIX, dpi=120, metadata=plain)
+    drawn["matrix"] = MATRIX
+    return drawn
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what makes a model, and of Python."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
