@@ -15,6 +15,9 @@ from hf_continual.versions import check_versions
 if TYPE_CHECKING:
     from hf_continual.data.collator import ReplayCollator
     from hf_continual.data.replay import ReplayRows
+    from hf_continual.hub.card import render_card
+    from hf_continual.hub.errors import HubPushError
+    from hf_continual.hub.push import push_to_hub
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
@@ -50,6 +53,9 @@ _FACE = {
     "FreezeLayers": "hf_continual.methods.freeze",
     "RecAdam": "hf_continual.methods.recadam",
     "AccuracyMatrix": "hf_continual.metrics",
+    "push_to_hub": "hf_continual.hub.push",
+    "render_card": "hf_continual.hub.card",
+    "HubPushError": "hf_continual.hub.errors",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the data
@@ -70,6 +76,9 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "FreezeLayers",
     "RecAdam",
     "AccuracyMatrix",
+    "push_to_hub",
+    "render_card",
+    "HubPushError",
 ]
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_continual.hub.retry import asked_wait, causes, status_of
+from hf_continual.hub.retry import asked_wait, causes, passes, status_of
 from hf_continual.hub.text import TOKEN
 
 
@@ -85,9 +85,9 @@ def _explain(error: BaseException, token: str | None, user: str | None) -> str:
     last = chain[-1]
     inner = f" ({type(last).__name__}: {last})" if last is not error and str(last) else ""
     text = f"{type(error).__name__}: {error}{inner}"
-    return f"the connection failed again and again: {text}. Push again; what is uploaded is not sent twice." if isinstance(
-        error, ConnectionError
-    ) or type(last).__module__.startswith("http") else text  # fmt: skip
+    if passes(error):
+        return f"the connection failed again and again: {text} Push again; what is uploaded is not sent twice."
+    return text
 
 
 def _said(error: BaseException | None) -> str:

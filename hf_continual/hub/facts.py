@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hf_continual.hub.refs import ModelRef
+from hf_continual.hub.refs import UNKNOWN, ModelRef
 from hf_continual.metrics import AccuracyMatrix, Cell, mean
 from hf_continual.paper import Paper
 
@@ -185,7 +185,7 @@ class CardFacts:
     name: str
     repo_id: str | None = None
     kind: Literal["adapter", "model"] = "model"
-    base: ModelRef = ModelRef()
+    base: ModelRef = UNKNOWN
     parent: ModelRef | None = None
     tasks: tuple[TaskFacts, ...] = ()
     methods: tuple[MethodFacts, ...] = ()

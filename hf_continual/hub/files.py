@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from hf_continual.durable import write_json, write_text
+from hf_continual.durable import read_json, write_json, write_text
 from hf_continual.hub.card import CONFIG, RESULTS, render_card
 from hf_continual.hub.facts import CardFacts
 from hf_continual.hub.folder_facts import evaluation_to
@@ -32,6 +32,7 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
     if existing is None and (folder / README).is_file():
         existing = (folder / README).read_text(encoding="utf-8", errors="replace")
     facts = replace(facts, plots={**facts.plots, **_draw(folder, facts)})
+    # Behind the pictures: a results file stands for pictures of these very numbers, which need no second drawing.
     write_json(folder / RESULTS, evaluation_to(facts.evaluation))
     write_json(folder / CONFIG, {"format": 1, "relation": facts.relation, **safe(facts.to_dict())})
     write_text(folder / README, render_card(facts, existing or ""))
@@ -40,9 +41,14 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
 
 def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
     """The pictures that the numbers allow. Drawn without a date, so that a second push has nothing new."""
-    evaluation, drawn = facts.evaluation, {}
+    evaluation = facts.evaluation
     if not evaluation.matrix or evaluation.row_names is not None:
-        return drawn
+        return {}
+    drawn = {"forgetting": FORGETTING, "matrix": MATRIX} if len(evaluation.tasks) > 1 else {"matrix": MATRIX}
+    results = folder / RESULTS
+    if all((folder / name).is_file() for name in drawn.values()) and results.is_file():
+        if read_json(results) == evaluation_to(evaluation):
+            return drawn
     from hf_continual.plots import plot_matrix, plot_stages
 
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -53,13 +59,11 @@ def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
             evaluation.lower_is_better,
         )  # fmt: skip
         figure.savefig(folder / FORGETTING, dpi=120, metadata=plain)
-        drawn["forgetting"] = FORGETTING
     figure = plot_matrix(
         evaluation.accuracy.scores, list(evaluation.tasks), evaluation.accuracy.base, evaluation.metric or "",
         evaluation.lower_is_better or any(v is not None and not 0 <= v <= 1 for r in evaluation.matrix for v in r),
     )  # fmt: skip
     figure.savefig(folder / MATRIX, dpi=120, metadata=plain)
-    drawn["matrix"] = MATRIX
     return drawn
 
 

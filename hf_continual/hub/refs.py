@@ -59,6 +59,9 @@ class ModelRef:
         return f"[{self.hub_id}](https://huggingface.co/{self.hub_id}){commit}"
 
 
+UNKNOWN = ModelRef()
+
+
 def model_ref(path: str | os.PathLike[str] | None, revision: str | None = None, name: str | None = None) -> ModelRef:
     """What a path or id stands for: a Hub id, a folder of the Hub cache, a folder that was pushed, or a local folder.
 
