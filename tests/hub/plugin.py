@@ -16,7 +16,7 @@ HOME = tempfile.mkdtemp(prefix="hub-home-")
 
 os.environ.update(
     HF_ENDPOINT=HUB.url, HF_TOKEN=TOKEN, HF_HOME=HOME, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_TELEMETRY="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_XET="1", HF_CONTINUAL_HUB_TESTS="1",
+    HF_HUB_DISABLE_XET="1", HF_CONTINUAL_HUB_TESTS="1",
 )  # fmt: skip
 os.environ.pop("TRANSFORMERS_OFFLINE", None)
 
