@@ -50,13 +50,17 @@ def render(
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model or adapter.")],
     repo_id: Annotated[str, typer.Argument(help="Repository: name, or namespace/name.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(help="Name for the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Make every check and send nothing.")] = False,
     license: Annotated[str | None, typer.Option(help="Licence id, where the parents' licences differ.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the base model, if the folder has only a path.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, if the folder has only a path.")
+    ] = None,
 ) -> None:
     """Publish a folder in one commit; called again it goes on where it was stopped. Exit code 3 if it was not pushed."""
     from hf_continual.hub.push import push_to_hub
@@ -72,7 +76,9 @@ def push(
         sys.exit(PUSH_FAILED)
     if done is None:
         return
-    console.print(f"{len(done.files)} files, {done.size:,} bytes{', left here: ' + ', '.join(done.left_out) if done.left_out else ''}")
+    console.print(
+        f"{len(done.files)} files, {done.size:,} bytes{', left here: ' + ', '.join(done.left_out) if done.left_out else ''}"
+    )
     if done.oid is None:
         console.print(f"dry run: {done.repo_id} can be pushed to; nothing was sent")
     else:

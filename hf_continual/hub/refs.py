@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ def model_ref(path: str | os.PathLike[str] | None, revision: str | None = None, 
             pushed.get("repo_id"), pushed.get("revision"), license_in(folder), name or folder.resolve().name
         )
     return ModelRef(text, revision) if is_hub_id(text) else ModelRef(name=name or folder.name)
+
+
+def loaded_ref(path: str | os.PathLike[str] | None, revision: str | None = None, name: str | None = None) -> ModelRef:
+    """As `model_ref`, for a model that was just loaded: the commit is the one that the cache holds."""
+    ref = model_ref(path, revision, name)
+    if ref.hub_id is None or (ref.revision and len(ref.revision) == 40):
+        return ref
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(ref.hub_id, "config.json", revision=revision)
+    found = _SNAPSHOT.search(file) if isinstance(file, str) else None
+    return ref if found is None else replace(ref, revision=found[2], license=license_in(Path(file).parent))  # pyrefly: ignore
 
 
 def license_in(folder: Path) -> str | None:

@@ -43,7 +43,8 @@ class ContinualConfig(SFTConfig):
     task_name: str = field(default="task", metadata={"help": "Name of the task."})
     task_index: int = field(default=0, metadata={"help": "Place of the task in its sequence, counted from 0."})
     hub_base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."}
+        default=None,
+        metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."},
     )
     hub_license: str | None = field(
         default=None, metadata={"help": "Licence id of the pushed model, where the parents' licences differ."}

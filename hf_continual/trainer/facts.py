@@ -13,7 +13,7 @@ from peft import PeftModel
 from hf_continual.hub.facts import CardFacts, Evaluation, MethodFacts, TaskFacts
 from hf_continual.hub.files import installed_versions
 from hf_continual.hub.folder_facts import has_facts, read_facts
-from hf_continual.hub.refs import ModelRef, model_ref
+from hf_continual.hub.refs import ModelRef, loaded_ref
 from hf_continual.methods.base import Method
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run_facts(trainer: ContinualTrainer, evaluation: Evaluation | None = None) -
     adapter = isinstance(model, PeftModel)
     path, revision = _loaded_from(model)
     named = getattr(args, "hub_base_model", None)
-    start = ModelRef(named, license=None) if named else model_ref(path, revision)
+    start = ModelRef(named, license=None) if named else loaded_ref(path, revision)
     earlier = read_facts(Path(path)) if path and Path(path).is_dir() and has_facts(Path(path)) else None
     this = TaskFacts(getattr(args, "task_name", "task"), train_rows=trainer.train_rows, started_from=start)
     tasks: tuple[TaskFacts, ...] = (this,)
@@ -74,16 +74,12 @@ def run_facts(trainer: ContinualTrainer, evaluation: Evaluation | None = None) -
 
 
 def _loaded_from(model: Any) -> tuple[str | None, str | None]:
-    """Path or id that the weights below any adapter came from, and their commit."""
+    """Path or id that the weights below any adapter came from, and the revision that was asked for."""
     if isinstance(model, PeftModel):
         config = model.peft_config[model.active_adapter if isinstance(model.active_adapter, str) else "default"]
         base: Any = model.get_base_model()
-        return config.base_model_name_or_path or base.config.name_or_path, config.revision or _commit(base)
-    return model.config.name_or_path or None, _commit(model)
-
-
-def _commit(model: Any) -> str | None:
-    return getattr(model.config, "_commit_hash", None)
+        return config.base_model_name_or_path or base.config.name_or_path, config.revision
+    return model.config.name_or_path or None, None
 
 
 def method_facts(methods: Sequence[Method]) -> tuple[MethodFacts, ...]:

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Arguments of transformers' generated card, which this library's card does not read.
-CARD_WORDS = ("model_name", "tags", "finetuned_from", "tasks", "dataset", "dataset_name", "dataset_tags", "dataset_args")
+CARD_WORDS = (
+    "model_name",
+    "tags",
+    "finetuned_from",
+    "tasks",
+    "dataset",
+    "dataset_name",
+    "dataset_tags",
+    "dataset_args",
+)
 
 
 class CheckpointPushes:
@@ -119,7 +128,9 @@ def check_before_training(trainer: ContinualTrainer) -> None:
         raise target.error("its card would have findings:\n  " + "\n  ".join(map(str, findings)))
 
 
-def write_run_card(trainer: ContinualTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any) -> None:
+def write_run_card(
+    trainer: ContinualTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any
+) -> None:
     """Write card, configuration and results beside a saved model. On the main process."""
     facts = run_facts(trainer, evaluation or trainer.evaluation)
     write_card(folder, replace(facts, **changes) if changes else facts)
@@ -140,7 +151,9 @@ def push_run(
     write_run_card(trainer, folder, **changes)
     known = ("tag", "license", "base_model", "create_pr", "dry_run")
     if unknown := [key for key in options if key not in known]:
-        raise TypeError(f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}.")
+        raise TypeError(
+            f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}."
+        )
     options.setdefault("license", getattr(args, "hub_license", None))
     options.setdefault("base_model", getattr(args, "hub_base_model", None))
     token, revision = token or args.hub_token, revision or args.hub_revision

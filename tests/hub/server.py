@@ -131,7 +131,9 @@ class Hub:
 
 
 def _large(name: str, data: bytes) -> bool:
-    return bool(data) and (name.endswith((".safetensors", ".png", ".bin")) or b"\0" in data[:512] or len(data) > 10 * 2**20)
+    return bool(data) and (
+        name.endswith((".safetensors", ".png", ".bin")) or b"\0" in data[:512] or len(data) > 10 * 2**20
+    )
 
 
 def _blob(data: bytes) -> str:
@@ -280,7 +282,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             return 409, {"url": f"{self.hub.url}/{repo_id}", "error": "You already created this model repo"}, {}
         if repo_id.split("/")[0] != user or user == "reader":
-            return self._no(403, "Forbidden", f"You don't have the rights to create a model under the namespace {repo_id}")
+            return self._no(
+                403, "Forbidden", f"You don't have the rights to create a model under the namespace {repo_id}"
+            )
         self.hub.make(repo_id, data.get("visibility") == "private")
         return 200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"}, {}
 
@@ -289,10 +293,11 @@ class _Handler(BaseHTTPRequestHandler):
         if rest == "/auth-check/write":
             return (200, {}, {}) if write else self._no(403, "Forbidden", "you have no write role")
         if rest == "/refs":
-            named = lambda table, kind: [
-                {"name": n.rsplit("/", 1)[-1], "ref": n if n.startswith("refs") else f"refs/{kind}/{n}", "targetCommit": s}
-                for n, s in table.items()
-            ]  # noqa: E731
+
+            def named(table, kind):
+                full = {name: name if name.startswith("refs") else f"refs/{kind}/{name}" for name in table}
+                return [{"name": n.rsplit("/", 1)[-1], "ref": full[n], "targetCommit": s} for n, s in table.items()]
+
             return 200, {"branches": named(repo.branches, "heads"), "converts": [], "tags": named(repo.tags, "tags"),
                          "pullRequests": named(repo.pulls, "pr")}, {}  # fmt: skip
         if found := re.fullmatch(r"/(branch|tag)/(.+)", rest):
@@ -330,7 +335,9 @@ class _Handler(BaseHTTPRequestHandler):
                 known = head.tree.get(file["path"])
                 oid = None if known is None else hashlib.sha256(known[0]).hexdigest() if known[1] else _blob(known[0])
                 mode = "lfs" if large else "regular"
-                files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **({"oid": oid} if oid else {})})
+                files.append(
+                    {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **({"oid": oid} if oid else {})}
+                )
             return 200, {"files": files}, {}
         if found := re.fullmatch(r"/commit/(.+)", rest):
             return self._commit(repo_id, repo, found[1], "create_pr=1" in query, body, write)
@@ -384,7 +391,12 @@ class _Handler(BaseHTTPRequestHandler):
         if create_pr:
             branch = f"refs/pr/{len(repo.pulls) + 1}"
         sha = self.hub.commit(repo, branch, tree, header["summary"], head.sha, tuple(filter(None, changed)))
-        answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "hookOutput": ""}
+        answer = {
+            "success": True,
+            "commitOid": sha,
+            "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}",
+            "hookOutput": "",
+        }
         if create_pr:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{len(repo.pulls)}"
         return 200, answer, {}
@@ -400,7 +412,12 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": head.sha}
         data, large = head.tree[name]
         etag = hashlib.sha256(data).hexdigest() if large else _blob(data)
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": head.sha, "Accept-Ranges": "bytes", "Content-Length": str(len(data))}
+        headers = {
+            "ETag": f'"{etag}"',
+            "X-Repo-Commit": head.sha,
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(len(data)),
+        }
         if large:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
         return 200, data, headers

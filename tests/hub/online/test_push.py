@@ -79,8 +79,11 @@ def test_one_commit_and_the_second_call_sends_nothing(hub, folder):
     done = push_to_hub(folder, "me/m", tag="task-2")
     complete(folder)
     assert done.new and done.oid == HUB.repos["me/m"].head().sha == HUB.repos["me/m"].tags["task-2"]
-    assert done.commit_url == f"{HUB.url}/me/m/commit/{done.oid}" and set(done.left_out) == {"training_args.bin", "optimizer.pt"}
-    assert "model = AutoModelForCausalLM.from_pretrained(\"me/m\")" in published()["README.md"].decode()
+    assert done.commit_url == f"{HUB.url}/me/m/commit/{done.oid}" and set(done.left_out) == {
+        "training_args.bin",
+        "optimizer.pt",
+    }
+    assert 'model = AutoModelForCausalLM.from_pretrained("me/m")' in published()["README.md"].decode()
     posts = len(HUB.requests("POST", "/commit/|/preupload/|/batch")) + len(HUB.requests("PUT", ""))
     again = push_to_hub(folder, "me/m", tag="task-2")
     assert not again.new and again.oid == done.oid
@@ -136,14 +139,22 @@ def test_faults_that_pass(hub, folder, call, fault, caplog):
 
 LASTING = {
     "401": (("GET", "/api/whoami-v2"), dict(status=401), "401.*HF_TOKEN.*hf auth login"),
-    "403 create": (("POST", "/api/repos/create"), dict(status=403, error="no rights"), "403.*account me.*no rights.*create_pr=True"),
+    "403 create": (
+        ("POST", "/api/repos/create"),
+        dict(status=403, error="no rights"),
+        "403.*account me.*no rights.*create_pr=True",
+    ),
     "403 write": (("GET", "/auth-check"), dict(status=403, error="no write role"), "403.*no write role"),
     "403 commit": (("POST", "/commit/"), dict(status=403, error="protected"), "403.*protected"),
     "403 storage": (("PUT", "/lfs-storage/"), dict(status=403), "403"),
     "409 commit": (("POST", "/commit/"), dict(status=409, error="taken"), "409.*taken"),
     "412 for ever": (("POST", "/commit/"), dict(status=412), "412.*somebody else"),
     "413": (("POST", "/commit/"), dict(status=413), "413"),
-    "429 for an hour": (("POST", "/commit/"), dict(status=429, headers={"Retry-After": "3600"}), "429.*3600 s.*not sent twice"),
+    "429 for an hour": (
+        ("POST", "/commit/"),
+        dict(status=429, headers={"Retry-After": "3600"}),
+        "429.*3600 s.*not sent twice",
+    ),
     "429 for ever": (("POST", "/commit/"), dict(status=429), "429.*commits per hour"),
     "503 for ever": (("POST", "/commit/"), dict(status=503), "503.*not well"),
     "cut for ever": (("PUT", "/lfs-storage/"), dict(kind="cut"), "not sent twice"),
@@ -186,7 +197,9 @@ def test_a_private_repository_must_be_as_asked(hub, folder):
     push_to_hub(folder, "me/p", private=True)
     assert HUB.repos["me/p"].private
     HUB.make("me/open")
-    with pytest.raises(HubPushError, match=r"private=True was asked for, and the repository is there already and is public"):
+    with pytest.raises(
+        HubPushError, match=r"private=True was asked for, and the repository is there already and is public"
+    ):
         push_to_hub(folder, "me/open", private=True)
     with pytest.raises(HubPushError, match="private=False was asked for.*is private"):
         push_to_hub(folder, "me/p", private=False)
@@ -257,7 +270,15 @@ def test_the_authors_text_and_metadata_stay(hub, folder):
 
 
 def test_other_weights_in_the_repository_leave_it(hub, folder):
-    HUB.put("me/m", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"old", "training_args.bin": b"pickle", "kept.txt": b"x"})
+    HUB.put(
+        "me/m",
+        {
+            "adapter_config.json": b"{}",
+            "adapter_model.safetensors": b"old",
+            "training_args.bin": b"pickle",
+            "kept.txt": b"x",
+        },
+    )
     push_to_hub(folder, "me/m")
     assert not {"adapter_config.json", "adapter_model.safetensors", "training_args.bin"} & set(published())
     assert published()["kept.txt"] == b"x"
@@ -281,7 +302,9 @@ def test_a_folder_that_is_not_whole(hub, folder):
 
 def test_findings_stop_a_push(hub, folder):
     card = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(card.replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\n![x](gone.png)"))
+    (folder / "README.md").write_text(
+        card.replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\n![x](gone.png)")
+    )
     with pytest.raises(HubPushError, match=r"findings, and nothing was sent:\n  \[image\] the picture gone.png"):
         push_to_hub(folder, "me/m")
     assert not HUB.repos["me/m"].content_commits()
@@ -300,7 +323,11 @@ def test_the_licence_comes_from_the_parents(hub, tmp_path):
     base, parent = ModelRef("you/a"), ModelRef("you/b")
     push_to_hub(make(tmp_path / "1", facts=CardFacts("one", base=base)), "me/one")
     card = published("me/one")["README.md"].decode()
-    assert "license: mit" in card and "mit, the licence of you/a" in card and published("me/one")["LICENSE"] == b"MIT, by you"
+    assert (
+        "license: mit" in card
+        and "mit, the licence of you/a" in card
+        and published("me/one")["LICENSE"] == b"MIT, by you"
+    )
     mixed = make(tmp_path / "2", facts=CardFacts("two", base=base, parent=parent))
     with pytest.raises(HubPushError, match=r"different licences \(you/a: mit, you/b: mine\).*license='...'"):
         push_to_hub(mixed, "me/two")
@@ -314,7 +341,10 @@ def test_the_licence_comes_from_the_parents(hub, tmp_path):
 def test_a_folder_of_save_pretrained_and_a_card_by_hand(hub, tmp_path):
     plain = make(tmp_path / "plain", facts=None)
     push_to_hub(plain, "me/plain")
-    assert "Not scored" in published("me/plain")["README.md"].decode() or "NOT_RUN" in published("me/plain")["README.md"].decode()
+    assert (
+        "Not scored" in published("me/plain")["README.md"].decode()
+        or "NOT_RUN" in published("me/plain")["README.md"].decode()
+    )
     by_hand = make(tmp_path / "hand", facts=None)
     text = "---\nlicense: mit\n---\n\n# Mine\n\nWritten by hand.\n"
     (by_hand / "README.md").write_text(text)

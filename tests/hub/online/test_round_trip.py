@@ -63,7 +63,11 @@ def ids():
 
 def logits(model):
     with torch.no_grad():
-        return type(model).forward(model.eval(), input_ids=ids()).logits if not isinstance(model, PeftModel) else model.eval()(ids()).logits
+        return (
+            type(model).forward(model.eval(), input_ids=ids()).logits
+            if not isinstance(model, PeftModel)
+            else model.eval()(ids()).logits
+        )
 
 
 def pulled(tmp_path, repo_id="me/m"):
@@ -90,7 +94,9 @@ def run_snippet(card, tmp_path):
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN",)}
     env |= {"HF_HOME": str(tmp_path / "clean"), "HF_ENDPOINT": HUB.url, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
@@ -103,7 +109,12 @@ def nothing_leaked(repo_id="me/m"):
 
 
 def test_a_full_model(base, tmp_path):
-    t = trainer(base, tmp_path / "out", methods=[FreezeLayers(bottom=1), Replay(toy.rows("prompt_completion", seed=9), ratio=0.1)], hub_token=TOKEN)
+    t = trainer(
+        base,
+        tmp_path / "out",
+        methods=[FreezeLayers(bottom=1), Replay(toy.rows("prompt_completion", seed=9), ratio=0.1)],
+        hub_token=TOKEN,
+    )
     t.train()
     done = t.push_to_hub(evaluation=MEASURED, tag="task-1")
     assert len(content()) == 1 and HUB.repos["me/m"].tags == {"task-1": done.oid}
@@ -112,7 +123,11 @@ def test_a_full_model(base, tmp_path):
     assert all(torch.equal(p, dict(live.named_parameters())[n].detach()) for n, p in model.named_parameters())
     assert torch.equal(logits(model), logits(live))
     own = toy.tokenizer()
-    assert tok.get_vocab() == own.get_vocab() and tok.chat_template == own.chat_template and tok("w1 w5 w9") == own("w1 w5 w9")
+    assert (
+        tok.get_vocab() == own.get_vocab()
+        and tok.chat_template == own.chat_template
+        and tok("w1 w5 w9") == own("w1 w5 w9")
+    )
     same_bytes(tmp_path / "out", there)
     nothing_leaked()
     card = text(there, "README.md")
@@ -144,14 +159,22 @@ def test_an_adapter(base, tmp_path):
     same_bytes(tmp_path / "out", there)
     nothing_leaked()
     card = text(there, "README.md")
-    for said in ("base_model: org/base", "base_model_relation: adapter", "library_name: peft", "license: mit", "- lora"):
+    for said in (
+        "base_model: org/base",
+        "base_model_relation: adapter",
+        "library_name: peft",
+        "license: mit",
+        "- lora",
+    ):
         assert said in card, said
     run_snippet(card, tmp_path)
 
 
 def test_refusals_come_before_the_first_step(base, tmp_path):
     local = str(tmp_path / "base")
-    with pytest.raises(HubPushError, match="adapter on base, which is not published.*push the full model.*hub_base_model"):
+    with pytest.raises(
+        HubPushError, match="adapter on base, which is not published.*push the full model.*hub_base_model"
+    ):
         trainer(local, tmp_path / "a", peft=True)
     with pytest.raises(HubPushError, match="org/gone is named as a base"):
         trainer(local, tmp_path / "b", peft=True, hub_base_model="org/gone")
@@ -177,8 +200,17 @@ def test_refusals_come_before_the_first_step(base, tmp_path):
 def test_a_push_after_training_that_fails_can_be_made_again(base, tmp_path, fault):
     t = trainer(base, tmp_path / "out")
     t.train()
-    options = {"403": dict(status=403), "429": dict(status=429), "cut": dict(kind="cut"), "lost": dict(kind="lost", times=1)}[fault]
-    broken = HUB.fault("PUT" if fault == "cut" else "POST", "/lfs-storage" if fault == "cut" else "/commit/", **{"times": 999, **options})
+    options = {
+        "403": dict(status=403),
+        "429": dict(status=429),
+        "cut": dict(kind="cut"),
+        "lost": dict(kind="lost", times=1),
+    }[fault]
+    broken = HUB.fault(
+        "PUT" if fault == "cut" else "POST",
+        "/lfs-storage" if fault == "cut" else "/commit/",
+        **{"times": 999, **options},
+    )
     if fault == "lost":
         t.push_to_hub()
     else:
@@ -194,7 +226,15 @@ def test_a_push_after_training_that_fails_can_be_made_again(base, tmp_path, faul
 
 
 def test_checkpoints(base, tmp_path, caplog):
-    t = trainer(base, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=4, hub_always_push=True, save_total_limit=1)
+    t = trainer(
+        base,
+        tmp_path / "out",
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=4,
+        hub_always_push=True,
+        save_total_limit=1,
+    )
     t.train()
     messages = [c.message for c in content()]
     assert messages[-1] == "End of training" and 2 <= len(messages) <= 4
@@ -225,7 +265,10 @@ def test_stages_are_lineage(base, tmp_path):
     sha = HUB.repos["me/m"].head().sha
     config = ContinualConfig(**toy.settings(tmp_path / "two", push_to_hub=True, hub_model_id="me/two", task_name="tax"))
     second = ContinualTrainer(
-        str(tmp_path / "one"), config, train_dataset=toy.rows("prompt_completion", seed=3), processing_class=toy.tokenizer()
+        str(tmp_path / "one"),
+        config,
+        train_dataset=toy.rows("prompt_completion", seed=3),
+        processing_class=toy.tokenizer(),
     )
     second.train()
     second.push_to_hub()
@@ -239,12 +282,20 @@ def test_a_merge(base, tmp_path):
     models = []
     for i in (1, 2):
         toy.model(i).save_pretrained(tmp_path / f"m{i}")
-        HUB.put(f"org/m{i}", {p.name: p.read_bytes() for p in (tmp_path / f"m{i}").iterdir()} | {"README.md": b"---\nlicense: mit\n---\n"})
+        HUB.put(
+            f"org/m{i}",
+            {p.name: p.read_bytes() for p in (tmp_path / f"m{i}").iterdir()}
+            | {"README.md": b"---\nlicense: mit\n---\n"},
+        )
         models.append(load_file(tmp_path / f"m{i}" / "model.safetensors"))
     merged = tmp_path / "merged"
     toy.model().save_pretrained(merged)
     toy.tokenizer().save_pretrained(merged)
-    save_file({k: 0.25 * models[0][k] + 0.75 * models[1][k] for k in models[0]}, merged / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: 0.25 * models[0][k] + 0.75 * models[1][k] for k in models[0]},
+        merged / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     inputs = (ModelRef("org/m1"), ModelRef("org/m2"), ModelRef(name="mine"))
     facts = CardFacts(
         "merged", base=ModelRef("org/base"), merge=MergeFacts("recall", inputs, {"seed": 0}, weights={"layer.0": [0.25, 0.75, 0.0]}),
@@ -257,7 +308,9 @@ def test_a_merge(base, tmp_path):
     push_to_hub(merged, "me/merged")
     assert len(content("me/merged")) == 1
     there = pulled(tmp_path, "me/merged")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(there)), logits(AutoModelForCausalLM.from_pretrained(merged)))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(there)), logits(AutoModelForCausalLM.from_pretrained(merged))
+    )
     card = text(there, "README.md")
     for said in ("base_model:\n- org/base\n- org/m1\n- org/m2\n", "base_model_relation: merge", "- merge\n- recall", "mine (local, not published)",
                  "| merged | 0.5000 | 0.7500 |", "+0.1250", "the licence of mine is not stated"):  # fmt: skip
@@ -276,13 +329,19 @@ def test_a_merge(base, tmp_path):
 
 def test_the_figures_are_those_of_the_matrix(base, tmp_path):
     folder = tmp_path / "base"
-    evaluation = Evaluation(("a", "b", "c"), ((0.8, 0.1), (0.6, 0.9, None), (0.5, 0.7, 2 / 3)), (0.0, 0.1, 0.2), "accuracy")
+    evaluation = Evaluation(
+        ("a", "b", "c"), ((0.8, 0.1), (0.6, 0.9, None), (0.5, 0.7, 2 / 3)), (0.0, 0.1, 0.2), "accuracy"
+    )
     write_card(folder, CardFacts("x", base=ModelRef("org/base"), evaluation=evaluation))
     push_to_hub(folder, "me/m")
     there = pulled(tmp_path)
     results = json.loads(text(there, "continual_results.json"))
     m = AccuracyMatrix(results["matrix"], results["base_row"])
-    assert results["op"] == m.overall_performance and results["bwt"] == m.backward_transfer and results["forgetting"] == m.forgetting
+    assert (
+        results["op"] == m.overall_performance
+        and results["bwt"] == m.backward_transfer
+        and results["forgetting"] == m.forgetting
+    )
     assert results["fwt"] is None and "| FWT | NOT_RUN |" in render_card(folder)
     index = HfApi().model_info("me/m").card_data.eval_results
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in index}
