@@ -7,9 +7,11 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 from hf_continual.durable import read_json, write_json, write_text
 from hf_continual.hub.card import CONFIG, RESULTS, render_card
-from hf_continual.hub.facts import CardFacts
+from hf_continual.hub.facts import CardFacts, MergeFacts
 from hf_continual.hub.folder_facts import evaluation_to
 from hf_continual.hub.text import safe
 
@@ -32,6 +34,9 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
     if existing is None and (folder / README).is_file():
         existing = (folder / README).read_text(encoding="utf-8", errors="replace")
     facts = replace(facts, plots={**facts.plots, **_draw(folder, facts)})
+    if facts.merge is not None and facts.merge.weights and facts.merge.image is None:
+        _draw_weights(folder, facts.merge)
+        facts = replace(facts, merge=replace(facts.merge, image=WEIGHTS))
     # Behind the pictures: a results file stands for pictures of these very numbers, which need no second drawing.
     write_json(folder / RESULTS, evaluation_to(facts.evaluation))
     write_json(folder / CONFIG, {"format": 1, "relation": facts.relation, **safe(facts.to_dict())})
@@ -65,6 +70,17 @@ def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
     )  # fmt: skip
     figure.savefig(folder / MATRIX, dpi=120, metadata=plain)
     return drawn
+
+
+def _draw_weights(folder: Path, merge: MergeFacts) -> None:
+    """The weights of a merge as a heat map."""
+    from hf_continual.plots import plot_layer_weights
+
+    assert merge.weights is not None
+    names = [ref.hub_id or ref.name or f"model {i}" for i, ref in enumerate(merge.inputs)]
+    (folder / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
+    weights = np.array([list(w) for w in merge.weights.values()]).T
+    plot_layer_weights(weights, list(merge.weights), names).savefig(folder / WEIGHTS, dpi=120, metadata={"Software": None})
 
 
 def installed_versions() -> dict[str, str]:

@@ -47,22 +47,27 @@ def has_facts(folder: Path) -> bool:
 def facts_from(data: Mapping[str, Any]) -> CardFacts:
     """Facts from what `CardFacts.to_dict` made."""
     known = {f.name for f in fields(CardFacts)}
-    values = {k: v for k, v in data.items() if k in known}
+    values: dict[str, Any] = {k: v for k, v in data.items() if k in known}
     values["base"] = _ref(data.get("base")) or ModelRef()
     values["parent"] = _ref(data.get("parent"))
-    values["tasks"] = tuple(
-        TaskFacts(**{**t, "started_from": _ref(t.get("started_from")), "checkpoint": _ref(t.get("checkpoint"))})
-        for t in data.get("tasks", [])
-    )
+    values["tasks"] = tuple(_task(t) for t in data.get("tasks", []))
     values["methods"] = tuple(
         MethodFacts(m["name"], m.get("options") or {}, _paper(m.get("paper"))) for m in data.get("methods", [])
     )
     values["languages"] = tuple(data.get("languages", ()))
     if merge := data.get("merge"):
         inputs = tuple(_ref(r) or ModelRef() for r in merge["inputs"])
-        rest = {"inputs": inputs, "paper": _paper(merge.get("paper")), "notes": tuple(merge.get("notes") or ())}
-        values["merge"] = MergeFacts(**{**merge, **rest})
+        rest: dict[str, Any] = {**merge, "inputs": inputs, "paper": _paper(merge.get("paper"))}
+        rest["notes"] = tuple(merge.get("notes") or ())
+        values["merge"] = MergeFacts(**rest)
     return CardFacts(**values)
+
+
+def _task(data: Mapping[str, Any]) -> TaskFacts:
+    values: dict[str, Any] = dict(data)
+    for key in ("started_from", "checkpoint"):
+        values[key] = _ref(data.get(key))
+    return TaskFacts(**values)
 
 
 def _ref(data: Mapping[str, Any] | None) -> ModelRef | None:

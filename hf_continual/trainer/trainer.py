@@ -101,6 +101,7 @@ class ContinualTrainer(SFTTrainer):
     data_collator: Any
     optimizer: Any
     processing_class: Any
+    hub_model_id: Any
 
     @explains_old_names(TRAINER)
     def __init__(
