@@ -15,6 +15,7 @@ from rich.text import Text
 import hf_continual
 from hf_continual.hub.command import PUSH_FAILED, card, push
 from hf_continual.hub.errors import HubPushError
+from hf_continual.merging.command import merge
 
 app = typer.Typer(
     name="hf-continual",
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(card, name="card")
 app.command()(push)
 DEBUG = {"on": False}
+app.command()(merge)
 
 
 def _version(wanted: bool) -> None:

@@ -165,3 +165,31 @@ def plot_stages(
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="scored on", title_fontsize=8)
     return figure
+
+
+def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Sequence[str]) -> Figure:
+    """How much of each layer of a merge comes from which model: a heat map of layers by models.
+
+    Args:
+        weights: ``[models, groups]``, summing to one over the models.
+        groups: Names of the layer groups from the input upwards.
+        models: Names of the models.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    number, columns = weights.shape
+    figure = Figure(figsize=(2.6 + max(3.0, 0.24 * columns), 1.3 + 0.42 * number), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(
+        weights, cmap="viridis", aspect="auto", vmin=0.0, vmax=max(1.0 / number * 2, float(weights.max()))
+    )
+    step = max(1, columns // 24)
+    axis.set_xticks(range(0, columns, step), [groups[i] for i in range(0, columns, step)], rotation=90, fontsize=7)
+    axis.set_yticks(range(number), [name if len(name) < 32 else f"...{name[-28:]}" for name in models], fontsize=8)
+    axis.set_title(f"weight per layer (equal would be {1 / number:.2f})", fontsize=9, loc="left")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    figure.colorbar(image, ax=axis, pad=0.01)
+    return figure

@@ -80,7 +80,9 @@ def _draw_weights(folder: Path, merge: MergeFacts) -> None:
     names = [ref.hub_id or ref.name or f"model {i}" for i, ref in enumerate(merge.inputs)]
     (folder / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
     weights = np.array([list(w) for w in merge.weights.values()]).T
-    plot_layer_weights(weights, list(merge.weights), names).savefig(folder / WEIGHTS, dpi=120, metadata={"Software": None})
+    plot_layer_weights(weights, list(merge.weights), names).savefig(
+        folder / WEIGHTS, dpi=120, metadata={"Software": None}
+    )
 
 
 def installed_versions() -> dict[str, str]:

@@ -147,7 +147,9 @@ def push_run(
         logger.info("not read, because the card is made from facts: %s", ", ".join(ignored))
     language, evaluation = options.pop("language", None), options.pop("evaluation", None)
     trainer.evaluation = evaluation or trainer.evaluation
-    changes: dict[str, Any] = {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
+    changes: dict[str, Any] = (
+        {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
+    )
     write_run_card(trainer, folder, **changes)
     known = ("tag", "license", "base_model", "create_pr", "dry_run")
     if unknown := [key for key in options if key not in known]:

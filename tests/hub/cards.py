@@ -54,7 +54,12 @@ def cards() -> dict[str, str]:
         made[f"{facts.name}.md"] = render_card(facts, "")
     for file in sorted((HERE / "recorded").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
-        facts = replace(facts_from(data["config"]), evaluation=evaluation_from(data["results"]), repo_id=f"me/{file.stem}", versions={})
+        facts = replace(
+            facts_from(data["config"]),
+            evaluation=evaluation_from(data["results"]),
+            repo_id=f"me/{file.stem}",
+            versions={},
+        )
         made[f"{file.stem}.md"] = render_card(facts, "")
     return made
 

@@ -122,7 +122,9 @@ def test_a_folder_gives_its_card_back(tmp_path):
         matrix.overall_performance, matrix.backward_transfer, matrix.forgetting,
     )  # fmt: skip
     assert not lint_folder(tmp_path)
-    before = {p: (p.stat().st_mtime_ns if p.suffix == ".png" else p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
+    before = {
+        p: (p.stat().st_mtime_ns if p.suffix == ".png" else p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()
+    }
     write_card(tmp_path, FACTS)
     assert before == {p: (p.stat().st_mtime_ns if p.suffix == ".png" else p.read_bytes()) for p in before}
 
@@ -130,9 +132,17 @@ def test_a_folder_gives_its_card_back(tmp_path):
 def test_the_authors_text_stays(tmp_path):
     write_card(tmp_path, FACTS)
     file = tmp_path / "README.md"
-    file.write_text(file.read_text().replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\nMine.").replace("---\n", "---\nco2: 3\n", 1))
+    file.write_text(
+        file.read_text()
+        .replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\nMine.")
+        .replace("---\n", "---\nco2: 3\n", 1)
+    )
     write_card(tmp_path, replace(FACTS, seed=2))
-    assert kept_text(file.read_text()) == "Mine." and read_card(file.read_text())[0]["co2"] == 3 and "seed 2" in file.read_text()
+    assert (
+        kept_text(file.read_text()) == "Mine."
+        and read_card(file.read_text())[0]["co2"] == 3
+        and "seed 2" in file.read_text()
+    )
     data, _ = read_card(render_card(CardFacts("x"), file.read_text()))
     assert "base_model" not in data and "license" not in data, "a fact that became unknown stays unknown"
 
@@ -152,7 +162,9 @@ def test_two_authors(mine, theirs, recorded, kept):
 
 
 def test_drafts_of_other_tools_are_not_the_authors():
-    peft = "---\nbase_model: /tmp/x\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n[More Information Needed]\n"
+    peft = (
+        "---\nbase_model: /tmp/x\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n[More Information Needed]\n"
+    )
     trl = "---\nlibrary_name: transformers\nlicence: license\n---\n\n# x\n\n## Quick start\n"
     by_hand = "---\nwidget: []\n---\n\n# Mine\n\nWords.\n"
     assert kept_text(peft) == kept_text(trl) == "" and kept_text(by_hand) == "# Mine\n\nWords."
@@ -220,12 +232,18 @@ def test_numbers_that_do_not_agree(tmp_path):
 
 def test_card_check_on_the_command_line(tmp_path):
     def run(*words):
-        return subprocess.run([sys.executable, "-m", "hf_continual", *words], capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "hf_continual", *words], capture_output=True, text=True, check=False
+        )
 
     write_card(tmp_path, FACTS)
     assert (ran := run("card", "check", str(tmp_path))).returncode == 0 and ran.stdout == "clean\n"
     (tmp_path / "plots" / "forgetting.png").unlink()
-    assert (ran := run("card", "check", str(tmp_path))).returncode == 2 and "[image]" in ran.stdout and "1 finding\n" in ran.stdout
+    assert (
+        (ran := run("card", "check", str(tmp_path))).returncode == 2
+        and "[image]" in ran.stdout
+        and "1 finding\n" in ran.stdout
+    )
     assert (ran := run("push", str(tmp_path), "me/x")).returncode == 3 and "holds no whole model" not in ran.stdout
     assert "me/x was not pushed" in ran.stderr and "Traceback" not in ran.stderr
 
@@ -256,6 +274,12 @@ def test_names_of_models(tmp_path):
 
 
 def test_what_may_be_published():
-    data = {"hub_token": "secret", "eos_token": "<eos>", "rows": "/home/me/a.jsonl", "n": [1, {"p": "~/x/y"}], "t": "hf_" + "a" * 30}
+    data = {
+        "hub_token": "secret",
+        "eos_token": "<eos>",
+        "rows": "/home/me/a.jsonl",
+        "n": [1, {"p": "~/x/y"}],
+        "t": "hf_" + "a" * 30,
+    }
     assert safe(data) == {"eos_token": "<eos>", "rows": "a.jsonl", "n": [1, {"p": "y"}], "t": "..."}
     assert "token" not in yaml.safe_dump(safe({"token": "x"}))

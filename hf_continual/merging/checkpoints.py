@@ -1,0 +1,122 @@
+"""Finished checkpoints, opened without loading them: full models (one file or shards) and PEFT adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_continual.merging.errors import MergeError
+from hf_continual.merging.hub import fetch
+from hf_continual.merging.stored import Files, StoredFile, StoredTensor, read_header
+
+CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A full model or an adapter in a folder; only headers and configurations are in memory.
+
+    Args:
+        name: What it is called in messages and reports: the Hub id or the last part of its path.
+        folder: Where its files are.
+        config: ``config.json`` of a model, ``adapter_config.json`` of an adapter.
+        tensors: Its tensors by name.
+        hub_id: Its Hub id, or None for a folder.
+        revision: The commit its files are from, or None for a folder.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    is_adapter: bool = False
+    hub_id: str | None = None
+    revision: str | None = None
+    files: tuple[StoredFile, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which checkpoint this is: sha256 over headers, sizes and the first 4 KiB of every tensor."""
+        digest = hashlib.sha256()
+        for file in sorted(self.files, key=lambda f: f.path.name):
+            digest.update(f"{file.path.name} {file.size} {file.header_sha256}\n".encode())
+        with Files() as files:
+            for name in sorted(self.tensors):
+                tensor = self.tensors[name]
+                start = bytearray(min(tensor.nbytes, 4096 // tensor.itemsize * tensor.itemsize))
+                files.read_into(tensor, 0, len(start) // tensor.itemsize, memoryview(start))
+                digest.update(start)
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers and the configuration of a model or an adapter.
+
+    Args:
+        model: A folder, or a Hub id such as ``"me/model"`` or ``"me/model@revision"`` (downloaded into the cache).
+
+    Returns:
+        The checkpoint; no weights are read.
+
+    Raises:
+        FileNotFoundError: If it is no folder and cannot be a Hub id, or holds no model.
+        MergeError: If its weights are pickled, in GGUF, quantised, cut off or incomplete.
+    """
+    folder, hub_id, revision = fetch(model)
+    name = hub_id or folder.resolve().name
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    config_file = folder / (ADAPTER_CONFIG if adapter else CONFIG)
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}: it is no model and no adapter.")
+    paths = [folder / ADAPTER_WEIGHTS] if adapter else _weight_files(folder)
+    if missing := [p.name for p in paths if not p.is_file()]:
+        _explain_missing(folder, missing)
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        header = read_header(path)
+        if twice := sorted(tensors.keys() & header.keys()):
+            raise MergeError(f"{folder} stores {twice[0]!r} in two files. Save the model again.")
+        tensors |= header
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if not adapter:
+        _check_not_quantised(name, config)
+    files = {t.file.path: t.file for t in tensors.values()}
+    return Checkpoint(name, folder, config, tensors, adapter, hub_id, revision, tuple(files.values()))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in dict.fromkeys(index["weight_map"].values())]
+    return [folder / WEIGHTS]
+
+
+def _explain_missing(folder: Path, missing: list[str]) -> None:
+    for pattern, kind in (("*.bin", "pickled (.bin)"), ("*.pt", "pickled (.pt)"), ("*.gguf", "GGUF")):
+        if other := sorted(p.name for p in folder.glob(pattern) if p.name != "training_args.bin"):
+            how = "gguf_file=..." if kind == "GGUF" else "use_safetensors=False"
+            raise MergeError(
+                f"{folder} holds {kind} weights ({other[0]}); only safetensors can be read a range at a time and "
+                f"without running what they hold. Load the model once (from_pretrained(..., {how})) and save_pretrained it."
+            )
+    raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Download or save the model again.")
+
+
+def _check_not_quantised(name: str, config: Mapping[str, Any]) -> None:
+    if quantised := config.get("quantization_config"):
+        raise MergeError(
+            f"{name} is quantised ({quantised.get('quant_method', 'unknown method')}); averaging quantised weights is "
+            f"meaningless. Give the 16-bit model; an adapter trained on a quantised base is merged onto the 16-bit base."
+        )

@@ -1,0 +1,224 @@
+"""Whether models can be merged at all: names, shapes, configurations, tokenizers. Only headers and JSON are read."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_continual.merging.errors import MergeError, some
+from hf_continual.merging.members import Member, View
+from hf_continual.merging.structure import HEADS, embedding_name
+
+# Under these keys a difference means that the same weights compute something else.
+_DECISIVE = (
+    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
+    "head_dim", "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps",
+    "layer_norm_epsilon", "hidden_act", "hidden_activation", "activation_function", "sliding_window", "layer_types",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "tie_word_embeddings",
+)  # fmt: skip
+# Under these they mean nothing for a merge.
+_HARMLESS = (
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "vocab_size",
+    "architectures",
+)
+
+
+def check_configs(members: Sequence[Member]) -> list[str]:
+    """Compare what the models compute with their weights.
+
+    Args:
+        members: The models.
+
+    Returns:
+        Differences that do not matter for the weights, as sentences.
+
+    Raises:
+        MergeError: If they are different architectures, or a decisive number differs.
+    """
+    first, notes = members[0], []
+    for other in members[1:]:
+        one, two = first.checkpoint.config, other.checkpoint.config
+        for key in ("model_type", "architectures"):
+            if one.get(key) != two.get(key):
+                raise MergeError(
+                    f"architecture mismatch: {first.name} has {key}={one.get(key)!r} and {other.name} {two.get(key)!r}. Only "
+                    f"models of one architecture can be merged, fine-tuned from the same weights."
+                )
+        for key, (a, b) in _differences(one, two).items():
+            last = key.rpartition(".")[2]
+            if last in _DECISIVE and not (last == "tie_word_embeddings"):
+                raise MergeError(
+                    f"architecture mismatch: {key} is {a!r} in {first.name} and {b!r} in {other.name}, so the same weights "
+                    f"compute different things. Merge models with the same {last}."
+                )
+            if last not in _HARMLESS:
+                notes.append(f"config.{key}: {a!r} in {first.name}, {b!r} in {other.name}; the first's is kept.")
+    return notes
+
+
+def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(one.keys() | two.keys()):
+        a, b = one.get(key), two.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and key not in _DECISIVE:
+            found |= _differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found[path + key] = (a, b)
+    return found
+
+
+def tensor_names(members: Sequence[Member]) -> list[str]:
+    """The output's tensors, after a check that every model has them.
+
+    A head is among them only if a model holds one that is not its embedding.
+
+    Args:
+        members: The models; the order of the first is kept.
+
+    Returns:
+        Names in order.
+
+    Raises:
+        MergeError: If a model lacks tensors that another has.
+    """
+    names = list(dict.fromkeys(n for m in members for n in m.names))
+    for member in members:
+        if lacking := [n for n in names if member.view(n) is None]:
+            other = next(m for m in members if any(n in m.names for n in lacking))
+            only = [n for n in member.names if other.view(n) is None]
+            raise MergeError(
+                f"architecture mismatch: {other.name} has {len(lacking)} tensors that {member.name} has not ({some(lacking)})"
+                + (f", and {member.name} has {len(only)} that {other.name} has not ({some(only)})" if only else "")
+                + ". Only models of one architecture can be merged; if they are, save both with the same transformers version."
+            )
+    return names
+
+
+def check_shapes(name: str, members: Sequence[Member], views: Sequence[View], vocab: str) -> bool:
+    """Compare a tensor's shapes.
+
+    Args:
+        name: The tensor.
+        members: The models.
+        views: What it is in each.
+        vocab: ``"strict"`` or ``"extend"``.
+
+    Returns:
+        Whether it has rows that only some models have, which ``vocab="extend"`` allows for embedding and head.
+
+    Raises:
+        MergeError: If shapes differ.
+    """
+    first = views[0].source.shape
+    for member, view in zip(members[1:], views[1:], strict=True):
+        shape = view.source.shape
+        if shape == first:
+            if view.source.dtype != views[0].source.dtype and not (view.source.is_float and views[0].source.is_float):
+                raise MergeError(
+                    f"{name!r} is {views[0].source.dtype} in {members[0].name} and {view.source.dtype} in {member.name}. "
+                    f"Save both in one floating-point type."
+                )
+            continue
+        rows = len(shape) == len(first) and shape[1:] == first[1:] and len(shape) > 0
+        vocabulary = name == embedding_name(member.checkpoint) or name in HEADS
+        if rows and vocabulary and vocab == "extend":
+            continue
+        hint = ""
+        if rows and vocabulary:
+            hint = (
+                " The vocabularies differ: if the longer one only continues the shorter, vocab='extend' keeps its further "
+                "rows; otherwise resize one model first (resize_token_embeddings)."
+            )
+        raise MergeError(
+            f"shape mismatch: {name!r} is {list(first)} in {members[0].name} and {list(shape)} in {member.name}.{hint}"
+        )
+    return any(v.source.shape != first for v in views)
+
+
+def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
+    """Compare which token stands for which id.
+
+    Args:
+        members: The models; those without tokenizer files are passed over.
+        vocab: ``"extend"`` allows a vocabulary to continue a shorter one.
+
+    Returns:
+        What is unknown or differs without harm, as sentences.
+
+    Raises:
+        MergeError: If an id stands for different tokens.
+    """
+    notes = []
+    found = [(m, file) for m in members if (file := tokenizer_folder(m) / "tokenizer.json").is_file()]
+    notes += [
+        f"{m.name} has no tokenizer.json; its vocabulary was not compared."
+        for m in members
+        if m not in [x for x, _ in found]
+    ]
+    for member, file in found[1:]:
+        first, reference = found[0]
+        if filecmp.cmp(reference, file, shallow=False):
+            continue
+        one, two = _vocabulary(reference), _vocabulary(file)
+        shared = one.keys() & two.keys()
+        wrong = [i for i in sorted(shared) if one[i] != two[i]]
+        if wrong or (len(one) != len(two) and vocab == "strict"):
+            met = (
+                f"id {wrong[0]} is {one[wrong[0]]!r} and {two[wrong[0]]!r}"
+                if wrong
+                else f"{len(one)} and {len(two)} tokens"
+            )
+            raise MergeError(
+                f"tokenizer mismatch between {first.name} and {member.name}: {met}. Their embeddings mean different tokens; "
+                f"merge models of one tokenizer"
+                + ("." if wrong else ", or give vocab='extend' if the longer continues the shorter.")
+            )
+        notes.append(f"tokenizer.json of {member.name} differs from {first.name}'s, with the same ids.")
+    templates = {m.name: _template(tokenizer_folder(m)) for m in members}
+    if len({t for t in templates.values() if t}) > 1:
+        notes.append("The chat templates differ; the output has the newest model's.")
+    return notes
+
+
+def tokenizer_folder(member: Member) -> Path:
+    """Where a model's tokenizer lies: with an adapter if it brings one, else with its base."""
+    own = member.own.folder
+    has = (own / "tokenizer_config.json").is_file() or (own / "tokenizer.json").is_file()
+    return own if has else member.checkpoint.folder
+
+
+def _vocabulary(file: Path) -> dict[int, str]:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    vocab = data["model"].get("vocab") or {}
+    entries = enumerate(entry[0] for entry in vocab) if isinstance(vocab, list) else ((i, t) for t, i in vocab.items())
+    return dict(entries) | {added["id"]: added["content"] for added in data.get("added_tokens") or []}
+
+
+def _template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    return str(json.loads(config.read_text(encoding="utf-8")).get("chat_template") or "") if config.is_file() else None
+
+
+def warn_identical(members: Sequence[Member]) -> None:
+    """Warn if two models are one: the average counts it twice, which is rarely meant."""
+    seen: dict[str, list[str]] = {}
+    for member in members:
+        seen.setdefault(member.own.fingerprint, []).append(member.name)
+    if same := [names for names in seen.values() if len(names) > 1]:
+        warnings.warn(
+            f"{'; '.join(' and '.join(names) for names in same)} are the same weights (equal headers, sizes and beginnings of "
+            f"all tensors): the merge counts them more than once. Leave them out if that is not meant.",
+            UserWarning,
+            stacklevel=4,
+        )

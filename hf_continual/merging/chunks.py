@@ -1,0 +1,223 @@
+"""The engine's seam: several stored tensors go in a chunk at a time, a pure function makes the output's chunk.
+
+A merge is a list of `OutputTensor`. Each is cut into chunks of 256 Ki elements; a thread reads the chunk of every
+source ahead into reused buffers; the function sees them as fp32 (float64 where a source is float64) together with the
+tensor's name and the chunk's place in it. `chunks` iterates without writing, for passes that only count or measure;
+`hf_continual.merging.writer` writes what the functions return.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from queue import Queue
+
+import torch
+from torch import Tensor
+
+from hf_continual.merging.errors import MergeError
+from hf_continual.merging.stored import DTYPES, Files, StoredTensor, make_buffer, view
+
+CHUNK = 262_144  # elements; of 16 Ki to 1 Mi the fastest: fp32 operands of one chunk stay in a core's cache
+BUFFERS = 12 * 2**20  # bytes that read-ahead and operands may take; with many or wide sources the chunks get smaller
+SLOTS = 3
+
+
+@dataclass
+class Chunk:
+    """A range of elements of one output tensor.
+
+    Args:
+        name: The output tensor.
+        shape: Its shape.
+        start: First element of the range in the flattened tensor.
+        stop: Behind the last element.
+        first: First element of the range in the flattened sources: `start`, but in a part that is not the first.
+        values: The range in each source, flat, in the type computed in. They are buffers: a function may edit them in
+            place and return one, and must not keep them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    first: int
+    values: list[Tensor]
+
+
+ChunkFunction = Callable[[Chunk], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive elements of an output tensor that come from the same sources.
+
+    Args:
+        sources: Stored tensors of the same number of elements.
+        function: Makes the output's chunk from theirs; None copies the first source's bytes, after a check that the
+            other sources hold the same bytes.
+    """
+
+    sources: tuple[StoredTensor, ...]
+    function: ChunkFunction | None = None
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written.
+
+    Args:
+        name: Its name.
+        dtype: Its type as safetensors spells it.
+        shape: Its shape.
+        parts: Where its elements come from, in order; most tensors have one part. `stream` makes that.
+        produce: Makes a small tensor as a whole (an adapter's factor), in place of parts.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...] = ()
+    produce: Callable[[], Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of its sources."""
+        return sum(s.nbytes for part in self.parts for s in part.sources)
+
+
+def stream(name: str, dtype: str, sources: Iterable[StoredTensor], function: ChunkFunction | None) -> OutputTensor:
+    """An output tensor whose elements all come from the same sources.
+
+    Args:
+        name: Its name.
+        dtype: Its type as safetensors spells it.
+        sources: Stored tensors of one shape.
+        function: Makes the output's chunk from theirs; None copies the first.
+
+    Returns:
+        The output tensor.
+
+    Raises:
+        MergeError: If the sources differ in shape.
+    """
+    found = tuple(sources)
+    for other in found[1:]:
+        if other.shape != found[0].shape:
+            raise MergeError(
+                f"{name!r} is {list(found[0].shape)} in {found[0].file.path} and {list(other.shape)} in "
+                f"{other.file.path}: only tensors of one shape can be combined."
+            )
+    return OutputTensor(name, dtype, found[0].shape, (Part(found, function),))
+
+
+def chunk_elements(outputs: Iterable[OutputTensor]) -> int:
+    """Elements per chunk, so that all buffers stay within `BUFFERS` however many sources there are."""
+    widest = 0
+    for part in (p for output in outputs for p in output.parts):
+        # read-ahead of each slot, and fp32 operands of those that are not fp32 already
+        widest = max(widest, sum(SLOTS * s.itemsize + (4 if s.itemsize < 4 else 0) for s in part.sources))
+    return max(4096, min(CHUNK, BUFFERS // max(widest, 1) // 4096 * 4096))
+
+
+@dataclass
+class _Filled:
+    output: OutputTensor
+    part: Part
+    chunk: Chunk
+    slot: list[Tensor]
+
+
+def chunks(outputs: Iterable[OutputTensor], elements: int | None = None) -> Generator[tuple[OutputTensor, Part, Chunk]]:
+    """All chunks of all output tensors in order, read ahead by a thread; nothing is written.
+
+    A copied part (no function) shows its sources in their stored type; other sources are converted to fp32, or to
+    float64 where one of the part is float64. Produced tensors are passed over.
+
+    Args:
+        outputs: The output tensors.
+        elements: Elements per chunk; by default what `chunk_elements` finds.
+
+    Yields:
+        The output tensor, its part, and the chunk, whose values are valid until the next one is asked for.
+
+    Raises:
+        MergeError: If a file changed or was cut off.
+    """
+    outputs = list(outputs)
+    elements = elements or chunk_elements(outputs)
+    free: Queue[list[Tensor]] = Queue()
+    filled: Queue[_Filled | BaseException | None] = Queue()
+    stop = threading.Event()
+    for _ in range(SLOTS):
+        free.put([])
+    reader = threading.Thread(target=_read, args=(outputs, elements, free, filled, stop), daemon=True)
+    reader.start()
+    operands: list[Tensor] = []
+    try:
+        while (item := filled.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if item.part.function is not None:
+                item.chunk.values = _as_operands(item.chunk.values, operands)
+            yield item.output, item.part, item.chunk
+            free.put(item.slot)
+    finally:
+        stop.set()
+        free.put([])
+        reader.join()
+
+
+def _ranges(outputs: list[OutputTensor], elements: int) -> Iterator[tuple[OutputTensor, Part, int, int, int]]:
+    for output in outputs:
+        begin = 0
+        for part in output.parts:
+            numel = part.sources[0].numel
+            for start in range(0, numel, elements):
+                yield output, part, begin, start, min(start + elements, numel)
+            begin += numel
+
+
+def _read(outputs: list[OutputTensor], elements: int, free: Queue, filled: Queue, stop: threading.Event) -> None:
+    try:
+        with Files() as files:
+            for output, part, begin, first, last in _ranges(outputs, elements):
+                slot = free.get()
+                if stop.is_set():
+                    return
+                raw = []
+                for i, source in enumerate(part.sources):
+                    nbytes = (last - first) * source.itemsize
+                    if i == len(slot):
+                        slot.append(torch.empty(0, dtype=torch.uint8))
+                    if slot[i].numel() < nbytes:
+                        slot[i] = make_buffer(min(elements, source.numel) * source.itemsize)
+                    files.read_into(source, first, last, view(slot[i])[:nbytes])
+                    raw.append(slot[i][:nbytes].view(DTYPES[source.dtype]))
+                chunk = Chunk(output.name, output.shape, begin + first, begin + last, first, raw)
+                filled.put(_Filled(output, part, chunk, slot))
+        filled.put(None)
+    except BaseException as error:
+        filled.put(error)
+
+
+def _as_operands(raw: list[Tensor], operands: list[Tensor]) -> list[Tensor]:
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in raw) else torch.float32
+    values = []
+    for i, stored in enumerate(raw):
+        if stored.dtype == wide:
+            values.append(stored)
+            continue
+        if i >= len(operands):
+            operands.extend(make_buffer(0) for _ in range(i + 1 - len(operands)))
+        if operands[i].numel() < stored.numel() * wide.itemsize:
+            operands[i] = make_buffer(stored.numel() * wide.itemsize)
+        values.append(operands[i][: stored.numel() * wide.itemsize].view(wide).copy_(stored))
+    return values

@@ -1,0 +1,176 @@
+"""`hf-continual merge METHOD`: one command for all merges, a summary at the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Name -> function, and which options beside those of every merge it takes. No registry: this is the list.
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "recall": (
+        "hf_continual.merging.with_recall:merge_with_recall",
+        (
+            "weights", "calibration", "calibration_mode", "include_base", "num_typical", "bandwidth", "temperature", "anchor",
+            "seed", "device", "low_memory",
+        ),
+    ),
+    "linear": ("hf_continual.merging.linear:merge_linear", ("weights",)),
+    "interpolate": ("hf_continual.merging.interpolate:interpolate", ("alpha",)),
+    "task-arithmetic": ("hf_continual.merging.task_arithmetic:task_arithmetic", ("scale",)),
+    "ties": ("hf_continual.merging.ties:ties", ("density", "scale")),
+    "magnitude-max": ("hf_continual.merging.magnitude_max:magnitude_max", ("scale",)),
+}  # fmt: skip
+
+
+def merge(
+    method: Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids (id@revision), models or adapters, oldest first.")
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder; complete or absent.")],
+    base: Annotated[str | None, typer.Option(help="The full model that adapters sit on, or that was tuned.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="linear: numbers such as 0.7,0.3. recall: a recall_report.json to repeat.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="interpolate: share of the way from base to tuned.")] = None,
+    scale: Annotated[str | None, typer.Option(help="lambda of task vectors, one number or one per model.")] = None,
+    density: Annotated[float | None, typer.Option(help="ties: share of each task vector that is kept.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="recall: texts of the newest task, .jsonl or .txt.")] = None,
+    self_calibration: Annotated[
+        bool, typer.Option("--self-calibration", help="recall: the newest model writes the texts.")
+    ] = False,
+    include_base: Annotated[
+        bool | None,
+        typer.Option("--include-base/--no-include-base", help="recall: whether the base is one of the models."),
+    ] = None,
+    num_typical: Annotated[int | None, typer.Option(help="recall: texts that all models see.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="recall: anchor_spread, dim, or sigma.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="recall: of the softmax.")] = None,
+    anchor: Annotated[int | None, typer.Option(help="recall: place of the newest model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="recall: seed of the clustering.")] = None,
+    device: Annotated[str | None, typer.Option(help="recall: where models run.")] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="recall: read blocks from the disk as needed.")
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="model or adapter; by default an adapter if that is exact.")
+    ] = None,
+    adapter_rank: Annotated[
+        int | None, typer.Option(help="Rank of an adapter output; by default the exact sum.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default the first model's.")
+    ] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Size of a file, such as 5GB.")] = None,
+    vocab: Annotated[
+        str | None, typer.Option(help="strict, or extend for vocabularies that continue a shorter one.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from an interrupted merge.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make every check, print the plan, write nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log.")] = False,
+) -> None:
+    """Merge checkpoints into one, a chunk at a time: models are never in memory."""
+    given = {
+        "weights": weights, "alpha": alpha, "scale": scale, "density": density, "bandwidth": bandwidth,
+        "calibration": calibration, "calibration_mode": "self" if self_calibration else None, "include_base": include_base,
+        "num_typical": num_typical, "temperature": temperature, "anchor": anchor, "seed": seed, "device": device,
+        "low_memory": low_memory or None,
+    }  # fmt: skip
+    written = {
+        "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
+        "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
+    }  # fmt: skip
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
+        logging.getLogger(other).setLevel(logging.ERROR)
+    run_merge(method, models, out, base, {k: v for k, v in given.items() if v is not None}, written)
+
+
+def run_merge(
+    method: str, models: list[str], out: Path, base: str | None, given: dict[str, Any], written: dict[str, Any]
+) -> None:
+    """Call the method's function with what was given, and say what came out.
+
+    Args:
+        method: Its name.
+        models: The models.
+        out: The output folder.
+        base: The base, or None.
+        given: Options of the method.
+        written: Options of every merge.
+
+    Raises:
+        ValueError: If there is no such method, or it does not take an option.
+    """
+    if method not in METHODS:
+        raise ValueError(f"there is no merge {method!r}; there are {', '.join(METHODS)}.")
+    where, known = METHODS[method]
+    if strange := [k for k in given if k not in known]:
+        takes = ", ".join("--" + k.replace("_", "-") for k in known)
+        raise ValueError(f"merge {method} does not take --{strange[0].replace('_', '-')}; it takes {takes}.")
+    if method == "recall":
+        _quiet_transformers()
+    module, _, name = where.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    options = {
+        **{k: _value(method, k, v) for k, v in given.items()},
+        **{k: v for k, v in written.items() if v is not None},
+    }
+    if method == "interpolate":
+        if base is None or len(models) != 1 or "alpha" not in options:
+            raise ValueError(f"merge interpolate needs one model (got {len(models)}), --base and --alpha.")
+        result = function(base, models[0], out, **options)
+    elif base is None and method in ("task-arithmetic", "ties", "magnitude-max"):
+        raise ValueError(f"merge {method} needs --base, the model that the others were tuned from.")
+    else:
+        result = function(models, out, base=base, **options)
+    if not written["dry_run"]:
+        seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
+        form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
+        typer.echo(f"{form} in {result.output_dir}  ({result.bytes_written / 1e9:.3f} GB; {seconds})")
+
+
+def _quiet_transformers() -> None:
+    import datasets
+    from transformers.utils import logging as hf_logging
+
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
+    datasets.disable_progress_bars()
+    hf_logging.disable_progress_bar()
+
+
+def _value(method: str, key: str, value: Any) -> Any:
+    if key == "calibration":
+        from hf_continual.data.rows import load_rows
+
+        return load_rows(str(value))
+    if key == "weights":
+        if method == "recall":
+            text = str(value).lstrip()
+            return json.loads(text) if text.startswith("{") else value
+        return _numbers(key, value)
+    if key == "scale":
+        found = _numbers(key, value)
+        return found[0] if len(found) == 1 else found
+    if key == "bandwidth" and value not in ("anchor_spread", "dim"):
+        return _numbers(key, value)[0]
+    return value
+
+
+def _numbers(key: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ValueError(f"--{key}={text!r}: give numbers separated by commas, such as 0.7,0.3.") from None

@@ -1,0 +1,17 @@
+"""What goes wrong when checkpoints are merged."""
+
+from __future__ import annotations
+
+
+class MergeError(RuntimeError):
+    """Checkpoints that cannot be merged, or a merge that cannot go on.
+
+    The message names the model, the tensor or setting, the values met, and a way out.
+    """
+
+
+def some(names: list[str] | set[str], most: int = 5) -> str:
+    """Up to five names for a message, in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

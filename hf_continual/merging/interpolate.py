@@ -1,0 +1,125 @@
+"""From the base to the tuned model and every point between: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903).
+
+    theta(alpha) = theta_base + alpha (theta_tuned - theta_base)
+
+alpha = 0 is the base, alpha = 1 the tuned model. What was learnt and what was there before change at different speeds
+along the line, so a scan with a gauge for each shows where to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_continual.durable import read_json, write_json
+from hf_continual.merging.job import Job, run_job
+from hf_continual.merging.linear import Average
+from hf_continual.merging.members import Member, open_members
+from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.options import OutputOptions
+    from hf_continual.merging.result import MergeResult
+
+PAPER = Paper("Robust fine-tuning of zero-shot models", "Wortsman et al.", 2022, "2109.01903", "CVPR 2022")
+
+
+def interpolate(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    alpha: float,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Write the model at `alpha` of the way from the base to the tuned one.
+
+    Example:
+        >>> interpolate("Qwen/Qwen2.5-0.5B", "law", "law-half", alpha=0.5)
+
+    Args:
+        base: The full model it was tuned from.
+        tuned: A full model, or a LoRA adapter on the base.
+        output_dir: Where the result goes; complete or absent.
+        alpha: Share of the way; beyond 1 exaggerates what was learnt.
+        **output: Form of the output and how it is written, see `OutputOptions`.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If `alpha` is no finite number.
+        MergeError: If the models do not fit.
+    """
+    _check(alpha)
+    members, full = open_members([tuned], base)
+    assert full is not None
+    rule = Average((1.0 - alpha, float(alpha)))
+    job = Job("interpolate", PAPER, [Member(full), *members], full, lambda _: rule, {"alpha": float(alpha)})
+    return run_job(job, Path(output_dir), output)
+
+
+def scan_alpha(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    gauge: Callable[[Path], float],
+    *,
+    alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    lower_is_better: bool = False,
+    **output: Unpack[OutputOptions],
+) -> tuple[MergeResult, dict[float, float]]:
+    """Try several points of the line with a gauge and keep the best.
+
+    One candidate is on the disk at a time. What was measured is kept beside the output while the scan runs, so an
+    interrupted scan goes on.
+
+    Example:
+        >>> best, scores = scan_alpha(base, "law", "law-best", gauge=lambda folder: score(folder))
+
+    Args:
+        base: The full model it was tuned from.
+        tuned: A full model, or a LoRA adapter on the base.
+        output_dir: Where the best goes.
+        gauge: Measures a candidate, given its folder (a model, or an adapter on the base).
+        alphas: The points.
+        lower_is_better: Whether the gauge is a loss.
+        **output: Form of the output and how it is written, see `OutputOptions`.
+
+    Returns:
+        The best, whose report holds the scan, and the gauge's value by alpha. Of equal values the smaller alpha wins.
+
+    Raises:
+        ValueError: If there is no point, or the gauge gives no number for any.
+    """
+    if not alphas:
+        raise ValueError("alphas is empty: give the points to try.")
+    for alpha in alphas:
+        _check(alpha)
+    target = Path(output_dir)
+    trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
+    found = {float(a): v for a, v in read_json(measured)} if measured.is_file() and output.get("resume", True) else {}
+    for alpha in sorted({float(a) for a in alphas} - found.keys()):
+        candidate = output.copy()
+        candidate["overwrite"], candidate["dry_run"] = True, False
+        interpolate(base, tuned, trial, alpha=alpha, **candidate)
+        found[alpha] = float(gauge(trial))
+        write_json(measured, sorted(found.items()))
+    numbers = {a: found[a] for a in sorted(float(a) for a in alphas) if found[a] == found[a]}
+    if not numbers:
+        raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")
+    best = min(numbers, key=lambda a: (numbers[a] if lower_is_better else -numbers[a], a))
+    result = interpolate(base, tuned, target, alpha=best, **output)
+    shutil.rmtree(trial, ignore_errors=True)
+    measured.unlink(missing_ok=True)
+    return result, found
+
+
+def _check(alpha: float) -> None:
+    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+        raise ValueError(f"alpha={alpha!r}: give a finite number, 0 for the base and 1 for the tuned model.")

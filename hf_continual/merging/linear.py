@@ -1,0 +1,125 @@
+"""Weighted averages: model soups (Wortsman et al. 2022), the rule that RECALL and WiSE-FT are made of.
+
+    theta = theta_0 + sum_{q >= 1} w_q (theta_q - theta_0),   sum_q w_q = 1
+
+In this form equal models give their own bytes back, the rounding error is relative to what differs, and the weights
+need not sum to one exactly in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.options import OutputOptions
+    from hf_continual.merging.result import MergeResult
+
+PAPER = Paper(
+    "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
+    "Wortsman et al.",
+    2022,
+    "2203.05482",
+    "ICML 2022",
+)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The weighted average as a rule on the values of all models.
+
+    Args:
+        weights: One per model; taken as summing to one, whatever the first is.
+    """
+
+    weights: tuple[float, ...]
+
+    def __call__(self, values: Sequence[Tensor]) -> Tensor:
+        """Average, overwriting the values.
+
+        Args:
+            values: The models' values of one range, first model first.
+
+        Returns:
+            The average, in the memory of the first.
+        """
+        first, *others = values
+        # Differences are taken before the first changes.
+        moved = [other.sub_(first) for other in others]
+        for weight, difference in zip(self.weights[1:], moved, strict=True):
+            first.add_(difference, alpha=weight)
+        return first
+
+
+def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    """Weights that sum to one.
+
+    Args:
+        weights: One per model, or None for equal ones.
+        number: How many models there are.
+
+    Returns:
+        The weights divided by their sum.
+
+    Raises:
+        ValueError: If their number or their sum is wrong.
+    """
+    if weights is None:
+        return (1.0 / number,) * number
+    if len(weights) != number:
+        raise ValueError(
+            f"weights={list(weights)!r} has {len(weights)} numbers for {number} models. Give one for each."
+        )
+    total = float(sum(weights))
+    if not total > 0 or total == float("inf"):
+        raise ValueError(
+            f"weights={list(weights)!r} sum to {total}; an average needs a positive sum. To add or subtract task vectors, "
+            f"use task_arithmetic."
+        )
+    return tuple(float(w) / total for w in weights)
+
+
+def merge_linear(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Average checkpoints without loading them.
+
+    Example:
+        >>> merge_linear(["me/seed-0", "me/seed-1"], "soup", weights=[0.7, 0.3])
+        >>> merge_linear(["law-adapter", "tax-adapter"], "both", base="Qwen/Qwen2.5-0.5B")
+
+    Args:
+        models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        weights: One number per model, divided by their sum; by default equal ones.
+        base: The full model that adapters sit on. It is no part of the average.
+        **output: Form of the output and how it is written, see `OutputOptions`.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models cannot be averaged, or a file changes meanwhile.
+    """
+    from hf_continual.merging.job import Job, run_job
+    from hf_continual.merging.members import open_members
+
+    members, full = open_members(models, base)
+    shares = normalised(weights, len(members))
+    job = Job("linear", PAPER, members, full, lambda _: Average(shares), {"weights": list(shares)})
+    return run_job(job, Path(output_dir), output)

@@ -1,0 +1,119 @@
+"""What a merge will do, known before a value is read: bytes, memory, disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_continual.merging.shards import Shard, memory_bound
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that passed every check.
+
+    Args:
+        kind: ``"model"`` or ``"adapter"``.
+        rank: Highest rank of an adapter.
+        shards: Files of weights with what their tensors are made of.
+        config: The output's configuration.
+        config_file: File that says just that and is copied, or None.
+        files: Other files, name in the output -> source.
+        facts: The report, as far as it is known.
+        identity: Hash of what decides the output's bytes.
+        notes: What the user should know.
+    """
+
+    kind: str
+    rank: int | None
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    config_file: Path | None
+    files: Mapping[str, Path]
+    facts: dict[str, Any]
+    identity: str
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes of weights that are read in chunks, without the factors of adapters."""
+        return sum(t.read_bytes for s in self.shards for t in s.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that are read; of adapters, what their folders hold."""
+        return self.bytes_streamed + sum(m["bytes"] for m in self.facts["models"] if m["kind"] == "adapter")
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the weight files."""
+        return sum(s.size for s in self.shards)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of buffers at most, beside what importing torch takes."""
+        return memory_bound(self.shards)
+
+
+def free_space(output_dir: Path) -> int:
+    """Free bytes where an output goes, whose folder need not exist yet."""
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Args:
+        plan: The merge.
+        output_dir: Where the result goes.
+        there: Bytes of it that are written already.
+
+    Raises:
+        OSError: ENOSPC, if the output and 2 % do not fit.
+    """
+    needed, free = int((plan.bytes_written - there) * 1.02), free_space(output_dir)
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{output_dir} needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free. Free some space, or choose an "
+            f"output_dir on another disk",
+        )
+
+
+def show_plan(plan: MergePlan, output_dir: Path) -> None:
+    """Print what a dry run found."""
+    table = Table(title=f"{plan.facts['method']} -> {os.fspath(output_dir)}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for model in plan.facts["models"]:
+        table.add_row(model["role"], f"{model['name']}  ({model['kind']}, {model['bytes'] / 1e9:.3f} GB)")
+    tensors = [t for s in plan.shards for t in s.tensors]
+    copied = sum(1 for t in tensors if t.parts and all(p.function is None for p in t.parts))
+    table.add_row("output", f"{plan.kind}" + ("" if plan.rank is None else f" of rank {plan.rank}"))
+    table.add_row(
+        "tensors", f"{len(tensors)}, {sum(prod(t.shape) for t in tensors):,} elements; {copied} copied as they are"
+    )
+    for option, value in plan.facts["options"].items():
+        table.add_row(option, str(value))
+    table.add_row("read", f"{plan.bytes_read / 1e9:.3f} GB")
+    table.add_row(
+        "write", f"{plan.bytes_written / 1e9:.3f} GB in {len(plan.shards)} files and {len(plan.files) + 1} small ones"
+    )
+    table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, beside about 150 MB of imports")
+    table.add_row("free disk", f"{free_space(output_dir) / 1e9:.1f} GB")
+    for note in plan.notes:
+        table.add_row("note", note)
+    table.add_row("checks", "all passed: names, shapes, types, configurations, tokenizers, disk, output folder")
+    Console().print(table)

@@ -1,0 +1,60 @@
+"""What a merge leaves behind, for the caller, for a report and for a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_continual.paper import Paper
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The outcome of a merge. `report` holds the facts a model card needs; it names no local folders.
+
+    Args:
+        output_dir: Where the result is.
+        method: Name of the method, such as ``"linear"``.
+        paper: What to cite.
+        kind: ``"model"`` or ``"adapter"``.
+        rank: Highest rank of an adapter output, else None.
+        report: What ``merge_report.json`` holds: models, options, weights, files with sha256, warnings.
+        bytes_read: Bytes of weights that were read.
+        bytes_written: Bytes of weights that were written.
+        seconds: Wall time by stage.
+    """
+
+    output_dir: Path
+    method: str
+    paper: Paper
+    kind: str
+    rank: int | None
+    report: Mapping[str, Any]
+    bytes_read: int
+    bytes_written: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RecallMergeResult(MergeResult):
+    """The outcome of `merge_with_recall`; beside `MergeResult`:
+
+    Args:
+        groups: ``embed``, ``layer.0`` ..., ``final``; or what given weights name.
+        weights: ``[N, G]``, float64.
+        similarity: ``[N, G]``, or None for given weights.
+        sigma2: ``[G]``, or None for given weights.
+        model_names: The models in the order of the weights.
+        anchor: Place of the newest model among them.
+    """
+
+    groups: tuple[str, ...] = ()
+    weights: np.ndarray | None = None
+    similarity: np.ndarray | None = None
+    sigma2: np.ndarray | None = None
+    model_names: tuple[str, ...] = ()
+    anchor: int = -1

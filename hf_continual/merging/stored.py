@@ -1,0 +1,211 @@
+"""Safetensors files, read without loading them: headers first, tensors a range of elements at a time.
+
+A safetensors file begins with the length of its header (8 bytes), then the header (JSON: name -> dtype, shape, byte
+range), then the bytes. So everything but the values is known after a few kilobytes, and the values are read with
+`pread` into buffers that the caller reuses; nothing is mapped, nothing is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from hf_continual.merging.errors import MergeError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+_LARGEST_HEADER = 100_000_000  # safetensors' own bound
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A safetensors file as it was when its header was read.
+
+    Args:
+        path: Where it is.
+        size: Bytes.
+        mtime_ns: When it was last written, in nanoseconds.
+        header_sha256: Fingerprint of its header.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a file that is another one by now.
+
+        Raises:
+            MergeError: If size or time of writing differ from when the header was read, or the file is gone.
+        """
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            raise MergeError(f"{self.path} was removed while it was merged. Put it back and start again.") from None
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise MergeError(
+                f"{self.path} changed while it was merged: {self.size} bytes, written at {self.mtime_ns} ns, when the "
+                f"merge was planned; {now.st_size} bytes, written at {now.st_mtime_ns} ns, now. The output is not "
+                f"touched. Start again when nothing writes to it any more."
+            )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Args:
+        name: Its name in the file.
+        file: The file.
+        dtype: Name of the type as safetensors spells it, such as ``"BF16"``.
+        shape: Its shape.
+        offset: First byte in the file.
+    """
+
+    name: str
+    file: StoredFile
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return self.numel * self.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be averaged."""
+        return self.dtype in FLOATS
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """The rows `first` to `last` (exclusive) as a tensor of their own; nothing is read."""
+        row = prod(self.shape[1:]) * self.itemsize
+        return StoredTensor(
+            self.name, self.file, self.dtype, (last - first, *self.shape[1:]), self.offset + first * row
+        )
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, in the order of their bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Where each tensor lies.
+
+    Raises:
+        MergeError: If the file is cut off, no safetensors file, or holds a type that cannot be merged.
+    """
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_LARGEST_HEADER, found.st_size - 8):
+            raise MergeError(
+                f"{path} ({found.st_size} bytes) is no safetensors file, or was cut off: its header would be {length} "
+                f"bytes long. Download or save it again."
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise MergeError(f"{path} has a header that cannot be read: {error}. Download or save it again.") from error
+    header.pop("__metadata__", None)
+    stored = StoredFile(path, found.st_size, found.st_mtime_ns, hashlib.sha256(raw).hexdigest())
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise MergeError(
+                f"{path} stores {name!r} as {entry['dtype']}; {', '.join(DTYPES)} can be read. Convert the model to "
+                f"bfloat16 or float16 first (load it and save it with dtype=)."
+            )
+        tensor = StoredTensor(name, stored, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+        if tensor.nbytes != end - begin or 8 + length + end > found.st_size:
+            raise MergeError(
+                f"{path} is cut off or damaged: {name!r} should take {tensor.nbytes} bytes up to byte "
+                f"{8 + length + end}; its header gives it {end - begin} and the file ends at {found.st_size}."
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def make_buffer(nbytes: int) -> torch.Tensor:
+    """A uint8 buffer whose memory goes back to the system with it; the allocator would keep it for later."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+
+
+def view(buffer: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor, to read into or write from."""
+    return memoryview(buffer.numpy())  # pyrefly: ignore[bad-argument-type]
+
+
+class Files:
+    """Open files, each opened once, to read ranges of tensors from. Closed by leaving the ``with``."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read_into(self, tensor: StoredTensor, start: int, stop: int, buffer: memoryview) -> None:
+        """Read elements `start` to `stop` of the flattened tensor into a writable buffer of exactly their size.
+
+        Args:
+            tensor: The tensor.
+            start: First element.
+            stop: Behind the last element.
+            buffer: Where the bytes go.
+
+        Raises:
+            MergeError: If the file ends too early.
+        """
+        path = tensor.file.path
+        if path not in self._open:
+            tensor.file.check_unchanged()
+            self._open[path] = os.open(path, os.O_RDONLY)
+        at, done = tensor.offset + start * tensor.itemsize, 0
+        while done < len(buffer):
+            got = os.preadv(self._open[path], [buffer[done:]], at + done)
+            if got == 0:
+                raise MergeError(f"{path} ended at byte {at + done} while {tensor.name!r} was read: it was cut off.")
+            done += got
+
+    def load(self, tensor: StoredTensor) -> torch.Tensor:
+        """A whole, small tensor (an adapter's factor) in its own type."""
+        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        if tensor.nbytes:
+            self.read_into(tensor, 0, tensor.numel, view(raw))
+        return raw.view(DTYPES[tensor.dtype]).view(tensor.shape)
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()

@@ -1,0 +1,55 @@
+"""Typical samples: one text per cluster of the new task, the one nearest to the centre."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def first_centres(points_ND: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Centres by k-means++: each is drawn in proportion to its squared distance from those before.
+
+    Drawn here and not by scikit-learn, whose draws may change with its versions; a seed must keep its meaning.
+
+    Args:
+        points_ND: The points, float64.
+        number: Centres wanted.
+        seed: Seed of numpy's PCG64.
+
+    Returns:
+        The centres; fewer if there are fewer different points.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    centres = [points_ND[int(generator.integers(len(points_ND)))]]
+    while len(centres) < number:
+        squared = np.min([np.square(points_ND - c).sum(axis=1) for c in centres], axis=0)
+        if (total := squared.sum()) == 0:
+            break
+        drawn = int(np.searchsorted(np.cumsum(squared), generator.random() * total, side="right"))
+        centres.append(points_ND[min(drawn, len(points_ND) - 1)])
+    return np.stack(centres)
+
+
+def typical_samples(points_ND: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
+    """Rows of the points that stand for the clusters, in ascending order.
+
+    Args:
+        points_ND: One representation per text.
+        number: Clusters, and so the most rows that are returned.
+        seed: Seed of the first centres.
+
+    Returns:
+        Row numbers; all rows if there are no more than `number`.
+    """
+    if number >= len(points_ND):
+        return np.arange(len(points_ND))
+    from sklearn.cluster import KMeans  # not on the path of a merge with given weights
+
+    points_ND = np.asarray(points_ND, dtype=np.float64)
+    centres = first_centres(points_ND, number, seed)
+    found = KMeans(len(centres), init=centres, n_init=1, max_iter=100, tol=0.0, algorithm="lloyd").fit(points_ND)
+    rows = set()
+    for cluster, centre in enumerate(found.cluster_centers_):
+        members = np.flatnonzero(found.labels_ == cluster)
+        if len(members):
+            rows.add(int(members[np.square(points_ND[members] - centre).sum(axis=1).argmin()]))
+    return np.array(sorted(rows))

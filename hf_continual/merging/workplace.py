@@ -1,0 +1,135 @@
+"""Where an output grows until it is whole: a hidden folder beside it, a journal, one rename at the end.
+
+``PARENT/.NAME.merging/`` holds ``out/`` (the output), ``journal.json`` (what is finished in it, and of which merge) and
+``lock``. A process that is killed leaves it behind; the same merge goes on in it, another one begins anew. Readers see
+the old output or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hf_continual.durable import read_json, write_json
+from hf_continual.merging.errors import MergeError
+
+logger = logging.getLogger(__name__)
+
+
+def check_free(output_dir: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, unless it may be replaced.
+
+    Args:
+        output_dir: The output's final place.
+        overwrite: Whether an old output may be replaced.
+
+    Raises:
+        FileExistsError: If it is a file, or holds files and `overwrite` is False.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"{output_dir} is a file; the output is a folder. Choose another output_dir.")
+    if output_dir.is_dir() and not overwrite and any(output_dir.iterdir()):
+        raise FileExistsError(
+            f"{output_dir} is not empty. Choose another output_dir, or replace it with overwrite=True; it stays as it "
+            f"is until the new one is complete."
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Workplace:
+    """A locked hidden folder in which one merge writes.
+
+    Args:
+        output_dir: The output's final place.
+        plan: Hash of everything that decides the output's bytes.
+        resume: Whether what an interrupted merge of the same plan finished is kept.
+    """
+
+    def __init__(self, output_dir: Path, plan: str, resume: bool = True) -> None:
+        self.output_dir = output_dir
+        self.folder = folder_beside(output_dir)
+        self.out = self.folder / "out"
+        self._journal = self.folder / "journal.json"
+        found = read_json(self._journal) if resume and self._journal.is_file() else {}
+        if self.out.exists() and found.get("plan") != plan:
+            logger.info("%s: an interrupted merge of other inputs or options is discarded", output_dir)
+            shutil.rmtree(self.out)
+        self.finished: dict[str, Any] = found.get("finished", {}) if found.get("plan") == plan else {}
+        self.finished = {
+            n: facts
+            for n, facts in self.finished.items()
+            if (self.out / n).is_file() and (self.out / n).stat().st_size == facts["size"]
+        }
+        if self.finished:
+            logger.info("%s: going on, %d files of an interrupted merge are finished", output_dir, len(self.finished))
+        self._plan = plan
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self._journal, {"plan": plan, "finished": self.finished})
+
+    def record(self, name: str, facts: dict[str, Any]) -> None:
+        """Note that a file, whose bytes are on the disk, is finished."""
+        self.finished[name] = facts
+        write_json(self._journal, {"plan": self._plan, "finished": self.finished})
+
+    def publish(self) -> None:
+        """Put the complete output in its place: the old one aside, one rename, the old one deleted last."""
+        sync_folder(self.out)
+        if self.output_dir.is_dir():
+            self.output_dir.rename(self.folder / "old")
+        self.out.rename(self.output_dir)
+        sync_folder(self.output_dir.parent)
+        shutil.rmtree(self.folder)
+
+
+def folder_beside(output_dir: Path) -> Path:
+    """The hidden folder in which an output grows."""
+    return output_dir.parent / f".{output_dir.name}.merging"
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Be the only process that writes this output; give back an old output that a crash left aside.
+
+    Args:
+        output_dir: The output's final place.
+
+    Yields:
+        Nothing; the lock is held meanwhile. The system gives it back when a process dies.
+
+    Raises:
+        MergeError: If another process writes it.
+    """
+    folder = folder_beside(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MergeError(
+            f"Another process is writing {output_dir} (it holds {folder / 'lock'}). Wait for it, or choose another "
+            f"output_dir."
+        ) from None
+    try:
+        if (folder / "old").is_dir() and not output_dir.exists():
+            (folder / "old").rename(output_dir)
+        yield
+    finally:
+        lock.release()
+        # A refused merge leaves nothing; an interrupted one leaves its journal and goes on later.
+        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", "calibration", "old")):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""Big checkpoints of random weights, written a tensor at a time; and a watched merge of them. Imports nothing heavy.
+
+python -m tests.merging.synthetic merge_linear OUT MODEL MODEL      prints seconds, memory and imports as JSON
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process: what cannot be dropped. Mapped files count elsewhere."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def shapes(hidden: int, inner: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    """A Llama's tensors."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        found |= {p + f"self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
+        found |= {p + f"mlp.{x}_proj.weight": (inner, hidden) for x in ("gate", "up")}
+        found |= {p + "mlp.down_proj.weight": (hidden, inner)}
+        found |= {p + f"{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
+    return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def write_model(
+    folder: Path, seed: int, layers: int, hidden: int = 1024, inner: int = 4096, vocab: int = 32_000
+) -> int:
+    """A bf16 checkpoint in one file, its bytes written one tensor at a time; returns its elements."""
+    import torch
+
+    folder.mkdir(parents=True)
+    config = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **config, "num_attention_heads": 16}))
+    entries, end, elements = {}, 0, 0
+    for name, shape in shapes(hidden, inner, layers, vocab).items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end, elements = end + size, elements + size // 2
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    torch.manual_seed(seed)
+    block = torch.randn(1 << 22).mul_(0.02).bfloat16().view(torch.uint8).numpy()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, end, len(block)):
+            file.write(memoryview(block)[: min(len(block), end - start)])
+    return elements
+
+
+class Watch(threading.Thread):
+    """The highest anonymous memory over time."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._stop_it = anonymous(), threading.Event()
+
+    def run(self) -> None:
+        """Look every two milliseconds."""
+        while not self._stop_it.wait(0.002):
+            self.peak = max(self.peak, anonymous())
+
+    def stop(self) -> int:
+        """The highest seen."""
+        self._stop_it.set()
+        self.join()
+        return max(self.peak, anonymous())
+
+
+def watched(function: str, out: str, models: list[str], watch_memory: bool = True) -> dict[str, Any]:
+    """Run a merge and tell what it took above `import torch`; watching the memory costs CPU time of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    before = anonymous()
+    watch = Watch()
+    if watch_memory:
+        watch.start()
+    started, cpu = time.perf_counter(), time.process_time()
+    face = importlib.import_module("hf_continual")
+    options = {"weights": {"default": [0.4, 0.6]}} if function == "merge_with_recall" else {"weights": [0.4, 0.6]}
+    result = getattr(face, function)(models, out, progress=False, **options)
+    return {
+        "wall": time.perf_counter() - started,
+        "cpu": time.process_time() - cpu,
+        "memory": watch.stop() - before if watch_memory else None,
+        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "torch": before,
+        "imported": [m for m in ("transformers", "peft", "sklearn", "datasets", "trl") if m in sys.modules],
+        "bytes": result.bytes_written,
+    }
+
+
+if __name__ == "__main__":
+    asked, *rest = sys.argv[1:]
+    sys.stdout.write(json.dumps(watched(asked.removesuffix("!"), rest[0], rest[1:], not asked.endswith("!"))))

@@ -1,0 +1,106 @@
+"""`hf-continual merge METHOD`, and merging between the tasks of a plan."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_continual import merge_linear, merge_with_recall, train_stream
+from hf_continual.cli import app
+from hf_continual.merging.command import METHODS, run_merge
+from tests.merging.world import adapter, build, digest, save
+from tests.stream.world import make
+
+
+@pytest.fixture
+def world(tmp_path):
+    base = build()
+    save(base, tmp_path / "base")
+    rows = [{"prompt": f"w{i} w{i + 1} w3", "completion": f" w{i + 2} w5"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path, adapter(base, tmp_path / "a1", 1), adapter(base, tmp_path / "a2", 2)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)], catch_exceptions=True)
+
+
+def test_every_method_runs(world):
+    tmp, a1, a2 = world
+    base = ("--base", tmp / "base", "--quiet")
+    for method, models, options in (
+        (
+            "recall",
+            (a1, a2),
+            ("--calibration", tmp / "rows.jsonl", "--num-typical", "4", "--bandwidth", "2.5", "--temperature", "0.5"),
+        ),
+        ("linear", (a1, a2), ("--weights", "0.7,0.3")),
+        ("interpolate", (a1,), ("--alpha", "0.5", "--output", "model", "--dtype", "bfloat16")),
+        ("task-arithmetic", (a1, a2), ("--scale", "0.5,-0.2", "--adapter-rank", "3")),
+        ("ties", (a1, a2), ("--density", "0.3")),
+        ("magnitude-max", (a1, a2), ()),
+    ):
+        done = run(method, *models, "--out", tmp / method, *base, *options)
+        assert done.exit_code == 0, (method, done.output, done.exception)
+        assert f"in {tmp / method}" in done.output.replace("\n", "")
+    assert set(METHODS) == {p.name for p in tmp.iterdir()} - {"base", "a1", "a2", "rows.jsonl"}
+    merge_linear([a1, a2], tmp / "same", base=tmp / "base", weights=[0.7, 0.3])
+    assert digest(tmp / "same") == digest(tmp / "linear")
+    report = json.loads((tmp / "recall" / "recall_report.json").read_text())
+    assert (report["options"]["bandwidth"], report["options"]["temperature"]) == (2.5, 0.5)
+    again = run("recall", a1, a2, "--out", tmp / "again", *base, "--weights", tmp / "recall" / "recall_report.json")
+    assert again.exit_code == 0 and digest(tmp / "again") == digest(tmp / "recall")
+    dry = run("ties", a1, a2, "--out", tmp / "dry", *base, "--dry-run")
+    assert dry.exit_code == 0 and "all passed" in dry.output and not (tmp / "dry").exists()
+
+
+def test_wrong_calls_say_what_is_right(world):
+    tmp, a1, a2 = world
+    for method, models, options, said in (
+        ("slerp", [a1], {}, "there is no merge 'slerp'; there are recall, linear"),
+        ("ties", [a1, a2], {"alpha": 1.0}, "merge ties does not take --alpha; it takes --density, --scale"),
+        ("interpolate", [a1, a2], {"alpha": 1.0}, r"needs one model \(got 2\), --base and --alpha"),
+        ("linear", [a1, a2], {"weights": "half"}, "--weights='half': give numbers separated by commas"),
+        ("task-arithmetic", [a1, a2], {}, "needs --base"),
+    ):
+        base = None if method == "task-arithmetic" else str(tmp / "base")
+        with pytest.raises(ValueError, match=said):
+            run_merge(method, list(map(str, models)), tmp / "out", base, options, {"dry_run": False})
+
+
+def test_the_command_knows_the_options_of_the_functions():
+    import importlib
+
+    for name, (where, known) in METHODS.items():
+        module, _, attribute = where.partition(":")
+        parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
+        assert set(known) <= set(parameters), name
+    assert "push_to_hub" not in inspect.signature(merge_with_recall).parameters
+
+
+def test_between_the_tasks_of_a_plan(tmp_path):
+    """A plan's merge calls the function with folders, base and the task's rows; joint from the base, and running."""
+    options = {"num_typical": 3, "progress": False}
+    peft = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    for start in ("base", "merged"):
+        merge = {"merge": {"function": "hf_continual:merge_with_recall", "start": start, "options": options}}
+        plan = make(tmp_path, peft=peft, between_tasks=merge, output_dir=str(tmp_path / start))
+        plan["evaluation"] = {"tasks": "seen", "base": False, "bootstrap": 0}
+        result = train_stream(plan)
+        assert len(result.matrix.scores) == 3
+        config = json.loads((tmp_path / start / "task-02-t2" / "adapter_config.json").read_text())
+        report = json.loads((tmp_path / start / "task-02-t2" / "recall_report.json").read_text())
+        assert report["mode"] == ("joint" if start == "base" else "running")
+        assert len(report["weights"]["embed"]) == (3 if start == "base" else 2) and config["r"] in (12, 16, 8)
+
+
+def test_full_models_of_a_plan(tmp_path):
+    merge = {"merge": {"function": "hf_continual:merge_linear"}}
+    plan = make(tmp_path, between_tasks=merge)
+    plan["evaluation"] = {"tasks": "seen", "base": False, "bootstrap": 0}
+    plan["tasks"] = plan["tasks"][:2]
+    train_stream(plan)
+    assert (tmp_path / "out" / "task-01-t1" / "merge_report.json").is_file()
