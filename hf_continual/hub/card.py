@@ -148,7 +148,7 @@ def snippet(facts: CardFacts) -> str:
             'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
         )
     else:
-        ask = 'inputs = tokenizer("Hello!", return_tensors="pt")\ninputs.pop("token_type_ids", None)'
+        ask = 'inputs = tokenizer("Hello!", return_tensors="pt", return_token_type_ids=False)'
     return (
         f'{imports}\n\ntokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
         f'model = {cls}.from_pretrained("{model_id}")\n'

@@ -86,7 +86,10 @@ def _explain(error: BaseException, token: str | None, user: str | None) -> str:
     inner = f" ({type(last).__name__}: {last})" if last is not error and str(last) else ""
     text = f"{type(error).__name__}: {error}{inner}"
     if passes(error):
-        return f"the connection failed again and again: {text} Push again; what is uploaded is not sent twice."
+        return (
+            f"the connection failed again and again: {text} Push again; what is uploaded is not sent twice. "
+            f"Where a proxy lets no Xet traffic through, HF_HUB_DISABLE_XET=1 uploads in the older way."
+        )
     return text
 
 

@@ -361,6 +361,27 @@ def test_no_token_and_other_ranks(hub, folder, monkeypatch):
         push_to_hub(folder, "me/m")
 
 
+def test_xet_is_left_to_the_client(hub, folder, monkeypatch):
+    """Where hf_xet is there and not switched off, uploads go by Xet; this Hub has none, so it ends in one clear error."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import is_xet_available
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert is_xet_available()
+    before = weights(folder)
+    with pytest.raises(HubPushError, match="(?s)me/m was not pushed"):
+        push_to_hub(folder, "me/m")
+    assert (
+        HUB.requests("GET", "/xet-write-token/")
+        and not HUB.requests("POST", "/batch|/commit/")
+        and not HUB.requests("PUT", "")
+    )
+    safe_on_disk(folder, before)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    push_to_hub(folder, "me/m")
+    complete(folder)
+
+
 def test_the_server_is_one(hub, folder, tmp_path):
     """The loopback Hub and the plain client understand each other without this library."""
     api = HfApi()
