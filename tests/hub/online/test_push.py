@@ -364,7 +364,7 @@ def test_no_token_and_other_ranks(hub, folder, monkeypatch):
 def test_xet_is_left_to_the_client(hub, folder, monkeypatch):
     """Where hf_xet is there and not switched off, uploads go by Xet; this Hub has none, so it ends in one clear error."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub.utils._runtime import is_xet_available
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     assert is_xet_available()
