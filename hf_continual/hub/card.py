@@ -117,6 +117,8 @@ def summary(facts: CardFacts) -> str:
         return first + "\nIt was not scored on its tasks (NOT_RUN)."
     what = "loss" if facts.evaluation.lower_is_better else "score"
     second = f"After the last task its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
+    if facts.merge is not None:
+        second = f"Its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
     if len(facts.evaluation.tasks) == 1:
         second = f"Its {what} on {facts.evaluation.tasks[0]} is **{tables.number(figures['op'])}**"
     if (lost := figures["forgetting"]) is not None:
@@ -202,7 +204,8 @@ def _method_text(facts: CardFacts) -> str:
         run.append(f"{facts.seconds:.0f} s of training")
     if run:
         lines.append(f"\nLast stage: {', '.join(run)}.")
-    return "\n".join(lines) + f"\n\nEverything that was set is in [{CONFIG}]({CONFIG})."
+    lines.append(f"{chr(10) if lines else ''}Everything that was set is in [{CONFIG}]({CONFIG}).")
+    return "\n".join(lines)
 
 
 def _settings_table(facts: CardFacts) -> str:
@@ -271,9 +274,8 @@ def limits(facts: CardFacts) -> str:
         )
     if not facts.languages:
         lines.append("- The languages of the training rows were not stated.")
-    lines.append(
-        "- It was measured on held-out rows of its own tasks; nothing is known about safety, bias or other uses."
-    )
+    scored_on = "The scores are on rows of its own tasks; n" if evaluation.matrix else "N"
+    lines.append(f"- {scored_on}othing is known about safety, bias or other uses.")
     return "\n".join(lines)
 
 
