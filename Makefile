@@ -12,7 +12,7 @@ else
 endif
 BIN := $(dir $(PYTHON))
 
-.PHONY: help install demo test test-fast check format bench docs build clean
+.PHONY: help install demo test test-fast check format cards bench docs build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ check: $(STAMP) ## lint, format, types, docstrings, import directions
 format: $(STAMP) ## format and fix what can be fixed
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+cards: $(STAMP) ## render the reference model cards again, in model_cards
+	$(OFFLINE) $(PYTHON) -m tests.hub.cards
 
 bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers, evaluation
 	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done

@@ -15,6 +15,9 @@ from hf_continual.versions import check_versions
 if TYPE_CHECKING:
     from hf_continual.data.collator import ReplayCollator
     from hf_continual.data.replay import ReplayRows
+    from hf_continual.hub.card import render_card
+    from hf_continual.hub.errors import HubPushError
+    from hf_continual.hub.push import push_to_hub
     from hf_continual.merging.interpolate import interpolate, scan_alpha
     from hf_continual.merging.kif import kif_fuse
     from hf_continual.merging.linear import merge_linear
@@ -59,6 +62,9 @@ _FACE = {
     "KIF": "hf_continual.methods.kif",
     "RecAdam": "hf_continual.methods.recadam",
     "AccuracyMatrix": "hf_continual.metrics",
+    "push_to_hub": "hf_continual.hub.push",
+    "render_card": "hf_continual.hub.card",
+    "HubPushError": "hf_continual.hub.errors",
     "merge_with_recall": "hf_continual.merging.with_recall",
     "merge_linear": "hf_continual.merging.linear",
     "interpolate": "hf_continual.merging.interpolate",
@@ -88,6 +94,9 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "KIF",
     "RecAdam",
     "AccuracyMatrix",
+    "push_to_hub",
+    "render_card",
+    "HubPushError",
     "merge_with_recall",
     "merge_linear",
     "interpolate",

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 import hf_continual
+from hf_continual.hub.command import PUSH_FAILED, card, push
+from hf_continual.hub.errors import HubPushError
 from hf_continual.merging.command import merge
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(card, name="card")
+app.command()(push)
 DEBUG = {"on": False}
 app.command()(merge)
 
@@ -96,7 +100,7 @@ def methods() -> None:
 
 
 def main() -> None:
-    """Run the command line; known errors are printed as one message with exit code 2."""
+    """Run the command line; known errors are printed as one message with exit code 2, a push that failed with 3."""
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
@@ -105,4 +109,4 @@ def main() -> None:
         Console(stderr=True).print(
             Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False, soft_wrap=True
         )
-        sys.exit(2)
+        sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)

@@ -123,6 +123,50 @@ def plot_matrix(
     return figure
 
 
+def plot_stages(
+    scores: Sequence[Sequence[float | None]],
+    tasks: Sequence[str],
+    base: Sequence[float | None] | None = None,
+    lower_is_better: bool = False,
+) -> Figure:
+    """The score of every task after every stage: forgetting curves of a finished sequence.
+
+    Args:
+        scores: Row i = after task i; None where it was not measured.
+        tasks: Names of the tasks.
+        base: Scores of the base model, for a first point.
+        lower_is_better: Whether the scores are losses.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    stages = [*([("base model", base)] if base is not None else []), *zip(tasks, scores, strict=False)]
+    figure = Figure(figsize=(2.6 + 0.9 * max(len(stages), 3), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    first = len(stages) - len(scores)
+    for j, task in enumerate(tasks):
+        points = [(i, row[j]) for i, (_, row) in enumerate(stages) if j < len(row) and row[j] is not None]
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        colour, marker = COLOURS[j % len(COLOURS)], MARKERS[j % len(MARKERS)]
+        axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=task)
+        if j < len(scores) and (first + j) in x:
+            at = y[x.index(first + j)]
+            axis.plot([first + j], [at], marker="o", markersize=11, fillstyle="none", color=colour)
+    if not lower_is_better and all(v is None or 0 <= v <= 1 for _, row in stages for v in row):
+        axis.set_ylim(-0.04, 1.04)
+    axis.set_xticks(range(len(stages)), [name for name, _ in stages], rotation=20, ha="right")
+    axis.set_xlabel("after learning (a ring: the task was just learnt)")
+    axis.set_ylabel("loss" if lower_is_better else "score")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="scored on", title_fontsize=8)
+    return figure
+
+
 def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Sequence[str]) -> Figure:
     """How much of each layer of a merge comes from which model: a heat map of layers by models.
 

@@ -98,6 +98,7 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Make every check, print the plan, write nothing.")
     ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Hub id to publish the result at.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log.")] = False,
 ) -> None:
     """Merge checkpoints into one, a chunk at a time: models are never in memory."""
@@ -112,6 +113,7 @@ def merge(
     written = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
         "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
+        "push_to_hub": push_to_hub,
     }  # fmt: skip
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):

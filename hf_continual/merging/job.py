@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.adapter_output import adapter_config, adapter_tensors, check_adapter_output
+from hf_continual.merging.card import write_merge_card
 from hf_continual.merging.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, INDEX, Checkpoint
 from hf_continual.merging.checks import check_configs, check_tokenizers, warn_identical
 from hf_continual.merging.chunks import OutputTensor
@@ -53,6 +54,7 @@ class Job:
         evidence: Writes further files, told the output folder.
         tensors: Lays the output out itself, told how it is written and where notes go. The models may then be adapters
             that are combined element by element, as tensors of their own and not as what they do to a base.
+        image: Name of the picture of the weights that `evidence` draws, or None.
     """
 
     method: str
@@ -66,9 +68,42 @@ class Job:
     facts: Mapping[str, Any] = field(default_factory=dict)
     evidence: Callable[[Path], None] | None = None
     tensors: Callable[[Output, list[str]], list[OutputTensor]] | None = None
+    image: str | None = None
 
 
 def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
+    """Make a merge, and push it if that is asked for; see `_run`."""
+    repo_id, dry = check_push(given)
+    result = _run(job, output_dir, given)
+    if repo_id is not None and not dry:
+        from hf_continual.hub.push import push_to_hub
+
+        push_to_hub(output_dir, repo_id)
+    return result
+
+
+def check_push(given: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Check that a push can succeed, before anything is computed.
+
+    Args:
+        given: `OutputOptions`.
+
+    Returns:
+        Where to push, or None; and whether this is a dry run.
+
+    Raises:
+        HubPushError: If it cannot.
+    """
+    options = read_output(given)
+    if options.push_to_hub is not None:
+        # Imported when asked for: a merge of folders needs no network code.
+        from hf_continual.hub.preflight import preflight
+
+        preflight(options.push_to_hub, create=not options.dry_run)
+    return options.push_to_hub, options.dry_run
+
+
+def _run(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
     """Check, plan, write, publish.
 
     Args:
@@ -122,6 +157,7 @@ def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult
         if job.evidence is not None:
             job.evidence(work.out)
         write_json(work.out / job.report, report)
+        write_merge_card(work.out, job, report, output_dir.resolve().name)
         work.publish()
     return _result(job, plan, output_dir, seconds, report)
 

@@ -29,6 +29,7 @@ class OutputOptions(TypedDict, total=False):
         overwrite: Whether an output folder that holds something is replaced, once the new one is complete.
         dry_run: Whether to make every check, print the plan, and write nothing.
         progress: Whether to show a progress bar; None: if the standard error is a terminal.
+        push_to_hub: Hub id to publish the result at, checked before the merge, see `hf_continual.push_to_hub`.
     """
 
     output: Literal["model", "adapter"] | None
@@ -40,6 +41,7 @@ class OutputOptions(TypedDict, total=False):
     overwrite: bool
     dry_run: bool
     progress: bool | None
+    push_to_hub: str | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Output:
     overwrite: bool = False
     dry_run: bool = False
     progress: bool | None = None
+    push_to_hub: str | None = None
 
 
 def read_output(options: Mapping[str, Any]) -> Output:

@@ -14,7 +14,7 @@ from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
 from hf_continual.merging.heat_map import save_heat_map
-from hf_continual.merging.job import Job, make_plan, run_job
+from hf_continual.merging.job import Job, check_push, make_plan, run_job
 from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.options import read_output
@@ -67,6 +67,7 @@ def merge_with_recall(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
+    push_to_hub: str | None = None,
 ) -> RecallMergeResult:
     """Merge models of a sequence of tasks with one weight per model and layer, found from representations.
 
@@ -108,6 +109,7 @@ def merge_with_recall(
         overwrite: Whether an output folder that holds something is replaced, once the new one is complete.
         dry_run: Whether to make every check, print the plan, and write nothing.
         progress: Whether to show a progress bar; None: if the standard error is a terminal.
+        push_to_hub: Hub id to publish the result at, checked before the merge, see `hf_continual.push_to_hub`.
 
     Returns:
         Where the result is, the weights and how they came about.
@@ -121,6 +123,7 @@ def merge_with_recall(
     given = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
         "resume": resume, "overwrite": overwrite, "dry_run": dry_run, "progress": progress,
+        "push_to_hub": push_to_hub,
     }  # fmt: skip
     choices = {
         "include_base": include_base, "num_typical": num_typical, "pool_size": pool_size, "max_length": max_length,
@@ -128,6 +131,7 @@ def merge_with_recall(
         "calibration_mode": calibration_mode,
     }  # fmt: skip
     target = Path(output_dir)
+    check_push(given)
     try:
         members, place, full = _members(models, base, include_base, anchor)
         with_base = members[0].adapter is None and members[0].checkpoint is full
@@ -222,5 +226,5 @@ def _job(
 
     return Job(
         "recall", PAPER, members, base, lambda name: rules[groups[name]], choices, newest=anchor, report=RECALL_REPORT,
-        facts={**known, **facts}, evidence=draw,
+        facts={**known, **facts}, evidence=draw, image=HEAT_MAP,
     )  # fmt: skip

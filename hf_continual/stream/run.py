@@ -16,6 +16,7 @@ from hf_continual.stream.folders import learn_task, main_decides, read_stage, sc
 from hf_continual.stream.learner import PlanLearner, find_function
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared, prepare
+from hf_continual.stream.publish import write_stage_card
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.record import keep_plan, only_one, plain_plan
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
@@ -90,7 +91,10 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
             parent = prepared.stream.parent(task)
             learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
             if main:
-                write_json(output_dir / RESULTS, collect(prepared, output_dir, base_dir).results)
+                found = collect(prepared, output_dir, base_dir).results
+                write_json(output_dir / RESULTS, found)
+                last = task.name == found["tasks"][-1] if found["tasks"] else False
+                write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
         return collect(prepared, output_dir, base_dir)
 

@@ -1,4 +1,4 @@
-"""ContinualConfig: SFTConfig and three fields of its own."""
+"""ContinualConfig: SFTConfig and a few fields of its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class ContinualConfig(SFTConfig):
             these; on a command line as JSON. Exclusive with ``ContinualTrainer(methods=...)``.
         task_name: Name of the task in logs, folders and cards.
         task_index: Place of the task in its sequence, counted from 0.
+        hub_base_model: Hub id of the base model, where `model` is a folder that holds a copy of it.
+        hub_license: Licence id of the pushed model, where the parents' licences differ.
 
     Raises:
         TypeError: If a hyper-parameter of a method has the wrong type.
@@ -40,6 +42,13 @@ class ContinualConfig(SFTConfig):
     )
     task_name: str = field(default="task", metadata={"help": "Name of the task."})
     task_index: int = field(default=0, metadata={"help": "Place of the task in its sequence, counted from 0."})
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."},
+    )
+    hub_license: str | None = field(
+        default=None, metadata={"help": "Licence id of the pushed model, where the parents' licences differ."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str) and self.methods.lstrip().startswith("["):

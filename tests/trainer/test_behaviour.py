@@ -175,26 +175,6 @@ def test_saved_models_load_plainly(tmp_path):
     assert torch.equal(toy.flat(AutoModelForCausalLM.from_pretrained(tmp_path / "final")), toy.flat(trainer.model))
 
 
-def test_pushing_goes_the_same_way(tmp_path, monkeypatch):
-    calls = []
-
-    class Hub:
-        def create_repo(self, *args, **kwargs):
-            return type("Url", (), {"repo_id": "me/x"})()
-
-        def upload_folder(self, **kwargs):
-            calls.append(kwargs)
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    for cls in (SFTTrainer, ContinualTrainer):
-        trainer = build(cls, tmp_path / cls.__name__, settings={"hub_model_id": "me/x"})
-        trainer.train()
-        trainer.push_to_hub(commit_message="done")
-    assert [c["repo_id"] for c in calls] == ["me/x", "me/x"] and calls[0]["commit_message"] == calls[1][
-        "commit_message"
-    ]
-
-
 def test_the_signature_is_sfttrainers():
     wanted = list(inspect.signature(SFTTrainer.__init__).parameters.values())
     got = list(inspect.signature(ContinualTrainer.__init__).parameters.values())

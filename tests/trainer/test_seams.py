@@ -18,6 +18,12 @@ OVERRIDDEN = {
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "save_model": ["self", "output_dir", "_internal_call"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "init_hf_repo": ["self", "token", "private"],
+    "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_finish_current_push": ["self"],
 }
 CALLED = {
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],

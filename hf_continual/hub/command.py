@@ -1,0 +1,85 @@
+"""`hf-continual card` and `hf-continual push`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hf_continual.hub.errors import HubPushError
+
+PUSH_FAILED = 3
+
+card = typer.Typer(help="Model cards: check one, or write it from the facts in a folder.", no_args_is_help=True)
+
+
+@card.command()
+def check(folder: Annotated[Path, typer.Argument(help="Folder with a README.md, or a card.")]) -> None:
+    """Check a card without the network: exit code 0 if it is clean, 2 if there are findings."""
+    from hf_continual.hub.lint import lint_card, lint_folder
+
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist.")
+    found = lint_card(folder.read_text(encoding="utf-8")) if folder.is_file() else lint_folder(folder)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for finding in found:
+        console.print(str(finding))
+    console.print(f"{len(found)} finding{'s' * (len(found) != 1)}" if found else "clean")
+    raise typer.Exit(2 if found else 0)
+
+
+@card.command()
+def render(
+    folder: Annotated[Path, typer.Argument(help="Folder with continual_config.json.")],
+    repo_id: Annotated[str | None, typer.Option(help="Where the model is, or will be, published.")] = None,
+) -> None:
+    """Write the card of a folder again; the author's text in it stays."""
+    from dataclasses import replace
+
+    from hf_continual.hub.files import write_card
+    from hf_continual.hub.folder_facts import read_facts
+
+    facts = read_facts(folder)
+    write_card(folder, facts if repo_id is None else replace(facts, repo_id=repo_id))
+    Console(highlight=False, soft_wrap=True).print(str(folder / "README.md"))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model or adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository: name, or namespace/name.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Name for the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make every check and send nothing.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence id, where the parents' licences differ.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, if the folder has only a path.")
+    ] = None,
+) -> None:
+    """Publish a folder in one commit; called again it goes on where it was stopped. Exit code 3 if it was not pushed."""
+    from hf_continual.hub.push import push_to_hub
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    try:
+        done = push_to_hub(
+            folder, repo_id, private=private, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run,
+            license=license, base_model=base_model,
+        )  # fmt: skip
+    except HubPushError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"HubPushError: {error}")
+        sys.exit(PUSH_FAILED)
+    if done is None:
+        return
+    console.print(
+        f"{len(done.files)} files, {done.size:,} bytes{', left here: ' + ', '.join(done.left_out) if done.left_out else ''}"
+    )
+    if done.oid is None:
+        console.print(f"dry run: {done.repo_id} can be pushed to; nothing was sent")
+    else:
+        console.print(f"{'pushed' if done.new else 'was there already'}: {done.pr_url or done.commit_url}")

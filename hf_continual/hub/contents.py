@@ -1,0 +1,194 @@
+"""What of a folder goes to the Hub: a complete model, its card and evidence; nothing that executes or leaks."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_continual.hub.text import TOKEN
+
+# An allow-list: what no rule names stays at home, so that nothing new leaks.
+WANTED = (
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.png",
+    "*.py", "LICENSE*", "NOTICE*", "*.yaml", "plots/*.png", "chat_templates/*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+UNWANTED = (
+    "trainer_state.json",
+    "training_args*",
+    "plan.json",
+    ".*",
+    "*.partial",
+    "optimizer*",
+    "scheduler*",
+    "rng_state*",
+)
+# Weights in the root of a repository that would be loaded in place of, or beside, what is pushed.
+WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
+    "adapter_config.json", "training_args.bin",
+)  # fmt: skip
+_LARGE_TEXT = 10 * 2**20
+
+
+class IncompleteFolder(ValueError):
+    """A folder that cannot be pushed as it is."""
+
+
+@dataclass
+class Contents:
+    """The files of a push, with their checksums.
+
+    Args:
+        folder: The folder.
+        files: Path in the repository -> file.
+        left_out: Files that stay here.
+        seen: State of the files in which no token was found.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    left_out: tuple[str, ...] = ()
+    seen: frozenset[tuple[str, int, int]] = frozenset()
+    _digests: dict[tuple[str, str, int, int], str] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter."""
+        return "adapter_config.json" in self.files
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    def matches(self, name: str, sha256: str | None, blob: str | None) -> bool:
+        """Whether a file equals a remote one: by sha256 for large storage, else by git's blob id."""
+        return self._checksum(name, "sha1" if sha256 is None else "sha256") == (blob if sha256 is None else sha256)
+
+    def _checksum(self, name: str, kind: str) -> str:
+        """A checksum, computed once for as long as the file stays as it is."""
+        file = self.files[name]
+        size = file.stat().st_size
+        key = (kind, *_state(name, file))
+        if key not in self._digests:
+            head = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+            self._digests[key] = _digest(file, hashlib.sha256() if kind == "sha256" else head)
+        return self._digests[key]
+
+
+def _state(name: str, file: Path) -> tuple[str, int, int]:
+    found = file.stat()
+    return name, found.st_size, found.st_mtime_ns
+
+
+def _digest(file: Path, digest: hashlib._Hash) -> str:
+    with file.open("rb") as opened:
+        while piece := opened.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def collect(folder: Path, secrets: Iterable[str] = (), before: Contents | None = None) -> Contents:
+    """The files that are pushed.
+
+    Args:
+        folder: The folder.
+        secrets: Values that must be in no file.
+        before: What was collected a moment ago, whose checksums still hold where a file is unchanged.
+
+    Returns:
+        The files.
+
+    Raises:
+        IncompleteFolder: If there is no whole model, two of them, or a file holds a token.
+    """
+    if not folder.is_dir():
+        raise IncompleteFolder(f"{folder} is no folder. Save the model first.")
+    files, left_out = {}, []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        wanted = any(_match(name, pattern) for pattern in WANTED)
+        if wanted and not any(fnmatch.fnmatch(file.name, pattern) for pattern in UNWANTED):
+            files[name] = file
+        elif name.count("/") == 0:
+            left_out.append(name)
+    _check_model(folder, files)
+    seen = set() if before is None else before.seen
+    states = {name: _state(name, file) for name, file in files.items()}
+    _check_secrets({n: f for n, f in files.items() if states[n] not in seen}, [s for s in secrets if s])
+    digests = {} if before is None else before._digests
+    return Contents(folder, files, tuple(left_out), frozenset(states.values()), digests)
+
+
+def _match(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
+
+
+def _check_model(folder: Path, files: dict[str, Path]) -> None:
+    adapter, full = "adapter_config.json" in files, "config.json" in files
+    weights = [n for n in files if n.endswith(".safetensors")]
+    models = [n for n in weights if not n.startswith("adapter_model")]
+    if adapter and models:
+        raise IncompleteFolder(
+            f"{folder} holds an adapter and full weights ({models[0]}): from_pretrained would follow adapter_config.json and "
+            f"ignore the weights. Keep one of the two in a folder of its own."
+        )
+    if adapter and "adapter_model.safetensors" not in files:
+        raise IncompleteFolder(
+            f"{folder} holds adapter_config.json and no adapter_model.safetensors. Save the adapter again."
+        )
+    if not adapter and not (full and weights):
+        missing = "config.json" if not full else "a *.safetensors file"
+        raise IncompleteFolder(f"{folder} holds no whole model: {missing} is missing. Save the model there first.")
+    for name in [n for n in files if n.endswith(".safetensors.index.json")]:
+        shards = set(json.loads(files[name].read_text(encoding="utf-8"))["weight_map"].values())
+        if lost := sorted(shards - set(files)):
+            raise IncompleteFolder(
+                f"{name} names {lost[0]}, which is not in {folder}: the model is not whole. Save it again."
+            )
+    for name in weights:
+        _check_whole(name, files[name])
+
+
+def _check_whole(name: str, file: Path) -> None:
+    """Refuse a safetensors file that was cut: its head says how long it must be."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            head = json.loads(opened.read(length))
+        end = 8 + length + max((v["data_offsets"][1] for k, v in head.items() if k != "__metadata__"), default=0)
+    except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise IncompleteFolder(
+            f"{name} is no whole safetensors file ({type(error).__name__}). Save the model again."
+        ) from error
+    if end != size:
+        raise IncompleteFolder(f"{name} has {size} bytes and its head says {end}: it was cut. Save the model again.")
+
+
+def _check_secrets(files: dict[str, Path], secrets: list[str]) -> None:
+    for name, file in files.items():
+        if file.stat().st_size == 0:
+            continue
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = any(data.find(secret.encode()) >= 0 for secret in secrets)
+            if not found and not name.endswith((".safetensors", ".png")) and len(data) < _LARGE_TEXT:
+                found = re.search(TOKEN, data[:].decode("utf-8", "replace")) is not None
+        if found:
+            raise IncompleteFolder(
+                f"{name} holds an access token, which everybody could read in the repository. Take it out (and revoke it if "
+                f"the file was ever shared)."
+            )
+
+
+def secrets_in_use(token: str | None) -> list[str]:
+    """The tokens that a push works with."""
+    return [s for s in (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")) if s]

@@ -1,0 +1,251 @@
+"""What a card is made from: plain facts, no model, no network. `None` is unknown, and the unknown is not printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hf_continual.hub.refs import UNKNOWN, ModelRef
+from hf_continual.metrics import AccuracyMatrix, Cell, mean
+from hf_continual.paper import Paper
+
+Relation = Literal["adapter", "finetune", "merge"]
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """One task of the sequence.
+
+    Args:
+        name: Name.
+        dataset: Hub id of its rows, or None.
+        dataset_config: Name of the dataset's configuration.
+        dataset_split: Split that was learnt.
+        dataset_revision: Commit of the dataset.
+        train_rows: Number of rows that were learnt.
+        started_from: Model that training went on from.
+        checkpoint: Where the model of this stage is published; None for the last, which is this model.
+    """
+
+    name: str
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    dataset_revision: str | None = None
+    train_rows: int | None = None
+    started_from: ModelRef | None = None
+    checkpoint: ModelRef | None = None
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A method against forgetting.
+
+    Args:
+        name: Its short name.
+        options: Its hyper-parameters, plain data.
+        paper: What it cites.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paper: Paper | None = None
+
+
+@dataclass(frozen=True)
+class GaugeFacts:
+    """An ability beside the tasks, before and after.
+
+    Args:
+        name: Benchmark.
+        base: Value of the base model.
+        value: Value of this model.
+        lower_is_better: Whether it is a loss.
+        protocol: How it was measured.
+        n: Number of rows or tokens.
+        status: MEASURED, NOT_RUN or ERROR.
+        error: What went wrong.
+    """
+
+    name: str
+    base: float | None = None
+    value: float | None = None
+    lower_is_better: bool = False
+    protocol: str = ""
+    n: int | None = None
+    status: str = "MEASURED"
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. Every figure of a card is computed from this.
+
+    Args:
+        tasks: Names of the tasks, in order.
+        matrix: Row i holds the scores after task i; None where it was not measured.
+        base_row: Scores of the base model, or None.
+        metric: How the tasks were scored.
+        lower_is_better: Whether the scores are losses.
+        rows: Number of scored rows by task.
+        status: Status by ``(moment, task)`` where it is not MEASURED, as ``{"moment/task": "ERROR"}``.
+        gauges: Abilities beside the tasks.
+        intervals: 95 % intervals by figure: op, bwt, fwt, forgetting.
+        row_names: What a row is, where it is not "after TASK": a merge has one row.
+    """
+
+    tasks: tuple[str, ...] = ()
+    matrix: tuple[tuple[Cell, ...], ...] = ()
+    base_row: tuple[Cell, ...] | None = None
+    metric: str | None = None
+    lower_is_better: bool = False
+    rows: Mapping[str, int] = field(default_factory=dict)
+    status: Mapping[str, str] = field(default_factory=dict)
+    gauges: tuple[GaugeFacts, ...] = ()
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    row_names: tuple[str, ...] | None = None
+
+    @property
+    def accuracy(self) -> AccuracyMatrix:
+        """The matrix with its figures."""
+        width = len(self.tasks)
+        rows = [[*row, *[None] * (width - len(row))] for row in self.matrix]
+        return AccuracyMatrix(rows, None if self.base_row is None else list(self.base_row), self.lower_is_better)
+
+    @property
+    def figures(self) -> dict[str, Cell]:
+        """OP, BWT, FWT and forgetting; None where cells are missing, or where there is no row for every task."""
+        names = ("op", "bwt", "fwt", "forgetting")
+        if not self.matrix or (self.row_names is not None and len(self.matrix) < len(self.tasks)):
+            return {**dict.fromkeys(names), "op": mean(self.matrix[-1]) if self.matrix else None}
+        m = self.accuracy
+        return dict(
+            zip(names, (m.overall_performance, m.backward_transfer, m.forward_transfer, m.forgetting), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """How a merge came about.
+
+    Args:
+        method: Its name, such as ``"recall"``.
+        inputs: The merged models, oldest first.
+        options: What it was called with.
+        paper: What it cites.
+        weights: Weights of the inputs by layer group, in the order of `inputs`.
+        image: Picture of the weights in the folder, such as ``"plots/merge_weights.png"``.
+        report: File in the folder that holds the whole report.
+        call: Python call that makes the merge again.
+        notes: What a reader should know.
+    """
+
+    method: str
+    inputs: tuple[ModelRef, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paper: Paper | None = None
+    weights: Mapping[str, Sequence[float]] | None = None
+    image: str | None = None
+    report: str | None = None
+    call: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says.
+
+    Args:
+        name: Name of the model, for the title where there is no `repo_id`.
+        repo_id: Where it is published, or None.
+        kind: ``"adapter"`` or ``"model"``.
+        base: The root of the lineage: the original base model.
+        parent: The model that this one was trained from; by default the base.
+        tasks: The tasks in order.
+        methods: Methods of the last stage.
+        merge: How it was merged, if it was.
+        evaluation: What was measured.
+        settings: Training arguments that are not the defaults.
+        adapter: What the adapter is: rank, alpha, modules.
+        seed: Seed of training.
+        steps: Optimizer steps of the last stage.
+        seconds: Wall time of the last stage.
+        hardware: What it ran on.
+        license: Licence of this model; None if unknown.
+        license_name: Its name, where the licence is ``other``.
+        license_link: Where it is, where the licence is ``other``.
+        license_reason: Where the licence comes from, in words.
+        languages: ISO 639 codes.
+        chat: Whether the tokenizer has a chat template.
+        plots: Pictures in the folder by what they show: ``forgetting``, ``matrix``.
+        versions: Versions by package.
+    """
+
+    name: str
+    repo_id: str | None = None
+    kind: Literal["adapter", "model"] = "model"
+    base: ModelRef = UNKNOWN
+    parent: ModelRef | None = None
+    tasks: tuple[TaskFacts, ...] = ()
+    methods: tuple[MethodFacts, ...] = ()
+    merge: MergeFacts | None = None
+    evaluation: Evaluation = Evaluation()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    license_reason: str | None = None
+    languages: tuple[str, ...] = ()
+    chat: bool = False
+    plots: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def relation(self) -> Relation:
+        """How it relates to its base on the Hub."""
+        if self.kind == "adapter":
+            return "adapter"
+        return "merge" if self.merge is not None else "finetune"
+
+    @property
+    def base_models(self) -> list[str]:
+        """Hub ids for ``base_model``: the adapter's base; or the parent; or the root and every published input."""
+        if self.relation == "merge":
+            assert self.merge is not None
+            found = [self.base, *self.merge.inputs]
+        elif self.relation == "adapter":
+            found = [self.base]
+        else:
+            found = [self.parent if self.parent is not None and self.parent.hub_id else self.base]
+        return list(dict.fromkeys(ref.hub_id for ref in found if ref.hub_id))
+
+    @property
+    def parents(self) -> list[ModelRef]:
+        """The models whose licences this one must satisfy."""
+        if self.merge is not None:
+            return [self.base, *self.merge.inputs] if self.base.hub_id or self.base.name else [*self.merge.inputs]
+        return [self.base] if self.parent is None or self.parent == self.base else [self.base, self.parent]
+
+    @property
+    def papers(self) -> list[Paper]:
+        """What to cite, each once."""
+        found = [m.paper for m in self.methods] + ([self.merge.paper] if self.merge else [])
+        return list(dict.fromkeys(p for p in found if p is not None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``continual_config.json``: all but what was measured, and empty fields left out."""
+        return {k: v for k, v in _plain(asdict(self)).items() if k != "evaluation" and v not in (None, {}, [])}
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(k): _plain(v) for k, v in data.items()}
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return [_plain(v) for v in data]
+    return data

@@ -1,0 +1,122 @@
+"""Facts of a folder: read back from its files, or what a model without any tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from hf_continual.durable import read_json
+from hf_continual.hub.card import CONFIG, RESULTS
+from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, MethodFacts, TaskFacts
+from hf_continual.hub.refs import ModelRef
+from hf_continual.paper import Paper
+
+ADAPTER = "adapter_config.json"
+
+
+def read_facts(folder: Path) -> CardFacts:
+    """The facts that lie in a folder.
+
+    Args:
+        folder: A folder with ``continual_config.json``, and ``continual_results.json`` if something was measured.
+
+    Returns:
+        The facts.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG}: nothing is known about how its model came about. Folders of ContinualTrainer, "
+            f"train_stream and merges have one."
+        )
+    facts = facts_from(read_json(file))
+    results = folder / RESULTS
+    return replace(facts, evaluation=evaluation_from(read_json(results))) if results.is_file() else facts
+
+
+def has_facts(folder: Path) -> bool:
+    """Whether a folder holds facts."""
+    return (folder / CONFIG).is_file()
+
+
+def facts_from(data: Mapping[str, Any]) -> CardFacts:
+    """Facts from what `CardFacts.to_dict` made."""
+    known = {f.name for f in fields(CardFacts)}
+    values: dict[str, Any] = {k: v for k, v in data.items() if k in known}
+    values["base"] = _ref(data.get("base")) or ModelRef()
+    values["parent"] = _ref(data.get("parent"))
+    values["tasks"] = tuple(_task(t) for t in data.get("tasks", []))
+    values["methods"] = tuple(
+        MethodFacts(m["name"], m.get("options") or {}, _paper(m.get("paper"))) for m in data.get("methods", [])
+    )
+    values["languages"] = tuple(data.get("languages", ()))
+    if merge := data.get("merge"):
+        inputs = tuple(_ref(r) or ModelRef() for r in merge["inputs"])
+        rest: dict[str, Any] = {**merge, "inputs": inputs, "paper": _paper(merge.get("paper"))}
+        rest["notes"] = tuple(merge.get("notes") or ())
+        values["merge"] = MergeFacts(**rest)
+    return CardFacts(**values)
+
+
+def _task(data: Mapping[str, Any]) -> TaskFacts:
+    values: dict[str, Any] = dict(data)
+    for key in ("started_from", "checkpoint"):
+        values[key] = _ref(data.get(key))
+    return TaskFacts(**values)
+
+
+def _ref(data: Mapping[str, Any] | None) -> ModelRef | None:
+    return None if data is None else ModelRef(**data)
+
+
+def _paper(data: Mapping[str, Any] | None) -> Paper | None:
+    return None if data is None else Paper(**data)
+
+
+def evaluation_to(evaluation: Evaluation) -> dict[str, Any]:
+    """What ``continual_results.json`` holds: the matrix, and the figures that are computed from it."""
+    width = len(evaluation.tasks)
+    data: dict[str, Any] = {
+        "format": 1,
+        "status": "MEASURED" if evaluation.matrix else "NOT_RUN",
+        "tasks": list(evaluation.tasks),
+        "metric": evaluation.metric,
+        "lower_is_better": evaluation.lower_is_better,
+        "matrix": [[*row, *[None] * (width - len(row))] for row in evaluation.matrix],
+        "base_row": None if evaluation.base_row is None else list(evaluation.base_row),
+        **evaluation.figures,
+        "intervals": {name: list(pair) for name, pair in evaluation.intervals.items()},
+        "rows": dict(evaluation.rows),
+        "not_measured": dict(evaluation.status),
+        "general_abilities": [{f.name: getattr(g, f.name) for f in fields(GaugeFacts)} for g in evaluation.gauges],
+    }
+    if evaluation.row_names is not None:
+        data["row_names"] = list(evaluation.row_names)
+    return data
+
+
+def evaluation_from(data: Mapping[str, Any]) -> Evaluation:
+    """An evaluation from what `evaluation_to` made; the figures are computed again."""
+    base, names = data.get("base_row"), data.get("row_names")
+    return Evaluation(
+        tasks=tuple(data.get("tasks", ())),
+        matrix=tuple(tuple(row) for row in data.get("matrix", ())),
+        base_row=None if base is None else tuple(base),
+        metric=data.get("metric"),
+        lower_is_better=data.get("lower_is_better", False),
+        rows=data.get("rows") or {},
+        status=data.get("not_measured") or {},
+        gauges=tuple(GaugeFacts(**g) for g in data.get("general_abilities", ())),
+        intervals={name: (pair[0], pair[1]) for name, pair in (data.get("intervals") or {}).items()},
+        row_names=None if names is None else tuple(names),
+    )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / ADAPTER).is_file()

@@ -1,0 +1,38 @@
+"""The record of a push, in the folder that was pushed: later stages find their published parent by it. Never pushed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_continual.durable import read_json, write_json
+
+RECORD = Path("continual") / "published.json"
+
+
+def read_published(folder: Path) -> dict[str, Any]:
+    """What the last push of a folder wrote down; empty where there was none, or the weights are others since."""
+    file = folder / RECORD
+    record = read_json(file) if file.is_file() else {}
+    return record if record.get("weights") == _weights(folder) else {}
+
+
+def write_published(folder: Path, repo_id: str, revision: str, kept: str) -> None:
+    """Note where a folder was pushed.
+
+    Args:
+        folder: What was pushed.
+        repo_id: Where.
+        revision: The commit.
+        kept: The author's text of the card that was pushed.
+    """
+    write_json(folder / RECORD, {"repo_id": repo_id, "revision": revision, "kept": kept, "weights": _weights(folder)})
+
+
+def _weights(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file of weights: a folder that was trained on is no longer what was pushed."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stat = file.stat()
+        found[file.name] = [stat.st_size, stat.st_mtime_ns]
+    return found

@@ -1,0 +1,290 @@
+"""`push_to_hub`: a complete folder on the disk becomes one commit, or one clear error that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hf_continual.hub import adapters
+from hf_continual.hub.commit import Remote, check_arrived, commit, tag_commit
+from hf_continual.hub.contents import Contents, collect, secrets_in_use
+from hf_continual.hub.errors import HubPushError
+from hf_continual.hub.explain import hide
+from hf_continual.hub.facts import CardFacts
+from hf_continual.hub.files import README, installed_versions, write_card
+from hf_continual.hub.folder_facts import has_facts, is_adapter, read_facts
+from hf_continual.hub.licences import with_license
+from hf_continual.hub.lint import lint_folder
+from hf_continual.hub.notices import copy_notices
+from hf_continual.hub.preflight import Target, check_bases, preflight
+from hf_continual.hub.published import read_published, write_published
+from hf_continual.hub.refs import ModelRef, is_hub_id
+from hf_continual.hub.reload import check_loads
+from hf_continual.hub.text import is_generated, kept_text, merged_author
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Args:
+        repo_id: The repository.
+        oid: The commit that holds the folder; None in a dry run.
+        commit_url: Its page.
+        pr_url: Page of the pull request, if one was opened.
+        new: Whether this push made the commit; False where everything was there already.
+        files: Paths in the repository.
+        left_out: Files of the folder that stay on this machine.
+        size: Bytes of the files.
+    """
+
+    repo_id: str
+    oid: str | None
+    commit_url: str | None
+    pr_url: str | None
+    new: bool
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    size: int
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    message: str = "Model, card and evidence",
+) -> Pushed | None:
+    """Publish a folder: weights, tokenizer, card, configuration, results and pictures in one commit.
+
+    The card is rendered again from the facts in the folder, over the author's text in the repository. All that can be
+    checked is checked before the first byte is sent. What failed can be called again: nothing is uploaded twice, and
+    a commit whose answer was lost is found by its checksums.
+
+    Example:
+        >>> push_to_hub("out/task-02-tickets", "me/three-tasks", tag="task-3")
+
+    Args:
+        folder: A model or adapter as ContinualTrainer, train_stream, a merge or `save_pretrained` left it.
+        repo_id: ``name`` or ``namespace/name``; made if it does not exist.
+        private: Whether a new repository is private; an existing one must be as asked. None: the account's default, or
+            as it is.
+        revision: Branch; made if it does not exist.
+        create_pr: Open a pull request and leave the branch alone.
+        token: Access token; by default that of HF_TOKEN or ``hf auth login``.
+        tag: Name for the commit.
+        dry_run: Make every check, send nothing and make no repository; the card is rendered in the folder.
+        license: Licence of the model; needed where the parents' differ.
+        base_model: Hub id of the base model, where the folder knows only a local copy.
+        message: First line of the commit.
+
+    Returns:
+        What was done; None on all processes but the first.
+
+    Raises:
+        HubPushError: If it was not pushed. The folder is whole, and the message names the command that goes on.
+        ValueError: If the arguments cannot be meant.
+    """
+    if not is_first_process():
+        return None
+    place = Path(folder)
+    flags = {"private": private, "revision": revision, "create_pr": create_pr or None, "tag": tag, "license": license}
+    resume = resume_command(place, repo_id, {**flags, "base_model": base_model})
+    early = Draft(repo_id, place, resume, token)
+    contents = early.local(lambda: collect(place, secrets_in_use(token)))
+    facts = early.local(lambda: folder_facts(place, base_model))
+    target = preflight(
+        repo_id, private=private, revision=revision, create_pr=create_pr, token=token, folder=place, resume=resume,
+        create=not dry_run,
+    )  # fmt: skip
+    if facts is not None:
+        facts = _complete(target, facts, place, license)
+    push = _Push(target, facts, place, contents)
+    if dry_run:
+        contents = push.rebuild(None)
+        names = tuple(contents.files)
+        return Pushed(target.repo_id, None, None, None, False, names, contents.left_out, contents.size)
+    push.rebuild(None)
+    done = commit(target, push.rebuild, message)
+    contents = push.contents
+    check_arrived(target, contents, done.sha)
+    if tag is not None:
+        tag_commit(target, tag, done.sha)
+    if not create_pr:
+        write_published(place, target.repo_id, done.sha, kept_text(_card(place)))
+    for name in contents.left_out:
+        logger.info("%s was left out of the push", name)
+    names = tuple(contents.files)
+    return Pushed(
+        target.repo_id, done.sha, done.url, done.pr_url, done.new, names, contents.left_out, contents.size
+    )  # fmt: skip
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that pushes; asks nobody, so that no process waits for another."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def resume_command(folder: Path, repo_id: str, flags: Mapping[str, Any]) -> str:
+    """The command that makes a push again, without the token.
+
+    Args:
+        folder: What is pushed.
+        repo_id: Where.
+        flags: Options by name; None is left out.
+
+    Returns:
+        A line for a shell.
+    """
+    words = ["hf-continual", "push", str(folder), repo_id]
+    for name, value in flags.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif value is False:
+            words.append("--public" if name == "private" else f"--no-{option[2:]}")
+        elif value is not None:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A push before the Hub was asked.
+
+    Args:
+        repo_id: Where it is to go.
+        folder: What is to be pushed.
+        resume: Command that makes the push again.
+        token: The token that was given.
+    """
+
+    repo_id: str
+    folder: Path
+    resume: str
+    token: str | None = None
+
+    def local(self, call: Callable[[], Value]) -> Value:
+        """Make a check of the folder; what it finds is an error of this push.
+
+        Args:
+            call: The check.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            HubPushError: If it failed.
+        """
+        try:
+            return call()
+        except (ValueError, OSError, KeyError) as error:
+            problem = hide(str(error), self.token)
+            raise HubPushError(problem, self.repo_id, self.folder, self.resume) from error
+
+
+def folder_facts(folder: Path, base_model: str | None = None) -> CardFacts | None:
+    """What is known about a folder's model; None where a card by hand is to be pushed as it is.
+
+    Args:
+        folder: The folder.
+        base_model: Hub id of its base, where the folder knows only a local copy.
+
+    Returns:
+        The facts; of an adapter always with a published base.
+
+    Raises:
+        ValueError: If it is an adapter on an unpublished model.
+    """
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"base_model={base_model!r} is no Hub id such as 'me/model'.")
+    if has_facts(folder):
+        facts: CardFacts | None = read_facts(folder)
+    elif (card := _card(folder)) and kept_text(card) and not is_generated(card):
+        facts = None
+    else:
+        facts = CardFacts(
+            folder.resolve().name, kind="adapter" if is_adapter(folder) else "model", chat=has_chat(folder),
+            versions=installed_versions(),
+        )  # fmt: skip
+    named = ModelRef(base_model) if base_model else None
+    if is_adapter(folder):
+        base = adapters.named_base(folder, named or (facts.base if facts is not None else ModelRef()))
+        return None if facts is None else replace(facts, base=base)
+    return replace(facts, base=named) if facts is not None and named is not None else facts
+
+
+def has_chat(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a chat template."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    )
+
+
+def _card(folder: Path) -> str:
+    file = folder / README
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def _complete(target: Target, facts: CardFacts, folder: Path, license: str | None) -> CardFacts:
+    """What only the Hub knows: that the parents exist, and their licences."""
+    draft = Draft(target.repo_id, folder, target.resume or "", target.token)
+    known = check_bases(target, facts)
+    facts = draft.local(lambda: with_license(facts, license, known))
+    copy_notices(target, folder)
+    if is_adapter(folder):
+        adapters.write_base(folder, facts.base)
+    if facts.merge is not None:
+        draft.local(lambda: check_loads(folder))
+    return replace(facts, repo_id=target.repo_id)
+
+
+class _Push:
+    """The card and the files of one push, made again whenever the branch has moved."""
+
+    def __init__(self, target: Target, facts: CardFacts | None, folder: Path, contents: Contents) -> None:
+        self.target, self.facts, self.folder, self.contents = target, facts, folder, contents
+        self.draft = Draft(target.repo_id, folder, target.resume or "", target.token)
+        self.mine = _card(folder)
+        self.recorded = read_published(folder).get("kept")
+
+    def rebuild(self, remote: Remote | None) -> Contents:
+        """Write the card over the author's text in the folder and in the branch, and check it."""
+        if self.facts is not None:
+            theirs = "" if remote is None else self._fetch(remote)
+            write_card(self.folder, self.facts, merged_author(self.mine, theirs, self.recorded))
+        if findings := lint_folder(self.folder):
+            listed = "\n  ".join(str(found) for found in findings)
+            raise self.target.error(f"its card has findings, and nothing was sent:\n  {listed}\n")
+        self.contents = self.draft.local(lambda: collect(self.folder, secrets_in_use(self.target.token), self.contents))
+        return self.contents
+
+    def _fetch(self, remote: Remote) -> str:
+        if README not in remote.files:
+            return ""
+        file = self.target.ask(
+            lambda: self.target.api.hf_hub_download(self.target.repo_id, README, revision=remote.sha),
+            "reading the card",
+        )
+        return Path(file).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,194 @@
+"""A card as metadata and body; what of it is the author's; values that may be printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+KEEP, KEEP_END = "<!-- hf_continual:keep -->", "<!-- /hf_continual:keep -->"
+GENERATED = "<!-- written by hf_continual"
+PLACEHOLDER = re.compile(
+    r"more information needed|\[needs? more information\]|TODO:?\s|\{\{\s*\w+.*?\}\}", re.IGNORECASE
+)
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b|hf_oauth_[A-Za-z0-9_.-]{16,}")
+PATH = re.compile(
+    r"(?<![\w/.:])(?:/(?:home|root|tmp|Users|mnt|data|work|scratch|var|opt|private|workspace|content|kaggle)/[^\s)\"'`|]+|[A-Za-z]:\\[^\s)\"'`|]+|~/[^\s)\"'`|]+|file://\S+)"
+)
+_SECRET = re.compile(r"(^|_)(token|password|secret|api_key|apikey|credentials?)$", re.IGNORECASE)
+_BLOCK = re.compile(rf"{re.escape(KEEP)}\n?(.*?)\n?(?:{re.escape(KEEP_END)}|{re.escape(KEEP)})", re.DOTALL)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, as the Hub does."""
+
+
+def _unique(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
+    twice = [k for k in keys if keys.count(k) > 1]
+    if twice:
+        raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
+
+
+def read_card(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and body of a card.
+
+    Args:
+        text: The card.
+
+    Returns:
+        Both; no metadata is an empty mapping.
+
+    Raises:
+        ValueError: If the metadata is no mapping, or cannot be read.
+    """
+    text = text.replace("\r\n", "\n")
+    if not text.startswith("---\n"):
+        return {}, text
+    head, found, body = text[4:].partition("\n---")
+    if not found:
+        raise ValueError("the metadata begins with '---' and does not end with it")
+    try:
+        data = yaml.load(head, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata cannot be read: {error}") from error
+    if data is None:
+        return {}, body.lstrip("\n")
+    if not isinstance(data, dict):
+        raise ValueError(f"the metadata must be a mapping, and is {type(data).__name__}")
+    return data, body.lstrip("\n")
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """As `read_card`; metadata that cannot be read is empty."""
+    try:
+        return read_card(text)
+    except ValueError:
+        return {}, text
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card was written by this library."""
+    return GENERATED in text
+
+
+def kept_text(text: str | None) -> str:
+    """What the author wrote into a card.
+
+    Args:
+        text: A card, or None.
+
+    Returns:
+        The text between the markers; of a card by hand its whole body; of another tool's draft with its
+        placeholders nothing.
+    """
+    if not text:
+        return ""
+    if is_generated(text) or KEEP in text:
+        return "\n\n".join(found.strip() for found in _BLOCK.findall(text) if found.strip())
+    body = split_card(text)[1].strip()
+    return "" if PLACEHOLDER.search(body) or _is_draft(text) else body
+
+
+def _is_draft(text: str) -> bool:
+    """Whether another trainer wrote a card by itself, of which nothing is the author's."""
+    data = split_card(text)[0]
+    said = ("generated_from_trainer", "licence")
+    return any(word in (data.get("tags") or []) or word in data for word in said) or "## Quick start" in text
+
+
+def foreign_metadata(text: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata that the author added to a card; nothing of another tool's draft.
+
+    Args:
+        text: A card, or None.
+        own: Metadata of the new card, whose keys win.
+
+    Returns:
+        The other keys.
+    """
+    if not text or (not is_generated(text) and not kept_text(text)):
+        return {}
+    return {k: v for k, v in split_card(text)[0].items() if k not in own and k not in NEVER_KEPT}
+
+
+def merged_author(mine: str, theirs: str, recorded: str | None) -> str:
+    """What two cards hold of their author's, as one card to keep it from.
+
+    Where both were edited since the last push, both texts stay, the repository's first.
+
+    Args:
+        mine: The card in the folder.
+        theirs: The card in the repository.
+        recorded: The author's text at the last push, or None.
+
+    Returns:
+        A card with the author's text and the metadata of both.
+    """
+    here, there = kept_text(mine), kept_text(theirs)
+    if not there or here == there or there == recorded:
+        kept = here
+    elif not here or here == recorded or here in there:
+        kept = there
+    else:
+        kept = here if there in here else f"{there}\n\n{here}"
+    data = {**foreign_metadata(theirs, {}), **foreign_metadata(mine, {})}
+    data = {k: v for k, v in data.items() if k not in OWN_KEYS}
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True) if data else "{}\n"
+    return f"---\n{head}---\n{GENERATED} -->\n{KEEP}\n{kept}\n{KEEP_END}\n"
+
+
+# Keys that are computed; an old card's own values of them are no author's text.
+OWN_KEYS = ("pipeline_tag", "datasets", "tags", "metrics")
+
+# Keys that this library answers for: where a fact became unknown, the old answer must not stay.
+NEVER_KEPT = (
+    "base_model",
+    "base_model_relation",
+    "library_name",
+    "model-index",
+    "license",
+    "license_name",
+    "license_link",
+)
+
+
+def safe(data: Any) -> Any:
+    """Plain data that may be published: no path of this machine, nothing that is a token.
+
+    Args:
+        data: Plain data.
+
+    Returns:
+        The same; a path became its last part, a token-like entry was left out.
+    """
+    if isinstance(data, Mapping):
+        return {
+            str(k): safe(v)
+            for k, v in data.items()
+            if not (_SECRET.search(str(k)) and isinstance(v, str) and k not in _WORDS)
+        }
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        return [safe(v) for v in data]
+    if isinstance(data, str):
+        if TOKEN.search(data):
+            return TOKEN.sub("...", data)
+        if _local(data):
+            return PurePath(data.replace("\\", "/")).name
+        return PATH.sub(lambda found: PurePath(found[0].replace("\\", "/")).name, data)
+    return data
+
+
+# Tokens of a vocabulary, not of an account.
+_WORDS = ("eos_token", "pad_token", "bos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def _local(text: str) -> bool:
+    return "\n" not in text and " " not in text and (text.startswith(("/", "~/", "./", "../")) or text[1:3] == ":\\")

@@ -1,0 +1,121 @@
+"""What a trainer knows about its run, as the facts of a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel
+
+from hf_continual.hub.facts import CardFacts, Evaluation, MethodFacts, TaskFacts
+from hf_continual.hub.files import installed_versions
+from hf_continual.hub.folder_facts import has_facts, read_facts
+from hf_continual.hub.refs import ModelRef, loaded_ref
+from hf_continual.methods.base import Method
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+# What a reader needs to train again; shown on the card where it is not the default, or is one of the first four.
+SETTINGS = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "bf16", "fp16", "max_length", "packing", "packing_strategy", "padding_free", "completion_only_loss",
+    "assistant_only_loss", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
+)  # fmt: skip
+ALWAYS = SETTINGS[:5]
+
+
+def run_facts(trainer: ContinualTrainer, evaluation: Evaluation | None = None) -> CardFacts:
+    """The facts of a run, as far as it has come.
+
+    Args:
+        trainer: The trainer.
+        evaluation: What was measured, or None.
+
+    Returns:
+        The facts; they hold no path.
+    """
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    adapter = isinstance(model, PeftModel)
+    path, revision = _loaded_from(model)
+    named = getattr(args, "hub_base_model", None)
+    start = ModelRef(named, license=None) if named else loaded_ref(path, revision)
+    earlier = read_facts(Path(path)) if path and Path(path).is_dir() and has_facts(Path(path)) else None
+    this = TaskFacts(getattr(args, "task_name", "task"), train_rows=trainer.train_rows, started_from=start)
+    tasks: tuple[TaskFacts, ...] = (this,)
+    base, parent = start, None
+    if earlier is not None and earlier.tasks:
+        last = replace(earlier.tasks[-1], checkpoint=earlier.tasks[-1].checkpoint or start)
+        tasks = (*earlier.tasks[:-1], last, this)
+        if not adapter:
+            base, parent = earlier.base, start
+    return CardFacts(
+        name=Path(args.output_dir).absolute().name,
+        repo_id=trainer.hub_model_id,
+        kind="adapter" if adapter else "model",
+        base=base,
+        parent=parent,
+        tasks=tasks,
+        methods=method_facts(tuple(trainer.methods)),
+        evaluation=evaluation or Evaluation(),
+        settings=settings_of(args),
+        adapter=adapter_facts(model) if adapter else {},
+        seed=args.seed,
+        steps=trainer.state.global_step,
+        seconds=next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None),
+        hardware=hardware(args.world_size),
+        chat=getattr(trainer.processing_class, "chat_template", None) is not None,
+        versions=installed_versions(),
+    )
+
+
+def _loaded_from(model: Any) -> tuple[str | None, str | None]:
+    """Path or id that the weights below any adapter came from, and the revision that was asked for."""
+    if isinstance(model, PeftModel):
+        config = model.peft_config[model.active_adapter if isinstance(model.active_adapter, str) else "default"]
+        base: Any = model.get_base_model()
+        return config.base_model_name_or_path or base.config.name_or_path, config.revision
+    return model.config.name_or_path or None, None
+
+
+def method_facts(methods: Sequence[Method]) -> tuple[MethodFacts, ...]:
+    """Methods as a card names them."""
+    return tuple(MethodFacts(m.name, m.describe(), m.paper) for m in methods)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Training arguments that are not the defaults, and those without which no run can be repeated."""
+    defaults = {f.name: f.default for f in fields(args)}
+    found = {}
+    for name in SETTINGS:
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)
+        default = getattr(defaults.get(name), "value", defaults.get(name))
+        if value is not None and (value != default or name in ALWAYS) and not (name == "max_steps" and value == -1):
+            found[name] = value
+    if "max_steps" in found:
+        found.pop("num_train_epochs", None)
+    return found
+
+
+def adapter_facts(model: Any) -> dict[str, Any]:
+    """What the adapter is."""
+    config = next(iter(model.peft_config.values()))
+    modules = config.target_modules
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "modules": sorted(modules) if isinstance(modules, set | list | tuple) else modules,
+    }
+
+
+def hardware(processes: int) -> str:
+    """What the run is on."""
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return f"{processes} x {name}" if processes > 1 else name

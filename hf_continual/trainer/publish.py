@@ -1,0 +1,229 @@
+"""A trainer's pushes: checked before the first step, one commit each, every failure told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import HubStrategy
+
+from hf_continual.hub.adapters import WAYS_OUT
+from hf_continual.hub.card import render_card
+from hf_continual.hub.contents import WANTED
+from hf_continual.hub.errors import HubPushError
+from hf_continual.hub.facts import Evaluation
+from hf_continual.hub.files import write_card
+from hf_continual.hub.licences import with_license
+from hf_continual.hub.lint import lint_card
+from hf_continual.hub.preflight import check_bases, preflight
+from hf_continual.hub.push import Pushed, push_to_hub
+from hf_continual.hub.reload import check_same
+from hf_continual.trainer.facts import run_facts
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+logger = logging.getLogger(__name__)
+
+# Arguments of transformers' generated card, which this library's card does not read.
+CARD_WORDS = (
+    "model_name",
+    "tags",
+    "finetuned_from",
+    "tasks",
+    "dataset",
+    "dataset_name",
+    "dataset_tags",
+    "dataset_args",
+)
+
+
+class CheckpointPushes:
+    """Pushes of checkpoints in the background, one at a time.
+
+    transformers never reads what became of such pushes; here every failure is kept and logged.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[tuple[int, Future[Any]]] = []
+        self.failures: list[tuple[int, Exception]] = []
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="push")
+
+    def is_done(self) -> bool:
+        """Whether nothing is on its way."""
+        return all(future.done() for _, future in self.running)
+
+    def start(self, step: int, call: Callable[[], Any]) -> None:
+        """Push a checkpoint behind those that are on their way."""
+        self.running.append((step, self.pool.submit(call)))
+
+    def collect(self) -> None:
+        """Wait for what is on its way, and tell what failed."""
+        for step, future in self.running:
+            error = future.exception()
+            if isinstance(error, Exception):
+                self.failures.append((step, error))
+                logger.error("the push of step %d failed: %s", step, error)
+        self.running.clear()
+
+
+def open_repository(trainer: ContinualTrainer, token: str | None, private: bool | None) -> str:
+    """Check token, rights and visibility; make the repository.
+
+    Args:
+        trainer: A trainer in construction, or one that pushes later.
+        token: In place of ``hub_token``.
+        private: In place of ``hub_private_repo``.
+
+    Returns:
+        The repository's whole id.
+
+    Raises:
+        ValueError: If the strategy pushes pickles.
+        HubPushError: If a push cannot succeed.
+    """
+    args = trainer.args
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value!r} publishes optimizer and random states, which are pickles that run code "
+            f"when they are loaded. Take 'every_save' or 'end', and resume from the checkpoints on the disk."
+        )
+    return preflight(
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=args.hub_private_repo if private is None else private, revision=args.hub_revision,
+        token=token or args.hub_token,
+    ).repo_id  # fmt: skip
+
+
+def check_before_training(trainer: ContinualTrainer) -> None:
+    """Lint the card as it will be, and look its base up, before the first step.
+
+    Args:
+        trainer: The trainer, set up.
+
+    Raises:
+        HubPushError: If the push after training would be refused.
+    """
+    args, facts = trainer.args, run_facts(trainer)
+    target = preflight(
+        trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token
+    )  # fmt: skip
+    if facts.kind == "adapter" and facts.base.hub_id is None:
+        raise target.error(
+            f"it will be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load it. "
+            f"{WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
+        )
+    known = check_bases(target, facts)
+    try:
+        facts = with_license(facts, getattr(args, "hub_license", None), known)
+    except ValueError as error:
+        raise target.error(f"{error} Here: ContinualConfig(hub_license='...').") from error
+    if findings := lint_card(render_card(facts)):
+        raise target.error("its card would have findings:\n  " + "\n  ".join(map(str, findings)))
+
+
+def write_run_card(
+    trainer: ContinualTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any
+) -> None:
+    """Write card, configuration and results beside a saved model. On the main process."""
+    facts = run_facts(trainer, evaluation or trainer.evaluation)
+    write_card(folder, replace(facts, **changes) if changes else facts)
+
+
+def push_run(
+    trainer: ContinualTrainer, folder: Path, message: str, *, token: str | None, revision: str | None,
+    private: bool | None, blocking: bool, **options: Any,
+) -> Pushed | Future[Any] | None:  # fmt: skip
+    """Push a saved run; see `ContinualTrainer.push_to_hub`."""
+    args = trainer.args
+    ignored = {key: options.pop(key) for key in CARD_WORDS if key in options}
+    if any(value for key, value in ignored.items() if key != "model_name"):
+        logger.info("not read, because the card is made from facts: %s", ", ".join(ignored))
+    language, evaluation = options.pop("language", None), options.pop("evaluation", None)
+    trainer.evaluation = evaluation or trainer.evaluation
+    changes: dict[str, Any] = (
+        {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
+    )
+    write_run_card(trainer, folder, **changes)
+    known = ("tag", "license", "base_model", "create_pr", "dry_run")
+    if unknown := [key for key in options if key not in known]:
+        raise TypeError(
+            f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}."
+        )
+    options.setdefault("license", getattr(args, "hub_license", None))
+    options.setdefault("base_model", getattr(args, "hub_base_model", None))
+    token, revision = token or args.hub_token, revision or args.hub_revision
+    private = args.hub_private_repo if private is None else private
+    try:
+        _compare(trainer, folder)
+    except ValueError as error:
+        raise HubPushError(str(error), trainer.hub_model_id, folder) from error
+
+    def push() -> Pushed | None:
+        return push_to_hub(
+            folder, trainer.hub_model_id, private=private, revision=revision, token=token, message=message, **options
+        )  # fmt: skip
+
+    if blocking:
+        return push()
+    trainer.push_in_progress.start(trainer.state.global_step, push)
+    return trainer.push_in_progress.running[-1][1]
+
+
+def _compare(trainer: ContinualTrainer, folder: Path) -> None:
+    """The model on the disk against the live one, where one process holds all of it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False):
+        logger.info("weights are spread or quantised: the saved model was not compared with the live one")
+        return
+    check_same(folder, model)
+
+
+def push_checkpoint(trainer: ContinualTrainer, checkpoint: Path) -> None:
+    """Push a checkpoint in the background, from links that outlive its rotation.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What was saved.
+    """
+    step, args = trainer.state.global_step, trainer.args
+    staged = Path(args.output_dir) / f".push-{step}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for pattern in WANTED:
+        for file in checkpoint.glob(pattern):
+            if file.is_file() and not (staged / file.name).exists() and file.name != "README.md":
+                _link(file, staged / file.name)
+    (staged / "trainer_state.json").unlink(missing_ok=True)
+    write_run_card(trainer, staged)
+
+    def push() -> Pushed | None:
+        try:
+            return push_to_hub(
+                staged, trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision,
+                token=args.hub_token, license=getattr(args, "hub_license", None),
+                base_model=getattr(args, "hub_base_model", None), message=f"Training in progress, step {step}",
+            )  # fmt: skip
+        except HubPushError as error:
+            raise HubPushError(error.problem, error.repo_id, checkpoint) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    trainer.push_in_progress.start(step, push)
+
+
+def _link(file: Path, target: Path) -> None:
+    # A copy of what may be written again in place; weights are replaced, never written over.
+    if file.suffix == ".safetensors":
+        try:
+            os.link(file, target)
+            return
+        except OSError:
+            pass
+    shutil.copy2(file, target)

@@ -1,0 +1,70 @@
+"""The cards of the reference recipes, and of recorded runs: ``python -m tests.hub.cards`` (`make cards`) rewrites them.
+
+A recipe says which method and which settings, and nothing was measured with it: its card says NOT_RUN. The facts in
+``recorded/`` are those of runs on the toy world (a random model of 4 layers), as the library wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from hf_continual import ContinualConfig, render_card
+from hf_continual.hub.facts import CardFacts, MethodFacts, TaskFacts
+from hf_continual.hub.folder_facts import evaluation_from, facts_from
+from hf_continual.hub.refs import ModelRef
+from hf_continual.methods.table import method_class
+from hf_continual.trainer.facts import settings_of
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OUT = ROOT / "model_cards"
+BASE = ModelRef("Qwen/Qwen2.5-0.5B")
+
+
+def recipe_facts(recipe: Path) -> CardFacts:
+    """What a recipe says about a model that was trained with it."""
+    fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    methods = fields.pop("methods")
+    named = {k: v for m in (methods if isinstance(methods, list) else [methods]) for k, v in m.items()}
+    config = ContinualConfig(**{"output_dir": "out", "use_cpu": True, "bf16": False, **fields})
+    adapter = recipe.stem != "full"
+    return CardFacts(
+        f"{recipe.parent.name}-{recipe.stem}",
+        repo_id=f"me/{recipe.parent.name}-{recipe.stem}",
+        kind="adapter" if adapter else "model",
+        base=BASE,
+        tasks=(TaskFacts("new-task", started_from=BASE),),
+        methods=tuple(MethodFacts(name, options or {}, method_class(name).paper) for name, options in named.items()),
+        settings=settings_of(config),
+        chat=True,
+    )
+
+
+def cards() -> dict[str, str]:
+    """Text by file name."""
+    made = {}
+    for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
+        if recipe.parent.name in ("accelerate", "sequence") or "methods" not in recipe.read_text(encoding="utf-8"):
+            continue
+        facts = recipe_facts(recipe)
+        made[f"{facts.name}.md"] = render_card(facts, "")
+    for file in sorted((HERE / "recorded").glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        facts = replace(
+            facts_from(data["config"]),
+            evaluation=evaluation_from(data["results"]),
+            repo_id=f"me/{file.stem}",
+            versions={},
+        )
+        made[f"{file.stem}.md"] = render_card(facts, "")
+    return made
+
+
+if __name__ == "__main__":
+    OUT.mkdir(exist_ok=True)
+    for name, text in cards().items():
+        (OUT / name).write_text(text, encoding="utf-8")

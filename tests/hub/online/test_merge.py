@@ -1,0 +1,91 @@
+"""merge_with_recall(push_to_hub=...): pushed in one commit, pulled from an empty cache, the same bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import snapshot_download
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_continual import HubPushError, merge_linear, merge_with_recall, push_to_hub
+from hf_continual.hub.lint import lint_folder
+from tests import toy
+from tests.hub.plugin import HUB
+from tests.merging import world
+
+
+@pytest.fixture
+def experts(hub, tmp_path):
+    """Base and two experts, on the Hub and in folders."""
+    base = world.build()
+    for name, model in (("base", base), ("law", world.tuned(base, 1)), ("tax", world.tuned(base, 2))):
+        model.save_pretrained(tmp_path / name)
+        toy.tokenizer().save_pretrained(tmp_path / name)
+        files = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+        HUB.put(f"org/{name}", files | {"README.md": b"---\nlicense: mit\n---\n"})
+    return tmp_path
+
+
+def test_recall(experts):
+    out, texts = experts / "merged", [row["text"] for row in toy.rows(number=24)]
+    options = dict(base="org/base", calibration=texts, num_typical=4, device="cpu", progress=False)
+    HUB.fault("POST", "/commit/", status=503)
+    merge_with_recall(["org/law", "org/tax"], out, push_to_hub="me/merged", **options)
+    repo = HUB.repos["me/merged"]
+    assert len(repo.content_commits()) == 1 and not lint_folder(out)
+    there = Path(snapshot_download("me/merged", cache_dir=experts / "empty"))
+    ids = (torch.arange(1, 17) * 7 % 60).unsqueeze(0)
+    with torch.no_grad():
+        mine, theirs = (AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in (out, there))
+    assert torch.equal(mine, theirs)
+    assert AutoTokenizer.from_pretrained(there).get_vocab() == toy.tokenizer().get_vocab()
+    for file in there.rglob("*"):
+        if file.is_file() and file.name != ".gitattributes":
+            assert file.read_bytes() == (out / file.relative_to(there)).read_bytes(), file.name
+    card = (there / "README.md").read_text()
+    sha = HUB.repos["org/law"].head().sha
+    for said in ("base_model:\n- org/base\n- org/law\n- org/tax\n", "base_model_relation: merge", "license: mit", "2510.20479",
+                 f"({sha[:7]})", "(recall_weights.png)", "(recall_report.json)", "NOT_RUN"):  # fmt: skip
+        assert said in card, said
+    weights = json.loads((there / "continual_config.json").read_text())["merge"]["weights"]
+    assert weights == json.loads((there / "recall_report.json").read_text())["weights"]
+    assert push_to_hub(out, "me/merged").new is False and len(repo.content_commits()) == 1
+    HUB.make("you/m")
+    with pytest.raises(HubPushError, match="403"):
+        merge_with_recall(["org/law", "org/tax"], experts / "other", push_to_hub="you/m", **options)
+    assert not (experts / "other").exists()
+
+
+def test_the_repository_is_checked_before_the_merge(experts):
+    HUB.make("you/m")
+    with pytest.raises(HubPushError, match="403"):
+        merge_linear([experts / "law", experts / "tax"], experts / "out", push_to_hub="you/m", progress=False)
+    assert not (experts / "out").exists()
+
+
+def test_an_adapter_of_adapters(experts):
+    from peft import LoraConfig, get_peft_model
+
+    for i in (1, 2):
+        torch.manual_seed(i)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained("org/base"),
+            LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
+        model.save_pretrained(experts / f"a{i}")
+        toy.tokenizer().save_pretrained(experts / f"a{i}")
+    merge_linear([experts / "a1", experts / "a2"], experts / "out", base="org/base", push_to_hub="me/a", progress=False)
+    model = AutoPeftModelForCausalLM.from_pretrained("me/a", cache_dir=str(experts / "empty"))
+    own = AutoPeftModelForCausalLM.from_pretrained(experts / "out")
+    ids = (torch.arange(1, 17) * 7 % 60).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, own(ids).logits)
+    card = HUB.repos["me/a"].head().tree["README.md"][0].decode()
+    assert (
+        "base_model: org/base\nbase_model_relation: adapter" in card and len(HUB.repos["me/a"].content_commits()) == 1
+    )

@@ -1,0 +1,285 @@
+"""Cards: golden files, what a reader and the Hub must find, the linter's rules, licences."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from hf_continual import AccuracyMatrix, Paper, render_card
+from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, MethodFacts, TaskFacts
+from hf_continual.hub.files import write_card
+from hf_continual.hub.folder_facts import read_facts
+from hf_continual.hub.licences import License, LicenseConflict, hub_licenses, inherit
+from hf_continual.hub.lint import lint_card, lint_folder
+from hf_continual.hub.refs import ModelRef, is_hub_id, model_ref
+from hf_continual.hub.text import kept_text, merged_author, read_card, safe
+from hf_continual.methods.recadam import RecAdam
+from tests.hub.cards import OUT, cards
+
+BASE = ModelRef("org/base", "a" * 40, "mit")
+EVALUATION = Evaluation(
+    ("law", "tax", "tickets"), ((0.75,), (0.5, 0.875), (0.25, 0.5, 1.0)), (0.0, 0.125, 0.25), "exact match",
+    rows={"law": 8, "tax": 8, "tickets": 8}, gauges=(GaugeFacts("general text", 3.5, 3.25, True, "nats", 90),
+                                                   GaugeFacts("mmlu", 0.25, None, status="ERROR", error="out of memory")),
+)  # fmt: skip
+FACTS = CardFacts(
+    "three", repo_id="me/three", kind="adapter", base=BASE,
+    tasks=(TaskFacts("law", "org/law", "en", "train", "b" * 40, 1000, BASE, ModelRef("me/law")), TaskFacts("tax"), TaskFacts("tickets")),
+    methods=(MethodFacts("recadam", {"pull": 0.01, "rows": "/home/me/rows.jsonl"}, RecAdam.paper),),
+    evaluation=EVALUATION, license="mit", license_reason="the licence of org/base", languages=("en",), seed=1, steps=30,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted({*cards(), *(p.name for p in OUT.glob("*.md") if p.name != "README.md")}))
+def test_golden(name):
+    assert cards()[name] == (OUT / name).read_text(encoding="utf-8"), "run `make cards` and read the difference"
+    assert not lint_card(cards()[name])
+
+
+def test_what_the_hub_reads():
+    data, _ = read_card(render_card(FACTS))
+    assert (data["base_model"], data["base_model_relation"], data["library_name"]) == ("org/base", "adapter", "peft")
+    assert data["license"] == "mit" and data["datasets"] == ["org/law"] and data["language"] == ["en"]
+    assert data["tags"] == ["continual-learning", "hf_continual", "recadam", "lora"]
+    results = {r["dataset"]["name"]: r["metrics"] for r in data["model-index"][0]["results"]}
+    assert [results[t][0]["value"] for t in EVALUATION.tasks] == [0.25, 0.5, 1.0]
+    figures = {m["type"]: m["value"] for m in results["law, tax, tickets"]}
+    assert figures == {k: v for k, v in EVALUATION.figures.items() if v is not None} and "fwt" not in figures
+
+
+def test_what_a_reader_reads():
+    card = render_card(FACTS)
+    matrix = AccuracyMatrix([[0.75, None, None], [0.5, 0.875, None], [0.25, 0.5, 1.0]], [0.0, 0.125, 0.25])
+    for said in (
+        "learnt 3 tasks one after the other (law, tax, tickets)", f"**{matrix.overall_performance:.4f}**",
+        f"| BWT | {matrix.backward_transfer:.4f} |", f"| Forgetting | {matrix.forgetting:.4f} |", "| FWT | NOT_RUN |",
+        "| after law | 0.7500 | - | - |", "| base model | 0.0000 | 0.1250 | 0.2500 |", "| general text (nats, lower is better) | 3.5000 | 3.2500 | -0.2500 |",
+        "ERROR: out of memory", "[org/law](https://huggingface.co/datasets/org/law) en (bbbbbbb)", "(aaaaaaa)", "pull=0.01, rows=rows.jsonl",
+        RecAdam.paper.bibtex, "tickets", "law -0.5000, tax -0.3750", "local rows",
+    ):  # fmt: skip
+        assert said in card, said
+    assert "/home/me" not in card and "None" not in card and "nan" not in card.lower().replace("finance", "")
+    assert render_card(FACTS) == card
+
+
+def test_only_what_is_known_is_printed():
+    card = render_card(CardFacts("bare"))
+    data, body = read_card(card)
+    assert set(data) == {"library_name", "pipeline_tag", "tags"} and "NOT_RUN: no task was scored" in body
+    assert "None" not in card and "seed" not in card and "| setting" not in card and not lint_card(card)
+
+
+@pytest.mark.parametrize(
+    ("facts", "base", "relation", "library"),
+    [
+        (CardFacts("a", kind="adapter", base=BASE), "org/base", "adapter", "peft"),
+        (CardFacts("b", base=BASE), "org/base", "finetune", "transformers"),
+        (CardFacts("c", base=BASE, parent=ModelRef("me/stage")), "me/stage", "finetune", "transformers"),
+        (CardFacts("d", base=BASE, parent=ModelRef(name="stage")), "org/base", "finetune", "transformers"),
+        (CardFacts("e", base=ModelRef(name="mine")), None, None, "transformers"),
+        (CardFacts("f", base=BASE, merge=MergeFacts("recall", (ModelRef("me/a"), ModelRef(name="b"), ModelRef("me/c")))),
+         ["org/base", "me/a", "me/c"], "merge", "transformers"),
+        (CardFacts("g", merge=MergeFacts("kif", (ModelRef("me/a"), ModelRef(name="b")))), ["me/a"], "merge", "transformers"),
+    ],
+)  # fmt: skip
+def test_base_model_and_relation(facts, base, relation, library):
+    card = render_card(facts)
+    data, _ = read_card(card)
+    assert (data.get("base_model"), data.get("base_model_relation"), data["library_name"]) == (base, relation, library)
+    assert not lint_card(card)
+
+
+def test_merge_weights(tmp_path):
+    merge = MergeFacts(
+        "recall", (ModelRef("me/a"), ModelRef("me/b")), {"seed": 0}, Paper("RECALL", "Wang", 2025, "2510.20479"),
+        {"layer.0": (0.25, 0.75), "layer.1": (0.5, 0.5)}, report="recall_report.json", call='merge_with_recall(["me/a", "me/b"], "out")',
+    )  # fmt: skip
+    (tmp_path / "recall_report.json").write_text("{}")
+    write_card(tmp_path, CardFacts("m", base=BASE, merge=merge))
+    card = (tmp_path / "README.md").read_text()
+    assert "| me/a | 0.2500 | 0.3750 | 0.5000 |" in card and "(plots/merge_weights.png)" in card
+    assert (tmp_path / "plots" / "merge_weights.png").read_bytes().startswith(b"\x89PNG")
+    assert "2510.20479" in card and not lint_folder(tmp_path)
+    assert read_facts(tmp_path).merge.weights == {"layer.0": [0.25, 0.75], "layer.1": [0.5, 0.5]}
+
+
+def test_a_folder_gives_its_card_back(tmp_path):
+    written = write_card(tmp_path, FACTS)
+    again = read_facts(tmp_path)
+    assert again.evaluation == replace(EVALUATION, matrix=again.evaluation.matrix)
+    assert render_card(tmp_path) == (tmp_path / "README.md").read_text() == render_card(written)
+    results = json.loads((tmp_path / "continual_results.json").read_text())
+    assert {"matrix", "tasks", "base_row", "op", "bwt", "fwt", "forgetting"} <= set(results)
+    matrix = AccuracyMatrix(results["matrix"], results["base_row"])
+    assert (results["op"], results["bwt"], results["forgetting"]) == (
+        matrix.overall_performance, matrix.backward_transfer, matrix.forgetting,
+    )  # fmt: skip
+    assert not lint_folder(tmp_path)
+    before = {
+        p: (p.stat().st_mtime_ns if p.suffix == ".png" else p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()
+    }
+    write_card(tmp_path, FACTS)
+    assert before == {p: (p.stat().st_mtime_ns if p.suffix == ".png" else p.read_bytes()) for p in before}
+
+
+def test_the_authors_text_stays(tmp_path):
+    write_card(tmp_path, FACTS)
+    file = tmp_path / "README.md"
+    file.write_text(
+        file.read_text()
+        .replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\nMine.")
+        .replace("---\n", "---\nco2: 3\n", 1)
+    )
+    write_card(tmp_path, replace(FACTS, seed=2))
+    assert (
+        kept_text(file.read_text()) == "Mine."
+        and read_card(file.read_text())[0]["co2"] == 3
+        and "seed 2" in file.read_text()
+    )
+    data, _ = read_card(render_card(CardFacts("x"), file.read_text()))
+    assert "base_model" not in data and "license" not in data, "a fact that became unknown stays unknown"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "recorded", "kept"),
+    [
+        ("A", "A", None, "A"), ("", "B", None, "B"), ("A", "", None, "A"), ("A", "B", None, "B\n\nA"),
+        ("A", "B", "A", "B"), ("B", "A", "A", "B"), ("B", "C", "A", "C\n\nB"),
+    ],
+)  # fmt: skip
+def test_two_authors(mine, theirs, recorded, kept):
+    def card(text):
+        return render_card(CardFacts("x"), f"{'<!-- hf_continual:keep -->'}\n{text}\n<!-- /hf_continual:keep -->")
+
+    assert kept_text(merged_author(card(mine), card(theirs), recorded)) == kept
+
+
+def test_drafts_of_other_tools_are_not_the_authors():
+    peft = (
+        "---\nbase_model: /tmp/x\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n[More Information Needed]\n"
+    )
+    trl = "---\nlibrary_name: transformers\nlicence: license\n---\n\n# x\n\n## Quick start\n"
+    by_hand = "---\nwidget: []\n---\n\n# Mine\n\nWords.\n"
+    assert kept_text(peft) == kept_text(trl) == "" and kept_text(by_hand) == "# Mine\n\nWords."
+    assert "/tmp/x" not in render_card(FACTS, peft) and "Words." in render_card(FACTS, by_hand)
+
+
+def test_the_snippet_compiles_for_every_kind():
+    for facts in (FACTS, replace(FACTS, kind="model"), replace(FACTS, chat=True)):
+        code = re.search(r"```python\n(.*?)```", render_card(facts), re.DOTALL)[1]
+        ast.parse(code)
+        assert '"me/three"' in code and ("AutoPeftModel" in code) == (facts.kind == "adapter")
+
+
+GOOD = "---\nbase_model: org/base\nbase_model_relation: finetune\nlicense: mit\nlanguage: en\ntags: [a]\n---\n\n# T\n\nText.\n"
+BAD = {
+    "base_model: /tmp/model": "base_model", "base_model: [org/base, org/base]": "base_model", "base_model: None": None,
+    "base_model_relation: child": "relation", "license: Apache-2.0": "license", "license: gpl-3.0-or-later": "license",
+    "license: other": "license", "licence: mit": "license", "language: English": "language", "language: EN": "language",
+    "tags: one": "tags", "tags: [null]": "tags", "datasets: [null]": "datasets", "datasets: [/data/x]": "datasets",
+    "model-index: {}": "model-index", "model-index: [{name: x}]": "model-index", "library_name: peft": "relation",
+    "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: n}, metrics: [{type: m, value: .nan}]}]}]": "model-index",
+    "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: n, config: 3}, metrics: [{type: m, value: 1}]}]}]": "model-index",
+    "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d}, metrics: [{type: m, value: 1}]}]}]": "model-index",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_metadata_rules(line):
+    key = line.split(":")[0]
+    head = "\n".join([x for x in GOOD.split("---\n")[1].splitlines() if not x.startswith(f"{key}:")] + [line])
+    assert not lint_card(GOOD)
+    found = {f.rule for f in lint_card(f"---\n{head}\n---\n\n# T\n")}
+    assert BAD[line] in found if BAD[line] else not found
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("hf_" + "a" * 34, "token"), ("see /home/me/out/model", "path"), ("C:\\Users\\me\\x", "path"), ("[More Information Needed]", "placeholder"),
+        ("```python\nprint(\n```", "snippet"), ('```python\nM.from_pretrained("./out")\n```', "snippet"), ("![a](plots/gone.png)", "image"),
+        ("[a](gone.json)", "link"), ("fine https://huggingface.co/home/x and [x](https://a.b/tmp/c)", None),
+    ],
+)  # fmt: skip
+def test_body_rules(text, rule, tmp_path):
+    assert {f.rule for f in lint_card(GOOD + text + "\n", tmp_path)} == ({rule} if rule else set())
+
+
+def test_broken_metadata():
+    for text in ("---\na: 1\na: 2\n---\n", "---\n- a\n---\n", "---\na: [\n---\n", "---\na: 1\n", "# no metadata\n"):
+        assert [f.rule for f in lint_card(text)] == ["metadata"], text
+
+
+def test_numbers_that_do_not_agree(tmp_path):
+    write_card(tmp_path, FACTS)
+    file, card = tmp_path / "continual_results.json", tmp_path / "README.md"
+    whole, text = file.read_text(), card.read_text()
+    file.write_text(json.dumps({**json.loads(whole), "op": 0.9}))
+    assert {f.rule for f in lint_folder(tmp_path)} == {"numbers"}
+    file.write_text(whole)
+    card.write_text(text.replace("value: 1.0", "value: 0.99"))
+    assert ["model-index says task tickets=0.99" in f.message for f in lint_folder(tmp_path)] == [True]
+    card.write_text(text.replace("0.8750", "0.9750"))
+    assert ["0.8750, which the card does not show" in f.message for f in lint_folder(tmp_path)] == [True]
+
+
+def test_card_check_on_the_command_line(tmp_path):
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "hf_continual", *words], capture_output=True, text=True, check=False
+        )
+
+    write_card(tmp_path, FACTS)
+    assert (ran := run("card", "check", str(tmp_path))).returncode == 0 and ran.stdout == "clean\n"
+    (tmp_path / "plots" / "forgetting.png").unlink()
+    assert (
+        (ran := run("card", "check", str(tmp_path))).returncode == 2
+        and "[image]" in ran.stdout
+        and "1 finding\n" in ran.stdout
+    )
+    assert (ran := run("push", str(tmp_path), "me/x")).returncode == 3 and "holds no whole model" not in ran.stdout
+    assert "me/x was not pushed" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_licences():
+    mit, apache, own = License("mit"), License("apache-2.0"), License("other", "mine", "LICENSE")
+    assert len(hub_licenses()) == 83
+    assert inherit({"a": mit, "b": mit}) == (mit, "the licence of a and b")
+    assert inherit({"a": own})[0] == own
+    assert inherit({"a": mit, "b": None})[0] is None and inherit({})[0] is None and inherit({"a": None})[0] is None
+    with pytest.raises(LicenseConflict, match=r"a: mit, b: apache-2.0.*license='...'"):
+        inherit({"a": mit, "b": apache})
+    assert inherit({"a": mit, "b": apache}, "apache-2.0") == (apache, "chosen by the author")
+    with pytest.raises(ValueError, match="not a licence id of the Hub"):
+        inherit({}, "apache 2")
+
+
+def test_names_of_models(tmp_path):
+    assert all(map(is_hub_id, ("gpt2", "me/x", "me/x.y-1_z")))
+    assert not any(map(is_hub_id, ("/tmp/x", "a/b/c", "./x", "-x", "a--b", "x..y", "", None, "x.git")))
+    snapshot = f"/cache/models--me--x/snapshots/{'c' * 40}"
+    assert model_ref(snapshot) == ModelRef("me/x", "c" * 40)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert model_ref(tmp_path / "mine") == ModelRef(license="mit", name="mine")
+    with pytest.raises(ValueError, match="is no Hub id"):
+        ModelRef("/tmp/x")
+
+
+def test_what_may_be_published():
+    data = {
+        "hub_token": "secret",
+        "eos_token": "<eos>",
+        "rows": "/home/me/a.jsonl",
+        "n": [1, {"p": "~/x/y"}],
+        "t": "hf_" + "a" * 30,
+    }
+    assert safe(data) == {"eos_token": "<eos>", "rows": "a.jsonl", "n": [1, {"p": "y"}], "t": "..."}
+    assert "token" not in yaml.safe_dump(safe({"token": "x"}))
