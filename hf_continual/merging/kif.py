@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_continual.merging.errors import MergeError, some
-from hf_continual.merging.job import make_plan, run_job
+from hf_continual.merging.job import check_push, make_plan, run_job
 from hf_continual.merging.kif_importance import (
     SIDES,
     Scores,

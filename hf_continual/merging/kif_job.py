@@ -117,7 +117,7 @@ def fuse_job(layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores], o
 
     return Job(
         "kif", PAPER, models.members, None, lambda _: lambda values: values[0], told, newest=1, report=KIF_REPORT,
-        facts=facts, evidence=draw if layers else None, tensors=tensors,
+        facts=facts, evidence=draw if layers else None, tensors=tensors, image=HEAT_MAP if layers else None,
     )  # fmt: skip
 
 

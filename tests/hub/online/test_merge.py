@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_continual import HubPushError, merge_linear, merge_with_recall, push_to_hub
+from hf_continual import HubPushError, kif_fuse, merge_linear, merge_with_recall, push_to_hub
 from hf_continual.hub.lint import lint_folder
 from tests import toy
 from tests.hub.plugin import HUB
@@ -89,3 +89,27 @@ def test_an_adapter_of_adapters(experts):
     assert (
         "base_model: org/base\nbase_model_relation: adapter" in card and len(HUB.repos["me/a"].content_commits()) == 1
     )
+
+
+def test_kif_fuse(experts):
+    out, rows = experts / "fused", list(toy.rows(number=8))
+    options = dict(calibration_new=rows, calibration_old=rows, device="cpu", progress=False)
+    HUB.make("you/m")
+    with pytest.raises(HubPushError, match="403"):
+        kif_fuse("org/base", "org/tax", out, old="org/law", push_to_hub="you/m", **options)
+    assert not out.exists()
+    kif_fuse("org/base", "org/tax", out, old="org/law", push_to_hub="me/fused", **options)
+    repo = HUB.repos["me/fused"]
+    assert len(repo.content_commits()) == 1 and not lint_folder(out)
+    there = Path(snapshot_download("me/fused", cache_dir=experts / "empty"))
+    ids = (torch.arange(1, 17) * 7 % 60).unsqueeze(0)
+    with torch.no_grad():
+        mine, theirs = (AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in (out, there))
+    assert torch.equal(mine, theirs) and torch.isfinite(mine).all()
+    for file in there.rglob("*"):
+        if file.is_file() and file.name != ".gitattributes":
+            assert file.read_bytes() == (out / file.relative_to(there)).read_bytes(), file.name
+    card = (there / "README.md").read_text()
+    for said in ("base_model:\n- org/base\n- org/tax\n- org/law\n", "base_model_relation: merge", "license: mit", "2502.17510",
+                 "kif_report.json", "(kif_sides.png)"):  # fmt: skip
+        assert said in card, said
