@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # each is a whole test file
 @pytest.mark.parametrize("name", sorted(p.stem for p in (HERE / "online").glob("test_*.py")))
 def test_online(name):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTEST_", "TRANSFORMERS_"))}
