@@ -119,6 +119,7 @@ def kif_fuse(
     """
     choice = Choice(rule, top_share, scope, temperature)
     _check(choice, old_from, order, (beta1, beta2), (batch_size, max_length))
+    check_push(output)
     if old is None and old_from == "new":
         raise ValueError(
             "old_from='new' says what old was trained from, and there is no old=. Give it, or leave both out."
