@@ -120,7 +120,15 @@ def named(prefix):
 def test_it_equals_the_authors_trainer_step_by_step():
     """Nine inner steps in three rounds of the fp32 path: weights, averages, masks and the fused result."""
     run = Recorded(recorded_model(), None)
-    method = KIF([{"x": 1}], inner_steps=3, outer_steps=2, outer_optimizer="shared", outer_loss_scale=0.5, rule="code", uncertainty=True)
+    method = KIF(
+        [{"x": 1}],
+        inner_steps=3,
+        outer_steps=2,
+        outer_optimizer="shared",
+        outer_loss_scale=0.5,
+        rule="code",
+        uncertainty=True,
+    )
     method.replay(run)
     method.begin_task(run)
     sides = method._sides
