@@ -78,7 +78,7 @@ class KIF(Method):
         top_share: Share of the weights that matter to a side.
         beta1: Decay of the importance.
         beta2: Decay of its uncertainty.
-        rule: ``"code"``, ``"paper"``, or an ablation: ``"no_shared"`` (weights that matter to both stay), ``"adaptive"``
+        rule: ``"paper"``, ``"code"``, or an ablation: ``"no_shared"`` (weights that matter to both stay), ``"adaptive"``
             (sigmoid of the score difference), ``"weighted"`` (one weight for all), ``"sum"`` (no identification).
         scope: One threshold over all weights, or one per tensor.
         outer_optimizer: ``"separate"``: Adam of its own; ``"shared"``: the run's optimizer; ``"none"``: memory is only
@@ -105,13 +105,13 @@ class KIF(Method):
     top_share: float = 0.2
     beta1: float = 0.85
     beta2: float = 0.85
-    rule: Rule = "code"
+    rule: Rule = "paper"
     scope: Scope = "global"
     outer_optimizer: Literal["separate", "shared", "none"] = "separate"
     outer_learning_rate: float | None = None
     order: Order = "first"
     importance_every: int = 1
-    uncertainty: bool = True
+    uncertainty: bool = False
     old_importance: Literal["recurrent", "static"] = "recurrent"
     temperature: float = 1.0
     outer_loss_scale: float = 1.0

@@ -17,7 +17,7 @@ from hf_continual.hub.refs import ModelRef, loaded_ref
 from hf_continual.methods.base import Method
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.publishing_trainer import PublishingTrainer
 
 # What a reader needs to train again; shown on the card where it is not the default, or is one of the first four.
 SETTINGS = (
@@ -29,7 +29,7 @@ SETTINGS = (
 ALWAYS = SETTINGS[:5]
 
 
-def run_facts(trainer: ContinualTrainer, evaluation: Evaluation | None = None) -> CardFacts:
+def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) -> CardFacts:
     """The facts of a run, as far as it has come.
 
     Args:

@@ -27,7 +27,7 @@ from hf_continual.hub.reload import check_same
 from hf_continual.trainer.facts import run_facts
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.publishing_trainer import PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class CheckpointPushes:
         self.running.clear()
 
 
-def open_repository(trainer: ContinualTrainer, token: str | None, private: bool | None) -> str:
+def open_repository(trainer: PublishingTrainer, token: str | None, private: bool | None) -> str:
     """Check token, rights and visibility; make the repository.
 
     Args:
@@ -101,7 +101,7 @@ def open_repository(trainer: ContinualTrainer, token: str | None, private: bool 
     ).repo_id  # fmt: skip
 
 
-def check_before_training(trainer: ContinualTrainer) -> None:
+def check_before_training(trainer: PublishingTrainer) -> None:
     """Lint the card as it will be, and look its base up, before the first step.
 
     Args:
@@ -129,7 +129,7 @@ def check_before_training(trainer: ContinualTrainer) -> None:
 
 
 def write_run_card(
-    trainer: ContinualTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any
+    trainer: PublishingTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any
 ) -> None:
     """Write card, configuration and results beside a saved model. On the main process."""
     facts = run_facts(trainer, evaluation or trainer.evaluation)
@@ -137,7 +137,7 @@ def write_run_card(
 
 
 def push_run(
-    trainer: ContinualTrainer, folder: Path, message: str, *, token: str | None, revision: str | None,
+    trainer: PublishingTrainer, folder: Path, message: str, *, token: str | None, revision: str | None,
     private: bool | None, blocking: bool, **options: Any,
 ) -> Pushed | Future[Any] | None:  # fmt: skip
     """Push a saved run; see `ContinualTrainer.push_to_hub`."""
@@ -176,7 +176,7 @@ def push_run(
     return trainer.push_in_progress.running[-1][1]
 
 
-def _compare(trainer: ContinualTrainer, folder: Path) -> None:
+def _compare(trainer: PublishingTrainer, folder: Path) -> None:
     """The model on the disk against the live one, where one process holds all of it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False):
@@ -185,7 +185,7 @@ def _compare(trainer: ContinualTrainer, folder: Path) -> None:
     check_same(folder, model)
 
 
-def push_checkpoint(trainer: ContinualTrainer, checkpoint: Path) -> None:
+def push_checkpoint(trainer: PublishingTrainer, checkpoint: Path) -> None:
     """Push a checkpoint in the background, from links that outlive its rotation.
 
     Args:

@@ -1,4 +1,4 @@
-"""ContinualTrainer: TRL's SFTTrainer with methods. The only file that overrides members of HF's trainers.
+"""ContinualTrainer: TRL's SFTTrainer with methods. With `publishing_trainer.py` the only file that overrides HF's trainers.
 
 Each override begins by handing over to SFTTrainer when no method needs it, so that a trainer without
 methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from transformers.trainer_utils import HubStrategy, SaveStrategy
-from trl import SFTTrainer
 
 from hf_continual.data.collator import ORIGIN, CountTokens, ReplayCollator
-from hf_continual.hub.facts import Evaluation
-from hf_continual.hub.text import kept_text
 from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
-from hf_continual.trainer import checks, publish, state
+from hf_continual.trainer import checks, state
 from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.mixer import ReplayMixer
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
 from hf_continual.trainer.optimizer import parameter_groups
+from hf_continual.trainer.publishing_trainer import PublishingTrainer
 from hf_continual.trainer.rows import check_row_type
 from hf_continual.trainer.run import TrainerRun
 from hf_continual.trainer.stations import Stations
@@ -56,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ContinualTrainer(SFTTrainer):
+class ContinualTrainer(PublishingTrainer):
     """Supervised fine-tuning that keeps what the model already knows.
 
     Takes what `trl.SFTTrainer` takes, in the same order, and `methods`. Without methods it is
@@ -101,7 +98,6 @@ class ContinualTrainer(SFTTrainer):
     data_collator: Any
     optimizer: Any
     processing_class: Any
-    hub_model_id: Any
 
     @explains_old_names(TRAINER)
     def __init__(
@@ -140,9 +136,6 @@ class ContinualTrainer(SFTTrainer):
         if self.methods:
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
         task_row = checks.first_row(train_dataset) if self.methods else {}
-        self.evaluation = Evaluation()
-        self.train_rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
-        self.push_in_progress: Any = publish.CheckpointPushes()
         super().__init__(
             model=model,
             args=args,
@@ -165,8 +158,7 @@ class ContinualTrainer(SFTTrainer):
         self.ledger = Ledger()
         if self.methods:
             self._set_up_methods(task_row)
-        if self.args.push_to_hub and self.is_world_process_zero():
-            publish.check_before_training(self)
+        self.check_push()
 
     def _set_up_methods(self, task_row: dict[str, Any]) -> None:
         name, index = "task", 0
@@ -400,90 +392,4 @@ class ContinualTrainer(SFTTrainer):
                 )
         if resume_from_checkpoint:
             state.check_same_methods(Path(resume_from_checkpoint), self.methods.describe())
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        saves = self.args.save_strategy != SaveStrategy.NO
-        if self.args.push_to_hub and saves and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            self.push_to_hub()
-        return result
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """SFTTrainer's, with a card of what is known; pushes it with ``push_to_hub=True``."""
-        super().save_model(output_dir, _internal_call=True)
-        if _internal_call:
-            return
-        if self.args.should_save:
-            publish.write_run_card(self, Path(output_dir or self.args.output_dir))
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's draft, unless the folder holds a card with an author's text."""
-        card = Path(self.args.output_dir) / "README.md"
-        if not card.is_file() or not kept_text(card.read_text(encoding="utf-8", errors="replace")):
-            super().create_model_card(*args, **kwargs)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Token, rights and visibility are checked and the repository is made, before anything is trained."""
-        if self.is_world_process_zero():
-            self.hub_model_id = publish.open_repository(self, token, private)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the model and publish it with card, configuration, results and pictures, in one commit.
-
-        What failed can be called again: nothing is uploaded twice.
-
-        Example:
-            >>> trainer.push_to_hub(evaluation=Evaluation(("law",), ((0.8,),), metric="exact match"), tag="task-1")
-
-        Args:
-            commit_message: First line of the commit.
-            blocking: False pushes in a thread; the future is returned, and read at the next push.
-            token: In place of ``hub_token``.
-            revision: In place of ``hub_revision``.
-            private: In place of ``hub_private_repo``.
-            **kwargs: `evaluation` (what was measured), `language`, and `tag`, `license`, `base_model`, `create_pr` and
-                `dry_run` of `hf_continual.push_to_hub`.
-
-        Returns:
-            What was pushed; None on all processes but the first.
-
-        Raises:
-            HubPushError: If it was not pushed. The model is in ``output_dir``.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        return publish.push_run(
-            self,
-            Path(self.args.output_dir),
-            commit_message or "End of training",
-            token=token,
-            revision=revision,
-            private=private,
-            blocking=blocking,
-            **kwargs,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The last checkpoint is the model, which `train` pushes with all that is known then.
-        last = self.state.global_step >= self.state.max_steps
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or last:
-            return
-        if self.args.hub_always_push or self.push_in_progress.is_done():
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            publish.push_checkpoint(self, Path(checkpoint_folder))
-
-    def _finish_current_push(self) -> None:
-        self.push_in_progress.collect()
+        return super().train(resume_from_checkpoint, *args, **kwargs)

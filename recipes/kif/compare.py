@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 
 from hf_continual import train_stream
+from hf_continual.methods.kif import PUBLISHED
 
 KEPT = {"memory": "kept", "row_type": "same"}
 ARMS: dict[str, dict | None] = {
     "plain": None,
     "mixed": {"replay": {"rows": "kept", "ratio": 1 / 3}},
     "kif": {},  # the defaults
-    "kif-paper": {"rule": "paper", "uncertainty": False},
-    "kif-shared": {"outer_optimizer": "shared"},
-    "kif-t5": {"outer_optimizer": "shared", "outer_loss_scale": 0.25},
-    "kif-llama": {"outer_optimizer": "none", "outer_loss_scale": 0.25},
+    "kif-code": {"rule": "code", "uncertainty": True},
+    "kif-code-shared": {"rule": "code", "uncertainty": True, "outer_optimizer": "shared"},
+    "kif-t5": PUBLISHED["t5"],
+    "kif-llama": PUBLISHED["llama"],
     # The paper's ablations.
     "kif-static": {"old_importance": "static"},
     "kif-no-identification": {"rule": "sum"},
@@ -35,7 +36,6 @@ ARMS: dict[str, dict | None] = {
     "kif-adaptive": {"rule": "adaptive", "temperature": 0.25},
     "kif-no-shared": {"rule": "no_shared"},
     "kif-tensor": {"scope": "tensor"},
-    "kif-paper-sum": {"rule": "paper"},
 }
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 

@@ -13,8 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
 from safetensors.torch import save_file
+
+from tests.merging.synthetic import Watch, anonymous
 
 torch.set_num_threads(1)
 SIZE = 4096 * 1024  # elements of a tensor
@@ -35,15 +39,8 @@ def make(folder: Path, tensors: int) -> None:
     save_file({k: torch.rand(4096, SIZE // 4096, generator=g) for k in keys}, folder / "kif.safetensors")
 
 
-def memory(key: str) -> int:
-    """Bytes of this process now (VmRSS) or at most so far (VmHWM); rusage would begin with the parent's peak."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def child(folder: Path, way: str) -> None:
+def child(folder: Path, way: str, watched: bool) -> None:
     """One merge in a process of its own."""
-
     from hf_continual.merging import kif, linear
     from hf_continual.plots import plot_sides
 
@@ -62,15 +59,17 @@ def child(folder: Path, way: str) -> None:
         return made
 
     kif.make_plan = noted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports had their own
-    before, cpu, wall = memory("VmRSS"), time.process_time(), time.perf_counter()
+    watch, before = Watch(), anonymous()
+    if watched:  # in a run of its own: watching takes CPU time
+        watch.start()
+    cpu, wall = time.process_time(), time.perf_counter()
     if way == "average":
         result = linear.merge_linear([base, new, old], folder / "out", overwrite=True)
     else:
         result = kif.kif_fuse(base, new, folder / "out", old=old, importance=folder / "kif.safetensors", overwrite=True)
     told = {
         "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "read": result.bytes_read,
-        "grown": memory("VmHWM") - before, "bound": bounds[:1],
+        "grown": watch.stop() - before if watched else 0, "bound": bounds[:1],
     }  # fmt: skip
     print(json.dumps(told))
 
@@ -80,27 +79,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=0.1, help="of each model")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--child", nargs=3)
     args = parser.parse_args()
     if args.child:
-        child(Path(args.child[0]), args.child[1])
+        child(Path(args.child[0]), args.child[1], args.child[2] == "watched")
         return
     with tempfile.TemporaryDirectory() as name:
         folder, tensors = Path(name), max(1, round(args.gigabytes * 1e9 / 2 / SIZE))
         make(folder, tensors)
         runs: dict[str, list[dict]] = {"average": [], "kif_fuse": []}
-        for _ in range(args.repeat):
+        held = {}
+        for repeat in range(args.repeat + 1):
             for way, found in runs.items():
                 done = subprocess.run(
-                    [sys.executable, __file__, "--child", name, way], capture_output=True, text=True, check=True
+                    [sys.executable, __file__, "--child", name, way, "timed" if repeat else "watched"],
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 )
-                found.append(json.loads(done.stdout.splitlines()[-1]))
+                told = json.loads(done.stdout.splitlines()[-1])
+                if repeat:
+                    found.append(told)
+                else:
+                    held[way] = told["grown"]
     middle = {w: sorted(found, key=lambda r: r["cpu"])[len(found) // 2] for w, found in runs.items()}
     for way, r in middle.items():
         bound = f", plan {r['bound'][0] / 2**20:.0f} MiB" if r["bound"] else ""
         print(
             f"{way}: {tensors * SIZE / 1e6:.0f} M elements, read {r['read'] / 1e9:.2f} GB, {r['cpu']:.1f} s of CPU "
-            f"({r['wall']:.1f} s), memory grew by {r['grown'] / 2**20:.0f} MiB{bound}"
+            f"({r['wall']:.1f} s), memory grew by {held[way] / 2**20:.0f} MiB{bound}"
         )
     ratio = middle["kif_fuse"]["cpu"] / middle["average"]["cpu"]
     print(

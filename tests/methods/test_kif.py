@@ -120,7 +120,15 @@ def named(prefix):
 def test_it_equals_the_authors_trainer_step_by_step():
     """Nine inner steps in three rounds of the fp32 path: weights, averages, masks and the fused result."""
     run = Recorded(recorded_model(), None)
-    method = KIF([{"x": 1}], inner_steps=3, outer_steps=2, outer_optimizer="shared", outer_loss_scale=0.5, rule="code")
+    method = KIF(
+        [{"x": 1}],
+        inner_steps=3,
+        outer_steps=2,
+        outer_optimizer="shared",
+        outer_loss_scale=0.5,
+        rule="code",
+        uncertainty=True,
+    )
     method.replay(run)
     method.begin_task(run)
     sides = method._sides
@@ -381,12 +389,13 @@ def test_state_is_at_most_six_values_a_weight(tmp_path, peft):
 
 
 RULES = {
-    "paper": {"rule": "paper", "uncertainty": False},
+    "code": {"rule": "code", "uncertainty": True},
+    "uncertainty": {"uncertainty": True},
     "no_shared": {"rule": "no_shared"},
     "adaptive": {"rule": "adaptive", "temperature": 0.5},
     "weighted": {"rule": "weighted"},
     "weighted-tensor": {"rule": "weighted", "scope": "tensor"},
-    "weighted-plain": {"rule": "weighted", "uncertainty": False},
+    "weighted-uncertainty": {"rule": "weighted", "uncertainty": True},
     "sum": {"rule": "sum"},
     "static": {"old_importance": "static"},
     "tensor": {"scope": "tensor"},
