@@ -29,7 +29,7 @@ from hf_continual import KIF, ContinualTrainer
 from hf_continual.data.biography import biography_rows
 from hf_continual.tensors.importance import top_share_masks
 
-INNER, OUTER, ROUNDS, PAIRS = 8, 4, 1, 4
+INNER, OUTER, ROUNDS, PAIRS = 8, 4, 1, 3
 
 
 def trainer(kind: str, path: str, folder: str, dtype: str) -> SFTTrainer:

@@ -380,12 +380,16 @@ def test_a_rate_of_zero_moves_nothing(tmp_path):
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_state_is_at_most_six_values_a_weight(tmp_path, peft):
     lora = LoraConfig(r=4, target_modules="all-linear") if peft else None
-    method = KIF(memory(), inner_steps=2, outer_steps=1, outer_optimizer="shared")
-    trainer = build(tmp_path, method, peft=lora)
-    trainer.train()
-    number = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    assert method.memory_bytes() <= 6 * 4 * number
-    assert method._sides.flat.size == number
+    for uncertainty, values in ((True, 5), (False, 3)):
+        method = KIF(memory(), inner_steps=2, outer_steps=1, outer_optimizer="shared", uncertainty=uncertainty)
+        seen = []
+        trainer = build(tmp_path, method, peft=lora)
+        outer_step = method._outer_step
+        method._outer_step = lambda *a, seen=seen, step=outer_step: (step(*a), seen.append(method.memory_bytes()))
+        trainer.train()
+        number = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        assert method._sides.flat.size == number
+        assert method.memory_bytes() == values * 4 * number and max(seen) == (values * 4 + 1) * number <= 6 * 4 * number
 
 
 RULES = {
