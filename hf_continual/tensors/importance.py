@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,13 @@ def share_threshold(
     """
     if add_up is not None:
         return kth_smallest(lambda: [values], share_rank(count or values.numel(), share), add_up).to(values.device)
-    return values.flatten().kthvalue(share_rank(values.numel(), share) + 1).values
+    rank = share_rank(values.numel(), share)
+    if values.device.type == "cpu":
+        # numpy's selection uses the vector unit; torch's `kthvalue` takes several times as long on a CPU.
+        held = values.detach().flatten()
+        held = held if held.dtype == torch.float64 else held.float()
+        return torch.as_tensor(np.partition(held.numpy(), rank)[rank])
+    return values.flatten().kthvalue(rank + 1).values
 
 
 def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Scope = "global") -> dict[str, Tensor]:

@@ -90,17 +90,20 @@ def test_twenty_random_moments(quiet, tmp_path):
     plan, straight, seconds = quiet
     seed = random.SystemRandom().randrange(2**32)
     moments = [seconds * (i + random.Random(seed + i).random()) / TRIALS for i in range(TRIALS)]
-    wanted, killed = outcome(straight), 0
+    wanted = outcome(straight)
     for i, moment in enumerate(moments):
-        out = tmp_path / str(i)
-        ended = run(plan, out, kill=moment)
-        killed += not ended
+        for attempt in range(8):
+            out = tmp_path / f"{i}-{attempt}"
+            if not run(plan, out, kill=moment):
+                break
+            moment *= 0.6  # it ended before: the machine has less to do now than when the run was timed
+        else:
+            pytest.fail(f"seed {seed}, trial {i}: no run lasted for {moment:.3f} s, they cannot be killed")
         assert run(plan, out), f"seed {seed}, trial {i}: the run does not go on after a kill at {moment:.3f} s"
         assert outcome(out) == wanted, f"seed {seed}, trial {i}: another outcome after a kill at {moment:.3f} s"
         for k in range(3):
             assert torch.equal(world.weights(out / f"task-0{k}-t{k}"), world.weights(straight / f"task-0{k}-t{k}"))
         assert not list(out.rglob("*.partial")) and not list(out.rglob("checkpoint-*"))
-    assert killed >= TRIALS - 3, f"only {killed} of {TRIALS} runs were killed before their end"
 
 
 def _kill_in(module: str, name: str, call: int):
