@@ -8,7 +8,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hf_continual import merge_linear, merge_with_recall, train_stream
+from hf_continual import merge_linear, train_stream
 from hf_continual.cli import app
 from hf_continual.merging.command import METHODS, run_merge
 from tests.merging.world import adapter, build, digest, save
@@ -46,7 +46,8 @@ def test_every_method_runs(world):
         done = run(method, *models, "--out", tmp / method, *base, *options)
         assert done.exit_code == 0, (method, done.output, done.exception)
         assert f"in {tmp / method}" in done.output.replace("\n", "")
-    assert set(METHODS) == {p.name for p in tmp.iterdir()} - {"base", "a1", "a2", "rows.jsonl"}
+    # kif needs models that went on from one: tests/merging/test_kif_fuse.py.
+    assert set(METHODS) - {"kif"} == {p.name for p in tmp.iterdir()} - {"base", "a1", "a2", "rows.jsonl"}
     merge_linear([a1, a2], tmp / "same", base=tmp / "base", weights=[0.7, 0.3])
     assert digest(tmp / "same") == digest(tmp / "linear")
     report = json.loads((tmp / "recall" / "recall_report.json").read_text())
@@ -78,7 +79,7 @@ def test_the_command_knows_the_options_of_the_functions():
         module, _, attribute = where.partition(":")
         parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
         assert set(known) <= set(parameters), name
-    assert "push_to_hub" not in inspect.signature(merge_with_recall).parameters
+        assert "push_to_hub" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()), name
 
 
 def test_between_the_tasks_of_a_plan(tmp_path):

@@ -163,7 +163,7 @@ def one_round(tmp_path, monkeypatch, peft, dtype, rule):
         train_dataset=toy.rows(),
         processing_class=toy.tokenizer(),
         peft_config=peft,
-        methods=[KIF(memory, inner_steps=3, outer_steps=2, outer_learning_rate=1e-2, rule=rule)],
+        methods=[KIF(memory, inner_steps=3, outer_steps=2, outer_learning_rate=1e-2, rule=rule, uncertainty=True)],
     )
     trainer.train()
     trainer.model.save_pretrained(tmp_path / "fused")
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_a_run_gives_the_importance_but_right_after_a_fusion(tmp
     start.save_pretrained(tmp_path / "start")
     trainer = ContinualTrainer(
         start, config(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1), train_dataset=toy.rows(),
-        processing_class=toy.tokenizer(), methods=[KIF(toy.rows(seed=9), inner_steps=2, outer_steps=1)],
+        processing_class=toy.tokenizer(), methods=[KIF(toy.rows(seed=9), inner_steps=2, outer_steps=1, uncertainty=True)],
     )  # fmt: skip
     trainer.train()
     new, state = tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-3"
