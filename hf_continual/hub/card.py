@@ -11,11 +11,10 @@ import yaml
 
 import hf_continual
 from hf_continual.hub import tables
-from hf_continual.hub.facts import CardFacts
+from hf_continual.hub.facts import CONFIG, CardFacts
+from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
 from hf_continual.hub.text import GENERATED, KEEP, KEEP_END, foreign_metadata, kept_text, safe
-
-CONFIG, RESULTS = "continual_config.json", "continual_results.json"
 
 LIBRARY_BIBTEX = "@software{hf_continual,\n  title = {{hf_continual}},\n  note = {version VERSION}\n}"
 
@@ -43,8 +42,6 @@ def render_card(
         FileNotFoundError: If the folder holds no facts.
     """
     if not isinstance(facts, CardFacts):
-        from hf_continual.hub.folder_facts import read_facts
-
         folder = Path(facts)
         facts = read_facts(folder)
         if existing is None and (folder / "README.md").is_file():

@@ -12,6 +12,9 @@ from hf_continual.paper import Paper
 
 Relation = Literal["adapter", "finetune", "merge"]
 
+# Files of a pushed folder: everything that was set, and everything that was measured.
+CONFIG, RESULTS = "continual_config.json", "continual_results.json"
+
 
 @dataclass(frozen=True)
 class TaskFacts:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_continual.durable import read_json, write_json, write_text
-from hf_continual.hub.card import CONFIG, RESULTS, render_card
-from hf_continual.hub.facts import CardFacts, MergeFacts
+from hf_continual.hub.card import render_card
+from hf_continual.hub.facts import CONFIG, RESULTS, CardFacts, MergeFacts
 from hf_continual.hub.folder_facts import evaluation_to
 from hf_continual.hub.text import safe
 

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import read_json
-from hf_continual.hub.card import CONFIG, RESULTS
-from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, MethodFacts, TaskFacts
+from hf_continual.hub.facts import (
+    CONFIG,
+    RESULTS,
+    CardFacts,
+    Evaluation,
+    GaugeFacts,
+    MergeFacts,
+    MethodFacts,
+    TaskFacts,
+)
 from hf_continual.hub.refs import ModelRef
 from hf_continual.paper import Paper
 

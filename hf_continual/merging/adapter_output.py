@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.adapters import Factors
+from hf_continual.merging.average import Average
 from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.combine import Rule, combined
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.linear import Average
 from hf_continual.merging.lora import concatenated, truncated
 from hf_continual.merging.members import Member
 from hf_continual.merging.stored import DTYPES, Files

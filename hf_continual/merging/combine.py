@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.adapters import Factors
+from hf_continual.merging.average import Average
 from hf_continual.merging.chunks import Chunk, Part
-from hf_continual.merging.linear import Average
 from hf_continual.merging.members import View
 from hf_continual.merging.stored import Files, StoredTensor
 

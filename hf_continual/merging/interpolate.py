@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_continual.durable import read_json, write_json
+from hf_continual.merging.average import Average
 from hf_continual.merging.job import Job, run_job
-from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, open_members
 from hf_continual.paper import Paper
 

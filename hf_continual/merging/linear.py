@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from hf_continual.merging.average import Average
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
@@ -31,33 +29,6 @@ PAPER = Paper(
     "2203.05482",
     "ICML 2022",
 )
-
-
-@dataclass(frozen=True)
-class Average:
-    """The weighted average as a rule on the values of all models.
-
-    Args:
-        weights: One per model; taken as summing to one, whatever the first is.
-    """
-
-    weights: tuple[float, ...]
-
-    def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        """Average, overwriting the values.
-
-        Args:
-            values: The models' values of one range, first model first.
-
-        Returns:
-            The average, in the memory of the first.
-        """
-        first, *others = values
-        # Differences are taken before the first changes.
-        moved = [other.sub_(first) for other in others]
-        for weight, difference in zip(self.weights[1:], moved, strict=True):
-            first.add_(difference, alpha=weight)
-        return first
 
 
 def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...]:

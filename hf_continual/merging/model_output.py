@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from hf_continual.merging.average import Average
 from hf_continual.merging.checks import check_shapes, tensor_names
 from hf_continual.merging.chunks import OutputTensor, Part, chunks, stream
 from hf_continual.merging.combine import Rule, combined
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, View
 from hf_continual.merging.structure import HEADS, embedding_name, head_name
 

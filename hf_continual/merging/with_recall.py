@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hf_continual.merging.average import Average
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
 from hf_continual.merging.heat_map import save_heat_map
 from hf_continual.merging.job import Job, check_push, make_plan, run_job
-from hf_continual.merging.linear import Average
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.options import read_output
 from hf_continual.merging.recall import PAPER, Bandwidth

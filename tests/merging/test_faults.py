@@ -13,8 +13,8 @@ import pytest
 
 from hf_continual import merge_linear
 from hf_continual.merging import combine, writer
+from hf_continual.merging.average import Average
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.linear import Average
 from tests.merging.world import adapter, build, digest, family, save
 
 ROOT = Path(__file__).parents[2]

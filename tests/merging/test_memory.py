@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_continual.merging.linear import Average, merge_linear
+from hf_continual.merging.average import Average
+from hf_continual.merging.linear import merge_linear
 from hf_continual.merging.members import open_members
 from hf_continual.merging.model_output import model_tensors
 from hf_continual.merging.shards import make_shards, memory_bound

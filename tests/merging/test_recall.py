@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_continual.merging.linear import Average
+from hf_continual.merging.average import Average
 from hf_continual.merging.lora import concatenated, truncated
 from hf_continual.merging.recall import layer_weights
 from hf_continual.merging.typical import typical_samples
