@@ -54,7 +54,7 @@ def sensitivity(param: Tensor, grad: Tensor, order: Order = "first") -> Tensor:
 @torch.no_grad()
 def update_importance_(
     importance: Tensor,
-    uncertainty: Tensor,
+    uncertainty: Tensor | None,
     param: Tensor,
     grad: Tensor,
     beta1: float = 0.85,
@@ -66,7 +66,7 @@ def update_importance_(
 
     Args:
         importance: I, float32; zeros at first.
-        uncertainty: U, float32; zeros at first.
+        uncertainty: U, float32; zeros at first. None where nobody reads it.
         param: Weights, as they are after the step.
         grad: The clipped gradient of that step.
         beta1: Decay of I.
@@ -75,14 +75,12 @@ def update_importance_(
         valid: Scalar bool on the device; where it is False the step leaves no trace. Spares a wait for the device.
     """
     now = sensitivity(param, grad, order)
-    rate1, rate2 = (1 - beta1), (1 - beta2)
-    if valid is None:
-        importance.lerp_(now, rate1)
-        uncertainty.lerp_(now.sub_(importance).abs_(), rate2)
-        return
-    now = torch.where(valid, now, importance)  # not a product: 0 times NaN is NaN
-    importance.lerp_(now, rate1)
-    uncertainty.lerp_(now.sub_(importance).abs_(), valid.float() * rate2)
+    if valid is not None:
+        now = torch.where(valid, now, importance)  # not a product: 0 times NaN is NaN
+    importance.lerp_(now, 1 - beta1)
+    if uncertainty is not None:
+        rate = 1 - beta2 if valid is None else valid.float() * (1 - beta2)
+        uncertainty.lerp_(now.sub_(importance).abs_(), rate)
 
 
 def scores(importance: Tensor, uncertainty: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -80,8 +80,7 @@ class TwoSides:
         self.left_out += (~valid).float()
         for bucket in self.flat.buckets:
             kept = bucket.of(side[0])
-            # Where the score is the average alone nobody reads how uncertain it is.
-            spread = bucket.of(side[1]) if f.uncertainty else torch.empty_like(kept)
+            spread = bucket.of(side[1]) if f.uncertainty else None
             weights, gradients = self.flat.weights(bucket), self.flat.gradients(bucket)
             update_importance_(kept, spread, weights, gradients, f.beta1, f.beta2, f.order, valid)
 
