@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -110,3 +111,6 @@ def main() -> None:
             Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False, soft_wrap=True
         )
         sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)
+    finally:
+        # The system frees the memory of a process that ends; looking for cycles among torch's objects first takes 0.4 s.
+        gc.freeze()

@@ -128,3 +128,11 @@ def evaluation_from(data: Mapping[str, Any]) -> Evaluation:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / ADAPTER).is_file()
+
+
+def has_chat(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a chat template."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    )

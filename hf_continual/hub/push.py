@@ -18,7 +18,7 @@ from hf_continual.hub.errors import HubPushError
 from hf_continual.hub.explain import hide
 from hf_continual.hub.facts import CardFacts
 from hf_continual.hub.files import README, installed_versions, write_card
-from hf_continual.hub.folder_facts import has_facts, is_adapter, read_facts
+from hf_continual.hub.folder_facts import has_chat, has_facts, is_adapter, read_facts
 from hf_continual.hub.licences import with_license
 from hf_continual.hub.lint import lint_folder
 from hf_continual.hub.notices import copy_notices
@@ -232,14 +232,6 @@ def folder_facts(folder: Path, base_model: str | None = None) -> CardFacts | Non
         base = adapters.named_base(folder, named or (facts.base if facts is not None else ModelRef()))
         return None if facts is None else replace(facts, base=base)
     return replace(facts, base=named) if facts is not None and named is not None else facts
-
-
-def has_chat(folder: Path) -> bool:
-    """Whether the tokenizer of a folder has a chat template."""
-    config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (
-        config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
-    )
 
 
 def _card(folder: Path) -> str:

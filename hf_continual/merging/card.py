@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_continual.hub.facts import CardFacts, MergeFacts, TaskFacts
 from hf_continual.hub.files import installed_versions, write_card
-from hf_continual.hub.folder_facts import has_facts, read_facts
-from hf_continual.hub.push import has_chat
+from hf_continual.hub.folder_facts import has_chat, has_facts, read_facts
 from hf_continual.hub.refs import UNKNOWN, ModelRef, model_ref
 
 if TYPE_CHECKING:

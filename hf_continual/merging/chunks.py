@@ -1,8 +1,8 @@
 """The engine's seam: several stored tensors go in a chunk at a time, a pure function makes the output's chunk.
 
-A merge is a list of `OutputTensor`. Each is cut into chunks of 256 Ki elements; a thread reads the chunk of every
-source ahead into reused buffers; the function sees them as fp32 (float64 where a source is float64) together with the
-tensor's name and the chunk's place in it. `chunks` iterates without writing, for passes that only count or measure;
+A merge is a list of `OutputTensor`. A thread reads blocks of every source ahead into reused buffers; each block is cut
+into chunks, which the function sees as fp32 (float64 where a source is float64) together with the tensor's name and the
+chunk's place in it. `chunks` iterates without writing, for passes that only count or measure;
 `hf_continual.merging.writer` writes what the functions return.
 """
 
@@ -20,9 +20,12 @@ from torch import Tensor
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor, make_buffer, view
 
-CHUNK = 262_144  # elements; of 16 Ki to 1 Mi the fastest: fp32 operands of one chunk stay in a core's cache
-BUFFERS = 12 * 2**20  # bytes that read-ahead and operands may take; with many or wide sources the chunks get smaller
-SLOTS = 3
+CHUNK = 131_072  # elements; of 16 Ki to 256 Ki the fastest: fp32 operands of one chunk stay in a core's cache
+BLOCK = 4 * CHUNK  # elements read at a time: handing a piece from thread to thread costs as much as computing a chunk
+BUFFERS = 12 * 2**20  # bytes that read-ahead and operands may take; with many or wide sources the pieces get smaller
+WRITTEN = 2**20  # bytes that are handed to the writing thread at a time
+SLOTS = 2
+_STEP = 4096  # pieces are multiples of this, of whatever the memory is paged in
 
 
 @dataclass
@@ -120,24 +123,51 @@ def stream(name: str, dtype: str, sources: Iterable[StoredTensor], function: Chu
     return OutputTensor(name, dtype, found[0].shape, (Part(found, function),))
 
 
-def chunk_elements(outputs: Iterable[OutputTensor]) -> int:
-    """Elements per chunk, so that all buffers stay within `BUFFERS` however many sources there are."""
-    widest = 0
+@dataclass(frozen=True)
+class Sizes:
+    """Elements that are handled at a time.
+
+    Args:
+        chunk: Elements that a function sees.
+        block: Elements of each source that are read ahead, a multiple of `chunk`.
+    """
+
+    chunk: int
+    block: int
+
+
+def sizes_for(outputs: Iterable[OutputTensor]) -> Sizes:
+    """Sizes with which all buffers stay within `BUFFERS`, however many sources there are."""
+    ahead = operands = 0  # bytes per element
     for part in (p for output in outputs for p in output.parts):
-        # read-ahead of each slot, and fp32 operands of those that are not fp32 already
-        widest = max(widest, sum(SLOTS * s.itemsize + (4 if s.itemsize < 4 else 0) for s in part.sources))
-    return max(4096, min(CHUNK, BUFFERS // max(widest, 1) // 4096 * 4096))
+        ahead = max(ahead, SLOTS * sum(s.itemsize for s in part.sources))
+        # those that are fp32 already are computed with where they were read
+        operands = max(operands, sum(4 for s in part.sources if s.itemsize < 4))
+    chunk = max(_STEP, min(CHUNK, BUFFERS // max(ahead + operands, 1) // _STEP * _STEP))
+    block = (BUFFERS - chunk * operands) // max(ahead, 1) // chunk * chunk
+    return Sizes(chunk, max(chunk, min(BLOCK // chunk * chunk, block)))
 
 
 @dataclass
-class _Filled:
+class _Block:
     output: OutputTensor
     part: Part
-    chunk: Chunk
+    begin: int  # where the part begins in the output
+    first: int
+    last: int
     slot: list[Tensor]
 
+    def cut(self, elements: int) -> Iterator[Chunk]:
+        for at in range(self.first, self.last, elements):
+            stop, values = min(at + elements, self.last), []
+            for source, buffer in zip(self.part.sources, self.slot, strict=False):
+                width = source.itemsize
+                piece = buffer[(at - self.first) * width : (stop - self.first) * width]
+                values.append(piece.view(DTYPES[source.dtype]))
+            yield Chunk(self.output.name, self.output.shape, self.begin + at, self.begin + stop, at, values)
 
-def chunks(outputs: Iterable[OutputTensor], elements: int | None = None) -> Generator[tuple[OutputTensor, Part, Chunk]]:
+
+def chunks(outputs: Iterable[OutputTensor]) -> Generator[tuple[OutputTensor, Part, Chunk]]:
     """All chunks of all output tensors in order, read ahead by a thread; nothing is written.
 
     A copied part (no function) shows its sources in their stored type; other sources are converted to fp32, or to
@@ -145,7 +175,6 @@ def chunks(outputs: Iterable[OutputTensor], elements: int | None = None) -> Gene
 
     Args:
         outputs: The output tensors.
-        elements: Elements per chunk; by default what `chunk_elements` finds.
 
     Yields:
         The output tensor, its part, and the chunk, whose values are valid until the next one is asked for.
@@ -154,23 +183,24 @@ def chunks(outputs: Iterable[OutputTensor], elements: int | None = None) -> Gene
         MergeError: If a file changed or was cut off.
     """
     outputs = list(outputs)
-    elements = elements or chunk_elements(outputs)
+    sizes = sizes_for(outputs)
     free: Queue[list[Tensor]] = Queue()
-    filled: Queue[_Filled | BaseException | None] = Queue()
+    filled: Queue[_Block | BaseException | None] = Queue()
     stop = threading.Event()
     for _ in range(SLOTS):
         free.put([])
-    reader = threading.Thread(target=_read, args=(outputs, elements, free, filled, stop), daemon=True)
+    reader = threading.Thread(target=_read, args=(outputs, sizes.block, free, filled, stop), daemon=True)
     reader.start()
     operands: list[Tensor] = []
     try:
-        while (item := filled.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            if item.part.function is not None:
-                item.chunk.values = _as_operands(item.chunk.values, operands)
-            yield item.output, item.part, item.chunk
-            free.put(item.slot)
+        while (block := filled.get()) is not None:
+            if isinstance(block, BaseException):
+                raise block
+            for chunk in block.cut(sizes.chunk):
+                if block.part.function is not None:
+                    chunk.values = _as_operands(chunk.values, operands)
+                yield block.output, block.part, chunk
+            free.put(block.slot)
     finally:
         stop.set()
         free.put([])
@@ -194,7 +224,6 @@ def _read(outputs: list[OutputTensor], elements: int, free: Queue, filled: Queue
                 slot = free.get()
                 if stop.is_set():
                     return
-                raw = []
                 for i, source in enumerate(part.sources):
                     nbytes = (last - first) * source.itemsize
                     if i == len(slot):
@@ -202,9 +231,7 @@ def _read(outputs: list[OutputTensor], elements: int, free: Queue, filled: Queue
                     if slot[i].numel() < nbytes:
                         slot[i] = make_buffer(min(elements, source.numel) * source.itemsize)
                     files.read_into(source, first, last, view(slot[i])[:nbytes])
-                    raw.append(slot[i][:nbytes].view(DTYPES[source.dtype]))
-                chunk = Chunk(output.name, output.shape, begin + first, begin + last, first, raw)
-                filled.put(_Filled(output, part, chunk, slot))
+                filled.put(_Block(output, part, begin, first, last, slot))
         filled.put(None)
     except BaseException as error:
         filled.put(error)

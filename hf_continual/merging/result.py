@@ -22,7 +22,7 @@ class MergeResult:
         paper: What to cite.
         kind: ``"model"`` or ``"adapter"``.
         rank: Highest rank of an adapter output, else None.
-        report: What ``merge_report.json`` holds: models, options, weights, files with sha256, warnings.
+        report: What ``merge_report.json`` holds: models, options, weights, files with checksums, warnings.
         bytes_read: Bytes of weights that were read.
         bytes_written: Bytes of weights that were written.
         seconds: Wall time by stage.

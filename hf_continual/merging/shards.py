@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from hf_continual.merging.chunks import SLOTS, OutputTensor, chunk_elements
+from hf_continual.merging.chunks import SLOTS, WRITTEN, OutputTensor, sizes_for
 from hf_continual.merging.stored import DTYPES
 
 
@@ -84,11 +84,10 @@ def index_of(shards: Sequence[Shard]) -> dict[str, object]:
 def memory_bound(shards: Sequence[Shard]) -> int:
     """Bytes of buffers that writing takes at most, whatever the size of tensors, shards and models."""
     outputs = [t for s in shards for t in s.tensors]
-    elements = chunk_elements(outputs)
-    sources = max(
-        (sum(s.itemsize for s in p.sources) * SLOTS + 4 * len(p.sources) for t in outputs for p in t.parts), default=0
-    )
-    written = max((DTYPES[t.dtype].itemsize for t in outputs), default=4)
+    sizes = sizes_for(outputs)
+    read = sizes.block * SLOTS * max((sum(s.itemsize for s in p.sources) for t in outputs for p in t.parts), default=0)
+    computed = sizes.chunk * max((4 * len(p.sources) + 8 for t in outputs for p in t.parts), default=0)
+    written = SLOTS * max(WRITTEN, sizes.chunk * max((DTYPES[t.dtype].itemsize for t in outputs), default=4))
     produced = max((2 * t.nbytes for t in outputs if t.produce is not None), default=0)
     scratch = max((p.scratch for t in outputs for p in t.parts), default=0)
-    return elements * (sources + SLOTS * written + 8) + produced + scratch
+    return read + computed + written + produced + scratch

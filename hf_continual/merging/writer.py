@@ -8,7 +8,6 @@ finished bytes on the disk, so that the last wait is short. Each finished shard 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from queue import Queue
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
-from hf_continual.merging.chunks import CHUNK, SLOTS, Chunk, Part, chunks
+from hf_continual.merging.chunks import CHUNK, SLOTS, WRITTEN, Chunk, Part, chunks
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.shards import Shard
 from hf_continual.merging.stored import DTYPES, Files, StoredFile, make_buffer, view
@@ -46,7 +46,7 @@ def write_shards(
         also: Files that must not change meanwhile beside those that are read in chunks (adapters).
 
     Returns:
-        Size and sha256 of each file by name.
+        Size and XXH3 checksum of each file by name.
 
     Raises:
         MergeError: If a source holds or gives a number that is not finite, changed, or differs where it is copied.
@@ -169,11 +169,12 @@ class _Writer:
         self._free: Queue[Tensor] = Queue()
         self._todo: Queue[tuple[Any, ...]] = Queue()
         self._failed: BaseException | None = None
-        self._digest = hashlib.sha256()
+        self._digest = xxhash.xxh3_128()
         self._files: list[Future] = []
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="merge-disk")
         self._thread = threading.Thread(target=self._run, daemon=True)
-        for _ in range(SLOTS):
+        self._buffer, self._used = torch.empty(0, dtype=torch.uint8), 0
+        for _ in range(SLOTS - 1):
             self._free.put(torch.empty(0, dtype=torch.uint8))
 
     def __enter__(self) -> _Writer:
@@ -192,24 +193,33 @@ class _Writer:
 
     def begin(self, shard: Shard, sources: list[StoredFile]) -> None:
         """Start a file; its sources are looked at again when it ends."""
-        self._digest = hashlib.sha256(shard.header)
+        self._digest = xxhash.xxh3_128(shard.header)
         self._todo.put(("begin", shard, sources))
 
     def write(self, values: Tensor, dtype: torch.dtype, blame: Callable[[], str]) -> None:
         """Append values, rounded once to the type; `blame` makes the message if one is not finite."""
-        buffer = self._free.get()
+        nbytes = values.numel() * dtype.itemsize
+        if self._used + nbytes > self._buffer.numel() or self._used % dtype.itemsize:
+            self._hand_over(nbytes)
+        place = self._buffer[self._used : self._used + nbytes]
+        _check_finite(values, place.view(dtype).copy_(values), blame)
+        # Hashed here, while it is in the cache, and not beside the writing, which keeps a core busy by itself.
+        self._digest.update(view(place))
+        self._used += nbytes
+
+    def _hand_over(self, needed: int = 0) -> None:
+        """Give what is in the buffer to the writing thread and take a free one with room for `needed` bytes."""
+        if self._used:
+            self._todo.put(("data", self._buffer, self._used))
+            self._buffer, self._used = self._free.get(), 0
         if self._failed is not None:
             raise self._failed
-        nbytes = values.numel() * dtype.itemsize
-        if buffer.numel() < nbytes:
-            buffer = make_buffer(nbytes)
-        _check_finite(values, buffer[:nbytes].view(dtype).copy_(values), blame)
-        # Hashed here and not beside the writing, which keeps both cores of a small machine busy.
-        self._digest.update(view(buffer)[:nbytes])
-        self._todo.put(("data", buffer, nbytes))
+        if self._buffer.numel() < needed:
+            self._buffer = make_buffer(max(WRITTEN, needed))
 
     def end(self) -> None:
         """Finish the file."""
+        self._hand_over()
         self._todo.put(("end", self._digest.hexdigest()))
 
     def _run(self) -> None:
@@ -245,11 +255,11 @@ class _Writer:
         opened.append(memoryview(shard.header))
         return opened
 
-    def _finish(self, file: _Open, sha256: str) -> None:
+    def _finish(self, file: _Open, checksum: str) -> None:
         try:
             for synced in file.pending:
                 synced.result()
             os.fsync(file.descriptor)
         finally:
             os.close(file.descriptor)
-        self._work.record(file.shard.file, {"size": file.at, "sha256": sha256})
+        self._work.record(file.shard.file, {"size": file.at, "xxh3_128": checksum})

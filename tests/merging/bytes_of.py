@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+
+import xxhash
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """sha256 of every weight file of a folder."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+    """XXH3 checksum of every weight file of a folder."""
+    return {p.name: xxhash.xxh3_128(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}

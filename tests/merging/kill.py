@@ -37,16 +37,27 @@ def in_child(action: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed_after(nbytes: int, action: Any) -> Any:
-    """An action that is killed once so many bytes of shards are written."""
+def finished(out: Path) -> int:
+    """Files that the journal of a merge calls finished."""
+    journal = out.parent / f".{out.name}.merging" / "journal.json"
+    return len(json.loads(journal.read_text())["finished"]) if journal.is_file() else 0
+
+
+def killed_after(nbytes: int, action: Any, settled: Path | None = None) -> Any:
+    """An action that is killed once so many bytes of shards are written; with `settled`, not before one more file of
+    that output is noted as finished, which on a busy disk happens later."""
     written = 0
     append = writer._Open.append
+    before = 0 if settled is None else finished(settled)
 
     def counted(self: Any, data: memoryview) -> None:
         nonlocal written
         append(self, data)
         written += len(data)
         if written >= nbytes:
+            waited = time.monotonic()
+            while settled is not None and finished(settled) == before and time.monotonic() < waited + 60:
+                time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def act() -> None:
@@ -64,16 +75,17 @@ def main() -> None:
     found: dict[str, Any] = {"shards": len(wanted), "tenths": []}
     for tenth in range(1, 11):
         out = world / f"out{tenth}"
-        died = in_child(killed_after(total * tenth // 10, lambda out=out: merge(world, out)))
+        settled = out if tenth % 2 == 0 and tenth > 2 else None
+        died = in_child(killed_after(total * tenth // 10, lambda out=out: merge(world, out), settled))
         early = out.exists()
-        journal = json.loads((world / f".{out.name}.merging" / "journal.json").read_text())
+        found_finished = finished(out)
         again = in_child(lambda out=out: merge(world, out))
         clean = not (world / f".{out.name}.merging").exists()
-        found["tenths"].append([died, early, len(journal["finished"]), again, digest(out) == wanted, clean])
+        found["tenths"].append([died, early, found_finished, again, digest(out) == wanted, clean])
 
     # Killed again and again: each attempt gets a little further.
     out, deaths = world / "often", 0
-    while in_child(killed_after(350_000, lambda: merge(world, out))) == -signal.SIGKILL:
+    while in_child(killed_after(350_000, lambda: merge(world, out), out)) == -signal.SIGKILL:
         deaths += 1
     found["often"] = [deaths, digest(out) == wanted]
 

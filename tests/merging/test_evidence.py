@@ -74,7 +74,7 @@ def test_the_report_is_complete_and_holds_no_paths_and_no_texts(tmp_path, as_use
             ids
         )
     assert report["files"] == {
-        n: {"size": (tmp_path / "out" / n).stat().st_size, "sha256": h} for n, h in digest(tmp_path / "out").items()
+        n: {"size": (tmp_path / "out" / n).stat().st_size, "xxh3_128": h} for n, h in digest(tmp_path / "out").items()
     }
     assert result.report["paper"]["url"] == "https://arxiv.org/abs/2510.20479"
     picture = imread(tmp_path / "out" / "recall_weights.png")

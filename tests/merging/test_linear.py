@@ -74,7 +74,7 @@ def test_shards_have_a_true_index(tmp_path):
     assert index["metadata"]["total_parameters"] == sum(t.numel() for t in stored.values())
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / "out" / file)
-    assert digest(tmp_path / "out") == {n: f["sha256"] for n, f in result.report["files"].items()}
+    assert digest(tmp_path / "out") == {n: f["xxh3_128"] for n, f in result.report["files"].items()}
 
 
 def test_types_may_differ_and_the_first_decides(tmp_path):
