@@ -189,7 +189,9 @@ def _method_text(facts: CardFacts) -> str:
     if not lines and facts.merge is None:
         lines.append("No method against forgetting: plain sequential fine-tuning.")
     if facts.adapter:
-        lines.append(f"- LoRA: {tables.options_text(facts.adapter)}")
+        lines.append(f"- LoRA: {tables.options_text({k: v for k, v in facts.adapter.items() if k != 'quantization'})}")
+        if quantization := facts.adapter.get("quantization"):
+            lines.append(f"- The base was quantised while this was trained: {tables.options_text(quantization)}")
     run = []
     if facts.steps is not None:
         run.append(f"{facts.steps:,} optimizer steps")

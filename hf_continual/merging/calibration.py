@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_continual.evaluation.prompts import decoder, evaluating
 from hf_continual.merging.checks import tokenizer_folder
+from hf_continual.merging.dequantized import put_into
 from hf_continual.merging.members import Member
 from hf_continual.tensors.layers import find_blocks
 
@@ -115,6 +116,8 @@ def loaded(member: Member, setting: Setting) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as offload:
         placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": offload} if setting.low_memory else {}
         model = AutoModelForCausalLM.from_pretrained(member.checkpoint.folder, dtype=dtype, **placed)
+        if member.checkpoint.seen_as is not None:
+            put_into(model, member.checkpoint)
         if member.adapter is not None:
             model = PeftModel.from_pretrained(model, member.adapter.checkpoint.folder)
         try:
@@ -196,7 +199,13 @@ def cached_representations(
     Returns:
         ``[G, K, D]``, float32.
     """
-    named = [member.checkpoint.fingerprint, member.own.fingerprint, repr(setting), [list(t) for t in texts]]
+    named = [
+        member.checkpoint.fingerprint,
+        member.checkpoint.seen_as,
+        member.own.fingerprint,
+        repr(setting),
+        [list(t) for t in texts],
+    ]
     key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
     file = folder / f"{key}.npy"
     if file.is_file():

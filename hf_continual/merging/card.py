@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_continual.hub.facts import CardFacts, MergeFacts, TaskFacts
 from hf_continual.hub.files import installed_versions, write_card
 from hf_continual.hub.folder_facts import has_chat, has_facts, read_facts
+from hf_continual.hub.licences import with_license
 from hf_continual.hub.refs import UNKNOWN, ModelRef, model_ref
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from hf_continual.merging.job import Job
 
 
-def write_merge_card(out: Path, job: Job, report: Mapping[str, Any], name: str) -> None:
+def write_merge_card(out: Path, job: Job, report: Mapping[str, Any], name: str, license: str | None = None) -> None:
     """Write card, configuration and results beside a merged model.
 
     Args:
@@ -25,8 +26,10 @@ def write_merge_card(out: Path, job: Job, report: Mapping[str, Any], name: str) 
         job: The merge.
         report: The report.
         name: Name of the model; the folder's is a temporary one.
+        license: Its licence, if the user chose it.
     """
-    write_card(out, merge_facts(out, job, report, name))
+    facts = merge_facts(out, job, report, name)
+    write_card(out, facts if license is None else with_license(facts, license))
 
 
 def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> CardFacts:

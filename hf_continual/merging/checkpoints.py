@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ class Checkpoint:
         tensors: Its tensors by name.
         hub_id: Its Hub id, or None for a folder.
         revision: The commit its files are from, or None for a folder.
+        files: Its weight files.
+        notes: What a reader of the merge should know of it.
+        seen_as: How its weights are changed while they are read, or None.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Checkpoint:
     hub_id: str | None = None
     revision: str | None = None
     files: tuple[StoredFile, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
+    seen_as: Mapping[str, Any] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -49,7 +54,7 @@ class Checkpoint:
             digest.update(f"{file.path.name} {file.size} {file.header_sha256}\n".encode())
         with Files() as files:
             for name in sorted(self.tensors):
-                tensor = self.tensors[name]
+                tensor = replace(self.tensors[name], lens=None)
                 start = bytearray(min(tensor.nbytes, 4096 // tensor.itemsize * tensor.itemsize))
                 files.read_into(tensor, 0, len(start) // tensor.itemsize, memoryview(start))
                 digest.update(start)
@@ -118,5 +123,6 @@ def _check_not_quantised(name: str, config: Mapping[str, Any]) -> None:
     if quantised := config.get("quantization_config"):
         raise MergeError(
             f"{name} is quantised ({quantised.get('quant_method', 'unknown method')}); averaging quantised weights is "
-            f"meaningless. Give the 16-bit model; an adapter trained on a quantised base is merged onto the 16-bit base."
+            f"meaningless. Give the 16-bit model; an adapter trained on a quantised base is merged onto the 16-bit base (or, with "
+            f"quantized_base='dequantize', onto the values that it saw)."
         )

@@ -98,7 +98,17 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Make every check, print the plan, write nothing.")
     ] = False,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how."
+        ),
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Hub id to publish the result at.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence id, where the inputs' licences differ.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log.")] = False,
 ) -> None:
     """Merge checkpoints into one, a chunk at a time: models are never in memory."""
@@ -113,7 +123,8 @@ def merge(
     written = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
         "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
-        "push_to_hub": push_to_hub,
+        "push_to_hub": push_to_hub, "private": private, "license": license,
+        "quantized_base": _choice(quantized_base),
     }  # fmt: skip
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
@@ -170,6 +181,12 @@ def run_merge(
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
         typer.echo(f"{form} in {result.output_dir}  ({result.bytes_written / 1e9:.3f} GB; {seconds})")
+
+
+def _choice(quantized_base: str | None) -> Any:
+    if quantized_base is None or not quantized_base.lstrip().startswith("{"):
+        return quantized_base
+    return json.loads(quantized_base)
 
 
 def _quiet_transformers() -> None:

@@ -18,6 +18,9 @@ from hf_continual.durable import read_json, write_json
 from hf_continual.merging.average import Average
 from hf_continual.merging.job import Job, run_job
 from hf_continual.merging.members import Member, open_members
+from hf_continual.merging.options import read_output
+from hf_continual.merging.publishing import check_repository
+from hf_continual.merging.workplace import check_free
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ def interpolate(
         MergeError: If the models do not fit.
     """
     _check(alpha)
-    members, full = open_members([tuned], base)
+    members, full = open_members([tuned], base, output.get("quantized_base", "original"))
     assert full is not None
     rule = Average((1.0 - alpha, float(alpha)))
     job = Job("interpolate", PAPER, [Member(full), *members], full, lambda _: rule, {"alpha": float(alpha)})
@@ -96,20 +99,36 @@ def scan_alpha(
 
     Raises:
         ValueError: If there is no point, or the gauge gives no number for any.
+        HubPushError: If the best is to be published and that cannot succeed; found before the first candidate.
     """
     if not alphas:
         raise ValueError("alphas is empty: give the points to try.")
     for alpha in alphas:
         _check(alpha)
+    options = read_output(output)
     target = Path(output_dir)
+    if options.dry_run:
+        return interpolate(base, tuned, target, alpha=alphas[0], **output), {}
+    check_free(target, options.overwrite)
+    check_repository(options)
     trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
-    found = {float(a): v for a, v in read_json(measured)} if measured.is_file() and output.get("resume", True) else {}
-    for alpha in sorted({float(a) for a in alphas} - found.keys()):
-        candidate = output.copy()
-        candidate["overwrite"], candidate["dry_run"] = True, False
-        interpolate(base, tuned, trial, alpha=alpha, **candidate)
-        found[alpha] = float(gauge(trial))
-        write_json(measured, sorted(found.items()))
+    found: dict[float, float] = {}
+    # Only the best is published, and candidates are replaced.
+    candidate = output.copy()
+    candidate["overwrite"] = True
+    for key in ("push_to_hub", "private", "token"):
+        candidate.pop(key, None)
+    for alpha in sorted({float(a) for a in alphas}):
+        if alpha in found:
+            continue
+        made = interpolate(base, tuned, trial, alpha=alpha, **candidate)
+        # What an interrupted scan has measured counts only for these very models.
+        models = [m["fingerprint"] for m in made.report["models"]]
+        if not found and options.resume and measured.is_file() and (old := read_json(measured))["models"] == models:
+            found = dict(map(tuple, old["found"]))
+        if alpha not in found:
+            found[alpha] = float(gauge(trial))
+        write_json(measured, {"models": models, "found": sorted(found.items())})
     numbers = {a: found[a] for a in sorted(float(a) for a in alphas) if found[a] == found[a]}
     if not numbers:
         raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")

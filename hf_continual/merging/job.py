@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_continual.merging.model_output import model_config, model_tensors
 from hf_continual.merging.options import Output, read_output, transformers_name
 from hf_continual.merging.plan import MergePlan, check_disk, show_plan
 from hf_continual.merging.progress import bytes_bar
+from hf_continual.merging.publishing import check_push, push
 from hf_continual.merging.report import REPORT, describe_job
 from hf_continual.merging.result import MergeResult
 from hf_continual.merging.shards import index_of, make_shards
@@ -73,43 +74,18 @@ class Job:
 
 def run_job(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
     """Make a merge, and push it if that is asked for; see `_run`."""
-    repo_id, dry = check_push(given)
-    result = _run(job, output_dir, given)
-    if repo_id is not None and not dry:
-        from hf_continual.hub.push import push_to_hub
-
-        push_to_hub(output_dir, repo_id)
-    return result
-
-
-def check_push(given: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Check that a push can succeed, before anything is computed.
-
-    Args:
-        given: `OutputOptions`.
-
-    Returns:
-        Where to push, or None; and whether this is a dry run.
-
-    Raises:
-        HubPushError: If it cannot.
-    """
     options = read_output(given)
-    if options.push_to_hub is not None:
-        # Imported when asked for: a merge of folders needs no network code.
-        from hf_continual.hub.preflight import preflight
-
-        preflight(options.push_to_hub, create=not options.dry_run)
-    return options.push_to_hub, options.dry_run
+    result = _run(job, output_dir, options)
+    return replace(result, url=push(output_dir, options))
 
 
-def _run(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
+def _run(job: Job, output_dir: Path, options: Output) -> MergeResult:
     """Check, plan, write, publish.
 
     Args:
         job: The merge.
         output_dir: Where the result goes.
-        given: `OutputOptions`.
+        options: How it is written.
 
     Returns:
         The result.
@@ -121,7 +97,6 @@ def _run(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
         OSError: If the disk is full.
     """
     started = time.perf_counter()
-    options = read_output(given)
     for member in job.members:
         if output_dir.resolve() in (member.own.folder.resolve(), member.checkpoint.folder.resolve()):
             raise ValueError(
@@ -129,6 +104,7 @@ def _run(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
             )
     plan, errors = make_plan(job, output_dir, options)
     planned = time.perf_counter()
+    check_push(job, options)
     if options.dry_run:
         check_free(output_dir, options.overwrite)
         check_disk(plan, output_dir)
@@ -157,7 +133,7 @@ def _run(job: Job, output_dir: Path, given: Mapping[str, Any]) -> MergeResult:
         if job.evidence is not None:
             job.evidence(work.out)
         write_json(work.out / job.report, report)
-        write_merge_card(work.out, job, report, output_dir.resolve().name)
+        write_merge_card(work.out, job, report, output_dir.resolve().name, options.license)
         work.publish()
     return _result(job, plan, output_dir, seconds, report)
 
@@ -176,12 +152,18 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     elements = job.members[0].checkpoint.is_adapter
     notes: list[str] = [] if elements else check_configs(job.members)
     notes += check_tokenizers(job.members, options.vocab)
+    notes += job.base.notes if job.base is not None else ()
     warn_identical(job.members)
     errors: dict[str, float] = {}
     kind = "model" if job.tensors is not None else _kind(job, options)
     newest = job.members[job.newest]
     reference = job.members[0].checkpoint
     if kind == "adapter":
+        if job.base is not None and job.base.seen_as is not None:
+            raise ValueError(
+                f"quantized_base={options.quantized_base!r} changes the base, and the output is an adapter, which leaves it "
+                f"alone. Give output='model', or leave quantized_base out."
+            )
         outputs, ranks = adapter_tensors(job.members, job.rule_for, options.adapter_rank, options.dtype, errors)
         shards = make_shards(outputs, max(1, sum(t.nbytes for t in outputs)), _ADAPTER_STEM)
         config, config_file, rank = adapter_config(job.members, ranks), None, max(ranks.values(), default=0)

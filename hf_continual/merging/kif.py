@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_continual.merging.errors import MergeError, some
-from hf_continual.merging.job import check_push, make_plan, run_job
+from hf_continual.merging.job import make_plan, run_job
 from hf_continual.merging.kif_importance import (
     SIDES,
     Scores,
@@ -30,6 +30,7 @@ from hf_continual.merging.kif_job import Layout, fuse_job
 from hf_continual.merging.kif_models import open_models
 from hf_continual.merging.kif_rule import FUSE_RULES, Choice, FuseRule, Weighing, weigh
 from hf_continual.merging.options import Output, read_output
+from hf_continual.merging.publishing import check_push
 from hf_continual.merging.workplace import check_free, folder_beside, locked
 from hf_continual.tensors.fusion import WEIGHTS
 from hf_continual.tensors.importance import share_rank
@@ -119,12 +120,11 @@ def kif_fuse(
     """
     choice = Choice(rule, top_share, scope, temperature)
     _check(choice, old_from, order, (beta1, beta2), (batch_size, max_length))
-    check_push(output)
+    target, options = Path(output_dir), read_output(output)
     if old is None and old_from == "new":
         raise ValueError(
             "old_from='new' says what old was trained from, and there is no old=. Give it, or leave both out."
         )
-    target, options = Path(output_dir), read_output(output)
     files, rows = given_sources(importance, calibration_new, calibration_old)
     models = open_models(base, new, old)
     _check_output(options, models.are_adapters)
@@ -149,6 +149,7 @@ def kif_fuse(
         return run_job(checked, target, output)
     # Every check comes before the gradients and the passes that look for thresholds.
     make_plan(checked, target, options)
+    check_push(checked, options)
     if rows:
         from hf_continual.merging.calibration import Setting
         from hf_continual.merging.kif_calibration import Measure, calibrated, member_to_run
@@ -198,6 +199,10 @@ def _check_output(options: Output, adapters: bool) -> None:
     if options.output not in (None, kind):
         raise ValueError(
             f"output={options.output!r}: what is fused element by element stays what it was, here {kind!r}. Leave it out."
+        )
+    if options.quantized_base != "original":
+        raise ValueError(
+            f"quantized_base={options.quantized_base!r}: adapters are fused as they are and put onto no base. Leave it out."
         )
     if options.adapter_rank is not None:
         raise ValueError(

@@ -90,7 +90,7 @@ def merge_linear(
     from hf_continual.merging.job import Job, run_job
     from hf_continual.merging.members import open_members
 
-    members, full = open_members(models, base)
+    members, full = open_members(models, base, output.get("quantized_base", "original"))
     shares = normalised(weights, len(members))
     job = Job("linear", PAPER, members, full, lambda _: Average(shares), {"weights": list(shares)})
     return run_job(job, Path(output_dir), output)

@@ -87,7 +87,7 @@ def magnitude_max(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    members, full = open_members(models, base)
+    members, full = open_members(models, base, output.get("quantized_base", "original"))
     assert full is not None
     (scale,) = scales_for(scale, 1)
     job = Job("magnitude_max", PAPER, [Member(full), *members], full, lambda _: LargestChange(scale), {"scale": scale})

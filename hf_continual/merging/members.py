@@ -10,6 +10,7 @@ from functools import cached_property
 from hf_continual.merging.adapters import Adapter, Factors, read_adapter
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.errors import MergeError
+from hf_continual.merging.quantized import QuantizedBase, base_as_asked
 from hf_continual.merging.stored import StoredTensor
 from hf_continual.merging.structure import HEADS, embedding_name, head_name
 
@@ -102,13 +103,16 @@ class Member:
 
 
 def open_members(
-    models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] | None
+    models: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None,
+    quantized_base: QuantizedBase = "original",
 ) -> tuple[list[Member], Checkpoint | None]:
     """Open full models and adapters on a base.
 
     Args:
         models: Folders or Hub ids.
         base: The full model that adapters sit on.
+        quantized_base: Which weights adapters are put onto that were trained on a quantised base, see `OutputOptions`.
 
     Returns:
         The models in order, and the base.
@@ -122,9 +126,11 @@ def open_members(
     full = None if base is None else open_checkpoint(base)
     if full is not None and full.is_adapter:
         raise ValueError(f"base={str(base)!r} is an adapter; the base is the full model that adapters were trained on.")
+    opened = [open_checkpoint(model) for model in models]
+    if full is not None:
+        full = base_as_asked(full, [c for c in opened if c.is_adapter], quantized_base)
     members = []
-    for model in models:
-        found = open_checkpoint(model)
+    for found in opened:
         if not found.is_adapter:
             members.append(Member(found))
         elif full is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from hf_continual.merging.quantized import QuantizedBase, read_quantized_base
 from hf_continual.merging.stored import DTYPES
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,7 +30,13 @@ class OutputOptions(TypedDict, total=False):
         overwrite: Whether an output folder that holds something is replaced, once the new one is complete.
         dry_run: Whether to make every check, print the plan, and write nothing.
         progress: Whether to show a progress bar; None: if the standard error is a terminal.
+        quantized_base: Where an adapter that was trained on a base in 4 or 8 bits goes: onto the ``"original"`` `base`
+            that is given; onto its values after quantisation and back, which the adapter saw (``"dequantize"``, as its
+            folder says it was quantised, or a `BitsAndBytesConfig` or its dictionary); or nowhere (``"error"``).
         push_to_hub: Hub id to publish the result at, checked before the merge, see `hf_continual.push_to_hub`.
+        private: Whether a new repository is private; None: the account's default, or as it is.
+        token: Access token; by default that of HF_TOKEN or ``hf auth login``. It is written nowhere.
+        license: Licence of the result; needed to publish where the inputs' differ.
     """
 
     output: Literal["model", "adapter"] | None
@@ -41,7 +48,11 @@ class OutputOptions(TypedDict, total=False):
     overwrite: bool
     dry_run: bool
     progress: bool | None
+    quantized_base: QuantizedBase
     push_to_hub: str | None
+    private: bool | None
+    token: str | None
+    license: str | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,11 @@ class Output:
     overwrite: bool = False
     dry_run: bool = False
     progress: bool | None = None
+    quantized_base: QuantizedBase = "original"
     push_to_hub: str | None = None
+    private: bool | None = None
+    token: str | None = field(default=None, repr=False)
+    license: str | None = None
 
 
 def read_output(options: Mapping[str, Any]) -> Output:
@@ -80,6 +95,11 @@ def read_output(options: Mapping[str, Any]) -> Output:
     for key, allowed in (("output", (None, "model", "adapter")), ("vocab", ("strict", "extend"))):
         if key in values and values[key] not in allowed:
             raise ValueError(f"{key}={values[key]!r}: it can be {', '.join(map(repr, allowed))}.")
+    read_quantized_base(values.get("quantized_base", "original"))
+    if (license := values.get("license")) is not None:
+        from hf_continual.hub.licences import inherit  # asked for where a licence is to be checked
+
+        inherit({}, license)
     rank = values.get("adapter_rank")
     if rank is not None and rank < 1:
         raise ValueError(f"adapter_rank={rank}: a rank is at least 1.")

@@ -77,6 +77,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "license": license_of(checkpoint.folder),
         "bytes": checkpoint.nbytes,
         "fingerprint": checkpoint.fingerprint,
+        **({} if checkpoint.seen_as is None else {"seen_as": dict(checkpoint.seen_as)}),
     }
 
 

@@ -26,6 +26,7 @@ class MergeResult:
         bytes_read: Bytes of weights that were read.
         bytes_written: Bytes of weights that were written.
         seconds: Wall time by stage.
+        url: Page of the commit, if it was pushed.
     """
 
     output_dir: Path
@@ -37,6 +38,7 @@ class MergeResult:
     bytes_read: int
     bytes_written: int
     seconds: Mapping[str, float]
+    url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import json
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +63,14 @@ class StoredFile:
             )
 
 
+class Lens(Protocol):
+    """Shows other values than those that are stored, of the same type and shape."""
+
+    def read_into(self, files: Files, tensor: StoredTensor, start: int, stop: int, buffer: memoryview) -> None:
+        """As `Files.read_into`."""
+        ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies.
@@ -72,6 +81,7 @@ class StoredTensor:
         dtype: Name of the type as safetensors spells it, such as ``"BF16"``.
         shape: Its shape.
         offset: First byte in the file.
+        lens: What it is read through, or None for its bytes as they are.
     """
 
     name: str
@@ -79,6 +89,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    lens: Lens | None = None
 
     @property
     def numel(self) -> int:
@@ -103,9 +114,7 @@ class StoredTensor:
     def rows(self, first: int, last: int) -> StoredTensor:
         """The rows `first` to `last` (exclusive) as a tensor of their own; nothing is read."""
         row = prod(self.shape[1:]) * self.itemsize
-        return StoredTensor(
-            self.name, self.file, self.dtype, (last - first, *self.shape[1:]), self.offset + first * row
-        )
+        return replace(self, shape=(last - first, *self.shape[1:]), offset=self.offset + first * row)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -171,6 +180,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self.kept: dict[Lens, Any] = {}  # what a lens knows of the tensor that is being read
 
     def read_into(self, tensor: StoredTensor, start: int, stop: int, buffer: memoryview) -> None:
         """Read elements `start` to `stop` of the flattened tensor into a writable buffer of exactly their size.
@@ -184,6 +194,9 @@ class Files:
         Raises:
             MergeError: If the file ends too early.
         """
+        if tensor.lens is not None:
+            tensor.lens.read_into(self, tensor, start, stop, buffer)
+            return
         path = tensor.file.path
         if path not in self._open:
             tensor.file.check_unchanged()

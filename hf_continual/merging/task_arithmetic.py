@@ -54,7 +54,7 @@ def task_arithmetic(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    members, full = open_members(models, base)
+    members, full = open_members(models, base, output.get("quantized_base", "original"))
     assert full is not None
     scales = scales_for(scale, len(members))
     rule = Average((1.0 - sum(scales), *scales))

@@ -26,6 +26,7 @@ from hf_continual.merging.job import Job, make_plan, run_job
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.model_output import model_tensors
 from hf_continual.merging.options import read_output
+from hf_continual.merging.publishing import check_push
 from hf_continual.merging.task_arithmetic import scales_for
 from hf_continual.merging.threshold import kth_largest
 from hf_continual.merging.workplace import check_free
@@ -109,7 +110,7 @@ def ties(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: it is a share, above 0 and at most 1.")
-    members, full = open_members(models, base)
+    members, full = open_members(models, base, output.get("quantized_base", "original"))
     assert full is not None
     (scale,) = scales_for(scale, 1)
     everyone = [Member(full), *members]
@@ -119,6 +120,7 @@ def ties(
     checked = read_output(output)
     check_free(Path(output_dir), checked.overwrite)
     make_plan(planned, Path(output_dir), checked)
+    check_push(planned, checked)
     thresholds = (0.0,) * len(members) if checked.dry_run else trim_thresholds(everyone, density)
     rule = TrimElectMerge(thresholds, scale)
     job = Job("ties", PAPER, everyone, full, lambda _: rule, facts, facts={"thresholds": list(thresholds)})

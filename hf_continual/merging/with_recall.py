@@ -15,9 +15,11 @@ from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
 from hf_continual.merging.heat_map import save_heat_map
-from hf_continual.merging.job import Job, check_push, make_plan, run_job
+from hf_continual.merging.job import Job, make_plan, run_job
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.options import read_output
+from hf_continual.merging.publishing import check_push
+from hf_continual.merging.quantized import QuantizedBase
 from hf_continual.merging.recall import PAPER, Bandwidth
 from hf_continual.merging.recall_weights import calibrated, check_choices
 from hf_continual.merging.report import REPORT
@@ -67,7 +69,11 @@ def merge_with_recall(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
+    quantized_base: QuantizedBase = "original",
     push_to_hub: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    license: str | None = None,
 ) -> RecallMergeResult:
     """Merge models of a sequence of tasks with one weight per model and layer, found from representations.
 
@@ -109,7 +115,12 @@ def merge_with_recall(
         overwrite: Whether an output folder that holds something is replaced, once the new one is complete.
         dry_run: Whether to make every check, print the plan, and write nothing.
         progress: Whether to show a progress bar; None: if the standard error is a terminal.
+        quantized_base: Where adapters go that were trained on a base in 4 or 8 bits: onto the ``"original"`` `base`;
+            onto what they saw of it (``"dequantize"``, or a `BitsAndBytesConfig` or its dictionary); or ``"error"``.
         push_to_hub: Hub id to publish the result at, checked before the merge, see `hf_continual.push_to_hub`.
+        private: Whether a new repository is private; None: the account's default, or as it is.
+        token: Access token; by default that of HF_TOKEN or ``hf auth login``.
+        license: Licence of the result; needed to publish where the models' differ.
 
     Returns:
         Where the result is, the weights and how they came about.
@@ -123,7 +134,7 @@ def merge_with_recall(
     given = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
         "resume": resume, "overwrite": overwrite, "dry_run": dry_run, "progress": progress,
-        "push_to_hub": push_to_hub,
+        "quantized_base": quantized_base, "push_to_hub": push_to_hub, "private": private, "token": token, "license": license,
     }  # fmt: skip
     choices = {
         "include_base": include_base, "num_typical": num_typical, "pool_size": pool_size, "max_length": max_length,
@@ -131,9 +142,13 @@ def merge_with_recall(
         "calibration_mode": calibration_mode,
     }  # fmt: skip
     target = Path(output_dir)
-    check_push(given)
+    options = read_output(given)
     try:
-        members, place, full = _members(models, base, include_base, anchor)
+        members, place, full = _members(models, base, include_base, anchor, quantized_base)
+        if full is not None and full.seen_as is not None and low_memory and weights is None:
+            raise ValueError(
+                "low_memory=True reads blocks from the disk as they are, and quantized_base asks for other values. Leave one out."
+            )
         with_base = members[0].adapter is None and members[0].checkpoint is full
         names = list(dict.fromkeys(n for m in members for n in m.names))
         if weights is not None:
@@ -147,7 +162,8 @@ def merge_with_recall(
             checked = Job(
                 "recall", PAPER, members, full, lambda _: Average((1 / len(members),) * len(members)), choices
             )
-            make_plan(checked, target, read_output(given))
+            make_plan(checked, target, options)
+            check_push(checked, options)
             if dry_run:
                 equal = {g: [1 / len(members)] * len(members) for g in ordered(groups.values())}
                 found, facts = equal, {}
@@ -182,8 +198,9 @@ def _members(
     base: str | os.PathLike[str] | None,
     include_base: bool | str,
     anchor: int | str,
+    quantized_base: QuantizedBase,
 ) -> tuple[list[Member], int, Checkpoint | None]:
-    experts, full = open_members(models, base)
+    experts, full = open_members(models, base, quantized_base)
     if isinstance(anchor, str):
         called = [m.name for m in experts]
         if anchor not in called:

@@ -27,6 +27,11 @@ SETTINGS = (
     "assistant_only_loss", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
 )  # fmt: skip
 ALWAYS = SETTINGS[:5]
+# What decides the values of a quantised base.
+QUANTIZATION = (
+    "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "llm_int8_skip_modules", "bits", "group_size",
+)  # fmt: skip
 
 
 def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) -> CardFacts:
@@ -106,12 +111,18 @@ def adapter_facts(model: Any) -> dict[str, Any]:
     """What the adapter is."""
     config = next(iter(model.peft_config.values()))
     modules = config.target_modules
-    return {
+    found = {
         "r": config.r,
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "modules": sorted(modules) if isinstance(modules, set | list | tuple) else modules,
     }
+    # What the adapter saw of its base is needed to put it into one.
+    quantization = getattr(model.get_base_model().config, "quantization_config", None)
+    if quantization is not None:
+        data = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        found["quantization"] = {k: v for k in QUANTIZATION if (v := data.get(k)) not in (None, False)}
+    return found
 
 
 def hardware(processes: int) -> str:

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from hf_continual import ContinualTrainer, FreezeLayers, Method, Paper, RecAdam, Replay
+from hf_continual.hub.folder_facts import read_facts
 from hf_continual.methods.base import Run
 from tests import toy
 
@@ -172,6 +173,10 @@ def test_all_three_on_a_quantised_base(tmp_path):
     states = trainer.run.optimizer.state.values()
     assert all(s["exp_avg"].dtype == torch.float32 and s["anchor"].dtype == torch.bfloat16 for s in states)
     assert (tmp_path / "out" / "checkpoint-4" / "continual" / "run.json").is_file()
+    trainer.save_model()
+    noted = read_facts(tmp_path / "out").adapter["quantization"]
+    assert noted == {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert "quantised while this was trained: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_continual import HubPushError, kif_fuse, merge_linear, merge_with_recall, push_to_hub
+from hf_continual import HubPushError, kif_fuse, merge_linear, merge_with_recall, push_to_hub, scan_alpha
 from hf_continual.hub.lint import lint_folder
+from hf_continual.merging.errors import MergeError
 from tests import toy
 from tests.hub.plugin import HUB
 from tests.merging import world
@@ -65,6 +67,49 @@ def test_the_repository_is_checked_before_the_merge(experts):
     with pytest.raises(HubPushError, match="403"):
         merge_linear([experts / "law", experts / "tax"], experts / "out", push_to_hub="you/m", progress=False)
     assert not (experts / "out").exists()
+
+
+def test_private_license_and_token(experts, monkeypatch):
+    law, tax = experts / "law", experts / "tax"
+    (law / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tax / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    call = {"push_to_hub": "me/secret", "progress": False}
+    with pytest.raises(MergeError, match=r"to be published, and the parents have different licences \(.*license='...'"):
+        merge_linear([law, tax], experts / "out", **call)
+    with pytest.raises(ValueError, match="license='none' is not a licence id of the Hub"):
+        merge_linear([law, tax], experts / "out", **call, license="none")
+    with pytest.raises(ValueError, match="private=True says how to publish, and there is no push_to_hub="):
+        merge_linear([law, tax], experts / "out", private=True)
+    assert not (experts / "out").exists()
+    token = os.environ["HF_TOKEN"]
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubPushError, match="there is no access token"):
+        merge_linear([law, tax], experts / "out", **call, license="apache-2.0")
+    options = {"private": True, "token": token, "license": "apache-2.0"}
+    result = merge_with_recall([law, tax], experts / "out", weights={"default": [0.5, 0.5]}, **call, **options)
+    repo = HUB.repos["me/secret"]
+    assert repo.private and len(repo.content_commits()) == 1
+    assert result.url is not None and result.url.endswith(repo.content_commits()[0].sha)
+    assert b"license: apache-2.0" in repo.head().tree["README.md"][0]
+    assert not any(token.encode() in data for data, *_ in repo.head().tree.values())
+    with pytest.raises(HubPushError, match="private=False was asked for"):
+        merge_linear([law, tax], experts / "other", **call, private=False, token=token, license="mit")
+    assert not (experts / "other").exists()
+    merge_linear([law, tax], experts / "local", license="mit", progress=False)
+    assert "license: mit" in (experts / "local" / "README.md").read_text()
+
+
+def test_a_scan_publishes_the_best_only(experts):
+    _, scores = scan_alpha(
+        experts / "base", experts / "law", experts / "best", lambda f: f.stat().st_mtime, alphas=(0.25, 0.75),
+        push_to_hub="me/best", progress=False,
+    )  # fmt: skip
+    assert max(scores, key=scores.__getitem__) == 0.75 and len(HUB.repos["me/best"].content_commits()) == 1
+    HUB.make("you/m")
+    asked = []
+    with pytest.raises(HubPushError, match="403"):
+        scan_alpha(experts / "base", experts / "law", experts / "no", asked.append, push_to_hub="you/m")
+    assert not asked
 
 
 def test_an_adapter_of_adapters(experts):

@@ -1,0 +1,81 @@
+"""A merge that is published: what can be known before it, and the push behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_continual.merging.errors import MergeError
+from hf_continual.merging.report import license_of
+
+if TYPE_CHECKING:
+    from hf_continual.merging.job import Job
+    from hf_continual.merging.options import Output
+
+
+def check_push(job: Job, options: Output) -> None:
+    """Check that a push can succeed, before anything is computed and behind all checks that need no network.
+
+    A repository that is missing is made, but in a dry run.
+
+    Args:
+        job: The merge.
+        options: How the output is written.
+
+    Raises:
+        HubPushError: If it cannot.
+        MergeError: If the licences of the inputs differ and none was chosen.
+        ValueError: If options of a push are given and no push.
+    """
+    _check_licences(job, options)
+    check_repository(options)
+
+
+def check_repository(options: Output) -> None:
+    """The part of `check_push` that looks at the repository."""
+    if options.push_to_hub is not None:
+        # Imported when asked for: a merge of folders needs no network code.
+        from hf_continual.hub.preflight import preflight
+
+        preflight(options.push_to_hub, private=options.private, token=options.token, create=not options.dry_run)
+    elif options.private is not None or options.token is not None:
+        given = f"private={options.private!r}" if options.private is not None else "token="
+        raise ValueError(
+            f"{given} says how to publish, and there is no push_to_hub=. Give the repository, or leave it out."
+        )
+
+
+def _check_licences(job: Job, options: Output) -> None:
+    if options.push_to_hub is None or options.license is not None:
+        return
+    from hf_continual.hub.licences import License, LicenseConflict, inherit
+
+    inputs = [m.own for m in job.members] + ([] if job.base is None else [job.base])
+    stated = {c.name: license_of(c.folder) for c in inputs}
+    try:
+        inherit({name: None if found is None else License(found) for name, found in stated.items()})
+    except LicenseConflict as error:
+        raise MergeError(f"the merge is to be published, and {error}") from error
+
+
+def push(output_dir: Path, options: Output) -> str | None:
+    """Push a finished merge, if that is asked for.
+
+    Args:
+        output_dir: The merge.
+        options: How it was written.
+
+    Returns:
+        Page of the commit, or None.
+
+    Raises:
+        HubPushError: If it was not pushed; the merge is whole, and the message names the command that goes on.
+    """
+    if options.push_to_hub is None or options.dry_run:
+        return None
+    from hf_continual.hub.push import push_to_hub
+
+    done = push_to_hub(
+        output_dir, options.push_to_hub, private=options.private, token=options.token, license=options.license
+    )
+    return None if done is None else done.commit_url

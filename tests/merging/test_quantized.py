@@ -1,0 +1,201 @@
+"""Adapters of a quantised base: onto the original weights, onto what they saw, or refused; compared with bitsandbytes itself."""
+
+from __future__ import annotations
+
+import json
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hf_continual import kif_fuse, magnitude_max, merge_linear, merge_with_recall, task_arithmetic, ties
+from hf_continual.merging.dequantized import linear_weights
+from hf_continual.merging.errors import MergeError
+from hf_continual.merging.members import open_members
+from hf_continual.merging.quantized import Quantization, known_quantization, read_quantization
+from hf_continual.merging.stored import DTYPES, Files, view
+from tests.merging.world import adapter, build, logits, save, tensors
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+SCHEMES = {
+    "nf4, double": NF4,
+    "nf4": {**NF4, "bnb_4bit_use_double_quant": False},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+    "one left out": {**NF4, "llm_int8_skip_modules": ["q_proj", "lm_head"]},
+}
+# 36 columns: rows and blocks of 64 do not end together, and neither do chunks of odd length.
+SIZES = {"hidden_size": 36, "intermediate_size": 52, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+def seen_by_bitsandbytes(folder, scheme, dtype):
+    """Every weight of the base as bitsandbytes gives it back, by name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**scheme), dtype=dtype)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            found[f"{name}.weight"] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            codes, scales = module.weight.data, module.weight.SCB
+            found[f"{name}.weight"] = bnb.functional.int8_vectorwise_dequant(codes, scales).to(dtype)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_the_base_is_read_as_bitsandbytes_shows_it(tmp_path, scheme, dtype):
+    base = build(dtype=dtype, **SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    wanted = seen_by_bitsandbytes(folder, scheme, dtype)
+    _, full = open_members([a], folder, BitsAndBytesConfig(**scheme))
+    assert {n for n, t in full.tensors.items() if t.lens is not None} == wanted.keys() and len(wanted) in (18, 21)
+    stored = tensors(folder)
+    with Files() as files:
+        for name, tensor in full.tensors.items():
+            assert torch.equal(files.load(tensor), wanted.get(name, stored[name])), name
+        # Any range gives the same numbers, whatever its ends; so do rows.
+        tensor = full.tensors["model.layers.1.mlp.down_proj.weight"]
+        for start, stop in ((0, 1), (5, 71), (63, 65), (700, tensor.numel)):
+            raw = torch.empty((stop - start) * tensor.itemsize, dtype=torch.uint8)
+            files.read_into(tensor, start, stop, view(raw))
+            assert torch.equal(raw.view(DTYPES[tensor.dtype]), wanted[tensor.name].flatten()[start:stop])
+        assert torch.equal(files.load(tensor.rows(7, 20)), wanted[tensor.name][7:20])
+    assert any(not torch.equal(wanted[n], stored[n]) for n in wanted)
+
+
+def test_the_merge_is_what_was_trained(tmp_path):
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    result = merge_linear([a], tmp_path / "seen", base=folder, output="model", quantized_base=NF4)
+    merge_linear([a], tmp_path / "original", base=folder, output="model")
+    live = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
+    )
+    trained = logits(PeftModel.from_pretrained(live, a))
+    ours = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "seen"))
+    original = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original"))
+    torch.testing.assert_close(ours, trained, rtol=0, atol=2e-5)
+    assert (original - trained).abs().max() > 100 * (ours - trained).abs().max()
+    described = result.report["models"][0]
+    assert described["seen_as"] == {"kind": "nf4", "double": True, "skip": None}
+    assert "after 4 bits (nf4, double quantisation) and back" in (tmp_path / "seen" / "README.md").read_text()
+
+
+def test_the_original_is_the_default_and_the_card_says_so(tmp_path):
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    merge_linear([a], tmp_path / "plain", base=folder, output="model")
+    note(a, NF4)
+    merge_linear([a], tmp_path / "noted", base=folder, output="model")
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (
+        tmp_path / "noted" / "model.safetensors"
+    ).read_bytes()
+    said = (
+        "a was trained on a base in 4 bits (nf4, double quantisation); what it learnt is put onto the original weights"
+    )
+    assert (
+        said in (tmp_path / "noted" / "README.md").read_text()
+        and "4 bits" not in (tmp_path / "plain" / "README.md").read_text()
+    )
+    with pytest.raises(MergeError, match="a was trained on a base in 4 bits .*, and quantized_base='error'"):
+        merge_linear([a], tmp_path / "no", base=folder, output="model", quantized_base="error")
+    merge_linear([folder], tmp_path / "copy", base=folder, quantized_base="error")
+
+
+def note(folder, scheme):
+    facts = {"format": 1, "relation": "adapter", "name": folder.name, "adapter": {"r": 4, "quantization": scheme}}
+    (folder / "continual_config.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.filterwarnings("ignore:In .* of the layers:UserWarning")
+def test_every_method_takes_what_the_folder_says(tmp_path):
+    base = build(**SIZES)
+    folder = save(base, tmp_path / "base")
+    both = [adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)]
+    for a in both:
+        note(a, NF4)
+    wanted = seen_by_bitsandbytes(folder, NF4, torch.float32)["model.layers.0.mlp.up_proj.weight"]  # no adapter here
+    options = {"base": folder, "output": "model", "quantized_base": "dequantize"}
+    for method in (merge_linear, task_arithmetic, ties, magnitude_max, merge_with_recall):
+        extra = {"calibration": ["red owl sees", "the blue fox runs"]} if method is merge_with_recall else {}
+        method(both, tmp_path / method.__name__, **options, **extra)
+        assert torch.equal(tensors(tmp_path / method.__name__)["model.layers.0.mlp.up_proj.weight"], wanted)
+
+
+def test_recall_looks_at_the_weights_that_are_merged(tmp_path):
+    from hf_continual.merging.calibration import Setting, loaded
+
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    (member,), _ = open_members([a], folder, NF4)
+    merge_linear([a], tmp_path / "merged", base=folder, output="model", quantized_base=NF4)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    with loaded(member, Setting("cpu", "float32")) as model:
+        torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="low_memory=True reads blocks from the disk"):
+        merge_with_recall(
+            [a], tmp_path / "no", base=folder, calibration=["owl"], quantized_base=NF4, low_memory=True, output="model"
+        )
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    base = build(**SIZES)
+    folder = save(base, tmp_path / "base")
+    a, b = adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
+    call = {"base": folder, "output": "model"}
+    with pytest.raises(
+        ValueError, match="quantized_base='4bit': it can be 'error', 'original', 'dequantize', or a Bits"
+    ):
+        merge_linear([a], tmp_path / "no", **call, quantized_base="4bit")
+    with pytest.raises(MergeError, match="no file tells how the base of a was quantised. Give how"):
+        merge_linear([a], tmp_path / "no", **call, quantized_base="dequantize")
+    with pytest.raises(ValueError, match="quantised by 'gptq' .* cannot be made again here"):
+        merge_linear([a], tmp_path / "no", **call, quantized_base={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="the output is an adapter, which leaves it alone"):
+        merge_linear([a], tmp_path / "no", base=folder, quantized_base=NF4)
+    with (
+        pytest.warns(UserWarning, match="probably did not go on from that adapter"),
+        pytest.raises(ValueError, match="adapters are fused as they are and put onto no base"),
+    ):
+        kif_fuse(a, b, tmp_path / "no", calibration_new=["owl"], calibration_old=["fox"], quantized_base="dequantize")
+    note(a, NF4)
+    note(b, SCHEMES["int8"])
+    with pytest.raises(MergeError, match="a was .* 4 bits .*; b was .* 8 bits: the adapters saw different weights"):
+        merge_linear([a, b], tmp_path / "no", **call, quantized_base="dequantize")
+    gpt = save(build("gpt2"), tmp_path / "gpt2")
+    with pytest.raises(MergeError, match=r"'transformer.h.0.attn.c_attn' of gpt2 is stored transposed \(Conv1D\)"):
+        merge_linear([gpt], tmp_path / "no", base=gpt, quantized_base=NF4)
+    wide = save(build(dtype=torch.float64), tmp_path / "wide")
+    with pytest.raises(MergeError, match="of wide is F64, which bitsandbytes does not quantise"):
+        merge_linear([wide], tmp_path / "no", base=wide, quantized_base=NF4)
+    assert not (tmp_path / "no").exists()
+
+
+def test_how_a_base_was_quantised_is_found(tmp_path):
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    (one,), _ = open_members([a], folder)
+    assert known_quantization(one.own) is None
+    config = json.loads((a / "adapter_config.json").read_text())
+    for named, wanted in (
+        (str(tmp_path / "quantised"), Quantization("nf4", True)),
+        ("me/not-here", None),
+        ("../x", None),
+    ):
+        (tmp_path / "quantised").mkdir(exist_ok=True)
+        (tmp_path / "quantised" / "config.json").write_text(json.dumps({"quantization_config": NF4}))
+        (a / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        (one,), _ = open_members([a], folder)
+        assert known_quantization(one.own) == wanted
+    whole = BitsAndBytesConfig(**NF4).to_dict()
+    assert read_quantization(whole) == Quantization("nf4", True) == read_quantization(NF4)
+    assert read_quantization(BitsAndBytesConfig(load_in_8bit=True).to_dict()) == Quantization("int8")
+
+
+def test_what_is_quantised_is_transformers_choice(tmp_path):
+    qwen = save(build("qwen"), tmp_path / "qwen")
+    (_,), full = open_members([qwen], qwen)
+    found = linear_weights(full, Quantization("nf4"))
+    assert len(found) == 21 and not any("embed" in n or "lm_head" in n for n in found)
