@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
-    from hf_continual.stream.run import train_stream
+    from hf_continual.stream.train import train_stream
     from hf_continual.tasks import Task, TaskStream
     from hf_continual.trainer.config import ContinualConfig
     from hf_continual.trainer.trainer import ContinualTrainer
@@ -46,7 +46,7 @@ check_versions()
 _FACE = {
     "Task": "hf_continual.tasks",
     "TaskStream": "hf_continual.tasks",
-    "train_stream": "hf_continual.stream.run",
+    "train_stream": "hf_continual.stream.train",
     "ContinualTrainer": "hf_continual.trainer.trainer",
     "ContinualConfig": "hf_continual.trainer.config",
     "Method": "hf_continual.methods.base",

@@ -7,18 +7,19 @@ scales are found in one pass over it, and after that any range of it alone. A we
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_continual.merging.errors import MergeError, some
+from hf_continual.merging.quantized import Quantization, QuantizedBase, known_quantization, read_quantized_base
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor, view
 
 if TYPE_CHECKING:
     from hf_continual.merging.checkpoints import Checkpoint
-    from hf_continual.merging.quantized import Quantization
 
 BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes' sizes, which transformers leaves as they are
 _PASS = 2**20  # elements of the pass that finds the scales; a multiple of BLOCK
@@ -95,6 +96,53 @@ def _bitsandbytes() -> Any:
             "'hf-continual[bnb]', or quantized_base='original'."
         ) from error
     return functional
+
+
+def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: QuantizedBase) -> Checkpoint:
+    """The base that adapters are put on.
+
+    Args:
+        base: The base that was given.
+        adapters: The adapters on it.
+        given: Option `quantized_base`.
+
+    Returns:
+        The base with a note of what happens to whom; its values are those after quantisation where that is asked for.
+
+    Raises:
+        MergeError: If that cannot be done, or `given` is ``"error"`` and an adapter was trained on a quantised base.
+    """
+    choice = read_quantized_base(given)
+    known = {a.name: q for a in adapters if (q := known_quantization(a)) is not None}
+    said = "; ".join(f"{name} was trained on a base in {q.words}" for name, q in known.items())
+    if choice == "original":
+        if not known:
+            return base
+        return replace(base, notes=(f"{said}; what it learnt is put onto the original weights of {base.name}.",))
+    if choice == "error":
+        if known:
+            raise MergeError(
+                f"{said}, and quantized_base='error'. Give quantized_base='original' to put it onto the weights of "
+                f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
+            )
+        return base
+    if choice == "dequantize":
+        if not known:
+            raise MergeError(
+                f"quantized_base='dequantize', and no file tells how the base of "
+                f"{some([a.name for a in adapters]) if adapters else 'the models (none is an adapter)'} was quantised. "
+                f"Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or "
+                f"leave it out."
+            )
+        if len(set(known.values())) > 1:
+            raise MergeError(
+                f"{said}: the adapters saw different weights. Merge them on the original base, or put each into its own "
+                f"base first."
+            )
+        choice = next(iter(known.values()))
+    assert isinstance(choice, Quantization)
+    note = f"adapters are put onto the weights of {base.name} after {choice.words} and back, as they were seen in training."
+    return replace(dequantized(base, choice), notes=(note,), seen_as=asdict(choice))
 
 
 def dequantized(base: Checkpoint, quantization: Quantization) -> Checkpoint:

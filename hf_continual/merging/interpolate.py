@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.average import Average
-from hf_continual.merging.job import Job, run_job
-from hf_continual.merging.members import Member, open_members
+from hf_continual.merging.job import Job
+from hf_continual.merging.members import open_from_base
 from hf_continual.merging.options import read_output
 from hf_continual.merging.publishing import check_repository
+from hf_continual.merging.run import run_job
 from hf_continual.merging.workplace import check_free
 from hf_continual.paper import Paper
 
@@ -60,10 +61,9 @@ def interpolate(
         MergeError: If the models do not fit.
     """
     _check(alpha)
-    members, full = open_members([tuned], base, output.get("quantized_base", "original"))
-    assert full is not None
+    members, full = open_from_base([tuned], base, output.get("quantized_base", "original"))
     rule = Average((1.0 - alpha, float(alpha)))
-    job = Job("interpolate", PAPER, [Member(full), *members], full, lambda _: rule, {"alpha": float(alpha)})
+    job = Job("interpolate", PAPER, members, full, lambda _: rule, {"alpha": float(alpha)})
     return run_job(job, Path(output_dir), output)
 
 

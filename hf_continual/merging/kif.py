@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_continual.merging.errors import MergeError, some
-from hf_continual.merging.job import make_plan, run_job
 from hf_continual.merging.kif_importance import (
     SIDES,
     Scores,
@@ -31,6 +30,7 @@ from hf_continual.merging.kif_models import open_models
 from hf_continual.merging.kif_rule import FUSE_RULES, Choice, FuseRule, Weighing, weigh
 from hf_continual.merging.options import Output, read_output
 from hf_continual.merging.publishing import check_push
+from hf_continual.merging.run import make_plan, run_job
 from hf_continual.merging.workplace import check_free, folder_beside, locked
 from hf_continual.tensors.fusion import WEIGHTS
 from hf_continual.tensors.importance import share_rank

@@ -87,8 +87,9 @@ def merge_linear(
         ValueError: If an argument does not fit.
         MergeError: If the models cannot be averaged, or a file changes meanwhile.
     """
-    from hf_continual.merging.job import Job, run_job
+    from hf_continual.merging.job import Job
     from hf_continual.merging.members import open_members
+    from hf_continual.merging.run import run_job
 
     members, full = open_members(models, base, output.get("quantized_base", "original"))
     shares = normalised(weights, len(members))

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_continual.merging.job import Job, run_job
-from hf_continual.merging.members import Member, open_members
+from hf_continual.merging.job import Job
+from hf_continual.merging.members import open_from_base
+from hf_continual.merging.run import run_job
 from hf_continual.merging.task_arithmetic import scales_for
 from hf_continual.paper import Paper
 
@@ -87,8 +88,7 @@ def magnitude_max(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    members, full = open_members(models, base, output.get("quantized_base", "original"))
-    assert full is not None
+    members, full = open_from_base(models, base, output.get("quantized_base", "original"))
     (scale,) = scales_for(scale, 1)
-    job = Job("magnitude_max", PAPER, [Member(full), *members], full, lambda _: LargestChange(scale), {"scale": scale})
+    job = Job("magnitude_max", PAPER, members, full, lambda _: LargestChange(scale), {"scale": scale})
     return run_job(job, Path(output_dir), output)

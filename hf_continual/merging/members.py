@@ -9,8 +9,9 @@ from functools import cached_property
 
 from hf_continual.merging.adapters import Adapter, Factors, read_adapter
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
+from hf_continual.merging.dequantized import base_as_asked
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.quantized import QuantizedBase, base_as_asked
+from hf_continual.merging.quantized import QuantizedBase
 from hf_continual.merging.stored import StoredTensor
 from hf_continual.merging.structure import HEADS, embedding_name, head_name
 
@@ -140,6 +141,15 @@ def open_members(
             members.append(Member(full, read_adapter(found, full)))
     check_one_base([m.adapter.checkpoint for m in members if m.adapter is not None])
     return members, full
+
+
+def open_from_base(
+    models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str], quantized_base: QuantizedBase = "original"
+) -> tuple[list[Member], Checkpoint]:
+    """As `open_members`, for rules that count from the base: it is the first of the models."""
+    members, full = open_members(models, base, quantized_base)
+    assert full is not None
+    return [Member(full), *members], full
 
 
 def check_one_base(adapters: Sequence[Checkpoint]) -> None:

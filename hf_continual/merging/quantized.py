@@ -8,17 +8,20 @@ was quantised is read from the adapter's folder (`ContinualTrainer` notes it) or
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_continual.merging.errors import MergeError, some
-
 if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
     from hf_continual.merging.checkpoints import Checkpoint
 
-QuantizedBase = Literal["error", "original", "dequantize"] | Mapping[str, Any] | "BitsAndBytesConfig"
+    QuantizedBase = Literal["error", "original", "dequantize"] | Mapping[str, Any] | BitsAndBytesConfig
+else:  # a loaded transformers is not needed to say what the option can be
+    QuantizedBase = Any
+
 _WORDS = ("error", "original", "dequantize")
 
 
@@ -131,52 +134,3 @@ def known_quantization(adapter: Checkpoint) -> Quantization | None:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: QuantizedBase) -> Checkpoint:
-    """The base that adapters are put on.
-
-    Args:
-        base: The base that was given.
-        adapters: The adapters on it.
-        given: Option `quantized_base`.
-
-    Returns:
-        The base with a note of what happens to whom; its values are those after quantisation where that is asked for.
-
-    Raises:
-        MergeError: If that cannot be done, or `given` is ``"error"`` and an adapter was trained on a quantised base.
-    """
-    choice = read_quantized_base(given)
-    known = {a.name: q for a in adapters if (q := known_quantization(a)) is not None}
-    said = "; ".join(f"{name} was trained on a base in {q.words}" for name, q in known.items())
-    if choice == "original":
-        if not known:
-            return base
-        return replace(base, notes=(f"{said}; what it learnt is put onto the original weights of {base.name}.",))
-    if choice == "error":
-        if known:
-            raise MergeError(
-                f"{said}, and quantized_base='error'. Give quantized_base='original' to put it onto the weights of "
-                f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
-            )
-        return base
-    if choice == "dequantize":
-        if not known:
-            raise MergeError(
-                f"quantized_base='dequantize', and no file tells how the base of "
-                f"{some([a.name for a in adapters]) if adapters else 'the models (none is an adapter)'} was quantised. "
-                f"Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or "
-                f"leave it out."
-            )
-        if len(set(known.values())) > 1:
-            raise MergeError(
-                f"{said}: the adapters saw different weights. Merge them on the original base, or put each into its own "
-                f"base first."
-            )
-        choice = next(iter(known.values()))
-    assert isinstance(choice, Quantization)
-    from hf_continual.merging.dequantized import dequantized
-
-    note = f"adapters are put onto the weights of {base.name} after {choice.words} and back, as they were seen in training."
-    return replace(dequantized(base, choice), notes=(note,), seen_as=asdict(choice))

@@ -16,7 +16,6 @@ from hf_continual.merging.structure import head_name
 if TYPE_CHECKING:
     from hf_continual.merging.job import Job
 
-REPORT = "merge_report.json"
 SCHEMA = 1
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_continual.merging.average import Average
-from hf_continual.merging.job import Job, run_job
-from hf_continual.merging.members import Member, open_members
+from hf_continual.merging.job import Job
+from hf_continual.merging.members import open_from_base
+from hf_continual.merging.run import run_job
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
@@ -54,11 +55,10 @@ def task_arithmetic(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    members, full = open_members(models, base, output.get("quantized_base", "original"))
-    assert full is not None
-    scales = scales_for(scale, len(members))
+    members, full = open_from_base(models, base, output.get("quantized_base", "original"))
+    scales = scales_for(scale, len(members) - 1)
     rule = Average((1.0 - sum(scales), *scales))
-    job = Job("task_arithmetic", PAPER, [Member(full), *members], full, lambda _: rule, {"scale": list(scales)})
+    job = Job("task_arithmetic", PAPER, members, full, lambda _: rule, {"scale": list(scales)})
     return run_job(job, Path(output_dir), output)
 
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.chunks import chunks
-from hf_continual.merging.job import Job, make_plan, run_job
-from hf_continual.merging.members import Member, open_members
+from hf_continual.merging.job import Job
+from hf_continual.merging.members import Member, open_from_base
 from hf_continual.merging.model_output import model_tensors
 from hf_continual.merging.options import read_output
 from hf_continual.merging.publishing import check_push
+from hf_continual.merging.run import make_plan, run_job
 from hf_continual.merging.task_arithmetic import scales_for
 from hf_continual.merging.threshold import kth_largest
 from hf_continual.merging.workplace import check_free
@@ -110,10 +111,8 @@ def ties(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: it is a share, above 0 and at most 1.")
-    members, full = open_members(models, base, output.get("quantized_base", "original"))
-    assert full is not None
+    everyone, full = open_from_base(models, base, output.get("quantized_base", "original"))
     (scale,) = scales_for(scale, 1)
-    everyone = [Member(full), *members]
     facts = {"density": density, "scale": scale}
     # Every check comes before the passes that look for thresholds.
     planned = Job("ties", PAPER, everyone, full, lambda _: TrimElectMerge((), scale), facts)
@@ -121,7 +120,7 @@ def ties(
     check_free(Path(output_dir), checked.overwrite)
     make_plan(planned, Path(output_dir), checked)
     check_push(planned, checked)
-    thresholds = (0.0,) * len(members) if checked.dry_run else trim_thresholds(everyone, density)
+    thresholds = (0.0,) * (len(everyone) - 1) if checked.dry_run else trim_thresholds(everyone, density)
     rule = TrimElectMerge(thresholds, scale)
     job = Job("ties", PAPER, everyone, full, lambda _: rule, facts, facts={"thresholds": list(thresholds)})
     return run_job(job, Path(output_dir), output)

@@ -15,15 +15,15 @@ from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.given_weights import read_weights
 from hf_continual.merging.heat_map import save_heat_map
-from hf_continual.merging.job import Job, make_plan, run_job
+from hf_continual.merging.job import REPORT, Job
 from hf_continual.merging.members import Member, open_members
 from hf_continual.merging.options import read_output
 from hf_continual.merging.publishing import check_push
 from hf_continual.merging.quantized import QuantizedBase
 from hf_continual.merging.recall import PAPER, Bandwidth
 from hf_continual.merging.recall_weights import calibrated, check_choices
-from hf_continual.merging.report import REPORT
 from hf_continual.merging.result import MergeResult, RecallMergeResult
+from hf_continual.merging.run import make_plan, run_job
 from hf_continual.merging.structure import groups_of, ordered
 from hf_continual.merging.workplace import check_free, locked
 

@@ -19,8 +19,9 @@ from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.report import dry_run_report, results_report
 from hf_continual.stream.results import RESULTS
-from hf_continual.stream.run import check_merge, train_stream
+from hf_continual.stream.run import check_merge
 from hf_continual.stream.sweep import prepare_sweep
+from hf_continual.stream.train import train_stream
 
 
 def run_plan(plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, **changes: Any) -> None:

@@ -1,0 +1,53 @@
+"""`train_stream`: a plan from the first task to the last, whatever moment it is killed at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_continual.stream.prepare import prepare
+from hf_continual.stream.read import read_plan
+from hf_continual.stream.results import StreamResult
+from hf_continual.stream.run import run_prepared
+from hf_continual.stream.sweep import run_sweep
+from hf_continual.tasks import TaskStream
+
+
+def train_stream(
+    plan: str | Path | Mapping[str, Any] | TaskStream, *, only: str | None = None, **changes: Any
+) -> StreamResult:
+    """Learn the tasks of a plan one after the other, and measure after each what was kept.
+
+    A fresh trainer learns each task from the folder that the one before left, and every model is scored as it was
+    saved. Whatever is finished in `output_dir` is not done again: killed at any moment, the same call goes on and
+    ends with the matrix and the weights of an undisturbed run.
+
+    Example:
+        >>> result = train_stream("plan.yaml")
+        >>> stream = TaskStream([Task("law", train=law, test=law_test), Task("tax", train=tax, test=tax_test)])
+        >>> result = train_stream(stream, model="Qwen/Qwen2.5-0.5B", output_dir="out", peft={"r": 16})
+        >>> result.matrix.backward_transfer
+
+    Args:
+        plan: A YAML file, a mapping of `hf_continual.stream.plan.Plan`'s fields, or a `TaskStream` with the other
+            fields in `changes`.
+        only: Name of the one run of a sweep that is wanted.
+        **changes: Fields that replace the plan's.
+
+    Returns:
+        The accuracy matrix and all that was measured. For a plan with a `sweep`, the results of all runs, and the
+        matrix of the last.
+
+    Raises:
+        FileNotFoundError: If the plan does not exist.
+        PlanError: If it cannot be run, or the folder was begun with another one. Says where and what to do.
+        RuntimeError: If a task could not be scored.
+    """
+    read, where = read_plan(plan, **changes)
+    if read.sweep is not None:
+        return run_sweep(read, where, only)
+    if only is not None:
+        raise where.error((), f"the plan has no sweep, so there is no run {only!r} to choose.")
+    prepared = prepare(read, where)
+    return run_prepared(prepared, Path(read.output_dir))
