@@ -62,6 +62,7 @@ class Settings:
         general: Share of the continual arm's tokens that are general text.
         bottom: Share of the blocks that the continual arm freezes.
         pull: RecAdam's share of the way back per step.
+        dtype: Type that the model is trained in.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Settings:
     general: float = 0.2
     bottom: float = 0.2
     pull: float = 0.01
+    dtype: str = "bfloat16"
 
     def stream(self) -> TaskStream:
         """The tasks; training and test rows are the same, since facts are learnt, not rules."""
@@ -184,7 +186,7 @@ class Arm:
         self.say(task=len(self.stream), step=0, doing="done")
 
     def _load(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=self.settings.dtype)
 
     def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
         """Train one task from the adapter of the task before; see `hf_continual.stream.folders.Learner`."""

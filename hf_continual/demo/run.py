@@ -60,12 +60,14 @@ def main(
 
         with console.status("converting the embedded model, once"), contextlib.redirect_stderr(io.StringIO()):
             model = str(embedded_model())
+    if "dtype" not in changes:
+        changes["dtype"] = _dtype(out)
     settings = Settings(model=model, out=str(out), seed=seed, **changes)
     _keep_settings(out, settings)
     console.print(
         f"\n[bold]hf_continual demo[/]  {Path(model).name}; {len(TASKS)} tasks in a row: invented people and their "
         f"{', '.join(name for name, _ in TASKS)}.\nThe base model knows none of them. Both arms learn the same rows for "
-        f"{settings.steps} steps each with LoRA; [bold]continual[/] adds Replay + FreezeLayers + RecAdam.\n"
+        f"{settings.steps} steps each with LoRA in {settings.dtype}; [bold]continual[/] adds Replay + FreezeLayers + RecAdam.\n"
     )
     _run_arms(out, settings, console)
     results = {arm: json.loads((out / arm / "results.json").read_text(encoding="utf-8")) for arm in ARMS}
@@ -86,11 +88,22 @@ def main(
     return summary
 
 
+def _dtype(out: Path) -> str:
+    """The type of the run that the folder holds, else the faster one."""
+    file = out / "settings.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8")).get("dtype", "bfloat16")
+    from hf_continual.demo.model import fast_dtype
+
+    return fast_dtype()
+
+
 def _keep_settings(out: Path, settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "settings.json"
     now = asdict(settings)
-    if file.is_file() and (then := json.loads(file.read_text(encoding="utf-8"))) != now:
+    then = {"dtype": _dtype(out), **json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else now
+    if then != now:
         changed = ", ".join(f"{k}: {then.get(k)!r} -> {v!r}" for k, v in now.items() if then.get(k) != v)
         raise ValueError(
             f"{out} holds a demo with other settings ({changed}). Name another folder with --out, or begin anew with "

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from hf_continual.merging.checkpoints import Checkpoint
 
 BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes' sizes, which transformers leaves as they are
-_PASS = 2**20  # elements of the pass that finds the scales; a multiple of BLOCK
+_PASS = 2**18  # elements of the pass that finds the scales; a multiple of BLOCK
+PASS_BYTES = 32  # per element, measured: bitsandbytes' copies in fp32, and codes of four bytes each
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Lens:
         begin, end = first // step * step, min(-(-last // step) * step, whole.numel)
         values = self._seen(_load(files, whole, begin, end), scales[begin // step : -(-end // step)])
         buffer[:] = view(values[first - begin : last - begin].contiguous().view(torch.uint8))
+
+    def memory(self, elements: int) -> int:
+        """Bytes that reading so many elements at a time takes at most: a pass, and every block's scale, several times over."""
+        numbers = self.whole.numel // (BLOCK if self.quantization.kind != "int8" else self.whole.shape[-1])
+        return max(elements, _PASS) * PASS_BYTES + numbers * 4 * 4
 
     def scales(self, files: Files) -> Tensor:
         """The scales as the adapter's base had them, float32: one per block, or per row in 8 bits."""

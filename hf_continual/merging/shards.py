@@ -90,4 +90,6 @@ def memory_bound(shards: Sequence[Shard]) -> int:
     written = SLOTS * max(WRITTEN, sizes.chunk * max((DTYPES[t.dtype].itemsize for t in outputs), default=4))
     produced = max((2 * t.nbytes for t in outputs if t.produce is not None), default=0)
     scratch = max((p.scratch for t in outputs for p in t.parts), default=0)
+    lenses = {s.lens for t in outputs for p in t.parts for s in p.sources if s.lens is not None}
+    scratch += max((lens.memory(sizes.block) for lens in lenses), default=0)
     return read + computed + written + produced + scratch

@@ -70,6 +70,10 @@ class Lens(Protocol):
         """As `Files.read_into`."""
         ...
 
+    def memory(self, elements: int) -> int:
+        """Bytes that reading so many elements at a time takes at most, beside the buffer."""
+        ...
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_continual.demo import model as embedded
+from hf_continual.demo import run
 from hf_continual.demo.arm import Settings
 from hf_continual.demo.run import main
 from tests import toy
@@ -89,3 +90,17 @@ def test_another_file_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="expected b179c9523d0e6a0f"):
         embedded.embedded_model()
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_type_is_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded.torch.cuda, "is_available", lambda: False)
+    assert embedded.fast_dtype() in ("bfloat16", "float32")
+    times = iter([0.0, 4.0] * 5 + [0.0, 1.0] * 5 + [0.0, 1.0] * 5 + [0.0, 4.0] * 5)
+    monkeypatch.setattr(embedded.time, "perf_counter", lambda: next(times))
+    assert embedded.fast_dtype() == "float32"  # bf16 took four seconds, fp32 one
+    assert embedded.fast_dtype() == "bfloat16"
+    monkeypatch.setattr(embedded.torch.cuda, "is_available", lambda: True)
+    assert embedded.fast_dtype() == "bfloat16"
+    for there, wanted in (({"dtype": "float32"}, "float32"), ({}, "bfloat16")):
+        (tmp_path / "settings.json").write_text(json.dumps(there))
+        assert run._dtype(tmp_path) == wanted
