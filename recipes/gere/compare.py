@@ -52,7 +52,7 @@ def plan(args: argparse.Namespace, arm: str) -> dict:
         methods = [{"gere": {**gere, "cache_dir": str(args.out / "cache"), **options}}]
     general = {"rows": args.heldout, "split": "train", "limit": 24, "metric": {"general_loss": {"max_length": 128}}}
     return {
-        "model": {"path": args.model, "dtype": "bfloat16"},
+        "model": {"path": args.model, "dtype": args.dtype},
         "output_dir": str(args.out / arm),
         "peft": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
         "sft": {
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--length", type=int, default=72)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor only emulates bfloat16")
     args = parser.parse_args()
     replayed = load_rows(args.general)["text"][: args.samples][:60]
     unseen = load_rows(args.heldout)["text"][:60]
