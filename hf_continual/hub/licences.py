@@ -5,7 +5,7 @@ Never a default: a wrong licence harms the parents' authors. This is no legal ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 
@@ -88,16 +88,28 @@ def with_license(facts: CardFacts, asked: str | None = None, known: Mapping[str,
     Raises:
         LicenseConflict: If the parents' licences differ and nothing was said.
     """
-    parents: dict[str, License | None] = {}
-    for parent in facts.parents:
-        stated = (known or {}).get(parent.hub_id or "")
-        parents[_called(parent)] = stated or (License(parent.license) if parent.license else None)
+    parents = unique(
+        (_called(p), (known or {}).get(p.hub_id or "") or (License(p.license) if p.license else None))
+        for p in dict.fromkeys(facts.parents)
+    )
     if asked is None and facts.license_reason == "chosen by the author":
         return facts
     found, reason = inherit(parents, asked)
     if found is None:
         return replace(facts, license=None, license_name=None, license_link=None, license_reason=reason)
     return replace(facts, license=found.id, license_name=found.name, license_link=found.link, license_reason=reason)
+
+
+def unique(parents: Iterable[tuple[str, License | None]]) -> dict[str, License | None]:
+    """Licences by name, where several local models may have one name."""
+    found: dict[str, License | None] = {}
+    for name, stated in parents:
+        key, number = name, 1
+        while key in found and found[key] != stated:
+            number += 1
+            key = f"{name} ({number})"
+        found[key] = stated
+    return found
 
 
 def _called(parent: ModelRef) -> str:

@@ -16,7 +16,7 @@ from hf_continual.merging.combine import Rule, combined
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.lora import concatenated, truncated
 from hf_continual.merging.members import Member
-from hf_continual.merging.stored import DTYPES, Files
+from hf_continual.merging.stored import DTYPES, Files, StoredTensor
 
 _PREFIX = "base_model.model."
 
@@ -51,6 +51,17 @@ class Product:
         first = parts[0][1]
         # An exact product of rank below the one asked for is kept as it is.
         self.rank = total if rank is None else min(rank, total, first.a.shape[1], first.b.shape[0])
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The factors that it is made of."""
+        return tuple(t for _, f in self._parts for t in (f.a, f.b))
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that making it takes: the factors side by side in float32, for a truncation their QR in float64."""
+        numbers = sum(t.numel for t in self.stored)
+        return numbers * (4 * 3 if self.rank == sum(f.rank for _, f in self._parts) else 8 * 3 + 4 * 2)
 
     def a(self) -> Tensor:
         """Factor A."""
@@ -104,8 +115,9 @@ def adapter_tensors(
         product = Product(parts, rank, lambda e, module=module: errors.__setitem__(module.removeprefix(_PREFIX), e))
         first = parts[0][1]
         kind = dtype or _widest([f.a.dtype for _, f in parts] + [f.b.dtype for _, f in parts])
-        outputs.append(OutputTensor(first.a.name, kind, (product.rank, first.a.shape[1]), produce=product.a))
-        outputs.append(OutputTensor(first.b.name, kind, (first.b.shape[0], product.rank), produce=product.b))
+        told: dict[str, Any] = {"scratch": product.scratch, "also": product.stored}
+        outputs.append(OutputTensor(first.a.name, kind, (product.rank, first.a.shape[1]), produce=product.a, **told))
+        outputs.append(OutputTensor(first.b.name, kind, (first.b.shape[0], product.rank), produce=product.b, **told))
         ranks[module.removeprefix(_PREFIX)] = product.rank
     for target in sorted({t for _, adapter in adapters for t in adapter.saved}):
         views = [m.view(target) for m in members]

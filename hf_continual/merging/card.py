@@ -12,6 +12,7 @@ from hf_continual.hub.files import installed_versions, write_card
 from hf_continual.hub.folder_facts import has_chat, has_facts, read_facts
 from hf_continual.hub.licences import with_license
 from hf_continual.hub.refs import UNKNOWN, ModelRef, model_ref
+from hf_continual.merging.quantized import known_quantization
 
 if TYPE_CHECKING:
     from hf_continual.merging.checkpoints import Checkpoint
@@ -49,6 +50,7 @@ def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> Ca
     adapter = report["kind"] == "adapter"
     return CardFacts(
         name,
+        adapter=_adapter(job, report) if adapter else {},
         kind="adapter" if adapter else "model",
         base=_base(job, adapter),
         tasks=_tasks(job),
@@ -56,6 +58,13 @@ def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> Ca
         chat=has_chat(out),
         versions=installed_versions(),
     )
+
+
+def _adapter(job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a merged adapter is; it still needs to be known how its base was quantised, where all inputs agree."""
+    known = [known_quantization(m.own) for m in job.members if m.own.is_adapter]
+    same = known and known[0] is not None and all(k == known[0] for k in known)
+    return {"r": report["rank"], **({"quantization": dict(known[0].raw)} if same and known[0] is not None else {})}
 
 
 def _ref(checkpoint: Checkpoint) -> ModelRef:

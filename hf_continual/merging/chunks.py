@@ -64,11 +64,13 @@ class Part:
         function: Makes the output's chunk from theirs; None copies the first source's bytes, after a check that the
             other sources hold the same bytes.
         scratch: Bytes that the function needs for a chunk beside its values, where they are more than a few numbers.
+        also: What the function reads beside its sources, whole: factors of adapters.
     """
 
     sources: tuple[StoredTensor, ...]
     function: ChunkFunction | None = None
     scratch: int = 0
+    also: tuple[StoredTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class OutputTensor:
         shape: Its shape.
         parts: Where its elements come from, in order; most tensors have one part. `stream` makes that.
         produce: Makes a small tensor as a whole (an adapter's factor), in place of parts.
+        scratch: Bytes that making it takes, beside its own.
+        also: What it is made of.
     """
 
     name: str
@@ -88,6 +92,8 @@ class OutputTensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
     produce: Callable[[], Tensor] | None = None
+    scratch: int = 0
+    also: tuple[StoredTensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -138,13 +144,18 @@ class Sizes:
     block: int
 
 
+def operand_bytes(part: Part) -> int:
+    """Bytes per element of what sources are converted to; those of the type computed in stay where they were read."""
+    wide = 8 if any(s.dtype == "F64" for s in part.sources) else 4
+    return sum(wide for s in part.sources if s.itemsize != wide)
+
+
 def sizes_for(outputs: Iterable[OutputTensor]) -> Sizes:
     """Sizes with which all buffers stay within `BUFFERS`, however many sources there are."""
     ahead = operands = 0  # bytes per element
     for part in (p for output in outputs for p in output.parts):
         ahead = max(ahead, SLOTS * sum(s.itemsize for s in part.sources))
-        # those that are fp32 already are computed with where they were read
-        operands = max(operands, sum(4 for s in part.sources if s.itemsize < 4))
+        operands = max(operands, operand_bytes(part))
     chunk = max(_STEP, min(CHUNK, BUFFERS // max(ahead + operands, 1) // _STEP * _STEP))
     block = (BUFFERS - chunk * operands) // max(ahead, 1) // chunk * chunk
     return Sizes(chunk, max(chunk, min(BLOCK // chunk * chunk, block)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_continual.merging.adapters import Factors
 from hf_continual.merging.average import Average
-from hf_continual.merging.chunks import Chunk, Part
+from hf_continual.merging.chunks import CHUNK, Chunk, Part
 from hf_continual.merging.members import View
 from hf_continual.merging.stored import Files, StoredTensor
 
@@ -43,10 +43,33 @@ def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
         return Part(sources, None if sources[0].dtype == dtype else _first)
     if stored and len(sources) == len(views):
         return Part(sources, lambda chunk: rule(chunk.values))
+    also, scratch = _beside(views)
     plain = all(v.added is None and (v.factors is None or v.factors.magnitude is None) for v in views)
     if isinstance(rule, Average) and plain:
-        return Part(sources, _AverageOfProducts(rule.weights, places, [v.factors for v in views]))
-    return Part(sources, _Materialised(rule, places, views))
+        products = _AverageOfProducts(rule.weights, places, [v.factors for v in views])
+        return Part(sources, products, scratch, also)
+    return Part(sources, _Materialised(rule, places, views), scratch + len(views) * CHUNK * 4, also)
+
+
+def _beside(views: Sequence[View]) -> tuple[tuple[StoredTensor, ...], int]:
+    """What adapters' parts of a tensor are made of, and the bytes that they take while its chunks pass."""
+    also: list[StoredTensor] = []
+    kept = rows = 0
+    for view in views:
+        if view.factors is not None:
+            parts = (view.factors.a, view.factors.b)
+            # as stored, scaled, and for the time of loading once more
+            kept += sum(t.numel for t in parts) * 4 * 2
+            columns = view.source.shape[-1] if view.source.shape else 1
+            rows = max(rows, sum(t.numel for t in parts) * 4 + (CHUNK + 2 * columns) * 4 * 2)
+            also += parts
+            if view.factors.magnitude is not None:
+                # the norms are made in float64, a range of rows at a time
+                rows = max(rows, sum(t.numel for t in parts) * 8 * 3 + DORA_ROWS * 8 * 6) + CHUNK * 8 * 2
+                also.append(view.factors.magnitude)
+        if view.added is not None:
+            also.append(view.added[0])
+    return tuple(also), kept + rows
 
 
 def _first(chunk: Chunk) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,8 +18,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recall": (
         "hf_continual.merging.with_recall:merge_with_recall",
         (
-            "weights", "calibration", "calibration_mode", "include_base", "num_typical", "bandwidth", "temperature", "anchor",
-            "seed", "device", "low_memory",
+            "weights", "calibration", "calibration_mode", "include_base", "num_typical", "pool_size", "max_length", "bandwidth",
+            "temperature", "reference", "nonblock", "anchor", "seed", "device", "calibration_dtype", "low_memory",
         ),
     ),
     "linear": ("hf_continual.merging.linear:merge_linear", ("weights",)),
@@ -30,7 +31,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
         "hf_continual.merging.kif:kif_fuse",
         (
             "importance", "calibration_new", "calibration_old", "rule", "top_share", "scope", "temperature", "old_from",
-            "base_model", "device",
+            "base_model", "device", "uncertainty", "beta1", "beta2", "order", "batch_size", "max_length", "calibration_dtype",
         ),
     ),
 }  # fmt: skip
@@ -60,7 +61,22 @@ def merge(
     num_typical: Annotated[int | None, typer.Option(help="recall: texts that all models see.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="recall: anchor_spread, dim, or sigma.")] = None,
     temperature: Annotated[float | None, typer.Option(help="recall: of the softmax. kif: of rule adaptive.")] = None,
-    anchor: Annotated[int | None, typer.Option(help="recall: place of the newest model.")] = None,
+    anchor: Annotated[str | None, typer.Option(help="recall: the newest model, by place or name.")] = None,
+    pool_size: Annotated[int | None, typer.Option(help="recall: texts that are clustered.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="recall, kif: tokens per text of the calibration.")] = None,
+    reference: Annotated[str | None, typer.Option(help="recall: compare with the anchor, or all_pairs.")] = None,
+    nonblock: Annotated[
+        str | None, typer.Option(help="recall: embeddings, norm, head: representation, uniform, anchor or base.")
+    ] = None,
+    calibration_dtype: Annotated[str | None, typer.Option(help="recall, kif: type models run in.")] = None,
+    uncertainty: Annotated[
+        bool | None,
+        typer.Option("--uncertainty/--no-uncertainty", help="kif: whether importance counts times its uncertainty."),
+    ] = None,
+    beta1: Annotated[float | None, typer.Option(help="kif: decay of the importance over batches.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="kif: decay of its uncertainty.")] = None,
+    order: Annotated[str | None, typer.Option(help="kif: Taylor terms: first, second or mixed.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="kif: rows per batch of calibration.")] = None,
     seed: Annotated[int | None, typer.Option(help="recall: seed of the clustering.")] = None,
     device: Annotated[str | None, typer.Option(help="recall, kif: where models run for calibration.")] = None,
     importance: Annotated[
@@ -118,7 +134,9 @@ def merge(
         "num_typical": num_typical, "temperature": temperature, "anchor": anchor, "seed": seed, "device": device,
         "low_memory": low_memory or None, "importance": importance, "calibration_new": calibration_new,
         "calibration_old": calibration_old, "rule": rule, "top_share": top_share, "scope": scope, "old_from": old_from,
-        "base_model": base_model,
+        "base_model": base_model, "pool_size": pool_size, "max_length": max_length, "reference": reference, "nonblock": nonblock,
+        "calibration_dtype": calibration_dtype, "uncertainty": uncertainty, "beta1": beta1, "beta2": beta2, "order": order,
+        "batch_size": batch_size,
     }  # fmt: skip
     written = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
@@ -186,7 +204,13 @@ def run_merge(
 def _choice(quantized_base: str | None) -> Any:
     if quantized_base is None or not quantized_base.lstrip().startswith("{"):
         return quantized_base
-    return json.loads(quantized_base)
+    try:
+        return json.loads(quantized_base)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--quantized-base {quantized_base!r} is no JSON: {error}. Write for example "
+            '--quantized-base \'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}\'.'
+        ) from None
 
 
 def _quiet_transformers() -> None:
@@ -208,6 +232,8 @@ def _value(method: str, key: str, value: Any) -> Any:
             text = str(value).lstrip()
             return json.loads(text) if text.startswith("{") else value
         return _numbers(key, value)
+    if key == "anchor":
+        return int(value) if re.fullmatch(r"-?\d+", value) else value
     if key == "scale":
         found = _numbers(key, value)
         return found[0] if len(found) == 1 else found

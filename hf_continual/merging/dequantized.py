@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.errors import MergeError, some
-from hf_continual.merging.quantized import Quantization, QuantizedBase, known_quantization, read_quantized_base
+from hf_continual.merging.quantized import (
+    Quantization,
+    QuantizedBase,
+    completed,
+    known_quantization,
+    read_quantized_base,
+)
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor, view
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes' sizes, which transformers leaves as they are
 _PASS = 2**18  # elements of the pass that finds the scales; a multiple of BLOCK
-PASS_BYTES = 32  # per element, measured: bitsandbytes' copies in fp32, and codes of four bytes each
+PASS_BYTES = 44  # per element, measured: bitsandbytes' copies in fp32, and codes of four bytes each
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Lens:
         found, whole = [], self.whole
         step = _PASS if self.quantization.kind != "int8" else max(1, _PASS // whole.shape[-1]) * whole.shape[-1]
         for start in range(0, whole.numel, step):
-            values = _load(files, whole, start, min(start + step, whole.numel))
+            values = self._typed(_load(files, whole, start, min(start + step, whole.numel)))
             if self.quantization.kind == "int8":
                 found.append(values.half().view(-1, whole.shape[-1]).abs().amax(1).float())
             else:
@@ -77,14 +83,17 @@ class Lens:
             scales = functional.dequantize_blockwise(codes, state) + mean
         return scales
 
-    def _seen(self, values: Tensor, scales: Tensor) -> Tensor:
-        functional, dtype = _bitsandbytes(), values.dtype
+    def _typed(self, values: Tensor) -> Tensor:
+        return values if self.quantization.dtype is None else values.to(getattr(torch, self.quantization.dtype))
+
+    def _seen(self, stored: Tensor, scales: Tensor) -> Tensor:
+        functional, values = _bitsandbytes(), self._typed(stored)
         if self.quantization.kind == "int8":
             codes, _, _ = functional.int8_vectorwise_quant(values.half().view(-1, self.whole.shape[-1]))
-            return functional.int8_vectorwise_dequant(codes, scales).flatten().to(dtype)
+            return functional.int8_vectorwise_dequant(codes, scales).flatten().to(values.dtype).to(stored.dtype)
         codes, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type=self.quantization.kind)
         state.absmax = scales.contiguous()
-        return functional.dequantize_4bit(codes, state).flatten()
+        return functional.dequantize_4bit(codes, state).flatten().to(stored.dtype)
 
 
 def _load(files: Files, tensor: StoredTensor, start: int, stop: int) -> Tensor:
@@ -119,36 +128,55 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
         MergeError: If that cannot be done, or `given` is ``"error"`` and an adapter was trained on a quantised base.
     """
     choice = read_quantized_base(given)
-    known = {a.name: q for a in adapters if (q := known_quantization(a)) is not None}
-    said = "; ".join(f"{name} was trained on a base in {q.words}" for name, q in known.items())
-    if choice == "original":
-        if not known:
-            return base
-        return replace(base, notes=(f"{said}; what it learnt is put onto the original weights of {base.name}.",))
-    if choice == "error":
-        if known:
+    told = [(a.name, known_quantization(a)) for a in adapters]
+    known = [(name, k) for name, k in told if k is not None]
+    said = "; ".join(f"{name} was trained on a base in {k.words}" for name, k in known)
+    if choice in ("original", "error"):
+        if known and choice == "error":
             raise MergeError(
                 f"{said}, and quantized_base='error'. Give quantized_base='original' to put it onto the weights of "
                 f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
             )
-        return base
-    if choice == "dequantize":
-        if not known:
+        note = f"{said}; what was learnt is put onto the original weights of {base.name}."
+        return replace(base, notes=(note,)) if known else base
+    if not adapters:
+        raise MergeError(
+            f"quantized_base={given!r} says what adapters saw of their base, and none of the models is an adapter. Leave it out."
+        )
+    if strange := [(name, k) for name, k in known if k.quantization is None]:
+        raise MergeError(
+            f"{strange[0][0]} was trained on a base in {strange[0][1].words}, which only its own library can make again. Save "
+            f"the dequantised base (model.dequantize(), save_pretrained) and give that as base=, or quantized_base='original'."
+        )
+    if choice == "dequantize" and (unknown := [name for name, k in told if k is None]):
+        raise MergeError(
+            f"quantized_base='dequantize', and no file tells how the base of {some(unknown)} was quantised, or whether it was"
+            + (f" ({said})" if known else "")
+            + ". Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or leave it out."
+        )
+    seen = [k.quantization for _, k in known if k.quantization is not None]
+    asked = completed(choice, seen[0] if seen else None) if isinstance(choice, Quantization) else seen[0]
+    shown = dequantized(base, asked)
+    for (name, _), other in zip(known, seen, strict=True):
+        if other != asked and not _same(base, shown, asked, other):
             raise MergeError(
-                f"quantized_base='dequantize', and no file tells how the base of "
-                f"{some([a.name for a in adapters]) if adapters else 'the models (none is an adapter)'} was quantised. "
-                f"Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or "
-                f"leave it out."
+                f"{name} was trained on a base in {other.words}, and "
+                + (
+                    f"{known[0][0]} in {asked.words}"
+                    if choice == "dequantize"
+                    else f"quantized_base= says {asked.words}"
+                )
+                + ": they saw different weights. Merge on the original base, or put each into its own base first."
             )
-        if len(set(known.values())) > 1:
-            raise MergeError(
-                f"{said}: the adapters saw different weights. Merge them on the original base, or put each into its own "
-                f"base first."
-            )
-        choice = next(iter(known.values()))
-    assert isinstance(choice, Quantization)
-    note = f"adapters are put onto the weights of {base.name} after {choice.words} and back, as they were seen in training."
-    return replace(dequantized(base, choice), notes=(note,), seen_as=asdict(choice))
+    note = f"what was learnt is put onto the weights of {base.name} after {asked.words} and back, as training saw them."
+    return replace(shown, notes=(note,), seen_as=asdict(asked))
+
+
+def _same(base: Checkpoint, shown: Checkpoint, asked: Quantization, other: Quantization) -> bool:
+    """Whether two ways of quantising give the same weights: modules left out may be named in several ways."""
+    if replace(asked, skip=None) != replace(other, skip=None):
+        return False
+    return {n for n, t in shown.tensors.items() if t.lens is not None} == set(linear_weights(base, other))
 
 
 def dequantized(base: Checkpoint, quantization: Quantization) -> Checkpoint:
@@ -169,10 +197,10 @@ def dequantized(base: Checkpoint, quantization: Quantization) -> Checkpoint:
     tensors = dict(base.tensors)
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in ("BF16", "F16", "F32"):
+        if tensor.dtype not in ("BF16", "F16", "F32") and quantization.dtype is None:
             raise MergeError(
                 f"{name!r} of {base.name} is {tensor.dtype}, which bitsandbytes does not quantise. Give a base in bfloat16, "
-                f"float16 or float32, or quantized_base='original'."
+                f"float16 or float32, 'dtype' in quantized_base, or quantized_base='original'."
             )
         tensors[name] = replace(tensor, lens=Lens(tensor, quantization))
     return replace(base, tensors=tensors)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.average import Average
 from hf_continual.merging.job import Job
 from hf_continual.merging.members import open_from_base
 from hf_continual.merging.options import read_output
-from hf_continual.merging.publishing import check_repository
-from hf_continual.merging.run import run_job
+from hf_continual.merging.publishing import check_push
+from hf_continual.merging.run import make_plan, run_job
 from hf_continual.merging.workplace import check_free
 from hf_continual.paper import Paper
 
@@ -61,10 +61,13 @@ def interpolate(
         MergeError: If the models do not fit.
     """
     _check(alpha)
+    return run_job(_job(base, tuned, float(alpha), output), Path(output_dir), output)
+
+
+def _job(base: str | os.PathLike[str], tuned: str | os.PathLike[str], alpha: float, output: Mapping[str, Any]) -> Job:
     members, full = open_from_base([tuned], base, output.get("quantized_base", "original"))
-    rule = Average((1.0 - alpha, float(alpha)))
-    job = Job("interpolate", PAPER, members, full, lambda _: rule, {"alpha": float(alpha)})
-    return run_job(job, Path(output_dir), output)
+    rule = Average((1.0 - alpha, alpha))
+    return Job("interpolate", PAPER, members, full, lambda _: rule, {"alpha": alpha})
 
 
 def scan_alpha(
@@ -95,7 +98,7 @@ def scan_alpha(
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        The best, whose report holds the scan, and the gauge's value by alpha. Of equal values the smaller alpha wins.
+        The best, and the gauge's value by alpha. Of equal values the smaller alpha wins.
 
     Raises:
         ValueError: If there is no point, or the gauge gives no number for any.
@@ -110,7 +113,8 @@ def scan_alpha(
     if options.dry_run:
         return interpolate(base, tuned, target, alpha=alphas[0], **output), {}
     check_free(target, options.overwrite)
-    check_repository(options)
+    checked = _job(base, tuned, float(alphas[0]), output)
+    check_push(checked, options, make_plan(checked, target, options)[0].kind)
     trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
     found: dict[float, float] = {}
     # Only the best is published, and candidates are replaced.
@@ -123,7 +127,7 @@ def scan_alpha(
             continue
         made = interpolate(base, tuned, trial, alpha=alpha, **candidate)
         # What an interrupted scan has measured counts only for these very models.
-        models = [m["fingerprint"] for m in made.report["models"]]
+        models = [made.kind, made.report["models"], made.report["output_options"]]
         if not found and options.resume and measured.is_file() and (old := read_json(measured))["models"] == models:
             found = dict(map(tuple, old["found"]))
         if alpha not in found:

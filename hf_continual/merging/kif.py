@@ -148,8 +148,8 @@ def kif_fuse(
     if options.dry_run:
         return run_job(checked, target, output)
     # Every check comes before the gradients and the passes that look for thresholds.
-    make_plan(checked, target, options)
-    check_push(checked, options)
+    plan, _ = make_plan(checked, target, options)
+    check_push(checked, options, plan.kind)
     if rows:
         from hf_continual.merging.calibration import Setting
         from hf_continual.merging.kif_calibration import Measure, calibrated, member_to_run

@@ -11,7 +11,7 @@ from hf_continual.merging.adapters import Adapter, Factors, read_adapter
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.dequantized import base_as_asked
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.quantized import QuantizedBase
+from hf_continual.merging.quantized import QuantizedBase, read_quantized_base
 from hf_continual.merging.stored import StoredTensor
 from hf_continual.merging.structure import HEADS, embedding_name, head_name
 
@@ -128,6 +128,10 @@ def open_members(
     if full is not None and full.is_adapter:
         raise ValueError(f"base={str(base)!r} is an adapter; the base is the full model that adapters were trained on.")
     opened = [open_checkpoint(model) for model in models]
+    if full is None and read_quantized_base(quantized_base) != "original":
+        raise ValueError(
+            f"quantized_base={quantized_base!r} is about base=, and there is none. Give it, or leave both out."
+        )
     if full is not None:
         full = base_as_asked(full, [c for c in opened if c.is_adapter], quantized_base)
     members = []

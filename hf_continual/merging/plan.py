@@ -111,7 +111,9 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
     table.add_row(
         "write", f"{plan.bytes_written / 1e9:.3f} GB in {len(plan.shards)} files and {len(plan.files) + 1} small ones"
     )
-    table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, beside about 150 MB of imports")
+    lens = any(s.lens is not None for t in tensors for p in t.parts for s in p.sources)
+    imports = "330 MB of imports, transformers and bitsandbytes among them" if lens else "150 MB of imports"
+    table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, beside about {imports}")
     table.add_row("free disk", f"{free_space(output_dir) / 1e9:.1f} GB")
     for note in plan.notes:
         table.add_row("note", note)

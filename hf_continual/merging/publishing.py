@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_continual.merging.options import Output
 
 
-def check_push(job: Job, options: Output) -> None:
+def check_push(job: Job, options: Output, kind: str) -> None:
     """Check that a push can succeed, before anything is computed and behind all checks that need no network.
 
     A repository that is missing is made, but in a dry run.
@@ -21,18 +21,16 @@ def check_push(job: Job, options: Output) -> None:
     Args:
         job: The merge.
         options: How the output is written.
+        kind: ``"model"`` or ``"adapter"``.
 
     Raises:
         HubPushError: If it cannot.
-        MergeError: If the licences of the inputs differ and none was chosen.
+        MergeError: If an adapter's base is not published, or the licences of the inputs differ and none was chosen.
         ValueError: If options of a push are given and no push.
     """
     _check_licences(job, options)
-    check_repository(options)
-
-
-def check_repository(options: Output) -> None:
-    """The part of `check_push` that looks at the repository."""
+    if options.push_to_hub is not None and kind == "adapter":
+        _check_base(job)
     if options.push_to_hub is not None:
         # Imported when asked for: a merge of folders needs no network code.
         from hf_continual.hub.preflight import preflight
@@ -48,14 +46,28 @@ def check_repository(options: Output) -> None:
 def _check_licences(job: Job, options: Output) -> None:
     if options.push_to_hub is None or options.license is not None:
         return
-    from hf_continual.hub.licences import License, LicenseConflict, inherit
+    from hf_continual.hub.licences import License, LicenseConflict, inherit, unique
 
     inputs = [m.own for m in job.members] + ([] if job.base is None else [job.base])
-    stated = {c.name: license_of(c.folder) for c in inputs}
+    stated = [(c.name, license_of(c.folder)) for c in inputs]
     try:
-        inherit({name: None if found is None else License(found) for name, found in stated.items()})
+        inherit(unique((name, None if found is None else License(found)) for name, found in stated))
     except LicenseConflict as error:
         raise MergeError(f"the merge is to be published, and {error}") from error
+
+
+def _check_base(job: Job) -> None:
+    from hf_continual.hub.adapters import WAYS_OUT
+    from hf_continual.hub.refs import model_ref
+
+    # Of merged adapters the base is the model they were put on; fused ones keep what their configuration names.
+    named = job.base.hub_id if job.base is not None else None
+    configs = [m.own.config for m in job.members if m.own.is_adapter]
+    if named is None and model_ref(configs[-1].get("base_model_name_or_path")).hub_id is None:
+        raise MergeError(
+            f"the result is an adapter on {configs[-1].get('base_model_name_or_path')!r}, which is not published: nobody could "
+            f"load it. {WAYS_OUT} Or give the published model as base=."
+        )
 
 
 def push(output_dir: Path, options: Output) -> str | None:

@@ -27,7 +27,7 @@ from hf_continual.merging.report import describe_job
 from hf_continual.merging.result import MergeResult
 from hf_continual.merging.shards import index_of, make_shards
 from hf_continual.merging.side_files import side_files, write_side_files
-from hf_continual.merging.workplace import Workplace, check_free, locked
+from hf_continual.merging.workplace import Workplace, check_free, folder_beside, locked
 from hf_continual.merging.writer import write_shards
 
 logger = logging.getLogger(__name__)
@@ -67,18 +67,23 @@ def _run(job: Job, output_dir: Path, options: Output) -> MergeResult:
             )
     plan, errors = make_plan(job, output_dir, options)
     planned = time.perf_counter()
-    check_push(job, options)
     if options.dry_run:
         check_free(output_dir, options.overwrite)
         check_disk(plan, output_dir)
+        check_push(job, options, plan.kind)
         show_plan(plan, output_dir)
         return _result(job, plan, output_dir, {"plan": planned - started}, plan.facts)
     with locked(output_dir):
         if options.resume and (done := _finished(output_dir, job.report, plan.identity)) is not None:
             logger.info("%s: this merge is finished already", output_dir)
+            if options.license is not None:
+                write_merge_card(output_dir, job, done, output_dir.resolve().name, options.license)
             return _result(job, plan, output_dir, {"plan": planned - started}, done)
         check_free(output_dir, options.overwrite)
-        work = Workplace(output_dir, plan.identity, options.resume)
+        if not (folder_beside(output_dir) / "out").exists():
+            check_disk(plan, output_dir)
+        check_push(job, options, plan.kind)
+        work = Workplace(output_dir, plan.identity, options.resume, errors)
         check_disk(plan, output_dir, sum(facts["size"] for facts in work.finished.values()))
         with bytes_bar(
             plan.bytes_streamed + sum(t.nbytes for s in plan.shards for t in s.tensors),
@@ -115,10 +120,11 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     elements = job.members[0].checkpoint.is_adapter
     notes: list[str] = [] if elements else check_configs(job.members)
     notes += check_tokenizers(job.members, options.vocab)
-    notes += job.base.notes if job.base is not None else ()
     warn_identical(job.members)
     errors: dict[str, float] = {}
     kind = "model" if job.tensors is not None else _kind(job, options)
+    if job.base is not None and kind == "model" and not elements:
+        notes += job.base.notes
     newest = job.members[job.newest]
     reference = job.members[0].checkpoint
     if kind == "adapter":
@@ -166,6 +172,12 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     facts["plan"] = identity
     files = side_files(reference, newest, kind == "model")
     return MergePlan(kind, rank, tuple(shards), config, config_file, files, facts, identity, tuple(notes)), errors
+
+
+def finished_already(job: Job, output_dir: Path, options: Output) -> bool:
+    """Whether the output folder holds this very merge, whole; it makes every check of `make_plan`."""
+    plan, _ = make_plan(job, output_dir, options)
+    return options.resume and not options.dry_run and _finished(output_dir, job.report, plan.identity) is not None
 
 
 def _kind(job: Job, options: Output) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from hf_continual.merging.chunks import SLOTS, WRITTEN, OutputTensor, sizes_for
+from hf_continual.merging.chunks import SLOTS, WRITTEN, OutputTensor, operand_bytes, sizes_for
 from hf_continual.merging.stored import DTYPES
 
 
@@ -86,9 +86,9 @@ def memory_bound(shards: Sequence[Shard]) -> int:
     outputs = [t for s in shards for t in s.tensors]
     sizes = sizes_for(outputs)
     read = sizes.block * SLOTS * max((sum(s.itemsize for s in p.sources) for t in outputs for p in t.parts), default=0)
-    computed = sizes.chunk * max((4 * len(p.sources) + 8 for t in outputs for p in t.parts), default=0)
+    computed = sizes.chunk * max((operand_bytes(p) + 8 for t in outputs for p in t.parts), default=0)
     written = SLOTS * max(WRITTEN, sizes.chunk * max((DTYPES[t.dtype].itemsize for t in outputs), default=4))
-    produced = max((2 * t.nbytes for t in outputs if t.produce is not None), default=0)
+    produced = max((2 * t.nbytes + t.scratch for t in outputs if t.produce is not None), default=0)
     scratch = max((p.scratch for t in outputs for p in t.parts), default=0)
     lenses = {s.lens for t in outputs for p in t.parts for s in p.sources if s.lens is not None}
     scratch += max((lens.memory(sizes.block) for lens in lenses), default=0)

@@ -27,7 +27,7 @@ from hf_continual.merging.members import Member, open_from_base
 from hf_continual.merging.model_output import model_tensors
 from hf_continual.merging.options import read_output
 from hf_continual.merging.publishing import check_push
-from hf_continual.merging.run import make_plan, run_job
+from hf_continual.merging.run import finished_already, run_job
 from hf_continual.merging.task_arithmetic import scales_for
 from hf_continual.merging.threshold import kth_largest
 from hf_continual.merging.workplace import check_free
@@ -116,14 +116,15 @@ def ties(
     facts = {"density": density, "scale": scale}
     # Every check comes before the passes that look for thresholds.
     planned = Job("ties", PAPER, everyone, full, lambda _: TrimElectMerge((), scale), facts)
-    checked = read_output(output)
-    check_free(Path(output_dir), checked.overwrite)
-    make_plan(planned, Path(output_dir), checked)
-    check_push(planned, checked)
+    checked, target = read_output(output), Path(output_dir)
+    if finished_already(planned, target, checked):
+        return run_job(planned, target, output)
+    check_free(target, checked.overwrite)
+    check_push(planned, checked, "model")
     thresholds = (0.0,) * (len(everyone) - 1) if checked.dry_run else trim_thresholds(everyone, density)
     rule = TrimElectMerge(thresholds, scale)
     job = Job("ties", PAPER, everyone, full, lambda _: rule, facts, facts={"thresholds": list(thresholds)})
-    return run_job(job, Path(output_dir), output)
+    return run_job(job, target, output)
 
 
 def trim_thresholds(members: Sequence[Member], density: float) -> tuple[float, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hf_continual.durable import read_json
 from hf_continual.merging.average import Average
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
@@ -156,19 +159,20 @@ def merge_with_recall(
                 weights, len(members), names, members[0].checkpoint.config, [m.name for m in members]
             )
             facts: dict[str, Any] = {}
+            _warn_other_base(weights, full)
         else:
             groups = groups_of(names, members[0].checkpoint.config)
             check_choices(calibration, choices, with_base, dry_run)
             checked = Job(
                 "recall", PAPER, members, full, lambda _: Average((1 / len(members),) * len(members)), choices
             )
-            make_plan(checked, target, options)
-            check_push(checked, options)
+            plan, _ = make_plan(checked, target, options)
             if dry_run:
                 equal = {g: [1 / len(members)] * len(members) for g in ordered(groups.values())}
                 found, facts = equal, {}
             else:
                 check_free(target, overwrite)
+                check_push(checked, options, plan.kind)
                 with locked(target):
                     found, facts = calibrated(
                         members, place, with_base, calibration, choices, target, (device, calibration_dtype, low_memory)
@@ -187,6 +191,25 @@ def merge_with_recall(
         model_names=tuple(m.name for m in members),
         anchor=place,
     )
+
+
+def _warn_other_base(weights: Any, full: Checkpoint | None) -> None:
+    """Warn if a report's weights were used with a base that was read in another way: the bytes will be others."""
+    if isinstance(weights, Mapping):
+        return
+    then = [m["seen_as"] for m in read_json(Path(weights)).get("models", ()) if m.get("seen_as")]
+    now = None if full is None or full.seen_as is None else json.loads(json.dumps(full.seen_as))
+    if (then[0] if then else None) != now:
+        warnings.warn(
+            f"the merge of {os.fspath(weights)} put its adapters onto {_told(then[0] if then else None)}, and this one onto "
+            f"{_told(now)}: the result has other bytes. Give the same quantized_base= to repeat it.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _told(seen_as: Mapping[str, Any] | None) -> str:
+    return "the base as it is" if seen_as is None else f"the base as quantised by {dict(seen_as)}"
 
 
 def _array(by_group: Mapping[str, Any] | None, groups: Sequence[str]) -> np.ndarray | None:

@@ -58,9 +58,10 @@ class Workplace:
         output_dir: The output's final place.
         plan: Hash of everything that decides the output's bytes.
         resume: Whether what an interrupted merge of the same plan finished is kept.
+        notes: What is learnt while files are written, kept with them; what an interrupted merge learnt is put into it.
     """
 
-    def __init__(self, output_dir: Path, plan: str, resume: bool = True) -> None:
+    def __init__(self, output_dir: Path, plan: str, resume: bool = True, notes: dict[str, Any] | None = None) -> None:
         self.output_dir = output_dir
         self.folder = folder_beside(output_dir)
         self.out = self.folder / "out"
@@ -77,14 +78,19 @@ class Workplace:
         }
         if self.finished:
             logger.info("%s: going on, %d files of an interrupted merge are finished", output_dir, len(self.finished))
-        self._plan = plan
+        self._plan, self._notes = plan, {} if notes is None else notes
+        if self.finished:
+            self._notes.update(found.get("notes", {}))
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self._journal, {"plan": plan, "finished": self.finished})
+        self._write()
 
     def record(self, name: str, facts: dict[str, Any]) -> None:
         """Note that a file, whose bytes are on the disk, is finished."""
         self.finished[name] = facts
-        write_json(self._journal, {"plan": self._plan, "finished": self.finished})
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self._journal, {"plan": self._plan, "finished": self.finished, "notes": self._notes})
 
     def publish(self) -> None:
         """Put the complete output in its place: the old one aside, one rename, the old one deleted last."""

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from queue import Queue
@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_continual.merging.chunks import CHUNK, SLOTS, WRITTEN, Chunk, Part, chunks
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.shards import Shard
-from hf_continual.merging.stored import DTYPES, Files, StoredFile, make_buffer, view
+from hf_continual.merging.stored import DTYPES, Files, StoredFile, StoredTensor, make_buffer, view
 from hf_continual.merging.workplace import Workplace
 
 SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the disk while the next ones are computed
@@ -76,7 +76,9 @@ def _write_tensors(shard: Shard, writer: _Writer, on_bytes: Callable[[int], None
                     raise ValueError(f"{tensor.name}: planned as {tensor.shape}, produced as {tuple(made.shape)}")
                 for piece in made.contiguous().flatten().split(CHUNK):
                     writer.write(
-                        piece, dtype, lambda tensor=tensor: f"{tensor.name!r} is not finite after it was combined."
+                        piece,
+                        dtype,
+                        lambda tensor=tensor: _blame_factors(tensor.also) or _too_large(tensor.name, tensor.dtype),
                     )
                 on_bytes(tensor.nbytes)
                 continue
@@ -108,7 +110,11 @@ def _copied(part: Part, chunk: Chunk) -> Tensor:
 def _check_finite(values: Tensor, written: Tensor, blame: Callable[[], str]) -> None:
     # One fast pass (a dot product runs at the speed of the cache) rules out inf, nan and what the type cannot hold: no
     # element is larger than the norm. Only where that is not enough is every element looked at.
-    if not values.is_floating_point() or values.dtype not in (torch.float32, torch.float64):
+    if not values.is_floating_point():
+        return
+    if values.dtype not in (torch.float32, torch.float64):  # copied as it is
+        if not bool(torch.isfinite(values).all()):
+            raise MergeError(blame())
         return
     if float(torch.dot(values, values)) ** 0.5 < torch.finfo(written.dtype).max:
         return
@@ -120,6 +126,7 @@ def _blame(part: Part, chunk: Chunk, dtype: str) -> str:
     """Says who brought a number that is not finite; the sources are read again, as functions work in place."""
     with Files() as files:
         for source in part.sources:
+            source = replace(source, lens=None)
             raw = torch.empty((chunk.stop - chunk.start) * source.itemsize, dtype=torch.uint8)
             files.read_into(source, chunk.first, chunk.first + chunk.stop - chunk.start, view(raw))
             bad = ~torch.isfinite(raw.view(DTYPES[source.dtype]))
@@ -129,9 +136,30 @@ def _blame(part: Part, chunk: Chunk, dtype: str) -> str:
                     f"{source.name!r} of {source.file.path.parent} is {raw.view(DTYPES[source.dtype])[at].item()} at "
                     f"element {chunk.first + at}. A model with such a number is broken; leave it out, or save it again."
                 )
+    return _blame_factors(part.also) or _too_large(
+        chunk.name, dtype, f" between elements {chunk.start} and {chunk.stop}"
+    )
+
+
+def _blame_factors(stored: Sequence[StoredTensor]) -> str | None:
+    """Says which adapter brought a number that is not finite, if one did."""
+    with Files() as files:
+        for tensor in stored:
+            values = files.load(tensor).flatten()
+            bad = ~torch.isfinite(values)
+            if bool(bad.any()):
+                at = int(bad.nonzero()[0])
+                return (
+                    f"{tensor.name!r} of {tensor.file.path.parent} is {values[at].item()} at element {at}. An adapter with such "
+                    f"a number is broken; leave it out, or save it again."
+                )
+    return None
+
+
+def _too_large(name: str, dtype: str, where: str = "") -> str:
     return (
-        f"{chunk.name!r} gets a number that {dtype} cannot hold, between elements {chunk.start} and {chunk.stop}, though "
-        f"every input is finite. Give dtype='bfloat16' or dtype='float32', or smaller weights."
+        f"{name!r} gets a number that {dtype} cannot hold{where}, though every input is finite. Give dtype='bfloat16' or "
+        f"dtype='float32', or smaller weights."
     )
 
 

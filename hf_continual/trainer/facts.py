@@ -122,6 +122,7 @@ def adapter_facts(model: Any) -> dict[str, Any]:
     if quantization is not None:
         data = quantization if isinstance(quantization, dict) else quantization.to_dict()
         found["quantization"] = {k: v for k in QUANTIZATION if (v := data.get(k)) not in (None, False)}
+        found["quantization"]["dtype"] = str(model.get_base_model().dtype).removeprefix("torch.")
     return found
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from hf_continual import merge_linear, train_stream
 from hf_continual.cli import app
 from hf_continual.merging.command import METHODS, run_merge
+from hf_continual.merging.options import Output
 from tests.merging.world import adapter, build, digest, save
 from tests.stream.world import make
 
@@ -79,6 +80,9 @@ def test_the_command_knows_the_options_of_the_functions():
         module, _, attribute = where.partition(":")
         parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
         assert set(known) <= set(parameters), name
+        # What the command leaves to Python: what all merges share is listed apart, and rows are given as files.
+        own = {p for p, q in parameters.items() if q.kind is q.KEYWORD_ONLY} - set(Output.__dataclass_fields__)
+        assert own - set(known) <= {"base", "old"}, f"{name}: {own - set(known)}"
         assert "push_to_hub" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()), name
 
 

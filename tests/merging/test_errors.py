@@ -249,6 +249,31 @@ def test_numbers_that_are_not_finite(world, value):
     assert not (tmp / "out").exists()
 
 
+@pytest.mark.parametrize("output", ["model", "adapter"])
+def test_an_adapter_that_is_not_finite(tmp_path, output):
+    base = build()
+    folder, a, b = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
+    file = b / "adapter_model.safetensors"
+    found = load_file(file)
+    name = next(n for n in found if "lora_B" in n)
+    found[name].view(-1)[3] = float("nan")
+    save_file(found, file, metadata={"format": "pt"})
+    with pytest.raises(
+        MergeError, match=rf"'{name}' of .*b is nan at element 3. An adapter with such a number is broken"
+    ):
+        merge_linear([a, b], tmp_path / "out", base=folder, output=output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copied_tensor_that_is_not_finite(tmp_path, dtype):
+    """An adapter leaves most of its base as it is; what is broken there is not copied in silence."""
+    base = build(dtype=dtype)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    edit_tensors(folder, lambda t: t["model.norm.weight"].__setitem__(2, float("inf")))
+    with pytest.raises(MergeError, match=r"'model.norm.weight' of .*base is inf at element 2"):
+        merge_linear([a], tmp_path / "out", base=folder, output="model")
+
+
 def test_a_result_that_overflows_its_type(world):
     tmp, _, a, b = world
     for folder in (a, b):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_continual import merge_linear
-from hf_continual.merging import combine, writer
+from hf_continual import merge_linear, ties
+from hf_continual.merging import combine, run, writer
 from hf_continual.merging.average import Average
 from hf_continual.merging.errors import MergeError
 from tests.merging.world import adapter, build, digest, family, save
@@ -70,6 +70,31 @@ def test_a_full_disk_leaves_the_old_output_and_goes_on(tmp_path, monkeypatch):
     merge_linear([a, b], tmp_path / "fresh", max_shard_size="30KB")
     assert digest(tmp_path / "out") == digest(tmp_path / "fresh")
     assert not (tmp_path / ".out.merging").exists()
+
+
+def test_a_resumed_truncation_still_reports_its_errors(tmp_path, monkeypatch):
+    base = build()
+    folder, a, b = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
+    call = {"base": folder, "adapter_rank": 3}
+    whole = merge_linear([a, b], tmp_path / "whole", **call).report["truncation_errors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_side_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge_linear([a, b], tmp_path / "out", **call)
+        patch.undo()
+    again = merge_linear([a, b], tmp_path / "out", **call)
+    assert again.report["truncation_errors"] == whole and len(whole) == 6
+
+
+def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
+    base, a, b = family(tmp_path)
+    made = {f.__name__: f([a, b], tmp_path / f.__name__, base=base) for f in (merge_linear, ties)}
+    monkeypatch.setattr(run, "write_shards", None)
+    for function in (merge_linear, ties):
+        again = function([a, b], tmp_path / function.__name__, base=base)
+        assert again.report["files"] == made[function.__name__].report["files"]
+    merge_linear([a, b], tmp_path / "merge_linear", base=base, license="mit")
+    assert "license: mit" in (tmp_path / "merge_linear" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["changed", "removed"])

@@ -152,6 +152,25 @@ def test_a_scan_keeps_the_best_and_goes_on(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "best", "m1", "m2"]
 
 
+def test_a_scan_does_not_mix_measurements(tmp_path):
+    """Begun for other options, its measurements are none of this one; a dry run measures nothing."""
+    base, a, _ = family(tmp_path)
+    asked = []
+
+    def interrupted(folder):
+        asked.append(folder)
+        if len(asked) == 3:
+            raise RuntimeError("interrupted")
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        scan_alpha(base, a, tmp_path / "best", interrupted, dtype="bfloat16")
+    result, scores = scan_alpha(base, a, tmp_path / "plan", interrupted, dry_run=True)
+    assert scores == {} and not (tmp_path / "plan").exists() and len(asked) == 3 and result.kind == "model"
+    scan_alpha(base, a, tmp_path / "best", lambda folder: asked.append(folder) or 1.0)
+    assert len(asked) == 3 + 5
+
+
 def test_task_arithmetic_adds_and_subtracts(tmp_path):
     base, a, b = family(tmp_path)
     task_arithmetic([a, b], tmp_path / "out", base=base, scale=[0.4, -0.3])

@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_continual import kif_fuse, magnitude_max, merge_linear, merge_with_recall, task_arithmetic, ties
+from hf_continual.merging import chunks, combine, dequantized
 from hf_continual.merging.dequantized import linear_weights
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.members import open_members
 from hf_continual.merging.quantized import Quantization, known_quantization, read_quantization
 from hf_continual.merging.stored import DTYPES, Files, view
-from tests.merging.world import adapter, build, logits, save, tensors
+from tests.merging.world import adapter, build, logits, save, tensors, tuned
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 SCHEMES = {
@@ -26,7 +27,8 @@ SCHEMES = {
     "int8": {"load_in_8bit": True},
     "one left out": {**NF4, "llm_int8_skip_modules": ["q_proj", "lm_head"]},
 }
-# 36 columns: rows and blocks of 64 do not end together, and neither do chunks of odd length.
+# 36 columns: rows and blocks of 64 do not end together, and neither do chunks of odd length. (bitsandbytes 0.50 gives
+# wrong values on a CPU for weights whose width is a multiple of 32 and not of 64; on other widths it is the reference.)
 SIZES = {"hidden_size": 36, "intermediate_size": 52, "num_attention_heads": 3, "num_key_value_heads": 3}
 
 
@@ -79,7 +81,7 @@ def test_the_merge_is_what_was_trained(tmp_path):
     torch.testing.assert_close(ours, trained, rtol=0, atol=2e-5)
     assert (original - trained).abs().max() > 100 * (ours - trained).abs().max()
     described = result.report["models"][0]
-    assert described["seen_as"] == {"kind": "nf4", "double": True, "skip": None}
+    assert described["seen_as"] == {"kind": "nf4", "double": True, "skip": None, "dtype": None}
     assert "after 4 bits (nf4, double quantisation) and back" in (tmp_path / "seen" / "README.md").read_text()
 
 
@@ -93,7 +95,7 @@ def test_the_original_is_the_default_and_the_card_says_so(tmp_path):
         tmp_path / "noted" / "model.safetensors"
     ).read_bytes()
     said = (
-        "a was trained on a base in 4 bits (nf4, double quantisation); what it learnt is put onto the original weights"
+        "a was trained on a base in 4 bits (nf4, double quantisation); what was learnt is put onto the original weights"
     )
     assert (
         said in (tmp_path / "noted" / "README.md").read_text()
@@ -149,7 +151,7 @@ def test_what_cannot_be_is_said(tmp_path):
         ValueError, match="quantized_base='4bit': it can be 'error', 'original', 'dequantize', or a Bits"
     ):
         merge_linear([a], tmp_path / "no", **call, quantized_base="4bit")
-    with pytest.raises(MergeError, match="no file tells how the base of a was quantised. Give how"):
+    with pytest.raises(MergeError, match="no file tells how the base of a was quantised, or whether it was. Give how"):
         merge_linear([a], tmp_path / "no", **call, quantized_base="dequantize")
     with pytest.raises(ValueError, match="quantised by 'gptq' .* cannot be made again here"):
         merge_linear([a], tmp_path / "no", **call, quantized_base={"quant_method": "gptq", "bits": 4})
@@ -162,15 +164,157 @@ def test_what_cannot_be_is_said(tmp_path):
         kif_fuse(a, b, tmp_path / "no", calibration_new=["owl"], calibration_old=["fox"], quantized_base="dequantize")
     note(a, NF4)
     note(b, SCHEMES["int8"])
-    with pytest.raises(MergeError, match="a was .* 4 bits .*; b was .* 8 bits: the adapters saw different weights"):
+    with pytest.raises(MergeError, match="b was trained on a base in 8 bits, and a in 4 bits .*: they saw different"):
         merge_linear([a, b], tmp_path / "no", **call, quantized_base="dequantize")
     gpt = save(build("gpt2"), tmp_path / "gpt2")
+    on_gpt = adapter(build("gpt2"), tmp_path / "c", 1, target_modules=["c_attn"], fan_in_fan_out=True)
     with pytest.raises(MergeError, match=r"'transformer.h.0.attn.c_attn' of gpt2 is stored transposed \(Conv1D\)"):
-        merge_linear([gpt], tmp_path / "no", base=gpt, quantized_base=NF4)
+        merge_linear([on_gpt], tmp_path / "no", base=gpt, output="model", quantized_base=NF4)
     wide = save(build(dtype=torch.float64), tmp_path / "wide")
+    on_wide = adapter(build(dtype=torch.float64), tmp_path / "d", 1)
     with pytest.raises(MergeError, match="of wide is F64, which bitsandbytes does not quantise"):
-        merge_linear([wide], tmp_path / "no", base=wide, quantized_base=NF4)
+        merge_linear([on_wide], tmp_path / "no", base=wide, output="model", quantized_base=NF4)
     assert not (tmp_path / "no").exists()
+
+
+def test_several_adapters_must_have_seen_the_same(tmp_path):
+    """Told apart though their folders have one name; equal though modules that were left out are named in several ways."""
+    base = build(**SIZES)
+    folder = save(base, tmp_path / "base")
+    one, two = adapter(base, tmp_path / "law" / "final", 1), adapter(base, tmp_path / "tax" / "final", 2)
+    call = {"base": folder, "output": "model", "quantized_base": "dequantize"}
+    note(one, NF4)
+    with pytest.raises(
+        MergeError, match=r"no file tells how the base of final was quantised, .* \(final was .* 4 bits"
+    ):
+        merge_linear([one, two], tmp_path / "no", **call)
+    note(two, SCHEMES["int8"])
+    with pytest.raises(
+        MergeError, match="final was trained on a base in 8 bits, and final in 4 bits .*: they saw diff"
+    ):
+        merge_linear([one, two], tmp_path / "no", **call)
+    with pytest.raises(MergeError, match="8 bits, and quantized_base= says 4 bits"):
+        merge_linear([two], tmp_path / "no", **{**call, "quantized_base": NF4})
+    note(two, {**NF4, "llm_int8_skip_modules": ["lm_head"]})
+    merge_linear([one, two], tmp_path / "same", **call)
+    note(one, {**NF4, "llm_int8_skip_modules": ["q_proj", "lm_head"]})
+    note(two, {**NF4, "llm_int8_skip_modules": ["lm_head", "q_proj"]})
+    merge_linear([one, two], tmp_path / "sorted", **call)
+    note(two, {**NF4, "llm_int8_skip_modules": ["v_proj", "lm_head"]})
+    with pytest.raises(
+        MergeError, match=r"without lm_head, v_proj\), and final in 4 bits \(.*without lm_head, q_proj\)"
+    ):
+        merge_linear([one, two], tmp_path / "no", **call)
+
+
+def test_a_base_of_another_library_is_no_obstacle_to_the_original(tmp_path):
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    note(a, {"quant_method": "gptq", "bits": 4})
+    merge_linear([a], tmp_path / "adapter", base=folder)
+    merge_linear([a], tmp_path / "out", base=folder, output="model")
+    assert (
+        "a was trained on a base in the form of 'gptq'; what was learnt" in (tmp_path / "out" / "README.md").read_text()
+    )
+    for word, said in (
+        ("error", "in the form of 'gptq', and quantized_base='error'"),
+        ("dequantize", "only its own library"),
+    ):
+        with pytest.raises(MergeError, match=said):
+            merge_linear([a], tmp_path / "no", base=folder, output="model", quantized_base=word)
+
+
+def test_it_is_about_adapters_and_a_base(tmp_path):
+    base = build(**SIZES)
+    folder, other = save(base, tmp_path / "base"), save(tuned(base, 1), tmp_path / "tuned")
+    for method in (merge_linear, task_arithmetic):
+        for given in (NF4, "dequantize"):
+            with pytest.raises(MergeError, match="none of the models is an adapter. Leave it out"):
+                method([folder, other], tmp_path / "no", base=folder, quantized_base=given)
+    with pytest.raises(ValueError, match="is about base=, and there is none"):
+        merge_linear([folder, other], tmp_path / "no", quantized_base="dequantize")
+    a = adapter(base, tmp_path / "a", 1)
+    for wrong, said in (({"bnb_4bit_quant_typ": "nf4"}, "has the key 'bnb_4bit_quant_typ'"), ({"bnb_4bit_quant_type": "nf5"}, "'nf5': it can be"),
+                        ({"dtype": "int4"}, "dtype='int4': bitsandbytes quantises")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            merge_linear(
+                [a], tmp_path / "no", base=folder, output="model", quantized_base={"load_in_4bit": True, **wrong}
+            )
+
+
+@pytest.mark.parametrize("scheme", [NF4, SCHEMES["int8"]], ids=["nf4", "int8"])
+def test_the_type_it_was_loaded_in_counts(tmp_path, scheme):
+    """Stored in float32, loaded and quantised in bfloat16: those values, and not those of float32."""
+    base = build(dtype=torch.float32, **SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    note(a, {**scheme, "dtype": "bfloat16"})
+    wanted = seen_by_bitsandbytes(folder, scheme, torch.bfloat16)
+    _, full = open_members([a], folder, "dequantize")
+    _, other = open_members([a], folder, scheme)
+    with Files() as files:
+        for name, values in wanted.items():
+            assert torch.equal(files.load(full.tensors[name]), values.float()), name
+            assert torch.equal(files.load(other.tensors[name]), values.float()), (
+                name
+            )  # the folder knows what was not said
+
+
+def test_blocks_and_passes_end_anywhere(tmp_path, monkeypatch):
+    """Scales found in many passes, weights read in many blocks, DoRA's rows: the same numbers."""
+    base = build(**SIZES)
+    folder = save(base, tmp_path / "base")
+    plain, dora = adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2, use_dora=True)
+    call = {"base": folder, "output": "model", "quantized_base": NF4}
+    merge_linear([plain, dora], tmp_path / "usual", **call)
+    merge_linear([plain], tmp_path / "seen", **call, weights=[1])
+    monkeypatch.setattr(dequantized, "_PASS", 128)
+    monkeypatch.setattr(chunks, "_STEP", 32)
+    monkeypatch.setattr(chunks, "CHUNK", 96)
+    monkeypatch.setattr(chunks, "BLOCK", 288)
+    monkeypatch.setattr(combine, "DORA_ROWS", 100)
+    merge_linear([plain, dora], tmp_path / "small", **call)
+    for name, value in tensors(tmp_path / "usual").items():
+        torch.testing.assert_close(tensors(tmp_path / "small")[name], value, rtol=0, atol=1e-6)
+    monkeypatch.undo()
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**NF4))
+    quantised.dequantize()
+    quantised.save_pretrained(tmp_path / "dequantised")
+    config = json.loads((tmp_path / "dequantised" / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (tmp_path / "dequantised" / "config.json").write_text(json.dumps(config))
+    merge_linear([plain, dora], tmp_path / "by hand", base=tmp_path / "dequantised", output="model")
+    for name, value in tensors(tmp_path / "usual").items():
+        torch.testing.assert_close(tensors(tmp_path / "by hand")[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_merged_adapter_still_knows_its_base(tmp_path):
+    base = build(**SIZES)
+    folder = save(base, tmp_path / "base")
+    both = [adapter(base, tmp_path / n, i) for i, n in enumerate("ab")]
+    for a in both:
+        note(a, {**NF4, "dtype": "float32"})
+    merge_linear(both, tmp_path / "sum", base=folder)
+    card = (tmp_path / "sum" / "README.md").read_text()
+    assert "original weights" not in card and "The base was quantised while this was trained" in card
+    with pytest.raises(MergeError, match="sum was trained on a base in 4 bits"):
+        merge_linear([tmp_path / "sum"], tmp_path / "no", base=folder, output="model", quantized_base="error")
+    merge_linear([tmp_path / "sum"], tmp_path / "out", base=folder, output="model", quantized_base="dequantize")
+    merge_linear(both, tmp_path / "at once", base=folder, output="model", quantized_base="dequantize")
+    for name, value in tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensors(tmp_path / "at once")[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_report_repeated_on_another_base_is_warned_about(tmp_path):
+    base = build(**SIZES)
+    folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
+    call = {"base": folder, "output": "model"}
+    merge_with_recall([a], tmp_path / "one", weights={"default": [0.5, 0.5]}, **call, quantized_base=NF4)
+    report = tmp_path / "one" / "recall_report.json"
+    with pytest.warns(UserWarning, match="onto the base as quantised by .*nf4.*, and this one onto the base as it is"):
+        merge_with_recall([a], tmp_path / "two", weights=report, **call)
+    merge_with_recall([a], tmp_path / "three", weights=report, **call, quantized_base=NF4)
+    one, three = (tmp_path / n / "model.safetensors" for n in ("one", "three"))
+    assert one.read_bytes() == three.read_bytes()
 
 
 def test_how_a_base_was_quantised_is_found(tmp_path):
@@ -188,7 +332,8 @@ def test_how_a_base_was_quantised_is_found(tmp_path):
         (tmp_path / "quantised" / "config.json").write_text(json.dumps({"quantization_config": NF4}))
         (a / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
         (one,), _ = open_members([a], folder)
-        assert known_quantization(one.own) == wanted
+        found = known_quantization(one.own)
+        assert (None if found is None else found.quantization) == wanted
     whole = BitsAndBytesConfig(**NF4).to_dict()
     assert read_quantization(whole) == Quantization("nf4", True) == read_quantization(NF4)
     assert read_quantization(BitsAndBytesConfig(load_in_8bit=True).to_dict()) == Quantization("int8")

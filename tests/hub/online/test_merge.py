@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,33 @@ def test_a_scan_publishes_the_best_only(experts):
     asked = []
     with pytest.raises(HubPushError, match="403"):
         scan_alpha(experts / "base", experts / "law", experts / "no", asked.append, push_to_hub="you/m")
-    assert not asked
+    (experts / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (experts / "law" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    with pytest.raises(MergeError, match="different licences"):
+        scan_alpha(experts / "base", experts / "law", experts / "no", asked.append, push_to_hub="me/no")
+    assert not asked and "me/no" not in HUB.repos
+
+
+def test_nothing_is_made_for_a_merge_that_cannot_be(experts):
+    law, tax = experts / "law", experts / "tax"
+    (experts / "used").mkdir()
+    (experts / "used" / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        merge_linear([law, tax], experts / "used", push_to_hub="me/used", progress=False)
+    for place, name in (("p", "mit"), ("q", "apache-2.0")):
+        shutil.copytree(law, experts / place / "final")
+        (experts / place / "final" / "README.md").write_text(f"---\nlicense: {name}\n---\n")
+    with pytest.warns(UserWarning, match="the same weights"), pytest.raises(MergeError, match="different licences"):
+        merge_linear(
+            [experts / "p" / "final", experts / "q" / "final"], experts / "o", push_to_hub="me/o", progress=False
+        )
+    base = AutoModelForCausalLM.from_pretrained(experts / "base")
+    a = world.adapter(base, experts / "a", 1)
+    config = json.loads((a / "adapter_config.json").read_text())
+    (a / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(experts / "base")}))
+    with pytest.raises(MergeError, match="the result is an adapter on .*base', which is not published"):
+        merge_linear([a], experts / "o", base=experts / "base", push_to_hub="me/o", progress=False)
+    assert not {"me/used", "me/o"} & HUB.repos.keys() and not (experts / "o").exists()
 
 
 def test_an_adapter_of_adapters(experts):
