@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import read_json
+from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.structure import groups_of, ordered
 
@@ -57,3 +60,27 @@ def read_weights(
             raise ValueError(f"weights[{group!r}] = {row} sum to {sum(row)}; they must sum to 1.")
         found[group] = row
     return groups, found
+
+
+def warn_other_base(weights: Mapping[str, Any] | str | os.PathLike[str], full: Checkpoint | None) -> None:
+    """Warn if a report's weights were used with a base that was read in another way: the bytes will be others.
+
+    Args:
+        weights: What the user gave.
+        full: The base.
+    """
+    if isinstance(weights, Mapping):
+        return
+    then = [m["seen_as"] for m in read_json(Path(weights)).get("models", ()) if m.get("seen_as")]
+    now = None if full is None or full.seen_as is None else json.loads(json.dumps(full.seen_as))
+    if (then[0] if then else None) != now:
+        warnings.warn(
+            f"the merge of {os.fspath(weights)} put its adapters onto {_told(then[0] if then else None)}, and this one onto "
+            f"{_told(now)}: the result has other bytes. Give the same quantized_base= to repeat it.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _told(seen_as: Mapping[str, Any] | None) -> str:
+    return "the base as it is" if seen_as is None else f"the base as quantised by {dict(seen_as)}"

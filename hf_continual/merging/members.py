@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from hf_continual.merging.adapter_base import base_as_asked
 from hf_continual.merging.adapters import Adapter, Factors, read_adapter
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
-from hf_continual.merging.dequantized import base_as_asked
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.quantized import QuantizedBase, read_quantized_base
 from hf_continual.merging.stored import StoredTensor

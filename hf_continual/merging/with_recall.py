@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_continual.durable import read_json
 from hf_continual.merging.average import Average
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.given_weights import read_weights
+from hf_continual.merging.given_weights import read_weights, warn_other_base
 from hf_continual.merging.heat_map import save_heat_map
 from hf_continual.merging.job import REPORT, Job
 from hf_continual.merging.members import Member, open_members
@@ -159,7 +156,7 @@ def merge_with_recall(
                 weights, len(members), names, members[0].checkpoint.config, [m.name for m in members]
             )
             facts: dict[str, Any] = {}
-            _warn_other_base(weights, full)
+            warn_other_base(weights, full)
         else:
             groups = groups_of(names, members[0].checkpoint.config)
             check_choices(calibration, choices, with_base, dry_run)
@@ -191,25 +188,6 @@ def merge_with_recall(
         model_names=tuple(m.name for m in members),
         anchor=place,
     )
-
-
-def _warn_other_base(weights: Any, full: Checkpoint | None) -> None:
-    """Warn if a report's weights were used with a base that was read in another way: the bytes will be others."""
-    if isinstance(weights, Mapping):
-        return
-    then = [m["seen_as"] for m in read_json(Path(weights)).get("models", ()) if m.get("seen_as")]
-    now = None if full is None or full.seen_as is None else json.loads(json.dumps(full.seen_as))
-    if (then[0] if then else None) != now:
-        warnings.warn(
-            f"the merge of {os.fspath(weights)} put its adapters onto {_told(then[0] if then else None)}, and this one onto "
-            f"{_told(now)}: the result has other bytes. Give the same quantized_base= to repeat it.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _told(seen_as: Mapping[str, Any] | None) -> str:
-    return "the base as it is" if seen_as is None else f"the base as quantised by {dict(seen_as)}"
 
 
 def _array(by_group: Mapping[str, Any] | None, groups: Sequence[str]) -> np.ndarray | None:
