@@ -37,6 +37,10 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+_RECALL, _KIF, _BOTH = "Options of recall", "Options of kif", "Options of recall and kif"
+_OUTPUT, _PUBLISH = "Output", "Publishing"
+
+
 def merge(
     method: Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")],
     models: Annotated[
@@ -50,82 +54,135 @@ def merge(
     alpha: Annotated[float | None, typer.Option(help="interpolate: share of the way from base to tuned.")] = None,
     scale: Annotated[str | None, typer.Option(help="lambda of task vectors, one number or one per model.")] = None,
     density: Annotated[float | None, typer.Option(help="ties: share of each task vector that is kept.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="recall: texts of the newest task, .jsonl or .txt.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts of the newest task, .jsonl or .txt.", rich_help_panel=_RECALL)
+    ] = None,
     self_calibration: Annotated[
-        bool, typer.Option("--self-calibration", help="recall: the newest model writes the texts.")
+        bool, typer.Option("--self-calibration", help="The newest model writes the texts.", rich_help_panel=_RECALL)
     ] = False,
     include_base: Annotated[
         bool | None,
-        typer.Option("--include-base/--no-include-base", help="recall: whether the base is one of the models."),
+        typer.Option(
+            "--include-base/--no-include-base", help="Whether the base is one of the models.", rich_help_panel=_RECALL
+        ),
     ] = None,
-    num_typical: Annotated[int | None, typer.Option(help="recall: texts that all models see.")] = None,
-    bandwidth: Annotated[str | None, typer.Option(help="recall: anchor_spread, dim, or sigma.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="recall: of the softmax. kif: of rule adaptive.")] = None,
-    anchor: Annotated[str | None, typer.Option(help="recall: the newest model, by place or name.")] = None,
-    pool_size: Annotated[int | None, typer.Option(help="recall: texts that are clustered.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="recall, kif: tokens per text of the calibration.")] = None,
-    reference: Annotated[str | None, typer.Option(help="recall: compare with the anchor, or all_pairs.")] = None,
+    num_typical: Annotated[int | None, typer.Option(help="Texts that all models see.", rich_help_panel=_RECALL)] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="anchor_spread, dim, or sigma.", rich_help_panel=_RECALL)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the softmax; of kif's rule adaptive.", rich_help_panel=_BOTH)
+    ] = None,
+    anchor: Annotated[
+        str | None, typer.Option(help="The newest model, by place or name.", rich_help_panel=_RECALL)
+    ] = None,
+    pool_size: Annotated[int | None, typer.Option(help="Texts that are clustered.", rich_help_panel=_RECALL)] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per text of the calibration.", rich_help_panel=_BOTH)
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Compare with the anchor, or all_pairs.", rich_help_panel=_RECALL)
+    ] = None,
     nonblock: Annotated[
-        str | None, typer.Option(help="recall: embeddings, norm, head: representation, uniform, anchor or base.")
+        str | None,
+        typer.Option(help="Embeddings, norm, head: representation, uniform, anchor or base.", rich_help_panel=_RECALL),
     ] = None,
-    calibration_dtype: Annotated[str | None, typer.Option(help="recall, kif: type models run in.")] = None,
+    calibration_dtype: Annotated[str | None, typer.Option(help="Type models run in.", rich_help_panel=_BOTH)] = None,
     uncertainty: Annotated[
         bool | None,
-        typer.Option("--uncertainty/--no-uncertainty", help="kif: whether importance counts times its uncertainty."),
+        typer.Option(
+            "--uncertainty/--no-uncertainty",
+            help="Whether importance counts times its uncertainty.",
+            rich_help_panel=_KIF,
+        ),
     ] = None,
-    beta1: Annotated[float | None, typer.Option(help="kif: decay of the importance over batches.")] = None,
-    beta2: Annotated[float | None, typer.Option(help="kif: decay of its uncertainty.")] = None,
-    order: Annotated[str | None, typer.Option(help="kif: Taylor terms: first, second or mixed.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="kif: rows per batch of calibration.")] = None,
-    seed: Annotated[int | None, typer.Option(help="recall: seed of the clustering.")] = None,
-    device: Annotated[str | None, typer.Option(help="recall, kif: where models run for calibration.")] = None,
+    beta1: Annotated[
+        float | None, typer.Option(help="Decay of the importance over batches.", rich_help_panel=_KIF)
+    ] = None,
+    beta2: Annotated[float | None, typer.Option(help="Decay of its uncertainty.", rich_help_panel=_KIF)] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Taylor terms: first, second or mixed.", rich_help_panel=_KIF)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per batch of calibration.", rich_help_panel=_KIF)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the clustering.", rich_help_panel=_RECALL)] = None,
+    device: Annotated[str | None, typer.Option(help="Where models run for calibration.", rich_help_panel=_BOTH)] = None,
     importance: Annotated[
-        str | None, typer.Option(help="kif: checkpoint of a run with KIF, or files of scores as NEW,OLD.")
+        str | None,
+        typer.Option(help="Checkpoint of a run with KIF, or files of scores as NEW,OLD.", rich_help_panel=_KIF),
     ] = None,
-    calibration_new: Annotated[str | None, typer.Option(help="kif: rows of the new task, file or Hub id.")] = None,
-    calibration_old: Annotated[str | None, typer.Option(help="kif: rows of old tasks, file or Hub id.")] = None,
-    rule: Annotated[str | None, typer.Option(help="kif: code, paper, no_shared, adaptive or weighted.")] = None,
-    top_share: Annotated[float | None, typer.Option(help="kif: share of elements that matter to a side.")] = None,
-    scope: Annotated[str | None, typer.Option(help="kif: one threshold, global, or one per tensor.")] = None,
-    old_from: Annotated[str | None, typer.Option(help="kif: what OLD was trained from, base or new.")] = None,
+    calibration_new: Annotated[
+        str | None, typer.Option(help="Rows of the new task, file or Hub id.", rich_help_panel=_KIF)
+    ] = None,
+    calibration_old: Annotated[
+        str | None, typer.Option(help="Rows of old tasks, file or Hub id.", rich_help_panel=_KIF)
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="code, paper, no_shared, adaptive or weighted.", rich_help_panel=_KIF)
+    ] = None,
+    top_share: Annotated[
+        float | None, typer.Option(help="Share of elements that matter to a side.", rich_help_panel=_KIF)
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="One threshold, global, or one per tensor.", rich_help_panel=_KIF)
+    ] = None,
+    old_from: Annotated[
+        str | None, typer.Option(help="What OLD was trained from, base or new.", rich_help_panel=_KIF)
+    ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="kif: full model that adapters sit on, for calibration.")
+        str | None, typer.Option(help="Full model that adapters sit on, for calibration.", rich_help_panel=_KIF)
     ] = None,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="recall: read blocks from the disk as needed.")
+        bool, typer.Option("--low-memory", help="Read blocks from the disk as needed.", rich_help_panel=_RECALL)
     ] = False,
     output: Annotated[
-        str | None, typer.Option(help="model or adapter; by default an adapter if that is exact.")
+        str | None,
+        typer.Option(help="model or adapter; by default an adapter if that is exact.", rich_help_panel=_OUTPUT),
     ] = None,
     adapter_rank: Annotated[
-        int | None, typer.Option(help="Rank of an adapter output; by default the exact sum.")
+        int | None, typer.Option(help="Rank of an adapter output; by default the exact sum.", rich_help_panel=_OUTPUT)
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default the first model's.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; by default the first model's.", rich_help_panel=_OUTPUT),
     ] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Size of a file, such as 5GB.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Size of a file, such as 5GB.", rich_help_panel=_OUTPUT)
+    ] = None,
     vocab: Annotated[
-        str | None, typer.Option(help="strict, or extend for vocabularies that continue a shorter one.")
+        str | None,
+        typer.Option(help="strict, or extend for vocabularies that continue a shorter one.", rich_help_panel=_OUTPUT),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
+        bool,
+        typer.Option("--overwrite", help="Replace the output once the new one is complete.", rich_help_panel=_OUTPUT),
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from an interrupted merge.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do not go on from an interrupted merge.", rich_help_panel=_OUTPUT)
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Make every check, print the plan, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Make every check, print the plan, write nothing.", rich_help_panel=_OUTPUT),
     ] = False,
     quantized_base: Annotated[
         str | None,
         typer.Option(
-            help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how."
+            help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
-    push_to_hub: Annotated[str | None, typer.Option(help="Hub id to publish the result at.")] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Hub id to publish the result at.", rich_help_panel=_PUBLISH)
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Licence id, where the inputs' licences differ.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log.")] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Whether a new repository is private.", rich_help_panel=_PUBLISH),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence id, where the inputs' licences differ.", rich_help_panel=_PUBLISH)
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress bar and no log.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
     """Merge checkpoints into one, a chunk at a time: models are never in memory."""
     given = {
