@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,10 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-_RECALL, _KIF, _BOTH = "Options of recall", "Options of kif", "Options of recall and kif"
-_OUTPUT, _PUBLISH = "Output", "Publishing"
+_recall, _kif, _both, _output, _publish = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Options of recall", "Options of kif", "Options of recall and kif", "Output", "Publishing")
+)
 
 
 def merge(
@@ -54,135 +57,80 @@ def merge(
     alpha: Annotated[float | None, typer.Option(help="interpolate: share of the way from base to tuned.")] = None,
     scale: Annotated[str | None, typer.Option(help="lambda of task vectors, one number or one per model.")] = None,
     density: Annotated[float | None, typer.Option(help="ties: share of each task vector that is kept.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Texts of the newest task, .jsonl or .txt.", rich_help_panel=_RECALL)
-    ] = None,
-    self_calibration: Annotated[
-        bool, typer.Option("--self-calibration", help="The newest model writes the texts.", rich_help_panel=_RECALL)
-    ] = False,
+    calibration: Annotated[Path | None, _recall(help="Texts of the newest task, .jsonl or .txt.")] = None,
+    self_calibration: Annotated[bool, _recall("--self-calibration", help="The newest model writes the texts.")] = False,
     include_base: Annotated[
         bool | None,
-        typer.Option(
-            "--include-base/--no-include-base", help="Whether the base is one of the models.", rich_help_panel=_RECALL
-        ),
+        _recall("--include-base/--no-include-base", help="Whether the base is one of the models."),
     ] = None,
-    num_typical: Annotated[int | None, typer.Option(help="Texts that all models see.", rich_help_panel=_RECALL)] = None,
-    bandwidth: Annotated[
-        str | None, typer.Option(help="anchor_spread, dim, or sigma.", rich_help_panel=_RECALL)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax; of kif's rule adaptive.", rich_help_panel=_BOTH)
-    ] = None,
-    anchor: Annotated[
-        str | None, typer.Option(help="The newest model, by place or name.", rich_help_panel=_RECALL)
-    ] = None,
-    pool_size: Annotated[int | None, typer.Option(help="Texts that are clustered.", rich_help_panel=_RECALL)] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens per text of the calibration.", rich_help_panel=_BOTH)
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Compare with the anchor, or all_pairs.", rich_help_panel=_RECALL)
-    ] = None,
+    num_typical: Annotated[int | None, _recall(help="Texts that all models see.")] = None,
+    bandwidth: Annotated[str | None, _recall(help="anchor_spread, dim, or sigma.")] = None,
+    temperature: Annotated[float | None, _both(help="Of the softmax; of kif's rule adaptive.")] = None,
+    anchor: Annotated[str | None, _recall(help="The newest model, by place or name.")] = None,
+    pool_size: Annotated[int | None, _recall(help="Texts that are clustered.")] = None,
+    max_length: Annotated[int | None, _both(help="Tokens per text of the calibration.")] = None,
+    reference: Annotated[str | None, _recall(help="Compare with the anchor, or all_pairs.")] = None,
     nonblock: Annotated[
         str | None,
-        typer.Option(help="Embeddings, norm, head: representation, uniform, anchor or base.", rich_help_panel=_RECALL),
+        _recall(help="Embeddings, norm, head: representation, uniform, anchor or base."),
     ] = None,
-    calibration_dtype: Annotated[str | None, typer.Option(help="Type models run in.", rich_help_panel=_BOTH)] = None,
+    calibration_dtype: Annotated[str | None, _both(help="Type models run in.")] = None,
     uncertainty: Annotated[
         bool | None,
-        typer.Option(
-            "--uncertainty/--no-uncertainty",
-            help="Whether importance counts times its uncertainty.",
-            rich_help_panel=_KIF,
-        ),
+        _kif("--uncertainty/--no-uncertainty", help="Whether importance counts times its uncertainty."),
     ] = None,
-    beta1: Annotated[
-        float | None, typer.Option(help="Decay of the importance over batches.", rich_help_panel=_KIF)
-    ] = None,
-    beta2: Annotated[float | None, typer.Option(help="Decay of its uncertainty.", rich_help_panel=_KIF)] = None,
-    order: Annotated[
-        str | None, typer.Option(help="Taylor terms: first, second or mixed.", rich_help_panel=_KIF)
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per batch of calibration.", rich_help_panel=_KIF)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the clustering.", rich_help_panel=_RECALL)] = None,
-    device: Annotated[str | None, typer.Option(help="Where models run for calibration.", rich_help_panel=_BOTH)] = None,
+    beta1: Annotated[float | None, _kif(help="Decay of the importance over batches.")] = None,
+    beta2: Annotated[float | None, _kif(help="Decay of its uncertainty.")] = None,
+    order: Annotated[str | None, _kif(help="Taylor terms: first, second or mixed.")] = None,
+    batch_size: Annotated[int | None, _kif(help="Rows per batch of calibration.")] = None,
+    seed: Annotated[int | None, _recall(help="Seed of the clustering.")] = None,
+    device: Annotated[str | None, _both(help="Where models run for calibration.")] = None,
     importance: Annotated[
         str | None,
-        typer.Option(help="Checkpoint of a run with KIF, or files of scores as NEW,OLD.", rich_help_panel=_KIF),
+        _kif(help="Checkpoint of a run with KIF, or files of scores as NEW,OLD."),
     ] = None,
-    calibration_new: Annotated[
-        str | None, typer.Option(help="Rows of the new task, file or Hub id.", rich_help_panel=_KIF)
-    ] = None,
-    calibration_old: Annotated[
-        str | None, typer.Option(help="Rows of old tasks, file or Hub id.", rich_help_panel=_KIF)
-    ] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="code, paper, no_shared, adaptive or weighted.", rich_help_panel=_KIF)
-    ] = None,
-    top_share: Annotated[
-        float | None, typer.Option(help="Share of elements that matter to a side.", rich_help_panel=_KIF)
-    ] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="One threshold, global, or one per tensor.", rich_help_panel=_KIF)
-    ] = None,
-    old_from: Annotated[
-        str | None, typer.Option(help="What OLD was trained from, base or new.", rich_help_panel=_KIF)
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Full model that adapters sit on, for calibration.", rich_help_panel=_KIF)
-    ] = None,
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Read blocks from the disk as needed.", rich_help_panel=_RECALL)
-    ] = False,
+    calibration_new: Annotated[str | None, _kif(help="Rows of the new task, file or Hub id.")] = None,
+    calibration_old: Annotated[str | None, _kif(help="Rows of old tasks, file or Hub id.")] = None,
+    rule: Annotated[str | None, _kif(help="code, paper, no_shared, adaptive or weighted.")] = None,
+    top_share: Annotated[float | None, _kif(help="Share of elements that matter to a side.")] = None,
+    scope: Annotated[str | None, _kif(help="One threshold, global, or one per tensor.")] = None,
+    old_from: Annotated[str | None, _kif(help="What OLD was trained from, base or new.")] = None,
+    base_model: Annotated[str | None, _kif(help="Full model that adapters sit on, for calibration.")] = None,
+    low_memory: Annotated[bool, _recall("--low-memory", help="Read blocks from the disk as needed.")] = False,
     output: Annotated[
         str | None,
-        typer.Option(help="model or adapter; by default an adapter if that is exact.", rich_help_panel=_OUTPUT),
+        _output(help="model or adapter; by default an adapter if that is exact."),
     ] = None,
-    adapter_rank: Annotated[
-        int | None, typer.Option(help="Rank of an adapter output; by default the exact sum.", rich_help_panel=_OUTPUT)
-    ] = None,
+    adapter_rank: Annotated[int | None, _output(help="Rank of an adapter output; by default the exact sum.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; by default the first model's.", rich_help_panel=_OUTPUT),
+        _output(help="float32, bfloat16 or float16; by default the first model's."),
     ] = None,
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Size of a file, such as 5GB.", rich_help_panel=_OUTPUT)
-    ] = None,
+    max_shard_size: Annotated[str | None, _output(help="Size of a file, such as 5GB.")] = None,
     vocab: Annotated[
         str | None,
-        typer.Option(help="strict, or extend for vocabularies that continue a shorter one.", rich_help_panel=_OUTPUT),
+        _output(help="strict, or extend for vocabularies that continue a shorter one."),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace the output once the new one is complete.", rich_help_panel=_OUTPUT),
+        _output("--overwrite", help="Replace the output once the new one is complete."),
     ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Do not go on from an interrupted merge.", rich_help_panel=_OUTPUT)
-    ] = False,
+    fresh: Annotated[bool, _output("--fresh", help="Do not go on from an interrupted merge.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Make every check, print the plan, write nothing.", rich_help_panel=_OUTPUT),
+        _output("--dry-run", help="Make every check, print the plan, write nothing."),
     ] = False,
     quantized_base: Annotated[
         str | None,
-        typer.Option(
-            help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how.",
-            rich_help_panel=_OUTPUT,
-        ),
+        _output(help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how."),
     ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Hub id to publish the result at.", rich_help_panel=_PUBLISH)
-    ] = None,
+    push_to_hub: Annotated[str | None, _publish(help="Hub id to publish the result at.")] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Whether a new repository is private.", rich_help_panel=_PUBLISH),
+        _publish("--private/--public", help="Whether a new repository is private."),
     ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence id, where the inputs' licences differ.", rich_help_panel=_PUBLISH)
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar and no log.", rich_help_panel=_OUTPUT)
-    ] = False,
+    license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
+    quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
 ) -> None:
     """Merge checkpoints into one, a chunk at a time: models are never in memory."""
     given = {
