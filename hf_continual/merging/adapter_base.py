@@ -72,7 +72,12 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
                 )
                 + ": they saw different weights. Merge on the original base, or put each into its own base first."
             )
-    note = f"what was learnt is put onto the weights of {base.name} after {asked.words} and back, as training saw them."
+    whose = (
+        "as the adapters' training saw them"
+        if len(known) == len(adapters)
+        else "as quantized_base= says they were trained"
+    )
+    note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
     return replace(shown, notes=(note,), seen_as=asdict(asked))
 
 
