@@ -175,7 +175,8 @@ def test_all_three_on_a_quantised_base(tmp_path):
     assert (tmp_path / "out" / "checkpoint-4" / "continual" / "run.json").is_file()
     trainer.save_model()
     noted = read_facts(tmp_path / "out").adapter["quantization"]
-    assert noted == {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert noted == wanted | {"dtype": str(quantised.dtype).removeprefix("torch.")}
     assert "quantised while this was trained: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
 
 
