@@ -122,8 +122,16 @@ def adapter_facts(model: Any) -> dict[str, Any]:
     if quantization is not None:
         data = quantization if isinstance(quantization, dict) else quantization.to_dict()
         found["quantization"] = {k: v for k in QUANTIZATION if (v := data.get(k)) not in (None, False)}
-        found["quantization"]["dtype"] = str(model.get_base_model().dtype).removeprefix("torch.")
+        if dtype := _quantised_from(model.get_base_model()):
+            found["quantization"]["dtype"] = dtype
     return found
+
+
+def _quantised_from(model: Any) -> str | None:
+    """The type that weights had before they were quantised. The model's own may have been raised to float32 since."""
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    dtype = next((s.dtype for s in states if s is not None), getattr(model.config, "dtype", None))
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def hardware(processes: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from hf_continual import ContinualTrainer, FreezeLayers, Method, Paper, RecAdam, Replay
+from hf_continual import ContinualTrainer, FreezeLayers, Method, Paper, RecAdam, Replay, merge_linear
 from hf_continual.hub.folder_facts import read_facts
 from hf_continual.methods.base import Run
 from tests import toy
@@ -158,6 +158,7 @@ def test_all_three_on_a_quantised_base(tmp_path):
         tmp_path / "base",
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         device_map="cpu",
+        dtype=torch.bfloat16,
     )
     trainer = ContinualTrainer(
         quantised,
@@ -176,8 +177,25 @@ def test_all_three_on_a_quantised_base(tmp_path):
     trainer.save_model()
     noted = read_facts(tmp_path / "out").adapter["quantization"]
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    assert noted == wanted | {"dtype": str(quantised.dtype).removeprefix("torch.")}
+    # What was quantised was bfloat16, whatever TRL made of the other weights for training.
+    assert noted == wanted | {"dtype": "bfloat16"}
     assert "quantised while this was trained: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
+    # What the folder knows is enough to put the adapter onto what it saw.
+    errors = {}
+    for how in ("dequantize", "original"):
+        merge_linear(
+            [tmp_path / "out"],
+            tmp_path / how,
+            base=tmp_path / "base",
+            output="model",
+            quantized_base=how,
+            progress=False,
+        )
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / how, dtype=torch.float32).eval()
+        ids = torch.arange(4, 24).reshape(2, 10)
+        with torch.no_grad():
+            errors[how] = float((merged(ids).logits - trainer.model.eval()(input_ids=ids).logits.float()).abs().max())
+    assert errors["dequantize"] < 0.2 * errors["original"], errors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
