@@ -61,7 +61,7 @@ def _check_base(job: Job) -> None:
     from hf_continual.hub.refs import model_ref
 
     # Of merged adapters the base is the model they were put on; fused ones keep what their configuration names.
-    named = job.base.hub_id if job.base is not None else None
+    named = None if job.base is None else job.base.hub_id or model_ref(job.base.folder).hub_id
     configs = [m.own.config for m in job.members if m.own.is_adapter]
     if named is None and model_ref(configs[-1].get("base_model_name_or_path")).hub_id is None:
         raise MergeError(
