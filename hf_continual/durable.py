@@ -39,3 +39,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read rows from lines of JSON."""
     # Not splitlines: a text may hold U+0085 or U+2028, which JSON leaves as they are.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that somebody else wrote and that holds an object, such as a configuration.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: If it is empty, cut off, not UTF-8, not JSON, nested too deeply, or holds something else; the
+            message names the file and what was met.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}), so it is not JSON. Save it again.") from error
+    except RecursionError:
+        raise ValueError(f"{path} is JSON nested too deeply to be read. Save it again.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. It was cut off or edited; save it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is expected. Save it again.")
+    return found

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import mmap
 import os
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from hf_continual.hub.text import TOKEN
+from hf_continual.tensors.weight_files import WEIGHTS as SINGLE
+from hf_continual.tensors.weight_files import unused_index, weight_map
 
 # An allow-list: what no rule names stays at home, so that nothing new leaks.
 WANTED = (
@@ -148,8 +150,16 @@ def _check_model(folder: Path, files: dict[str, Path]) -> None:
     if not adapter and not (full and weights):
         missing = "config.json" if not full else "a *.safetensors file"
         raise IncompleteFolder(f"{folder} holds no whole model: {missing} is missing. Save the model there first.")
+    if not adapter and (unused := unused_index(folder)):
+        raise IncompleteFolder(
+            f"{folder} holds {SINGLE} and {unused.name}: from_pretrained would load {SINGLE} and ignore the index with its "
+            f"files. Remove the one that is old."
+        )
     for name in [n for n in files if n.endswith(".safetensors.index.json")]:
-        shards = set(json.loads(files[name].read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(weight_map(files[name]).values())
+        except ValueError as error:
+            raise IncompleteFolder(str(error)) from error
         if lost := sorted(shards - set(files)):
             raise IncompleteFolder(
                 f"{name} names {lost[0]}, which is not in {folder}: the model is not whole. Save it again."
@@ -159,19 +169,15 @@ def _check_model(folder: Path, files: dict[str, Path]) -> None:
 
 
 def _check_whole(name: str, file: Path) -> None:
-    """Refuse a safetensors file that was cut: its head says how long it must be."""
-    size = file.stat().st_size
+    """Refuse a safetensors file that was cut or damaged, as the library does that everybody reads it with."""
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            head = json.loads(opened.read(length))
-        end = 8 + length + max((v["data_offsets"][1] for k, v in head.items() if k != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
         raise IncompleteFolder(
-            f"{name} is no whole safetensors file ({type(error).__name__}). Save the model again."
+            f"{name} has {file.stat().st_size} bytes and is not a whole safetensors file ({error}): it was cut off or damaged. "
+            f"Save the model again."
         ) from error
-    if end != size:
-        raise IncompleteFolder(f"{name} has {size} bytes and its head says {end}: it was cut. Save the model again.")
 
 
 def _check_secrets(files: dict[str, Path], secrets: list[str]) -> None:

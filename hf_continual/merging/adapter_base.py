@@ -42,7 +42,7 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
                 f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
             )
         note = f"{said}; what was learnt is put onto the original weights of {base.name}."
-        return replace(base, notes=(note,)) if known else base
+        return replace(base, notes=(*base.notes, note)) if known else base
     if not adapters:
         raise MergeError(
             f"quantized_base={given!r} says what adapters saw of their base, and none of the models is an adapter. Leave it out."
@@ -78,7 +78,7 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
         else "as quantized_base= says they were trained"
     )
     note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
-    return replace(shown, notes=(note,), seen_as=asdict(asked))
+    return replace(shown, notes=(*shown.notes, note), seen_as=asdict(asked))
 
 
 def _same(base: Checkpoint, shown: Checkpoint, asked: Quantization, other: Quantization) -> bool:

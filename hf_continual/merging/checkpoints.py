@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_continual.merging.errors import MergeError
+from hf_continual.durable import read_object
+from hf_continual.merging.errors import MergeError, as_merge_error
 from hf_continual.merging.hub import fetch
 from hf_continual.merging.stored import Files, StoredFile, StoredTensor, read_header
+from hf_continual.tensors.weight_files import INDEX, WEIGHTS, unused_index, weight_files, weight_map
 
 CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     config_file = folder / (ADAPTER_CONFIG if adapter else CONFIG)
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}: it is no model and no adapter.")
-    paths = [folder / ADAPTER_WEIGHTS] if adapter else _weight_files(folder)
+    with as_merge_error():
+        config = read_object(config_file)
+        paths = [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder)
     if missing := [p.name for p in paths if not p.is_file()]:
         _explain_missing(folder, missing)
     tensors: dict[str, StoredTensor] = {}
@@ -94,18 +96,35 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         if twice := sorted(tensors.keys() & header.keys()):
             raise MergeError(f"{folder} stores {twice[0]!r} in two files. Save the model again.")
         tensors |= header
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    notes = []
     if not adapter:
         _check_not_quantised(name, config)
+        if elsewhere := config.get("transformers_weights"):
+            raise MergeError(
+                f"{config_file} says transformers_weights={elsewhere!r}, and only {WEIGHTS} and {INDEX} are read here. Load "
+                f"the model once (from_pretrained) and save_pretrained it."
+            )
+        notes = _compare_index(name, folder, paths, tensors)
     files = {t.file.path: t.file for t in tensors.values()}
-    return Checkpoint(name, folder, config, tensors, adapter, hub_id, revision, tuple(files.values()))
+    return Checkpoint(name, folder, config, tensors, adapter, hub_id, revision, tuple(files.values()), tuple(notes))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _compare_index(name: str, folder: Path, paths: Sequence[Path], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """What a reader should know of an index that was not used; one that was used names nothing that is not there."""
+    if unused := unused_index(folder):
+        return [
+            f"{name} has both {paths[0].name} and {unused.name}. As from_pretrained does, {paths[0].name} was read, and the "
+            f"index and its files were not; remove what is old."
+        ]
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in dict.fromkeys(index["weight_map"].values())]
-    return [folder / WEIGHTS]
+        with as_merge_error():
+            listed = weight_map(folder / INDEX)
+        if lost := sorted(listed.keys() - tensors.keys()):
+            raise MergeError(
+                f"{folder / INDEX} says that {lost[0]!r} is in {listed[lost[0]]}, and no file of the model holds it "
+                f"({len(lost)} such tensors). Download or save the model again."
+            )
+    return []
 
 
 def _explain_missing(folder: Path, missing: list[str]) -> None:

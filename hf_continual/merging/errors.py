@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MergeError(RuntimeError):
     """Checkpoints that cannot be merged, or a merge that cannot go on.
@@ -15,3 +18,12 @@ def some(names: list[str] | set[str], most: int = 5) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
+
+
+@contextmanager
+def as_merge_error() -> Iterator[None]:
+    """Turn the ValueError of a damaged file into a MergeError with the same message."""
+    try:
+        yield
+    except ValueError as error:
+        raise MergeError(str(error)) from error

@@ -123,6 +123,7 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     warn_identical(job.members)
     errors: dict[str, float] = {}
     kind = "model" if job.tensors is not None else _kind(job, options)
+    notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     if job.base is not None and kind == "model" and not elements:
         notes += job.base.notes
     newest = job.members[job.newest]

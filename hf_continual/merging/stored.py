@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from hf_continual.merging.errors import MergeError
 
@@ -143,28 +144,74 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"bytes long. Download or save it again."
             )
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise MergeError(f"{path} has a header that cannot be read: {error}. Download or save it again.") from error
-    header.pop("__metadata__", None)
     stored = StoredFile(path, found.st_size, found.st_mtime_ns, hashlib.sha256(raw).hexdigest())
     tensors = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
+    at = 0
+    for name, dtype, shape, begin, end in _entries(path, raw):
+        if dtype not in DTYPES:
             raise MergeError(
-                f"{path} stores {name!r} as {entry['dtype']}; {', '.join(DTYPES)} can be read. Convert the model to "
+                f"{path} stores {name!r} as {dtype}; {', '.join(DTYPES)} can be read. Convert the model to "
                 f"bfloat16 or float16 first (load it and save it with dtype=)."
             )
-        tensor = StoredTensor(name, stored, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+        tensor = StoredTensor(name, stored, dtype, shape, 8 + length + begin)
         if tensor.nbytes != end - begin or 8 + length + end > found.st_size:
             raise MergeError(
                 f"{path} is cut off or damaged: {name!r} should take {tensor.nbytes} bytes up to byte "
                 f"{8 + length + end}; its header gives it {end - begin} and the file ends at {found.st_size}."
             )
+        if begin != at:
+            raise MergeError(
+                f"{path} is damaged: {name!r} begins at byte {begin} of the values, and the tensor before it ends at {at}: "
+                + ("they share bytes" if begin < at else "the bytes between belong to no tensor")
+                + ". Download or save it again."
+            )
+        at = end
         tensors[name] = tensor
+    if 8 + length + at != found.st_size:
+        raise MergeError(
+            f"{path} is damaged: its last tensor ends at byte {8 + length + at} and the file at {found.st_size}: the bytes "
+            f"behind it belong to no tensor. Download or save it again."
+        )
+    _check_readable(path)
     return tensors
+
+
+def _entries(path: Path, raw: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """What a header says of each tensor, in the order of their bytes: name, type, shape, first byte, byte behind the last."""
+    again = "Download or save it again."
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise MergeError(f"{path} has a header that cannot be read: {error}. {again}") from error
+    if not isinstance(header, dict):
+        raise MergeError(f"{path} has a header that holds no tensors by name. {again}")
+    header.pop("__metadata__", None)
+    found = []
+    for name, entry in header.items():
+        said = entry if isinstance(entry, dict) else {}
+        shape, offsets = said.get("shape"), said.get("data_offsets")
+        whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not whole or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
+            raise MergeError(f"{path} is damaged: its header says of {name!r} {entry!r}. {again}")
+        found.append((name, str(said.get("dtype")), tuple(shape), *offsets))
+    return sorted(found, key=lambda entry: entry[3:])
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse what the safetensors library refuses, which every user of the model reads it with."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise MergeError(f"{path} cannot be read by safetensors: {error}. Download or save it again.") from error
 
 
 def make_buffer(nbytes: int) -> torch.Tensor:
