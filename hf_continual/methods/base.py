@@ -1,6 +1,6 @@
 """The protocol: what a continual-learning method is, and all that it may see of a run.
 
-A method overrides two or three *stations* of the nine calls below; every default does nothing.
+A method overrides two or three *stations* of the calls below; every default does nothing.
 Stations add or edit, they never replace: rows are added, loss terms are added, gradients and
 weights are edited in place in list order, and at most one method brings an optimizer.
 
@@ -161,6 +161,9 @@ class Method:
 
     def end_task(self, run: Run) -> None:
         """Station 7: training of this task is over."""
+
+    def release(self) -> None:
+        """Take every hook off the model: `train` has ended, in whatever way; called after an error too."""
 
     def state_dict(self, run: Run) -> State:
         """Everything learnt since construction that a resumed run cannot rebuild.

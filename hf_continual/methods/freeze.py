@@ -9,10 +9,13 @@ input embeddings and the lowest n blocks stay as they are:
 
     theta_F = {embeddings} + {parameters of blocks 0 .. n-1},     theta_F <- constant for t >= t0.
 
+The embeddings are everything that runs between the token ids and block 0: token and position embeddings, and what
+norms, projects or adds to them. Vision and audio towers are trained as without the method.
+
 Differs from the authors' code, which matches substrings of names: their `layers.1` also freezes layers
 10 to 19, so most shipped configurations freeze more than the bottom. `compatibility="official-substring"`
 does the same for comparisons. Theirs zeroes gradients or learning rates and still computes, stores and
-decays everything; here nothing is computed below the first trainable block.
+decays everything; here no backward pass runs below the lowest weight that is trained.
 """
 
 from __future__ import annotations
@@ -27,11 +30,26 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_continual.data.together import from_first
 from hf_continual.methods.base import Method, Run
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
-from hf_continual.tensors.adapters import adapters_below, is_fresh, remove_adapters
-from hf_continual.tensors.layers import Blocks, embedding_modules, find_blocks, is_tied
+from hf_continual.tensors.adapters import (
+    adapters_below,
+    has_fresh_copy,
+    is_fresh,
+    remove_adapters,
+    trainable_rows,
+)
+from hf_continual.tensors.layers import (
+    Blocks,
+    embedding_modules,
+    find_blocks,
+    input_embeddings,
+    is_tied,
+    modules_below,
+    towers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +75,9 @@ def frozen_modules(model: nn.Module, bottom: int, embeddings: bool) -> dict[str,
             f"Give at most {len(blocks)}; the paper uses 1 to 3 after the first task."
         )
     chosen = {f"{blocks.path}.{i}": blocks.modules[i] for i in range(bottom)}
-    return (embedding_modules(model) if embeddings else {}) | chosen
+    # One process may hold the weights and another none: what is below must not depend on who looks.
+    below = from_first(lambda: list(modules_below(model))) if embeddings else []
+    return {name: model.get_submodule(name) for name in below} | chosen
 
 
 def official_substrings(blocks: Blocks, embedding_names: list[str], bottom: int) -> list[str]:
@@ -74,7 +94,8 @@ class FreezeLayers(Method):
     bottom layers keep old tasks readable, and the upper blocks have room enough to learn the new one.
     Stations: model surgery. Cheaper than plain fine-tuning: no backward pass, gradients or optimizer
     state below the first trainable block, with gradient checkpointing too.
-    Relations: composes with everything. With LoRA it means no adapters below.
+    Relations: composes with everything. With LoRA it means no adapters below; tokens that the adapter names in
+    `trainable_token_indices` stay trainable.
 
     Args:
         bottom: Number of blocks to freeze, counted from the input. The paper uses 1 to 3 of a 7B model
@@ -88,14 +109,16 @@ class FreezeLayers(Method):
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
-        ValueError: If nothing would be frozen, or nothing would be left to train.
+        ValueError: If nothing would be frozen, nothing would be left to train, or an adapter's `modules_to_save`
+            asks to train embeddings that are to be frozen.
     """
 
     bottom: int
     embeddings: bool | Literal["untie"] = True
     from_task: int = 0
     compatibility: Literal["exact", "official-substring"] = "exact"
-    _cut: tuple[nn.Module, nn.Module | None] | None = field(default=None, init=False, repr=False, compare=False)
+    _embeddings: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
+    _trained: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "freeze"
@@ -126,7 +149,7 @@ class FreezeLayers(Method):
 
     def prepare_model(self, model: nn.Module, task: Task) -> None:
         """Freeze, before any wrapper and before the optimizer exists."""
-        self._cut = None
+        self._embeddings, self._trained = [], []
         if task.index < self.from_task:
             logger.info("freeze: task %d is learnt with all weights (from_task=%d).", task.index, self.from_task)
             return
@@ -134,45 +157,88 @@ class FreezeLayers(Method):
         if self.embeddings and is_tied(base):
             self._untie(base) if self.embeddings == "untie" else self._say_tied(base)
         modules = frozen_modules(base, self.bottom, bool(self.embeddings))
+        self._check_copies(base, modules)
+        frozen = self._parameters(base, modules)
+        self._check_rest(model, base, frozen)
         if isinstance(model, PeftModel):
             self._free_of_adapters(model, modules)
-        parameters = [p for module in modules.values() for p in module.parameters()]
-        if self.compatibility == "official-substring":
-            parts = official_substrings(find_blocks(base), list(embedding_modules(base)), self.bottom)
-            parameters = [p for name, p in base.named_parameters() if any(part in name for part in parts)]
-        for parameter in parameters:
+        for parameter in frozen:
             parameter.requires_grad_(False)
-        self._report(model, parameters)
-        blocks = find_blocks(base).modules
-        # Trainable embeddings need the gradient that the cut would keep from them.
-        below = [p for module in embedding_modules(base).values() for p in module.parameters()]
-        if self.bottom and not any(p.requires_grad for p in below):
-            self._cut = (blocks[0], blocks[self.bottom] if self.bottom < len(blocks) else None)
+        self._report(model, base, frozen)
+        self._trained = list(find_blocks(base).modules[self.bottom :])
+        self._embeddings = [
+            module
+            for module in input_embeddings(base).values()
+            if not any(p.requires_grad for p in module.parameters())
+        ]
 
     def begin_task(self, run: Run) -> None:
-        """Cut the graph below the first block.
+        """Let the outputs of frozen embeddings require no gradient.
 
-        Gradient checkpointing and adapters make the embeddings' output require a gradient, which would draw the
-        backward pass through all frozen blocks. Re-entrant checkpointing needs an input that requires one, so the
-        first trainable block gets it.
+        Gradient checkpointing and adapters make them require one, which would draw the backward pass through all
+        frozen blocks. Whatever else lies below and is trained (a projector, soft prompts) keeps its gradient.
+        Re-entrant checkpointing needs an input that requires one, so the first trainable block that runs gets it
+        (with text alone, the cross attention of Mllama does not).
         """
-        if self._cut is not None:
-            first, trainable = self._cut
-            self._handles.append(first.register_forward_pre_hook(_detach_input, with_kwargs=True))
-            if trainable is not None:
-                self._handles.append(trainable.register_forward_pre_hook(_require_input_grad, with_kwargs=True))
+        self.release()
+        self._handles = [module.register_forward_hook(_detach_output) for module in self._embeddings]
+        self._handles += [
+            block.register_forward_pre_hook(_require_input_grad, with_kwargs=True) for block in self._trained
+        ]
 
-    def end_task(self, run: Run) -> None:
+    def release(self) -> None:
         """Give the model back without hooks."""
         while self._handles:
             self._handles.pop().remove()
+
+    def _parameters(self, base: nn.Module, modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+        """What is frozen, each once: all of the modules, but for rows of new tokens that an adapter trains."""
+        rows = {id(p) for module in modules.values() for p in trainable_rows(module)}
+        if rows:
+            logger.info("freeze: the rows of embeddings that trainable_token_indices names stay trainable.")
+        found = {id(p): p for module in modules.values() for p in module.parameters()}
+        if self.compatibility == "official-substring":
+            parts = official_substrings(find_blocks(base), list(embedding_modules(base)), self.bottom)
+            found = {id(p): p for name, p in base.named_parameters() if any(part in name for part in parts)}
+        return [p for key, p in found.items() if key not in rows]
+
+    def _check_copies(self, base: nn.Module, modules: dict[str, nn.Module]) -> None:
+        blocks = find_blocks(base).path
+        for name, module in modules.items():
+            if not name.startswith(f"{blocks}.") and has_fresh_copy(module):
+                raise ValueError(
+                    f"FreezeLayers(embeddings={self.embeddings!r}) freezes {name}, and the adapter's modules_to_save "
+                    f"asks to train it. Give FreezeLayers(embeddings=False), or take {name.rpartition('.')[2]!r} out of "
+                    f"modules_to_save; trainable_token_indices trains the rows of new tokens alone."
+                )
+
+    def _check_rest(self, model: nn.Module, base: nn.Module, frozen: list[nn.Parameter]) -> None:
+        """Refuse to freeze all that is trainable, before anything is changed."""
+        gone = {id(p) for p in frozen}
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        if trained - gone:
+            return
+        blocks = find_blocks(base).modules
+        lies = [i for i, block in enumerate(blocks) if any(id(p) in trained for p in block.parameters())]
+        if not trained:
+            advice = "None was trainable before: set requires_grad, or give an adapter."
+        elif lies and lies[-1] > 0:
+            advice = f"The highest block with a trainable weight is {lies[-1]}: freeze {lies[-1]} or fewer blocks."
+        elif lies:
+            advice = "All that is trainable lies in block 0: let the adapter reach higher blocks, or drop FreezeLayers."
+        else:
+            advice = "All that is trainable are embeddings: give embeddings=False, or drop FreezeLayers."
+        raise ValueError(
+            f"FreezeLayers(bottom={self.bottom}, embeddings={self.embeddings!r}) leaves no parameter of "
+            f"{type(model).__name__} trainable. {advice}"
+        )
 
     def _free_of_adapters(self, model: PeftModel, modules: dict[str, nn.Module]) -> None:
         layers = adapters_below(model, modules)
         fresh = {name: layer for name, layer in layers.items() if is_fresh(layer)}
         remove_adapters(model, fresh)
         logger.info(
-            "freeze: %d new adapter layers below block %d were taken off, %d trained ones are kept and frozen.",
+            "freeze: %d new adapter layers below block %d were taken off, %d others are kept and frozen.",
             len(fresh), self.bottom, len(layers) - len(fresh),
         )  # fmt: skip
 
@@ -189,22 +255,26 @@ class FreezeLayers(Method):
             type(base).__name__, size,
         )  # fmt: skip
 
-    def _report(self, model: nn.Module, frozen: list[nn.Parameter]) -> None:
+    def _report(self, model: nn.Module, base: nn.Module, frozen: list[nn.Parameter]) -> None:
+        gone = {id(p) for p in frozen}
         total = sum(p.numel() for p in model.parameters())
-        left = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if left == 0:
-            raise ValueError(
-                f"FreezeLayers(bottom={self.bottom}, embeddings={self.embeddings!r}) leaves no parameter of "
-                f"{type(model).__name__} trainable. Freeze fewer blocks."
-            )
+        count = sum(p.numel() for p in model.parameters() if id(p) in gone)
+        beside = {name: [p for p in params if p.requires_grad] for name, params in towers(base).items()}
+        other = sum(p.numel() for params in beside.values() for p in params)
+        left = sum(p.numel() for p in model.parameters() if p.requires_grad) - other
         logger.info(
             "freeze: %d of %d parameters (%.1f %%) are frozen by it, %d are trained.",
-            sum(p.numel() for p in frozen), total, 100 * sum(p.numel() for p in frozen) / total, left,
+            count, total, 100 * count / total, left,
         )  # fmt: skip
+        if other:
+            logger.info(
+                "freeze: %d more parameters (%s) are trained by rows that reach them, such as images, and by no others.",
+                other, ", ".join(name for name, params in beside.items() if params),
+            )  # fmt: skip
 
 
-def _detach_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return _on_hidden(args, kwargs, torch.Tensor.detach)
+def _detach_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return output.detach() if isinstance(output, torch.Tensor) else None
 
 
 def _require_input_grad(module: nn.Module, args: Any, kwargs: Any) -> Any:

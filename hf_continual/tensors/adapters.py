@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 
 def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str, BaseTunerLayer]:
-    """The adapter layers inside some modules, by their name in the base model."""
+    """The adapter layers inside some modules, by their name in the base model.
+
+    Adapters on parameters (`target_parameters`) are nested, one in another for each parameter of a module; the
+    outermost stands for all of them.
+    """
     inside = {id(m) for module in modules.values() for m in module.modules()}
-    base = model.get_base_model()
-    return {n: m for n, m in base.named_modules() if id(m) in inside and isinstance(m, BaseTunerLayer)}
+    found: dict[str, BaseTunerLayer] = {}
+    for name, module in model.get_base_model().named_modules():
+        within = any(name.startswith(outer + ".") for outer in found)
+        if id(module) in inside and isinstance(module, BaseTunerLayer) and not within:
+            found[name] = module
+    return found
 
 
 def is_fresh(layer: Any) -> bool:
     """Whether an adapter has learnt nothing: one factor of its product is all zero.
 
     An adapter without such a factor (initialised from the weights, or already trained) is not fresh. One on the
-    meta device holds no values and counts as fresh: it is looked at before anything is loaded.
+    meta device holds no values and counts as fresh: it is looked at before anything is loaded. Of nested adapters all
+    must be fresh.
     """
     zero = [
         p.is_meta or not bool(p.detach().any())
@@ -33,20 +45,58 @@ def is_fresh(layer: Any) -> bool:
 
 
 def remove_adapters(model: PeftModel, layers: dict[str, BaseTunerLayer]) -> None:
-    """Put the plain module back in place of adapter layers, and say so in the adapter's configuration.
+    """Put the plain module back in place of adapter layers, and say so in the adapters' configurations.
+
+    Modules are excluded by name. Parameters cannot be excluded, so `target_parameters` is written out: the full names
+    of those that keep their adapter.
 
     Args:
-        model: The model whose adapter configuration is extended by `exclude_modules`.
-        layers: Adapter layers by their name in the base model.
+        model: The model whose adapter configurations are changed.
+        layers: Outermost adapter layers by their name in the base model, see `adapters_below`.
     """
+    if not layers:
+        return
     base = model.get_base_model()
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, layer.get_base_layer())
-    for adapter in model.active_adapters:
-        config: Any = model.peft_config[adapter]
-        before = getattr(config, "exclude_modules", None)
-        if isinstance(before, str):
-            config.exclude_modules = "|".join([f"(?:{before})", *map(re.escape, layers)])
-        else:
-            config.exclude_modules = sorted({*(before or ()), *layers})
+    modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    for config in model.peft_config.values():
+        if modules:
+            _exclude(config, modules)
+        if getattr(config, "target_parameters", None) and len(modules) < len(layers):
+            config.target_parameters = sorted(set(_adapted_parameters(base)))  # pyrefly: ignore
+
+
+def _exclude(config: Any, modules: list[str]) -> None:
+    before = getattr(config, "exclude_modules", None)
+    if isinstance(before, str):
+        config.exclude_modules = "|".join([f"(?:{before})", *map(re.escape, modules)])
+    else:
+        config.exclude_modules = sorted({*(before or ()), *modules})
+
+
+def _adapted_parameters(base: nn.Module) -> Iterator[str]:
+    """Full names of the parameters that have an adapter of their own."""
+    for name, module in base.named_modules():
+        if isinstance(module, ParamWrapper):
+            yield f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+
+
+def trainable_rows(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The rows of embeddings that the adapter's `trainable_token_indices` names, as far as they are trained."""
+    for wrapper in module.modules():
+        if isinstance(wrapper, TrainableTokensWrapper):
+            yield from (p for n, p in wrapper.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad)
+
+
+def has_fresh_copy(module: nn.Module) -> bool:
+    """Whether the adapter's `modules_to_save` holds a copy of the module that was not trained yet."""
+    for wrapper in module.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            original = list(wrapper.original_module.parameters())
+            for copy in wrapper.modules_to_save.values():
+                pairs = list(zip(copy.parameters(), original, strict=True))
+                if not any(a.is_meta or a.numel() == 0 for a, _ in pairs) and all(a.equal(b) for a, b in pairs):
+                    return True
+    return False

@@ -1,13 +1,16 @@
-"""Reading a model's structure: which modules are the blocks, which come before them. One place for all architectures.
+"""Reading a model's structure: which modules are the blocks, which run before them. One place for all architectures.
 
-Everything is found by module structure. Parameter names differ between architectures (`model.layers`,
-`transformer.h`, `gpt_neox.layers`) and a substring test on them finds block 10 when block 1 is meant.
+Everything is found by module structure and by the order in which modules run. Names differ between architectures
+(`model.layers`, `transformer.h`, `gpt_neox.layers`) and mislead: a substring test finds block 10 when block 1 is
+meant, and the `embedding_norm` of LFM2 is the norm after its last block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -28,10 +31,11 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """Find the decoder blocks: the outermost list of modules that holds most parameters.
+    """Find the decoder blocks: the outermost list of modules that lies nearest to the token embedding.
 
-    Lists inside a block (the experts of a mixture) are not outermost; the smaller stack of a vision
-    tower holds fewer parameters than the text model's, and is passed over where the text model is known.
+    Lists inside a block (the experts of a mixture) are not outermost. The stacks of vision and audio towers lie
+    farther from the token embedding than the text model's; of several lists at the same distance the one with most
+    parameters is taken.
 
     Args:
         model: A causal language model, with or without adapters.
@@ -54,12 +58,104 @@ def find_blocks(model: nn.Module) -> Blocks:
         )
     vision = ("vision", "visual", "audio", "image")
     text = {name: blocks for name, blocks in found.items() if not any(word in name.lower() for word in vision)}
-    path, blocks = max((text or found).items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    embedding = next(iter(input_embeddings(model)), "")
+
+    def nearest(item: tuple[str, nn.ModuleList]) -> tuple[int, int]:
+        return _shared(item[0], embedding), sum(p.numel() for p in item[1].parameters())
+
+    path, blocks = max((text or found).items(), key=nearest)
     return Blocks(path, tuple(blocks))
 
 
+def _shared(one: str, other: str) -> int:
+    """Number of leading components that two dotted names share."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def input_embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """What the model and the models inside it (text model, vision tower) call their input embeddings, by name.
+
+    Args:
+        model: A model, with or without adapters.
+
+    Returns:
+        Modules by name, that of `model` itself first; empty for a module that declares none.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for module in model.modules():
+        ask: Any = getattr(module, "get_input_embeddings", None)
+        if ask is None:
+            continue
+        try:
+            embedding = ask()
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module) and id(embedding) in names:
+            found.setdefault(names[id(embedding)], embedding)
+    return found
+
+
+class _FirstBlock(Exception):
+    """The first block was reached."""
+
+
+def modules_below(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that run before the first block when the model reads text, by name.
+
+    Token and position embeddings, and whatever norms, projects or adds to them. The model is run on two tokens up to
+    its first block. Where it cannot be run (its weights are on the meta device or spread over processes), what is
+    found by name is returned, see `embedding_modules`.
+
+    Args:
+        model: A causal language model, with or without adapters.
+
+    Returns:
+        The outermost modules with parameters; none of them is a tower, or holds the blocks or the head.
+    """
+    blocks = find_blocks(model)
+    above = {blocks.path.rsplit(".", i)[0] for i in range(blocks.path.count(".") + 1)} | {""}
+    ran: dict[str, nn.Module] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args, name=name: ran.setdefault(name, m) and None)
+        for name, module in model.named_modules()
+        if name not in above and not name.startswith(blocks.path + ".") and _has_parameters(module)
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        hooks.append(blocks.modules[0].register_forward_pre_hook(_stop))
+        model.eval()  # dropout of embeddings must not draw
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=_device(model)), use_cache=False)
+    except _FirstBlock:
+        outermost = {n: m for n, m in ran.items() if not any(n.startswith(outer + ".") for outer in ran)}
+        return {name: module for name, module in outermost.items() if not is_tower(module)}
+    except Exception:  # whatever a model raises that cannot be run here
+        return embedding_modules(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in training:
+            module.training = flag
+    return embedding_modules(model)
+
+
+def _stop(module: nn.Module, args: Any) -> None:
+    raise _FirstBlock
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _device(model: nn.Module) -> torch.device:
+    embedding = next(iter(input_embeddings(model).values()), model)
+    return next(embedding.parameters()).device
+
+
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules below the first block that turn token ids into its input, by name.
+    """The modules below the first block that turn token ids into its input, by name, as far as names tell.
 
     Token and position embeddings wherever they hang, and a norm or projection of embeddings (BLOOM's
     `word_embeddings_layernorm`, OPT's `project_in`), which lie beside the blocks under a name with "embed" or
@@ -74,17 +170,49 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     blocks = find_blocks(model).path
     parent = blocks.rpartition(".")[0]
     found: dict[str, nn.Module] = {}
+    beside = tuple(f"{name}." for name in towers(model))
     for name, module in model.named_modules():
-        if name == blocks or name.startswith(blocks + ".") or any(name.startswith(f + ".") for f in found):
+        if name.startswith((f"{blocks}.", *beside)) or any(name.startswith(f + ".") for f in found):
             continue
         if isinstance(module, nn.Embedding):
             found[name] = module
         elif name.rpartition(".")[0] == parent and name != parent:
             last = name.rpartition(".")[2]
-            beside = any(True for _ in module.parameters(recurse=False)) and ("embed" in last or last == "project_in")
-            if beside:
+            if any(True for _ in module.parameters(recurse=False)) and ("embed" in last or last == "project_in"):
                 found[name] = module
     return found
+
+
+def towers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What only rows with images or sound train: vision and audio towers, and their projections.
+
+    They lie beside the text model where the configuration knows a text model in it, or beside the blocks with a stack
+    of blocks of their own.
+
+    Args:
+        model: A causal language model, with or without adapters.
+
+    Returns:
+        Parameters by the name of the module, or of the parameter where it hangs in none.
+    """
+    stack = find_blocks(model).path.rpartition(".")[0]
+    found = {f"{stack}.{n}".removeprefix("."): m for n, m in model.get_submodule(stack).named_children() if is_tower(m)}
+    config: Any = getattr(model, "config", None)
+    parameters: dict[str, list[nn.Parameter]] = {}
+    if hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        kept = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}  # pyrefly: ignore[not-callable]
+        outer = ["", *(stack.rsplit(".", i)[0] for i in range(stack.count("."), 0, -1))]
+        for name in outer:
+            module, start = model.get_submodule(name), name and f"{name}."
+            beside = {f"{start}{n}": m for n, m in module.named_children() if id(m) not in kept}
+            found |= {n: m for n, m in beside.items() if n != stack and not stack.startswith(f"{n}.")}
+            parameters |= {f"{start}{n}": [p] for n, p in module.named_parameters(recurse=False)}
+    return parameters | {name: list(module.parameters()) for name, module in found.items() if _has_parameters(module)}
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether a module holds a stack of blocks of its own, as a vision tower does and no embedding."""
+    return not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in module.modules())
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 
 from hf_continual.methods.compose import Methods, overrides
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hf_continual.data.replay import ReplayRows
     from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -92,8 +95,10 @@ def check_trainer(trainer: ContinualTrainer) -> None:
         trainer: The trainer, set up but for its methods.
 
     Raises:
-        ValueError: If gradients or weights are edited under DeepSpeed, which keeps them in its engine.
+        ValueError: If nothing is trainable, or gradients or weights are edited under DeepSpeed, which keeps them in
+            its engine.
     """
+    check_trainable(trainer.run.model)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         calls = ("edit_gradients", "after_step", "end_step")
         editing = [type(m).__name__ for m in trainer.methods if any(overrides(type(m), c) for c in calls)]
@@ -102,6 +107,29 @@ def check_trainer(trainer: ContinualTrainer) -> None:
                 f"{', '.join(editing)} edits gradients or weights between backward and step, and DeepSpeed does "
                 f"both inside its engine. Use DDP or FSDP2 (recipes/accelerate), or drop the method."
             )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Something must be left to learn.
+
+    Args:
+        model: The model without the wrappers of DDP and the like.
+
+    Raises:
+        ValueError: If no parameter is trainable, as after `PeftModel.from_pretrained` without `is_trainable`.
+    """
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"No parameter of the {type(model).__name__} is trainable: PEFT loads an adapter for inference unless it is "
+            f"told otherwise, so the adapter {', '.join(model.active_adapters)!r} would not move. Load it with "
+            f"PeftModel.from_pretrained(base, folder, is_trainable=True)."
+        )
+    raise ValueError(
+        f"No parameter of {type(model).__name__} is trainable: all have requires_grad=False, so there is nothing to "
+        f"learn. Call model.requires_grad_(True), or give peft_config=LoraConfig(...) to train an adapter."
+    )
 
 
 def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> None:

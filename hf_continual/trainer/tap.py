@@ -11,12 +11,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 LAST = "last_hidden_state"
 
 
 class ForwardTap:
-    """Hooks that listen only inside `record`, so nothing is held between steps.
+    """Hooks that listen only inside `record`, so nothing is held between steps; they are put on the model by the first.
 
     The loss comes from a fused language-model head that returns neither logits nor hidden states, and
     a second forward for them would double the cost. Recomputation under gradient checkpointing
@@ -35,14 +36,15 @@ class ForwardTap:
         self.outputs: FusedCausalLMOutput | None = None
         self.seen: dict[str, Tensor] = {}
         self.listening = False
-        self.handles = [base.register_forward_hook(self._see_outputs)]
+        self.handles: list[RemovableHandle] = []
+        self._hooks: list[tuple[nn.Module, Any]] = [(base, self._see_outputs)]
         modules: dict[str, Any] = dict(base.named_modules())
         for tap in taps:
             module: Any = base.base_model if tap == LAST else modules.get(tap)
             if module is None:
                 near = ", ".join(list(modules)[1:8])
                 raise ValueError(f"No module is called {tap!r} in {type(base).__name__}; there are {near}, ...")
-            self.handles.append(module.register_forward_hook(self._listener(tap)))
+            self._hooks.append((module, self._listener(tap)))
 
     def _see_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.listening and isinstance(output, FusedCausalLMOutput):
@@ -58,6 +60,8 @@ class ForwardTap:
     @contextlib.contextmanager
     def record(self) -> Iterator[ForwardTap]:
         """Listen to the forward pass inside; what was heard is dropped when the context ends."""
+        if not self.handles:
+            self.handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
         self.listening = True
         try:
             yield self
@@ -66,8 +70,8 @@ class ForwardTap:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self.handles:
-            handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
 
 
 def _first(output: Any) -> Tensor:

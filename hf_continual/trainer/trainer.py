@@ -392,4 +392,10 @@ class ContinualTrainer(PublishingTrainer):
                 )
         if resume_from_checkpoint:
             state.check_same_methods(Path(resume_from_checkpoint), self.methods.describe())
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
+            for method in self.methods:
+                method.release()
+            if self.tap is not None:
+                self.tap.remove()
