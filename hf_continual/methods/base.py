@@ -132,6 +132,10 @@ class Method:
         """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
         return 0
 
+    def extra_updates(self, steps: int) -> int:
+        """How often it calls `Run.update()` or `Run.optimizer_step()` in a run of so many steps."""
+        return 0
+
     def replay(self, run: Run) -> ReplayRows | None:
         """Station 1: rows to mix into training."""
         return None

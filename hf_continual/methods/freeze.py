@@ -244,6 +244,13 @@ class FreezeLayers(Method):
 
     def _untie(self, base: nn.Module) -> None:
         head = base.get_output_embeddings()  # pyrefly: ignore[not-callable]
+        head = getattr(head, "base_layer", head)  # below LoRA
+        if "weight" not in head._parameters:
+            raise ValueError(
+                f"FreezeLayers(embeddings='untie') cannot untie the language-model head: it is a {type(head).__name__}, whose "
+                f"copies the adapter ties to those of the embeddings (ensure_weight_tying=True). Use "
+                f"LoraConfig(modules_to_save=['lm_head']) without ensure_weight_tying, which trains the head alone."
+            )
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         base.config.tie_word_embeddings = False  # pyrefly: ignore
 

@@ -67,8 +67,8 @@ class KIF(Method):
     the moments of a separate outer learner.
     Relations: `Replay` mixes the same memory into every batch. Composes with everything; edits of gradients by other
     methods do not reach the outer steps.
-    Differs from the authors' code: the outer learner learns (theirs for LLaMA has learning rate 0), steps and not
-    micro-batches are counted, the loss of memory is its token mean, and a run resumes at any step.
+    Differs from the authors' code: the outer learner learns (theirs for LLaMA has rate 0), steps are counted instead of
+    micro-batches, the loss of memory is its token mean, and a run resumes at any step.
 
     Args:
         memory: Rows of earlier tasks, of the task's type: a dataset, a list, a file or a Hub id; in a plan
@@ -83,14 +83,14 @@ class KIF(Method):
         scope: One threshold over all weights, or one per tensor.
         outer_optimizer: ``"separate"``: Adam of its own; ``"shared"``: the run's optimizer; ``"none"``: memory is only
             measured.
-        outer_learning_rate: Peak rate of a separate outer learner, which follows the run's schedule; None: the run's.
+        outer_learning_rate: Peak rate of a separate outer learner, which follows the run's schedule; None: `Run.learning_rate`.
         order: Taylor terms of the sensitivity.
         importance_every: Measure every so many steps, the last one of a round always.
         uncertainty: Whether the score is importance times uncertainty (the code) or importance alone (the paper).
         old_importance: ``"recurrent"``, or the ablation ``"static"``: of old tasks measured in the first round only.
         temperature: Of ``rule="adaptive"``.
         outer_loss_scale: What the memory's loss is multiplied with.
-        memory_batch: Rows of a micro-batch of memory; None: as many as of the task.
+        memory_batch: Rows of a micro-batch of memory; None: as many as of the task. See `Run.micro_batches`.
         row_type: As in `Replay`.
         name: Prefix of the logged values.
 
@@ -160,7 +160,7 @@ class KIF(Method):
 
     @classmethod
     def published(cls, setting: str, memory: Any = None, **changes: Any) -> KIF:
-        """A published setting by name, with what differs on purpose; the names are the keys of `PUBLISHED`."""
+        """A setting of `PUBLISHED` by name, with what differs on purpose."""
         if setting not in PUBLISHED:
             raise ValueError(f"KIF.published({setting!r}): there are {', '.join(PUBLISHED)}.")
         return cls(memory, **{**PUBLISHED[setting], **changes})
@@ -168,6 +168,10 @@ class KIF(Method):
     def extra_steps(self, steps: int) -> int:
         """The outer steps."""
         return 0 if self._rows is None else steps // self.inner_steps * self.outer_steps
+
+    def extra_updates(self, steps: int) -> int:
+        """The outer steps, if the run's optimizer makes them."""
+        return self.extra_steps(steps) if self.outer_optimizer == "shared" else 0
 
     def replay(self, run: Run) -> None:
         """Tokenise the memory; nothing is mixed into the batches."""
@@ -183,9 +187,7 @@ class KIF(Method):
 
     def begin_task(self, run: Run) -> None:
         """Lay out the buffers, unless a checkpoint has filled them."""
-        if self._memory is None:
-            return
-        if not self._resumed:
+        if self._memory is not None and not self._resumed:
             self._set_up(run)
         self._resumed = False
 
@@ -256,10 +258,8 @@ class KIF(Method):
 
     def memory_bytes(self) -> int:
         """Bytes of all buffers on this process, masks and moments of the outer learner included."""
-        kept = [] if self._learner is None else list(self._learner.moments)
-        if self._sides is not None:
-            kept += [*self._sides.buffers().values(), *([] if self._sides.mask_in is None else [self._sides.mask_in])]
-        return bytes_of(kept)
+        owners = [part.kept() for part in (self._sides, self._learner) if part is not None]
+        return bytes_of([buffer for buffers in owners for buffer in buffers])
 
     def state_dict(self, run: Run) -> State:
         """Buffers by parameter name, and how far the round is."""

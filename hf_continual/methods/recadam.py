@@ -62,17 +62,20 @@ class RecAdam(Method):
     Args:
         anneal: ``"sigmoid"`` (paper), ``"linear"``, ``"constant"`` (no recall at all) or ``"none"`` (L2-SP).
         k: Steepness of the sigmoid per optimizer step; the paper searches 0.05 to 1.
-        t0: Optimizer step at which task and recall weigh the same; between 0 and 1 exclusive, a share of the
-            run. The paper's 250 is 0.4 to 19 % of its runs; before t0 little of the task is learnt.
+        t0: Update at which task and recall weigh the same; between 0 and 1 exclusive, a share of all updates of the
+            run, those included that another method adds (KIF's outer steps, if they share the optimizer). The paper's
+            250 is 0.4 to 19 % of its runs; before t0 little of the task is learnt.
         anchor_strength: gamma of the paper, for learning rates around 2e-5.
-        pull: Instead of `anchor_strength`: the share r itself at the peak learning rate, such as 0.01. LoRA's
-            learning rates need it, since r = lr * gamma. It follows the schedule of the learning rate.
+        pull: Instead of `anchor_strength`: the share r itself at the peak learning rate, such as 0.01, whatever
+            learning rate a group has. LoRA's learning rates need it, since r = lr * gamma. It follows the schedule of
+            the learning rate, and is 0 in a group whose rate is 0.
         floor: Least weight of the recall after t0, 0 to 1; 0 is the paper, where protection vanishes.
         anneal_w: Sum of both weights.
         correct_bias: Whether Adam's moments are corrected for their start.
         out_of_range: ``"error"`` or ``"clamp"`` for r outside [0, 1].
         groups: Options of single parameters: regular expression on the name -> options of the
-            optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins.
+            optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins. `t0` may be a
+            share of the run here too.
         anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near.
 
     Raises:
@@ -130,18 +133,27 @@ class RecAdam(Method):
                 raise ValueError(f"RecAdam: groups[{pattern!r}] has no option {unknown[0]!r}; known are {known}.")
             check_options({**options, **overrides})
 
-    def _options(self, max_steps: int, learning_rate: float) -> dict[str, Any]:
+    def _options(self, updates: int, learning_rate: float) -> dict[str, Any]:
         strength = 5000.0 if self.anchor_strength is None else self.anchor_strength
         return {
             "correct_bias": self.correct_bias,
             "anneal": self.anneal,
             "k": self.k,
-            "t0": self.t0 * max_steps if 0 < self.t0 < 1 else self.t0,
+            "t0": _update(self.t0, updates),
             "anneal_w": self.anneal_w,
             "anchor_strength": strength if self.pull is None else self.pull / learning_rate,
             "floor": self.floor,
             "out_of_range": self.out_of_range,
         }
+
+    def _group_options(self, overrides: dict[str, Any], updates: int) -> dict[str, Any]:
+        """Options of a group; its strength gives the same pull at its own learning rate."""
+        options = dict(overrides)
+        if "t0" in options:
+            options["t0"] = _update(options["t0"], updates)
+        if self.pull is not None and options.get("lr"):
+            options.setdefault("anchor_strength", self.pull / options["lr"])
+        return options
 
     def optimizer(self, run: Run) -> OptimizerChoice:
         """RecAdam with the betas, epsilon and weight decay of the training arguments."""
@@ -149,12 +161,15 @@ class RecAdam(Method):
         defaults = run.optimizer_defaults()
         if self.pull is not None and defaults["lr"] <= 0:
             raise ValueError(f"RecAdam(pull={self.pull}) is relative to the learning rate, which is {defaults['lr']}.")
-        if 0 < self.t0 < 1 and not run.max_steps:
-            raise ValueError(f"RecAdam(t0={self.t0}) is a share of the run, whose length is not known before train().")
+        shares = [t0 for t0 in (self.t0, *(g.get("t0", 0) for g in self.groups.values())) if 0 < t0 < 1]
+        if shares and not run.max_steps:
+            raise ValueError(
+                f"RecAdam(t0={shares[0]}) is a share of the run, whose length is not known before train()."
+            )
+        updates = run.max_steps + run.extra_updates if shares else 0
         adam = {key: defaults[key] for key in ("lr", "betas", "eps")}
-        return OptimizerChoice(
-            RecAdamOptimizer, {**adam, **self._options(run.max_steps, defaults["lr"])}, tuple(self.groups.items())
-        )
+        groups = tuple((pattern, self._group_options(given, updates)) for pattern, given in self.groups.items())
+        return OptimizerChoice(RecAdamOptimizer, {**adam, **self._options(updates, defaults["lr"])}, groups)
 
     def begin_task(self, run: Run) -> None:
         """Check that something is anchored, and say to what and how strongly."""
@@ -168,21 +183,28 @@ class RecAdam(Method):
         if self.anchor != "start":
             for name, tensor in read_named(self.anchor, None, named).items():
                 optimizer.state[named[name]]["anchor"] = _like(tensor, named[name])
-        options = optimizer.param_groups[0]
-        steps = run.max_steps
-        late = recall_schedule(self.anneal, steps, options["k"], options["t0"], self.anneal_w)
-        if self.anneal_w and late < 0.5 * self.anneal_w:
-            logger.warning(
-                "recadam: after all %d steps the task weighs only %.3g of %g (anneal=%r, k=%g, t0=%g): hardly anything "
-                "will be learnt. Give t0 as a share of the run, such as t0=0.2.",
-                steps, late, self.anneal_w, self.anneal, options["k"], options["t0"],
-            )  # fmt: skip
+        self._say(run, named)
+
+    def _say(self, run: Run, named: dict[str, torch.nn.Parameter]) -> None:
+        """Log what is anchored and how strongly, and warn of a group that will hardly learn."""
+        groups = [g for g in self._optimizer(run).param_groups if g["anneal_w"] > 0]
+        updates = run.max_steps + run.extra_updates
+        for group in groups:
+            late = recall_schedule(group["anneal"], updates, group["k"], group["t0"], group["anneal_w"])
+            if late < 0.5 * group["anneal_w"]:
+                logger.warning(
+                    "recadam: after all %d steps the task weighs only %.3g of %g (anneal=%r, k=%g, t0=%g): hardly "
+                    "anything will be learnt. Give t0 as a share of the run, such as t0=0.2.",
+                    updates, late, group["anneal_w"], group["anneal"], group["k"], group["t0"],
+                )  # fmt: skip
+                break
+        peaks = [g.get("initial_lr", g["lr"]) * g["anchor_strength"] * max(g["anneal_w"], g["floor"]) for g in groups]
         logger.info(
             "recadam: %d tensors with %d parameters stay near %s%s; r is at most %.3g at the peak learning rate.",
             len(named), sum(p.numel() for p in named.values()),
             "their values at the start" if self.anchor == "start" else self.anchor,
             " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
-            run.learning_rate * options["anchor_strength"] * max(self.anneal_w, self.floor),
+            max(peaks),
         )  # fmt: skip
 
     def state_dict(self, run: Run) -> State:
@@ -224,6 +246,11 @@ class RecAdam(Method):
         groups = [g for g in self._optimizer(run).param_groups if g["anneal_w"] > 0]
         members = {id(p) for group in groups for p in group["params"]}
         return {name: p for name, p in run.named_parameters().items() if id(p) in members}
+
+
+def _update(t0: float, updates: int) -> float:
+    """The update that t0 means in a run of so many."""
+    return t0 * updates if 0 < t0 < 1 else t0
 
 
 def _like(tensor: Tensor, p: Tensor) -> Tensor:

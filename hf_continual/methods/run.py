@@ -52,8 +52,12 @@ class Run(Protocol):
         """Optimizer steps of this run in all; 0 before training starts."""
 
     @property
+    def extra_updates(self) -> int:
+        """Updates of the run's optimizer in all that methods make on top of its steps, see `Method.extra_updates`."""
+
+    @property
     def learning_rate(self) -> float:
-        """Peak learning rate of the run."""
+        """Peak learning rate of the run; where parameter groups differ, of the optimizer's default or largest group."""
 
     @property
     def seed(self) -> int:
@@ -73,7 +77,11 @@ class Run(Protocol):
 
     @property
     def schedule(self) -> float:
-        """The current learning rate over its peak."""
+        """The factor of the schedule: the current learning rate of the same group over its peak."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a micro-batch of the task, as lowered by `auto_find_batch_size`."""
 
     def optimizer_defaults(self) -> dict[str, Any]:
         """`lr`, `betas`, `eps` and `weight_decay` as the training arguments have them."""
@@ -92,12 +100,13 @@ class Run(Protocol):
         """Tokenise rows as the task's rows were; `name` is who asks, for messages."""
 
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
-        """Collated batches of tokenised rows on the device, in order."""
+        """Collated batches of tokenised rows on the device, in order; `batch_size` as in `micro_batches`."""
 
     def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
         """This process's micro-batches of the `step`-th optimizer step over tokenised rows, shuffled anew each pass.
 
         A pure function of the run's seed and `step`; two processes take what one with twice the accumulation takes.
+        Where `auto_find_batch_size` has lowered the task's batches, a `batch_size` is lowered by the same share.
         """
 
     def loss(self, batch: Batch) -> Tensor:

@@ -20,6 +20,10 @@ class FlatAdam:
         self.flat, self.betas, self.eps, self.t = flat, betas, eps, 0
         self.moments = [flat.zeros(), flat.zeros()]
 
+    def kept(self) -> list[torch.Tensor]:
+        """Every tensor that is kept."""
+        return self.moments
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move the weights along their gradients.

@@ -63,6 +63,10 @@ class TwoSides:
         kept = {f"{side}.{name}": b for side, held in sides.items() for name, b in zip(names, held, strict=False)}
         return {"anchor": self.anchor, **kept}
 
+    def kept(self) -> list[Tensor]:
+        """Every tensor that is kept now, the mask included."""
+        return [*self.buffers().values(), *(() if self.mask_in is None else (self.mask_in,))]
+
     @torch.no_grad()
     def record(self, side: list[Tensor]) -> None:
         """Take the gradients of a step into the averages of a side; a step that is not finite leaves no trace.

@@ -1,7 +1,8 @@
-"""Parameter groups for an optimizer that a method brings."""
+"""Parameter groups for an optimizer that a method brings, and the check that an optimizer holds what is trained."""
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_continual.methods.base import OptimizerChoice
+
+logger = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -54,3 +57,39 @@ def parameter_groups(
                 f"{', '.join(names[:3])}. It is a regular expression searched in the parameter's name."
             )
     return list(groups.values())
+
+
+def check_holds_trained(model: nn.Module, optimizer: Any, given: bool) -> None:
+    """Refuse an optimizer that lacks a trainable parameter: it would get gradients and never move.
+
+    Surgery on the model (an untied head, a new adapter, a layer unfrozen) leaves an optimizer behind that was built
+    before it. Parameters that left the model are logged: they get no gradient, so they only take memory.
+
+    Args:
+        model: The unwrapped model.
+        optimizer: The live optimizer, without accelerate's wrapper.
+        given: Whether it came as an object; one that the trainer made may hold no parameter of the model at all, such
+            as transformers' stand-in for optimizers per layer.
+
+    Raises:
+        ValueError: If a trainable parameter is missing; names the first three.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    if not given and not held & {id(p) for p in named.values()}:
+        return
+    if missing:
+        raise ValueError(
+            f"The optimizer ({type(optimizer).__name__}) lacks {len(missing)} of {len(trained)} trainable parameters, such "
+            f"as {', '.join(missing[:3])}: it was built before they became part of the model or trainable, so they would "
+            f"never move. Give the class instead, which the trainer builds after all changes to the model: "
+            f"optimizer_cls_and_kwargs=({type(optimizer).__name__}, {{'lr': ...}}). If they are not to be trained, set "
+            f"requires_grad=False on them."
+        )
+    if left := len(held - {id(p) for p in named.values()}):
+        logger.warning(
+            "%d parameters of the optimizer (%s) are not part of the model, or no longer: they get no gradient from it.",
+            left, type(optimizer).__name__,
+        )  # fmt: skip

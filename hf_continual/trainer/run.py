@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
 from hf_continual.trainer import aside, checks
+from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class TrainerRun:
 
     @property
     def model(self) -> nn.Module:
-        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
+        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)  # pyrefly: ignore[bad-return]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -50,8 +51,12 @@ class TrainerRun:
         return max(self._trainer.state.max_steps, 0)
 
     @property
+    def extra_updates(self) -> int:
+        return sum(method.extra_updates(self.max_steps) for method in self._trainer.methods)
+
+    @property
     def learning_rate(self) -> float:
-        return self._trainer.args.learning_rate
+        return self._peak_and_factor()[0]
 
     @property
     def seed(self) -> int:
@@ -80,8 +85,22 @@ class TrainerRun:
 
     @property
     def schedule(self) -> float:
-        scheduler, peak = self._trainer.lr_scheduler, self._trainer.args.learning_rate
-        return float(scheduler.get_last_lr()[0]) / peak if scheduler is not None and peak else 1.0
+        return self._peak_and_factor()[1]
+
+    def _peak_and_factor(self) -> tuple[float, float]:
+        if self._trainer.optimizer is None:
+            return self._trainer.args.learning_rate, 1.0
+        return peak_and_factor(self.optimizer, self._trainer.lr_scheduler)
+
+    @property
+    def batch_size(self) -> int:
+        # `auto_find_batch_size` lowers the trainer's own number and leaves the argument as it was given.
+        return max(self._trainer._train_batch_size // max(self._trainer.args.n_gpu, 1), 1)
+
+    def _rows_per_batch(self, asked: int | None) -> int:
+        """The live batch size; of a size that was asked for the same share that the device had room for."""
+        given = self._trainer.args.per_device_train_batch_size
+        return self.batch_size if asked is None else max(asked * min(self.batch_size, given) // given, 1)
 
     def optimizer_defaults(self) -> dict[str, Any]:
         args = self._trainer.args
@@ -107,14 +126,14 @@ class TrainerRun:
         return prepared
 
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
-        size = batch_size or self._trainer.args.per_device_train_batch_size
+        size = self._rows_per_batch(batch_size)
         kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
         for start in range(0, len(rows), size):
             yield self._collated(kept, range(start, min(start + size, len(rows))))
 
     def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
         args = self._trainer.args
-        size = batch_size or args.per_device_train_batch_size
+        size = self._rows_per_batch(batch_size)
         kept: Any = rows.select_columns(["input_ids", "labels"])
         slots = args.gradient_accumulation_steps * args.world_size
         mine = []

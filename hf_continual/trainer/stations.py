@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from hf_continual.trainer.rates import remember_peaks
+
 if TYPE_CHECKING:
     from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -30,8 +32,10 @@ class Stations(TrainerCallback):
         """Everything is wrapped and loaded."""
         if self.trainer.mixer is not None and state.global_step == 0:
             self.trainer.mixer.reset()
+        remember_peaks(self.trainer.run.optimizer)
         for method in self.trainer.methods:
             method.begin_task(self.trainer.run)
+        self.trainer.check_optimizer()
         self.params = self.trainer.run.named_parameters() if self.editing else {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

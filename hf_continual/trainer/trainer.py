@@ -25,7 +25,7 @@ from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.mixer import ReplayMixer
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
-from hf_continual.trainer.optimizer import parameter_groups
+from hf_continual.trainer.optimizer import check_holds_trained, parameter_groups
 from hf_continual.trainer.publishing_trainer import PublishingTrainer
 from hf_continual.trainer.rows import check_row_type
 from hf_continual.trainer.run import TrainerRun
@@ -170,6 +170,9 @@ class ContinualTrainer(PublishingTrainer):
         self.mixer = self._mixer()
         for method in self.methods:
             method.prepare_model(self.run.model, self.run.task)
+        self._given_optimizer = self.optimizer
+        if self.optimizer is not None:
+            self.check_optimizer()
         if self.mixer or any(method.reads_forward() for method in self.methods):
             self.tap = ForwardTap(self.run.model, self.methods.taps)
         self.add_callback(Stations(self))
@@ -234,6 +237,14 @@ class ContinualTrainer(PublishingTrainer):
         groups = parameter_groups(model, choice, self.get_decay_parameter_names(model), self.args.weight_decay)
         self.optimizer = choice.cls(groups, **choice.kwargs)
         return self.optimizer
+
+    def check_optimizer(self) -> None:
+        """Refuse an optimizer that lacks a trainable parameter; DeepSpeed and FSDP1 flatten parameters, so not there."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        flattened = self.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1)
+        if not flattened:
+            live = self.run.optimizer
+            check_holds_trained(self.run.model, live, given=live is self._given_optimizer)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """SFTTrainer's, counting tokens on the way when replay needs to know them."""

@@ -18,6 +18,7 @@ class FakeRun:
         self.task, self.step, self.seed = Task(index=task), 0, 0
         self.device, self.is_sharded = torch.device("cpu"), False
         self.optimizer: Any = None
+        self.extra_updates = 0
 
     autocast_dtype = None
 
