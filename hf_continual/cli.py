@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -100,15 +101,24 @@ def methods() -> None:
     Console().print(table)
 
 
+def _said(error: Exception) -> str:
+    """The message of an error; of one that this library does not raise itself, also where it came from."""
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
+
+
 def main() -> None:
-    """Run the command line; known errors are printed as one message with exit code 2, a push that failed with 3."""
+    """Run the command line. Exit code 0: done. 2: an error, printed as one message. 3: a push that failed."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if DEBUG["on"]:
             raise
         Console(stderr=True).print(
-            Text.assemble((type(error).__name__, "bold red"), f": {error}"), highlight=False, soft_wrap=True
+            Text.assemble((type(error).__name__, "bold red"), f": {_said(error)}"), highlight=False, soft_wrap=True
         )
         sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)
     finally:

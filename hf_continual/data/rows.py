@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".txt": "text",
-}
+from hf_continual.data.row_files import READERS, FileRows, read_row_file
+from hf_continual.data.row_values import TEXTUAL, check_values
+from hf_continual.durable import DamagedFile
 
 
-def load_rows(source: Dataset | str | Path | Sequence[dict[str, Any]], split: str = "train") -> Dataset:
+def load_rows(
+    source: Dataset | str | Path | Sequence[dict[str, Any]],
+    split: str = "train",
+    checked: Sequence[str] | None = None,
+) -> Dataset:
     """Read rows from what a user names.
 
     Args:
@@ -28,6 +28,8 @@ def load_rows(source: Dataset | str | Path | Sequence[dict[str, Any]], split: st
             ``.parquet``, ``.csv`` or ``.txt`` file; the folder of a saved dataset; or the id of a
             dataset on the Hub, ``owner/name``, with ``:configuration`` and ``@revision`` behind it.
         split: Split to read where the source has several.
+        checked: Columns whose values must be text or messages, see `check_values`; by default those of a file are
+            checked, and rows from memory are not.
 
     Returns:
         The rows, at least one.
@@ -35,19 +37,23 @@ def load_rows(source: Dataset | str | Path | Sequence[dict[str, Any]], split: st
     Raises:
         FileNotFoundError: If a path is named that does not exist.
         TypeError: If the source is none of the above, such as a streaming dataset.
-        ValueError: If the file type is unknown, the split is missing, or there is no row.
+        ValueError: If the file type is unknown, the split is missing, there is no row, or a row holds something
+            else than it should; names the file, the line and what stands there.
     """
+    places = None
     if isinstance(source, Dataset):
         rows = source
     elif isinstance(source, str | Path):
-        rows = _read(str(source), split)
+        found = _read(str(source), split)
+        rows, places = found.rows, found.places
     elif isinstance(source, Sequence):
         if not all(isinstance(row, dict) for row in source):
             kinds = sorted({type(row).__name__ for row in source})
             raise TypeError(
                 f"rows given as a list must be dictionaries such as {{'text': ...}}, got {', '.join(kinds)}."
             )
-        rows = Dataset.from_list(list(source))
+        names = list(dict.fromkeys(name for row in source for name in row))
+        rows = Dataset.from_dict({name: [row.get(name) for row in source] for name in names}, on_mixed_types="use_json")
     else:
         raise TypeError(
             f"rows must be a datasets.Dataset, a list of dictionaries, a path or a Hub id, got "
@@ -56,27 +62,29 @@ def load_rows(source: Dataset | str | Path | Sequence[dict[str, Any]], split: st
         )
     if len(rows) == 0:
         raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
+    named = str(source) if isinstance(source, str | Path) else None
+    check_values(rows, named or "rows in Python", (TEXTUAL if named else ()) if checked is None else checked, places)
     return rows
 
 
-def _read(source: str, split: str) -> Dataset:
+def _read(source: str, split: str) -> FileRows:
     path = Path(source).expanduser()
     if path.is_dir():
-        loaded = load_from_disk(str(path))
+        try:
+            loaded = load_from_disk(str(path))
+        except Exception as error:
+            # A folder that is damaged, or none of a dataset, is met as one of many errors.
+            said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            raise DamagedFile(f"{source!r} cannot be read as a saved dataset: {said}. Save it again.") from error
         if isinstance(loaded, DatasetDict):
             if split not in loaded:
                 raise ValueError(f"{source!r} has the splits {', '.join(map(str, loaded))} and none called {split!r}.")
-            return loaded[split]
-        return loaded
+            return FileRows(loaded[split])
+        return FileRows(loaded)
     if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(
-                f"{source!r}: files of type {path.suffix or 'no suffix'!r} cannot be read, only "
-                f"{', '.join(READERS)}. Convert it, or pass a datasets.Dataset."
-            )
         if path.stat().st_size == 0:
             raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        return read_row_file(path)
     if path.suffix in READERS or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise FileNotFoundError(
             f"{source!r} does not exist (looked in {Path.cwd()}). Name an existing file or folder, or a "
@@ -84,7 +92,7 @@ def _read(source: str, split: str) -> Dataset:
         )
     name, _, revision = source.partition("@")
     name, _, configuration = name.partition(":")
-    return load_dataset(name, configuration or None, split=split, revision=revision or None)
+    return FileRows(load_dataset(name, configuration or None, split=split, revision=revision or None))
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from dataclasses import replace
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_continual.durable import read_json, write_json, write_text
+from hf_continual.durable import DamagedFile, read_json, write_json, write_text
 from hf_continual.hub.card import render_card
 from hf_continual.hub.facts import CONFIG, RESULTS, CardFacts, MergeFacts
 from hf_continual.hub.folder_facts import evaluation_to
@@ -52,8 +53,10 @@ def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
     drawn = {"forgetting": FORGETTING, "matrix": MATRIX} if len(evaluation.tasks) > 1 else {"matrix": MATRIX}
     results = folder / RESULTS
     if all((folder / name).is_file() for name in drawn.values()) and results.is_file():
-        if read_json(results) == evaluation_to(evaluation):
-            return drawn
+        # A damaged file stands for no picture, and is written again after this.
+        with contextlib.suppress(DamagedFile):
+            if read_json(results) == evaluation_to(evaluation):
+                return drawn
     from hf_continual.plots import plot_matrix, plot_stages
 
     (folder / "plots").mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_json, write_json
+from hf_continual.durable import DamagedFile, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 RECORD = Path("continual") / "published.json"
 
@@ -13,7 +16,13 @@ RECORD = Path("continual") / "published.json"
 def read_published(folder: Path) -> dict[str, Any]:
     """What the last push of a folder wrote down; empty where there was none, or the weights are others since."""
     file = folder / RECORD
-    record = read_json(file) if file.is_file() else {}
+    try:
+        record = read_json(file) if file.is_file() else {}
+    except DamagedFile as error:
+        logger.warning("%s The folder counts as not published until it is pushed again.", error)
+        record = {}
+    if not isinstance(record, dict):
+        return {}
     return record if record.get("weights") == _weights(folder) else {}
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from hf_continual.data.replay import ReplayRows, RowType
+from hf_continual.data.row_values import TEXTUAL
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, Run
 from hf_continual.paper import Paper
@@ -93,7 +94,7 @@ class Replay(Method):
         if not self.name or "/" in self.name:
             raise ValueError(f"Replay(name={self.name!r}) must be a non-empty word without '/'.")
         # Reading now: a wrong path must fail before a model is loaded, not after.
-        self._rows = load_rows(self.rows)
+        self._rows = load_rows(self.rows, checked=TEXTUAL)
 
     def replay(self, run: Run) -> ReplayRows:
         """The rows, with their share and weight."""

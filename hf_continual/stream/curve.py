@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_continual.durable import read_json, write_json
+from hf_continual.durable import DamagedFile, read_checked, write_checked
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
 
@@ -47,7 +47,7 @@ class Curve(TrainerCallback):
     def _point(self, step: int) -> None:
         if step not in self.steps or not self.trainer.is_world_process_zero():
             return
-        points = read_json(self.file) if self.file.is_file() else {}
+        points = _points(self.file)
         if str(step) in points:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -55,10 +55,21 @@ class Curve(TrainerCallback):
         for task in self.tasks:
             scored = self.prepared.scorers[task.name](model, self.prepared.tokenizer, task.test)
             point[task.name] = {"value": scored.score.value, "nll": None if scored.nll is None else scored.nll.value}
-        write_json(self.file, {**points, str(step): point})
+        write_checked(self.file, {**points, str(step): point})
 
 
 def read_curve(folder: Path) -> dict[str, Any]:
     """The points of a finished task by step; empty where there are none."""
-    file = folder / CURVE
-    return dict(sorted(read_json(file).items(), key=lambda item: int(item[0]))) if file.is_file() else {}
+    return dict(sorted(_points(folder / CURVE).items(), key=lambda item: int(item[0])))
+
+
+def _points(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return read_checked(file)
+    except DamagedFile as error:
+        raise DamagedFile(
+            f"{error} The scores that were taken during training are lost and cannot be taken again. Delete {file} to run "
+            f"without them, or its task's folder {file.parents[1]} to train the task again."
+        ) from error

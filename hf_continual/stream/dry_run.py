@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import Method
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
@@ -129,9 +130,10 @@ def _memory_here() -> int:
 def _on_paper(prepared: Prepared) -> tuple[Any, int, float]:
     """The model with its adapters on the meta device, its parameters and the bytes of its weights."""
     plan = prepared.plan
-    config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with loading(plan.model.path, "the base model"):
+        config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in model.parameters())
     dtype = (
         str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 ``OUT/task-00-NAME/`` is complete: model, ``continual/task.json`` and ``continual/scores.json``. Until then the task
 lives in ``task-00-NAME.partial``: checkpoints while it is trained, ``continual/trained.json`` once its model is
-saved, then one score after the other. A process that starts again goes on behind the last of these.
+saved, then one score after the other. A process that starts again resumes after the last of these that is whole.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Protocol, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_continual.durable import read_json, write_json, write_lines
+from hf_continual.durable import DamagedFile, read_checked, write_checked
 from hf_continual.evaluation.result import Scored
 from hf_continual.metrics import AccuracyMatrix
+from hf_continual.stream.saved import changed_files, saved_files
+from hf_continual.stream.scores import PARTIAL, SCORES, keep_score, read_scores, read_stage
 from hf_continual.tasks import Task, TaskStream
 
 logger = logging.getLogger(__name__)
 
-SCORES = Path("continual") / "scores.json"
 TRAINED = Path("continual") / "trained.json"
 MEMORY = Path("continual") / "memory.jsonl"
-PREDICTIONS = "predictions"
 
 Value = TypeVar("Value")
 
@@ -77,17 +77,23 @@ def train_tasks(stream: TaskStream, output_dir: Path, learner: Learner) -> Accur
 
 def learn_task(task: Task, parent: Path | None, output_dir: Path, learner: Learner) -> None:
     """Train and score one task, from wherever an earlier attempt was interrupted."""
-    done, partial = output_dir / task.folder, output_dir / f"{task.folder}.partial"
+    done, partial = output_dir / task.folder, output_dir / f"{task.folder}{PARTIAL}"
     finished = main_decides(done.is_dir)
     if finished:
         logger.info("%s: trained already", task.name)
-    elif main_decides((partial / TRAINED).is_file):
+        if PartialState().is_main_process and read_trained(done) is None:
+            facts = {"name": task.name, "index": task.index, "parent": parent.name if parent else None, "steps": None}
+            write_checked(done / TRAINED, facts)
+    elif main_decides(lambda: (partial / TRAINED).is_file() and read_trained(partial) is not None):
         logger.info("%s: trained already, scores are missing", task.name)
     else:
+        if PartialState().is_main_process:
+            (partial / SCORES).unlink(missing_ok=True)  # of a model that is not known any more
+        check_saved(parent)
         facts = learner.learn(task, parent, partial)
         wait()
         if PartialState().is_main_process:
-            write_json(partial / TRAINED, facts)
+            write_checked(partial / TRAINED, {**facts, "files": saved_files(partial)})
         wait()
     score_stage(done if finished else partial, task.folder, learner.columns(task), output_dir, learner)
     if not finished:
@@ -121,55 +127,60 @@ def score_stage(
         if PartialState().is_main_process:
             keep_score(folder, stage, output_dir, next(t for t in tasks if t.name == name), scored)
 
+    check_saved(None if base else folder)
     learner.score(None if base else folder, [t for t in tasks if t.name in missing], keep)
     wait()
 
 
-def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: Scored) -> None:
-    """Write predictions, then the score that rests on them."""
-    from hf_continual.evaluation.prompts import prompt_hash
+def read_trained(folder: Path) -> dict[str, Any] | None:
+    """What was noted when a task's model was saved.
 
-    rows = task.test if task.test is not None else [{} for _ in scored.rows]
-    lines = [
-        {
-            "row_id": i, "prompt_hash": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference,
-            "score": r.score, **({"weight": r.weight} if r.weight != 1 else {}), **r.also,
-        }
-        for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))
-    ]  # fmt: skip
-    write_lines(predictions_file(output_dir, stage, task.name), lines)
-    entry = scored.score.to_dict()
-    if scored.nll is not None and not scored.lower_is_better:
-        entry["nll"] = scored.nll.to_dict()
-    write_json(folder / SCORES, {**read_stage(folder), task.name: entry})
-    logger.info(
-        "%s: %s = %.4f", stage, task.name, scored.score.value if scored.score.value is not None else float("nan")
-    )
+    Args:
+        folder: The task's folder.
 
-
-def keep_error(folder: Path, name: str, protocol: str, error: str) -> None:
-    """Write that an evaluation failed; it is measured again by the next attempt."""
-    entry = {"value": None, "n": 0, "protocol": protocol, "status": "ERROR", "error": error}
-    write_json(folder / SCORES, {**read_stage(folder), name: entry})
+    Returns:
+        The facts; None, with a warning, where they are lost. Until the task is scored, its model then does not count
+        as saved and training resumes from its last checkpoint; after that only the number of steps is not known.
+    """
+    try:
+        return read_checked(folder / TRAINED)
+    except FileNotFoundError:
+        problem = f"{folder / TRAINED} is missing."
+    except DamagedFile as error:
+        problem = str(error)
+    lost = "training resumes from the last checkpoint" if folder.name.endswith(PARTIAL) else "its steps are not known"
+    logger.warning("%s %s.", problem, lost.capitalize())
+    return None
 
 
-def predictions_file(output_dir: Path, stage: str, task: str) -> Path:
-    """Where the predictions of a moment on a task are kept."""
-    return output_dir / PREDICTIONS / f"{stage}.{task.replace(' ', '-')}.jsonl"
+def check_saved(folder: Path | None) -> None:
+    """Refuse a task's model that is not the one that was saved, before it is scored or trained on top of.
+
+    Args:
+        folder: The task's folder; None is the base model, which the plan's record checks.
+
+    Raises:
+        DamagedFile: If a file is missing or was changed since.
+    """
+    if folder is None:
+        return
+
+    def said() -> str | None:
+        try:
+            check_unchanged(folder)
+        except DamagedFile as error:
+            return str(error)
+        return None
+
+    if refused := main_decides(said):
+        raise DamagedFile(refused)
 
 
-def read_stage(folder: Path) -> dict[str, Any]:
-    """The scores of a moment by name; empty where there are none."""
-    file = folder / SCORES
-    return read_json(file) if file.is_file() else {}
-
-
-def read_scores(stream: TaskStream, output_dir: Path) -> list[list[float | None]]:
-    """The rows of the accuracy matrix of the tasks that are finished."""
-    rows: list[list[float | None]] = []
-    for task in stream:
-        scores = read_stage(output_dir / task.folder)
-        if not scores:
-            break
-        rows.append([scores.get(t.name, {}).get("value") for t in stream])
-    return rows
+def check_unchanged(folder: Path) -> None:
+    """As `check_saved`, of this process alone."""
+    facts = (read_trained(folder) or {}) if (folder / TRAINED).is_file() else {}
+    if found := changed_files(facts.get("files", {}), folder) if "files" in facts else []:
+        raise DamagedFile(
+            f"{folder} does not hold the model that was saved there: {'; '.join(found)}. Put the files back from a copy; or delete "
+            f"{folder} and the folders of the tasks that were trained on top of it, and the same command trains them again."
+        )

@@ -20,9 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 from hf_continual.durable import write_lines
 from hf_continual.evaluation.result import Scored
 from hf_continual.stream.curve import CURVE, Curve
-from hf_continual.stream.folders import MEMORY, SCORES, keep_error, wait
+from hf_continual.stream.folders import MEMORY, check_unchanged, wait
 from hf_continual.stream.models import EARLIER, is_adapter, load_finished, load_for_training
 from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.scores import SCORES, keep_error
 from hf_continual.tasks import Task
 from hf_continual.tensors.concatenate import concatenate_adapters
 from hf_continual.trainer.state import last_complete_checkpoint
@@ -112,7 +113,10 @@ class PlanLearner:
         if merge.start == "merged":
             models = [] if parent is None else [parent]
         else:
-            models = [self.output_dir / t.folder / BEFORE_MERGE for t in self.prepared.stream.lineage(task)[:-1]]
+            earlier = [self.output_dir / t.folder for t in self.prepared.stream.lineage(task)[:-1]]
+            for model in earlier:
+                check_unchanged(model)
+            models = [model / BEFORE_MERGE for model in earlier]
         if not models:
             logger.info("%s: the first of its line, there is nothing to merge it with", task.name)
             _copy_files(trained, folder)

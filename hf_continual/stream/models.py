@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
+from hf_continual.hub.damaged import loading
 from hf_continual.stream.plan import ModelPlan, Plan
 
 ADAPTER = "adapter_config.json"
@@ -36,7 +36,33 @@ def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
             options["device_map"] = {"": PartialState().local_process_index}
     if folder is None:
         options["revision"] = model.revision
-    return AutoModelForCausalLM.from_pretrained(model.path if folder is None else folder, **options)
+    if folder is None:
+        with loading(model.path, "the base model"):
+            return AutoModelForCausalLM.from_pretrained(model.path, **options)
+    with loading(folder, "the model of a task", _again(Path(folder))):
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def load_adapter(base: Any, folder: Path, **options: Any) -> PeftModel:
+    """A task's adapter on its base model.
+
+    Args:
+        base: The base model.
+        folder: The task's folder.
+        **options: As `PeftModel.from_pretrained` takes them.
+
+    Returns:
+        The model with the adapter.
+    """
+    with loading(folder, "the adapter of a task", _again(folder)):
+        config = PeftConfig.from_pretrained(str(folder))
+        # Where the base was when the adapter was trained; it may have moved since, and PEFT looks into it.
+        config.base_model_name_or_path = base.name_or_path
+        return PeftModel.from_pretrained(base, folder, config=config, **options)
+
+
+def _again(folder: Path) -> str:
+    return f"Delete {folder} and the folders of the tasks that were trained on top of it: the same command trains them again."
 
 
 def is_adapter(folder: Path) -> bool:
@@ -49,7 +75,7 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
     if folder is None:
         model = load_base(plan.model)
     elif is_adapter(folder):
-        model = PeftModel.from_pretrained(load_base(plan.model), folder)
+        model = load_adapter(load_base(plan.model), folder)
     else:
         model = load_base(plan.model, folder)
     model = model.eval()
@@ -82,8 +108,8 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
         )
     base = load_base(plan.model)
     if plan.between_tasks != "new_adapter":
-        return PeftModel.from_pretrained(base, parent, is_trainable=True), None, []
-    model = PeftModel.from_pretrained(base, parent, adapter_name=EARLIER)
+        return load_adapter(base, parent, is_trainable=True), None, []
+    model = load_adapter(base, parent, adapter_name=EARLIER)
     model.add_adapter("default", config)
     both = BothAdapters()
     both.activate(model)
@@ -108,8 +134,3 @@ class BothAdapters(TrainerCallback):
         """After a checkpoint was loaded."""
         inner = model.module if hasattr(model, "module") else model
         self.activate(inner)
-
-
-def base_of(folder: Path) -> str:
-    """What an adapter's configuration names as its base model."""
-    return json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 from hf_continual.data.biography import biography_rows
 from hf_continual.data.buffer import Memory
 from hf_continual.data.columns import check_columns, cut_prompts, map_columns, take, without_options
+from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_lines
 from hf_continual.evaluation.table import Scorer, build_scorer, columns_of, with_labels
+from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
@@ -106,7 +108,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
     Raises:
         PlanError: If something of it cannot be used; says where.
     """
-    with _at(where, ("model",)):
+    with _at(where, ("model",)), loading(plan.model.tokenizer or plan.model.path, "the tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             plan.model.tokenizer or plan.model.path, revision=plan.model.revision
         )
@@ -118,12 +120,12 @@ def prepare(plan: Plan, where: Where) -> Prepared:
     for i, task in enumerate(plan.tasks):
         metric = plan.evaluation.metric if task.metric is None else task.metric
         place: tuple[Key, ...] = ("evaluation", "metric") if task.metric is None else ("tasks", i, "metric")
-        train = _rows(task, "train", plan, tokenizer, where, i)
+        train = _rows(task, "train", plan, tokenizer, where, i, (*TEXTUAL, "input_ids"))
         test = None
         if task.test is not None:
             with _at(where, place):
                 build_scorer(metric, plan.evaluation.batch_size)
-            test = _rows(task, "test", plan, tokenizer, where, i)
+            test = _rows(task, "test", plan, tokenizer, where, i, columns_of(metric))
             with _at(where, place if task.metric is not None else ("tasks", i, "columns" if task.columns else "test")):
                 check_columns(test, columns_of(metric), f"scoring task {task.name!r}")
                 scorers[task.name] = build_scorer(with_labels(metric, test), plan.evaluation.batch_size)
@@ -137,8 +139,11 @@ def prepare(plan: Plan, where: Where) -> Prepared:
             scorers[name] = build_scorer(gauge.metric)
             rows = None
             if gauge.rows is not None:
-                rows = take(_load(gauge.rows, gauge.split), gauge.limit, plan.data_seed)
-                rows = map_columns(rows, gauge.columns) if gauge.columns else rows
+                checked = () if gauge.columns else columns_of(gauge.metric)
+                rows = take(_load(gauge.rows, gauge.split, checked), gauge.limit, plan.data_seed)
+                if gauge.columns:
+                    rows = map_columns(rows, gauge.columns)
+                    check_values(rows, f"the gauge {name!r}, after its columns were mapped", columns_of(gauge.metric))
                 check_columns(rows, columns_of(gauge.metric), f"the gauge {name!r}")
             elif columns_of(gauge.metric):
                 raise ValueError(f"the gauge {name!r} needs rows. Name a file or a Hub id: rows: general.jsonl")
@@ -212,16 +217,19 @@ def _check_parents(plan: Plan, where: Where) -> None:
         raise where.error(("tasks", about, "parent"), str(error)) from error
 
 
-def _rows(task: TaskPlan, which: str, plan: Plan, tokenizer: Any, where: Where, index: int) -> Dataset:
-    """The rows of a task as they are learnt or scored."""
+def _rows(
+    task: TaskPlan, which: str, plan: Plan, tokenizer: Any, where: Where, index: int, wanted: Sequence[str]
+) -> Dataset:
+    """The rows of a task as they are learnt or scored, with the `wanted` columns checked."""
     path = ("tasks", index)
     source, split = (task.train, task.split) if which == "train" else (task.test, task.test_split)
     with _at(where, (*path, which)):
-        rows = _load(source, split)
+        rows = _load(source, split, () if task.columns else wanted)
     rows = take(rows, task.train_rows if which == "train" else task.test_rows, plan.data_seed)
     if task.columns:
         with _at(where, (*path, "columns")):
             rows = map_columns(rows, task.columns, task.labels)
+            check_values(rows, f"{_named(source)}, after its columns were mapped", wanted)
     elif task.labels:
         raise where.error(
             (*path, "labels"), "labels name the classes of a column; say which with columns: {completion: ' {label}'}."
@@ -245,14 +253,14 @@ def _check_trainable(rows: Dataset, name: str) -> None:
         check_columns(rows, ("prompt", "completion"), f"training task {name!r} on answers")
 
 
-def _load(source: Any, split: str) -> Dataset:
+def _load(source: Any, split: str, checked: Sequence[str]) -> Dataset:
     if isinstance(source, Mapping):
         if list(source) != ["biography"] or not isinstance(source["biography"], Mapping):
             raise ValueError(
                 f"rows are a path, a Hub id, a list of rows, or {{biography: {{...}}}}; got {dict(source)!r}."
             )
         return biography_rows(**source["biography"])
-    return load_rows(source, split)
+    return load_rows(source, split, checked)
 
 
 def fingerprint(rows: Dataset | Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:

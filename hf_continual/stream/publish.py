@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_continual.durable import read_json
 from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, TaskFacts
 from hf_continual.hub.files import installed_versions, write_card
 from hf_continual.hub.refs import ModelRef, is_hub_id, loaded_ref, model_ref
-from hf_continual.stream.folders import TRAINED, read_stage
+from hf_continual.stream.folders import read_trained
 from hf_continual.stream.models import is_adapter
 from hf_continual.stream.results import BASE_FOLDER
+from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
 from hf_continual.trainer.facts import method_facts, settings_of
 
@@ -64,7 +64,7 @@ def stage_facts(
             )
         )
         start = here
-    trained = read_json(folder / TRAINED) if (folder / TRAINED).is_file() else {}
+    trained = read_trained(folder) or {}
     parent = prepared.stream.parent(task)
     adapter = is_adapter(folder)
     return CardFacts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_continual.durable import read_json, write_json
+from hf_continual.durable import DamagedFile, checksum, read_checked, write_checked
 from hf_continual.methods.base import Method
+from hf_continual.stream.earlier import OPTIONS
 from hf_continual.stream.prepare import Prepared, fingerprint
+from hf_continual.stream.saved import saved_files
 from hf_continual.stream.source import PlanError
 
 PLAN = "plan.json"
@@ -20,7 +23,7 @@ PLAN = "plan.json"
 # What may differ between two attempts without changing a result.
 FREE = ("output_dir", "evaluation.batch_size", "evaluation.bootstrap", "evaluation.solved_at", "sweep")
 SHOWN = re.compile(
-    r"(^|\.)sft\.(disable_tqdm|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$"
+    r"(^|\.)sft\.(disable_tqdm|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$|\.gere\.cache_dir$"
 )
 
 
@@ -28,9 +31,14 @@ def plain_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as plain data; rows by their number and hash, so that a changed file is a changed plan."""
     plan = prepared.plan
     data = _plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir"}))
+    if (base := Path(plan.model.path)).is_dir():
+        data["model"]["files"] = saved_files(base)
+    data["model"]["vocabulary"] = _vocabulary(prepared.tokenizer)
+    data["methods"] = _with_rows(data["methods"])
     data["tasks"] = []
     for task, planned in zip(prepared.stream, plan.tasks, strict=True):
         entry = _plain(planned.model_dump(exclude={"train", "test"}))
+        entry["methods"] = _with_rows(entry["methods"])
         for which, source, rows in (("train", planned.train, task.train), ("test", planned.test, task.test)):
             named = (
                 source
@@ -46,6 +54,28 @@ def plain_plan(prepared: Prepared) -> dict[str, Any]:
     for name, rows in prepared.gauges.items():
         data["evaluation"]["gauges"][name]["rows"] = fingerprint(rows)
     return data
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """What a tokenizer is told apart by, wherever it was loaded from."""
+    marks = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)]
+    return checksum([sorted(tokenizer.get_vocab().items()), marks])
+
+
+def _with_rows(methods: Any) -> Any:
+    """Methods with a digest beside each path of rows, so that a file may move and must not change."""
+    if isinstance(methods, list):
+        return [_with_rows(method) for method in methods]
+    if not isinstance(methods, dict):
+        return methods
+    found = {}
+    for name, options in methods.items():
+        found[name] = dict(options) if isinstance(options, dict) else options
+        for option in OPTIONS if isinstance(options, dict) else ():
+            if isinstance(path := options.get(option), str) and Path(path).expanduser().is_file():
+                raw = Path(path).expanduser().read_bytes()
+                found[name][option] = {"source": path, "sha256": hashlib.sha256(raw).hexdigest()[:16]}
+    return found
 
 
 def _plain(data: Any) -> Any:
@@ -76,23 +106,56 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
     """
     file = output_dir / PLAN
     if file.is_file():
-        then = read_json(file)
+        then = _recorded(file)
         if lines := differences(then, now):
             shown = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
             raise PlanError(
                 f"{output_dir} was begun with another plan:\n  {shown}\nGo on with the plan it was begun with, or give the "
                 f"changed one another output_dir. Tasks may be added at the end."
             )
-    elif output_dir.is_dir() and any(not p.name.endswith(".lock") for p in output_dir.iterdir()):
+    elif output_dir.is_dir() and (found := sorted(p.name for p in output_dir.iterdir() if not _hidden(p.name))):
+        if begun := [name for name in found if name.startswith("task-")]:
+            raise PlanError(
+                f"{file} is missing, and {output_dir} holds {', '.join(begun)}: which plan they were trained with is not "
+                f"known. {_way_out(output_dir)}"
+            )
         raise PlanError(f"{output_dir} is not empty and holds no run of a plan. Name another output_dir.")
-    write_json(file, now)
+    write_checked(file, now)
+
+
+def _hidden(name: str) -> bool:
+    """Locks, and files that a killed process did not finish."""
+    return name.endswith(".lock") or (name.startswith(".") and name.endswith(".partial"))
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    try:
+        return read_checked(file)
+    except DamagedFile as error:
+        raise PlanError(
+            f"{error} It is the record of the plan that {file.parent} was begun with; without it nobody knows whether this "
+            f"plan is the same. {_way_out(file.parent)}"
+        ) from error
+
+
+def _way_out(output_dir: Path) -> str:
+    return (
+        f"Put {PLAN} back from a copy; or name another output_dir; or delete {output_dir}, and the same command trains all "
+        f"tasks again."
+    )
 
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
     """Every entry that differs, as ``path: old -> new``; tasks added at the end are left out."""
     if path in FREE or SHOWN.search(path):
         return []
+    if path in ("model.files", "model.vocabulary") and then is None:
+        return []  # the record of a version that did not note them
+    if isinstance(then, str) and isinstance(now, dict) and now.get("source") == then:
+        return []
     if isinstance(then, dict) and isinstance(now, dict):
+        if _is_the_same(then, now, path):
+            return []
         lines = []
         for key in [*then, *(k for k in now if k not in then)]:
             inner = f"{path}.{key}" if path else str(key)
@@ -104,6 +167,16 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
             lines += differences(a, b, f"{path}[{i}]")
         return lines
     return [] if then == now else [f"{path}: {_short(then)} -> {_short(now)}"]
+
+
+def _is_the_same(then: dict[str, Any], now: dict[str, Any], path: str) -> bool:
+    """Whether files were moved and are what they were: told by what they hold."""
+    if path == "model" and then.get("files") is not None and then["files"] == now.get("files"):
+        places = ("path", "tokenizer")
+        return {k: v for k, v in then.items() if k not in places} == {k: v for k, v in now.items() if k not in places}
+    if "sha256" in then and "sha256" in now:
+        return {k: v for k, v in then.items() if k != "source"} == {k: v for k, v in now.items() if k != "source"}
+    return False
 
 
 def _short(value: Any) -> str:

@@ -12,8 +12,8 @@ from hf_continual.durable import read_lines
 from hf_continual.evaluation.result import Score
 from hf_continual.metrics import AccuracyMatrix, bootstrap_intervals, harmonic_mean
 from hf_continual.stream.curve import read_curve
-from hf_continual.stream.folders import predictions_file, read_stage
 from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.scores import predictions_file, read_stage
 from hf_continual.tasks import Task
 
 RESULTS = "continual_results.json"

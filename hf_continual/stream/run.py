@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from filelock import FileLock
 
-from hf_continual.durable import write_json
-from hf_continual.stream.folders import learn_task, main_decides, read_stage, score_stage, wait
+from hf_continual.durable import DamagedFile, read_lines, write_json, write_lines
+from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
 from hf_continual.stream.learner import PlanLearner, find_function
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.publish import write_stage_card
 from hf_continual.stream.record import keep_plan, only_one, plain_plan
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
+from hf_continual.stream.scores import read_stage
 from hf_continual.stream.source import PlanError, Where
+from hf_continual.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = None) -> StreamResult:
@@ -44,12 +51,34 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
             parent = prepared.stream.parent(task)
             learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
             if main:
+                _mend_kept_rows(prepared, task, output_dir / task.folder)
                 found = collect(prepared, output_dir, base_dir).results
                 write_json(output_dir / RESULTS, found)
                 last = task.name == found["tasks"][-1] if found["tasks"] else False
                 write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
         return collect(prepared, output_dir, base_dir)
+
+
+def _mend_kept_rows(prepared: Prepared, task: Task, folder: Path) -> None:
+    """Write the rows that a finished task hands on again, where its file does not hold them any more."""
+    if prepared.memory is None:
+        return
+    wanted = json.loads(json.dumps(prepared.memory.after[task.name]))
+    try:
+        found = read_lines(folder / MEMORY)
+        if _without_source(found) == _without_source(wanted):
+            return
+        problem = f"{folder / MEMORY} does not hold the {len(wanted)} rows that the plan keeps after {task.name!r}."
+    except (DamagedFile, FileNotFoundError) as error:
+        problem = f"{folder / MEMORY} is missing." if isinstance(error, FileNotFoundError) else str(error)
+    logger.warning("%s It is written again from the rows of the plan.", problem)
+    write_lines(folder / MEMORY, wanted)
+
+
+def _without_source(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the path that they were read from, which may have moved."""
+    return [{k: v for k, v in row.items() if k != "memory_source"} for row in rows]
 
 
 def _score_base(prepared: Prepared, base_dir: Path) -> None:

@@ -69,8 +69,15 @@ def read_yaml(file: Path) -> tuple[Any, Where]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no plan {str(file)!r} (looked in {Path.cwd()}).")
-    text = file.read_text(encoding="utf-8")
     where = Where(str(file))
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise PlanError(
+            f"{file}, line {line}: the byte 0x{raw[error.start]:02x} is not UTF-8. Save the plan as UTF-8 text."
+        ) from error
     try:
         node = yaml.compose(text, _Loader)
         if node is None:
@@ -80,7 +87,13 @@ def read_yaml(file: Path) -> tuple[Any, Where]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise PlanError(f"{file}{line}: this is no YAML: {getattr(error, 'problem', error)}.") from error
+        raise PlanError(f"{file}{line}: this is no YAML: {getattr(error, 'problem', None) or error}.") from error
+    except RecursionError as error:
+        raise PlanError(f"{file}: its entries are nested too deeply to be read.") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"{file}: a value of the plan cannot be read: {error}.") from error
 
 
 def _collect(node: yaml.Node, path: tuple[Key, ...], where: Where) -> None:

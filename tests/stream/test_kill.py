@@ -129,7 +129,7 @@ def _kill_in(module: str, name: str, call: int):
     ("module", "name", "call"),
     [
         ("os", "fsync", 5),  # a file of predictions is written and not in its place
-        ("hf_continual.stream.folders", "write_json", 4),  # predictions are there, their score is not
+        ("hf_continual.stream.scores", "write_json", 4),  # predictions are there, their score is not
         ("hf_continual.stream.folders", "shutil.rmtree", 1),  # scored, checkpoints not removed
         ("pathlib", "Path.rename", 2),  # everything is there but the folder's name
         ("hf_continual.trainer.trainer", "ContinualTrainer.save_model", 3),  # inside a checkpoint

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_continual import train_stream
+from hf_continual.stream.models import load_finished
+from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.source import PlanError, read_yaml
 from tests.stream import world
@@ -140,3 +144,42 @@ def test_numbers_as_yaml_1_2_reads_them(tmp_path):
     file = tmp_path / "n.yaml"
     file.write_text("a: 1e-3\nb: 2E5\nc: 1.5e-3\nd: e-3\n")
     assert read_yaml(file)[0] == {"a": 1e-3, "b": 2e5, "c": 1.5e-3, "d": "e-3"}
+
+
+HOSTILE = {
+    "latin": ("model: caf\xe9\n".encode("latin-1"), r"line 1: the byte 0xe9 is not UTF-8\. Save the plan as UTF-8"),
+    "utf16": ("model: a\n".encode("utf-16"), r"line 1: the byte 0xff is not UTF-8"),
+    "nul": (b"model: a\0b\n", "special characters are not allowed"),
+    "deep": (b"model: " + b"[" * 5000, "nested too deeply"),
+    "number": (b"seed: 0x" + b"f" * 9 + b"\nmodel: !!int x\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_plan_that_cannot_be_read_is_named(tmp_path, name):
+    content, said = HOSTILE[name]
+    (tmp_path / "plan.yaml").write_bytes(content)
+    with pytest.raises(PlanError, match=rf"plan\.yaml.*{said}"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+DAMAGED = {
+    "config.json": [b"", b"[]", b"{", b"\xff\xfe", b'{"a":' * 50_000, b'{"model_type": 3}'],
+    "tokenizer.json": [b"garbage", b"[]", b"\xff", b"[" * 50_000, b"{}"],
+    "tokenizer_config.json": [b"", b"7", b"\xff"],
+    "model.safetensors": [b"", b"\xff" * 64],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_the_base_model_is_named(tmp_path, name):
+    plan = world.make(tmp_path)
+    whole = (tmp_path / "model" / name).read_bytes()
+    for content in DAMAGED[name]:
+        (tmp_path / "model" / name).write_bytes(content)
+        with pytest.raises((ValueError, OSError), match=rf"{name}|/model cannot be loaded: \w+: ") as refused:
+            prepared = prepare(*read_plan(plan))
+            load_finished(prepared.plan, None)
+        assert not isinstance(refused.value, json.JSONDecodeError | UnicodeError), refused.value
+    (tmp_path / "model" / name).write_bytes(whole)
+    load_finished(prepare(*read_plan(plan)).plan, None)

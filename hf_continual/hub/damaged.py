@@ -1,0 +1,114 @@
+"""Files that other tools wrote: what a parser of theirs says about them becomes a sentence that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hf_continual.durable import DamagedFile, read_object
+from hf_continual.tensors.weight_files import weight_map
+
+# What every one of these must be; other JSON of a folder is not the loader's.
+OBJECTS = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+@contextlib.contextmanager
+def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iterator[None]:
+    """Errors of a loader inside become errors that name what was loaded, and the damaged file if one is.
+
+    Args:
+        source: Folder or Hub id that is loaded.
+        what: What is loaded, such as ``"the tokenizer"``.
+        advice: What to do, as a sentence.
+
+    Yields:
+        None: While it is loaded.
+
+    Raises:
+        DamagedFile: If a file of the folder cannot be read, or says what the loader cannot use.
+        FileNotFoundError: If `source` is a path and not a folder.
+    """
+    check_is_there(source, what)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, FileNotFoundError):
+        raise
+    except Exception as error:
+        end = f" {advice}" if advice else ""
+        if problem := first_damaged(Path(source)):
+            raise DamagedFile(f"{what} cannot be loaded: {problem}{end}") from error
+        if isinstance(error, OSError | ImportError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = str(error).strip().rstrip(".") or "no further words"
+        raise DamagedFile(f"{what} of {source} cannot be loaded: {type(error).__name__}: {said}.{end}") from error
+
+
+def check_is_there(source: str | os.PathLike[str], what: str) -> None:
+    """Refuse a path where nothing is, before it is taken for a name on the Hub.
+
+    Args:
+        source: Folder or Hub id.
+        what: What is loaded from it.
+
+    Raises:
+        FileNotFoundError: If it can only be a path, and is not a folder.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if (path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1) and not path.is_dir():
+        state = "is a file and not a folder" if path.exists() else f"does not exist (looked in {Path.cwd()})"
+        raise FileNotFoundError(
+            f"{what}: the folder {text} {state}. If it was moved, name its new place; a Hub id is 'namespace/name'."
+        )
+
+
+def first_damaged(folder: Path) -> str | None:
+    """The first file of a model's folder that cannot be what it is called.
+
+    Args:
+        folder: A folder; a Hub id holds nothing here.
+
+    Returns:
+        A sentence with the file's path; None where all can be read.
+    """
+    if not folder.is_dir():
+        return None
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.name in OBJECTS:
+                read_object(file)
+            elif file.name.endswith(".safetensors.index.json"):
+                _check_index(file)
+            elif file.suffix == ".safetensors":
+                _check_whole(file)
+        except (ValueError, OSError) as error:
+            return str(error)
+    return None
+
+
+def _check_index(index: Path) -> None:
+    for name in sorted(set(weight_map(index).values())):
+        if not (index.parent / name).is_file():
+            raise DamagedFile(f"{index} names {name}, which is not in the folder.")
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, "np"):
+            pass
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise DamagedFile(f"{file} has {size} bytes and is not a whole safetensors file ({error}).") from error
