@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_continual.merging.adapters import Factors
 from hf_continual.merging.average import Average
+from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.combine import Rule, combined
 from hf_continual.merging.errors import MergeError
@@ -21,18 +22,31 @@ from hf_continual.merging.stored import DTYPES, Files, StoredTensor
 _PREFIX = "base_model.model."
 
 
-def check_adapter_output(members: Sequence[Member], rule: Rule) -> str | None:
-    """Why the merge cannot be an adapter, or None if it can."""
+def check_adapter_output(members: Sequence[Member], base: Checkpoint | None, rule: Rule) -> str | None:
+    """Why the merge cannot be an adapter, or None if it can.
+
+    Args:
+        members: The models, in any order.
+        base: The full model that the adapters sit on. It adds nothing, so it may be one of the models.
+        rule: What is done with them.
+
+    Returns:
+        The reason, or None.
+    """
     if not isinstance(rule, Average):
         return "this method does not add changes up, so its result has no low rank"
     if not any(m.adapter is not None for m in members):
         return "none of the models is an adapter"
     for member in members:
-        if member.adapter is None and member.checkpoint.folder != members[-1].checkpoint.folder:
+        if member.adapter is None and not _is_base(member, base):
             return f"{member.name} is a full model"
         if member.adapter is not None and not member.adapter.is_plain:
             return f"{member.name} has DoRA magnitudes or lora_bias, which do not add up as an adapter"
     return None
+
+
+def _is_base(member: Member, base: Checkpoint | None) -> bool:
+    return base is not None and member.checkpoint.folder.resolve() == base.folder.resolve()
 
 
 class Product:

@@ -6,6 +6,8 @@ import filecmp
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,12 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
         for m in members
         if m not in [x for x, _ in found]
     ]
-    for member, file in found[1:]:
-        first, reference = found[0]
+    read = cache(_vocabulary)
+    # Every pair: of three vocabularies the shortest may agree with two that contradict each other behind its end.
+    for (first, reference), (member, file) in combinations(found, 2):
         if filecmp.cmp(reference, file, shallow=False):
             continue
-        one, two = _vocabulary(reference), _vocabulary(file)
+        one, two = read(reference), read(file)
         shared = one.keys() & two.keys()
         wrong = [i for i in sorted(shared) if one[i] != two[i]]
         if wrong or (len(one) != len(two) and vocab == "strict"):
@@ -182,7 +185,8 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
                 f"merge models of one tokenizer"
                 + ("." if wrong else ", or give vocab='extend' if the longer continues the shorter.")
             )
-        notes.append(f"tokenizer.json of {member.name} differs from {first.name}'s, with the same ids.")
+        if first is found[0][0]:
+            notes.append(f"tokenizer.json of {member.name} differs from {first.name}'s, with the same ids.")
     templates = {m.name: _template(tokenizer_folder(m)) for m in members}
     if len({t for t in templates.values() if t}) > 1:
         notes.append("The chat templates differ; the output has the newest model's.")

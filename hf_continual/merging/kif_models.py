@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -154,14 +155,14 @@ def _check_settings(found: Sequence[Checkpoint]) -> None:
 
 def _check_bases(found: Sequence[Checkpoint]) -> None:
     check_one_base(found)
-    for other in found[1:]:
-        folders = [Path(str(c.config.get("base_model_name_or_path") or "")) for c in (found[0], other)]
+    for first, other in combinations(found, 2):
+        folders = [Path(str(c.config.get("base_model_name_or_path") or "")) for c in (first, other)]
         if folders[0] == folders[1] or not all(os.path.isdir(f) and str(f) != "." for f in folders):
             continue
         one, two = (open_checkpoint(f) for f in folders)
         if one.fingerprint != two.fingerprint:
             raise MergeError(
-                f"{found[0].name} was trained on {one.name} and {other.name} on {two.name}, which are different weights: "
+                f"{first.name} was trained on {one.name} and {other.name} on {two.name}, which are different weights: "
                 f"their factors cannot be fused. Put each into its own base (merge_and_unload) and fuse the full models."
             )
 

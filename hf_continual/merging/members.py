@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 from hf_continual.merging.adapter_base import base_as_asked
 from hf_continual.merging.adapters import Adapter, Factors, read_adapter
@@ -158,12 +159,13 @@ def open_from_base(
 
 def check_one_base(adapters: Sequence[Checkpoint]) -> None:
     """Refuse adapters whose configurations name different models."""
-    for other in adapters[1:]:
+    # Every pair: one that says nothing, or names a folder, stands between no two that contradict each other.
+    for first, other in combinations(adapters, 2):
         for key in ("base_model_name_or_path", "revision"):
-            one, two = adapters[0].config.get(key), other.config.get(key)
+            one, two = first.config.get(key), other.config.get(key)
             # Folders move between machines; ids and revisions do not.
             if one and two and one != two and not any(os.path.isabs(x) or x.startswith(".") for x in (one, two)):
                 raise MergeError(
-                    f"{adapters[0].name} was trained on {one!r} ({key}) and {other.name} on {two!r}: their changes belong to "
+                    f"{first.name} was trained on {one!r} ({key}) and {other.name} on {two!r}: their changes belong to "
                     f"different weights. Put each into its own base (merge_and_unload) and merge the full models."
                 )
