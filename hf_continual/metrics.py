@@ -110,9 +110,10 @@ class AccuracyMatrix:
 
         The maximum is over what was measured; moments from when the task was learnt on must have been.
         """
-        return mean(self._forgotten(j) for j in range(self.last))
+        return mean(self.forgotten(j) for j in range(self.last))
 
-    def _forgotten(self, task: int) -> Cell:
+    def forgotten(self, task: int) -> Cell:
+        """How far a task fell below its best before the last one; below 0 where it gained. None if a cell is missing."""
         past = [self.score(i, task) for i in range(self.last)]
         if None in past[task:]:
             return None

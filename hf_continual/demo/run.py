@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 from hf_continual.demo.arm import TASKS, Settings
+from hf_continual.durable import read_object
 from hf_continual.metrics import AccuracyMatrix
 from hf_continual.plots import plot_forgetting
 
@@ -70,7 +71,7 @@ def main(
         f"{settings.steps} steps each with LoRA in {settings.dtype}; [bold]continual[/] adds Replay + FreezeLayers + RecAdam.\n"
     )
     _run_arms(out, settings, console)
-    results = {arm: json.loads((out / arm / "results.json").read_text(encoding="utf-8")) for arm in ARMS}
+    results = {arm: read_object(out / arm / "results.json") for arm in ARMS}
     for arm in ARMS:
         console.print(_matrix_table(arm, results[arm]))
     console.print(_changes_table(results))
@@ -92,7 +93,7 @@ def _dtype(out: Path) -> str:
     """The type of the run that the folder holds, else the faster one."""
     file = out / "settings.json"
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8")).get("dtype", "bfloat16")
+        return read_object(file).get("dtype", "bfloat16")
     from hf_continual.demo.model import fast_dtype
 
     return fast_dtype()
@@ -102,7 +103,7 @@ def _keep_settings(out: Path, settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "settings.json"
     now = asdict(settings)
-    then = {"dtype": _dtype(out), **json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else now
+    then = {"dtype": _dtype(out), **read_object(file)} if file.is_file() else now
     if then != now:
         changed = ", ".join(f"{k}: {then.get(k)!r} -> {v!r}" for k, v in now.items() if then.get(k) != v)
         raise ValueError(

@@ -14,6 +14,7 @@ from hf_continual.hub import tables
 from hf_continual.hub.facts import CONFIG, CardFacts
 from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
+from hf_continual.hub.summary import summary
 from hf_continual.hub.text import GENERATED, KEEP, KEEP_END, foreign_metadata, kept_text, safe
 
 LIBRARY_BIBTEX = "@software{hf_continual,\n  title = {{hf_continual}},\n  note = {version VERSION}\n}"
@@ -93,41 +94,6 @@ def _body(facts: CardFacts, kept: str) -> str:
         ),
     }
     return environment.get_template("card.md.jinja").render(values).strip() + "\n"
-
-
-def summary(facts: CardFacts) -> str:
-    """Two sentences from the numbers: what it learnt, from what, by which method; what it knows and forgot."""
-    names = [t.name for t in facts.tasks]
-    kind = "A LoRA adapter" if facts.kind == "adapter" else "A language model"
-    start = facts.base.shown if facts.base.hub_id or facts.base.name else "a local base model"
-    if facts.merge is not None:
-        inputs = len(facts.merge.inputs)
-        first = f"{kind} merged from {inputs} models by {facts.merge.method}; the root of its lineage is {start}."
-    elif len(names) > 1:
-        first = f"{kind} that learnt {len(names)} tasks one after the other ({', '.join(names)}), starting from {start}"
-        first += _by(facts) + "."
-    else:
-        learnt = f"learnt {names[0]}, starting from" if names else "was fine-tuned from"
-        first = f"{kind} that {learnt} {start}{_by(facts)}."
-    figures = facts.evaluation.figures
-    if figures["op"] is None:
-        return first + "\nIt was not scored on its tasks (NOT_RUN)."
-    what = "loss" if facts.evaluation.lower_is_better else "score"
-    second = f"After the last task its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
-    if facts.merge is not None:
-        second = f"Its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
-    if len(facts.evaluation.tasks) == 1:
-        second = f"Its {what} on {facts.evaluation.tasks[0]} is **{tables.number(figures['op'])}**"
-    if (lost := figures["forgetting"]) is not None:
-        second += f"; on average an earlier task lost {tables.number(lost)} since its best" if lost > 0 else (
-            "; no earlier task fell below its best, on average" if lost == 0 else f"; on average an earlier task gained {tables.number(-lost)} on its best"
-        )  # fmt: skip
-    return f"{first}\n{second}."
-
-
-def _by(facts: CardFacts) -> str:
-    methods = [m.name for m in facts.methods]
-    return f", with {', '.join(methods)} against forgetting" if methods else ", without a method against forgetting"
 
 
 def snippet(facts: CardFacts) -> str:

@@ -18,16 +18,23 @@ card = typer.Typer(help="Model cards: check one, or write it from the facts in a
 
 @card.command()
 def check(folder: Annotated[Path, typer.Argument(help="Folder with a README.md, or a card.")]) -> None:
-    """Check a card without the network: exit code 0 if it is clean, 2 if there are findings."""
+    """Check a card, and its numbers against the folder, without the network. Exit code 0 if clean, 2 with findings."""
+    from hf_continual.hub.facts import CONFIG, RESULTS
     from hf_continual.hub.lint import lint_card, lint_folder
 
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist.")
-    found = lint_card(folder.read_text(encoding="utf-8")) if folder.is_file() else lint_folder(folder)
+    alone = folder.is_file()
+    found = lint_card(folder.read_text(encoding="utf-8", errors="replace")) if alone else lint_folder(folder)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for finding in found:
         console.print(str(finding))
-    console.print(f"{len(found)} finding{'s' * (len(found) != 1)}" if found else "clean")
+    unchecked = ""
+    if alone:
+        unchecked = "; its pictures, links and numbers were not checked: name the folder for that"
+    elif not any((folder / name).is_file() for name in (CONFIG, RESULTS)):
+        unchecked = f"; its numbers were compared with nothing: there is no {RESULTS}"
+    console.print((f"{len(found)} finding{'s' * (len(found) != 1)}" if found else "clean") + unchecked)
     raise typer.Exit(2 if found else 0)
 
 

@@ -113,7 +113,8 @@ def collect(folder: Path, secrets: Iterable[str] = (), before: Contents | None =
         IncompleteFolder: If there is no whole model, two of them, or a file holds a token.
     """
     if not folder.is_dir():
-        raise IncompleteFolder(f"{folder} is no folder. Save the model first.")
+        state = "is not a folder" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
+        raise IncompleteFolder(f"{folder} {state}. Name the folder of a saved model.")
     files, left_out = {}, []
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()

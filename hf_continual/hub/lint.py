@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_continual.hub.lint_metadata import check_metadata
-from hf_continual.hub.tables import number
-from hf_continual.hub.text import PATH, PLACEHOLDER, TOKEN, is_generated, read_card
+from hf_continual.hub.lint_numbers import check_claims, check_numbers
+from hf_continual.hub.text import PATH, PLACEHOLDER, TOKEN, read_card
 
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)[^)]*\)|<img[^>]+src=[\"']([^\"']+)[\"']")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -28,10 +25,12 @@ class Finding:
     Args:
         rule: Name of the rule.
         message: What was met, why it cannot stay, what to do.
+        is_claim: Whether it is a number that the author answers for, which stops no push.
     """
 
     rule: str
     message: str
+    is_claim: bool = False
 
     def __str__(self) -> str:
         return f"[{self.rule}] {self.message}"
@@ -57,7 +56,8 @@ def lint_card(text: str, folder: Path | None = None) -> list[Finding]:
         found += check(text, body)
     if folder is not None:
         found += _files(body, folder)
-        found += _numbers(metadata, text, body, folder)
+        found += [Finding(rule, message) for rule, message in check_numbers(metadata, text, body, folder)]
+        found += [Finding(rule, message, is_claim=True) for rule, message in check_claims(text, body, folder)]
     return found
 
 
@@ -71,7 +71,7 @@ def lint_folder(folder: Path) -> list[Finding]:
         if (folder / name).is_file():
             found += [
                 Finding(f.rule, f"{name}: {f.message}")
-                for f in _tokens((folder / name).read_text(encoding="utf-8"), "")
+                for f in _tokens((folder / name).read_text(encoding="utf-8", errors="replace"), "")
             ]
     return found
 
@@ -115,50 +115,3 @@ def _files(body: str, folder: Path) -> Iterator[Finding]:
         file = target.partition("#")[0]
         if file and "://" not in target and not target.startswith("mailto:") and not (folder / file).exists():
             yield Finding("link", f"the link {target} leads to no file of the folder.")
-
-
-def _numbers(metadata: Mapping[str, Any], text: str, body: str, folder: Path) -> Iterator[Finding]:
-    """A generated card, its results file and its model-index must say the same."""
-    if not is_generated(text) or not (folder / _RESULTS).is_file():
-        return
-    from hf_continual.hub.folder_facts import evaluation_from
-
-    try:
-        data = json.loads((folder / _RESULTS).read_text(encoding="utf-8"))
-        evaluation = evaluation_from(data)
-        figures = evaluation.figures
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        yield Finding("numbers", f"{_RESULTS} cannot be read: {error}.")
-        return
-    for name, value in figures.items():
-        if not _same(data.get(name), value):
-            yield Finding("numbers", f"{_RESULTS} says {name}={data.get(name)!r}, its matrix gives {value!r}.")
-    shown = [*(v for row in evaluation.matrix for v in row), *(evaluation.base_row or ()), *figures.values()]
-    for value in dict.fromkeys(v for v in shown if v is not None):
-        if number(value) not in body:
-            yield Finding(
-                "numbers", f"{_RESULTS} holds {number(value)}, which the card does not show. Render it again."
-            )
-    last = dict(zip(evaluation.tasks, evaluation.matrix[-1], strict=False)) if evaluation.matrix else {}
-    known: dict[str, float | None] = {**figures, **{f"task {t}": v for t, v in last.items()}}
-    for result in _results(metadata):
-        for metric in result["metrics"]:
-            whole = result["dataset"].get("type") == "task-sequence"
-            key = metric["type"] if whole else f"task {result['dataset'].get('name')}"
-            if key in known and not _same(metric["value"], known[key]):
-                yield Finding("numbers", f"model-index says {key}={metric['value']!r}, {_RESULTS} {known[key]!r}.")
-
-
-def _results(metadata: Mapping[str, Any]) -> list[Any]:
-    try:
-        return [
-            r for entry in metadata.get("model-index", []) for r in entry["results"] if r["metrics"] and r["dataset"]
-        ]
-    except (KeyError, TypeError):
-        return []
-
-
-def _same(a: Any, b: float | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-12)

@@ -108,7 +108,7 @@ def push_to_hub(
     flags = {"private": private, "revision": revision, "create_pr": create_pr or None, "tag": tag, "license": license}
     resume = resume_command(place, repo_id, {**flags, "base_model": base_model})
     early = Draft(repo_id, place, resume, token)
-    contents = early.local(lambda: collect(place, secrets_in_use(token)))
+    contents = replace(early, whole=False).local(lambda: collect(place, secrets_in_use(token)))
     facts = early.local(lambda: folder_facts(place, base_model))
     target = preflight(
         repo_id, private=private, revision=revision, create_pr=create_pr, token=token, folder=place, resume=resume,
@@ -177,12 +177,14 @@ class Draft:
         folder: What is to be pushed.
         resume: Command that makes the push again.
         token: The token that was given.
+        whole: Whether the folder is known to hold a whole model.
     """
 
     repo_id: str
     folder: Path
     resume: str
     token: str | None = None
+    whole: bool = True
 
     def local(self, call: Callable[[], Value]) -> Value:
         """Make a check of the folder; what it finds is an error of this push.
@@ -200,7 +202,7 @@ class Draft:
             return call()
         except (ValueError, OSError, KeyError) as error:
             problem = hide(str(error), self.token)
-            raise HubPushError(problem, self.repo_id, self.folder, self.resume) from error
+            raise HubPushError(problem, self.repo_id, self.folder, self.resume, self.whole) from error
 
 
 def folder_facts(folder: Path, base_model: str | None = None) -> CardFacts | None:
@@ -266,8 +268,11 @@ class _Push:
         if self.facts is not None:
             theirs = "" if remote is None else self._fetch(remote)
             write_card(self.folder, self.facts, merged_author(self.mine, theirs, self.recorded))
-        if findings := lint_folder(self.folder):
-            listed = "\n  ".join(str(found) for found in findings)
+        findings = lint_folder(self.folder)
+        for claim in [found for found in findings if found.is_claim]:
+            logger.warning("%s", claim)
+        if stops := [found for found in findings if not found.is_claim]:
+            listed = "\n  ".join(str(found) for found in stops)
             raise self.target.error(f"its card has findings, and nothing was sent:\n  {listed}\n")
         self.contents = self.draft.local(lambda: collect(self.folder, secrets_in_use(self.target.token), self.contents))
         return self.contents

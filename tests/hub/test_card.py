@@ -283,3 +283,140 @@ def test_what_may_be_published():
     }
     assert safe(data) == {"eos_token": "<eos>", "rows": "a.jsonl", "n": [1, {"p": "y"}], "t": "..."}
     assert "token" not in yaml.safe_dump(safe({"token": "x"}))
+
+
+def findings(folder):
+    return [(f.rule, f.message) for f in lint_folder(folder)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("| after tickets | 0.2500 | 0.5000 | 1.0000 |", "| after tickets | 0.2500 | 0.5000 | 0.2500 |"),
+        ("| after tickets | 0.2500 | 0.5000 | 1.0000 |", "| after tickets | 0.5000 | 0.2500 | 1.0000 |"),
+        ("| base model | 0.0000 |", "| base model | 0.2500 |"), ("30 optimizer steps", "3,000 optimizer steps"),
+        ("8 rows per task", "800 rows per task"), ("pull=0.01", "pull=0.1"), ("law -0.5000, tax -0.3750", "tax -0.3750"),
+        ("| general text (nats, lower is better) | 3.5000 | 3.2500 | -0.2500 |\n", ""),
+        ("## Limits and intended use", "It beats every other model.\n\n## Limits and intended use"),
+    ],
+)  # fmt: skip
+def test_a_generated_line_that_was_edited_is_found(tmp_path, old, new):
+    write_card(tmp_path, FACTS)
+    file = tmp_path / "README.md"
+    assert old in file.read_text() and not findings(tmp_path)
+    file.write_text(file.read_text().replace(old, new))
+    found = findings(tmp_path)
+    assert found and {rule for rule, _ in found} == {"numbers"} and "Render" in found[0][1], found
+    # The way out, on the command line.
+    assert command("card", "render", str(tmp_path)).exit_code == 0 and not findings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "claimed"),
+    [
+        ("It reaches 97 % on MMLU.", "97 %"), ("Accuracy: 0.91 on law.", "0.91"), ("| GSM8K | 55.5 |", "55.5"),
+        ("It answers 99.5% of all questions.", "99.5%"), ("It scores 89 on tax.", "89"),
+        ("It reaches 97 % on MMLU ([log](https://example.org/log)).", None), ("It reaches 87.5 % on tax, and 25 % on law.", None),
+        ("Its loss on general text is 3.25.", None), ("Trained in 2025 on 3 tasks, 8 rows each, with 2 GPUs.", None),
+        ("Mean score 0.58.", None), ("```\naccuracy 0.99\n```", None),
+    ],
+)  # fmt: skip
+def test_what_the_author_claims_is_compared_with_what_was_measured(tmp_path, said, claimed):
+    write_card(tmp_path, FACTS)
+    file = tmp_path / "README.md"
+    file.write_text(file.read_text().replace("<!-- hf_continual:keep -->\n", f"<!-- hf_continual:keep -->\n{said}\n"))
+    found = lint_folder(tmp_path)
+    assert [f.rule for f in found] == ["claim"] * (claimed is not None), found
+    assert all(f"{claimed!r}" in f.message and f.is_claim for f in found)
+    by_hand = f"---\nlicense: mit\n---\n\n# Mine\n\n{said}\n"
+    file.write_text(by_hand)
+    assert [f.rule for f in lint_folder(tmp_path)] == ["claim"] * (claimed is not None)
+
+
+def test_a_matrix_that_was_edited_everywhere_differs_from_the_scores(tmp_path):
+    (tmp_path / "continual").mkdir()
+    scores = {t: {"value": v} for t, v in zip(EVALUATION.tasks, EVALUATION.matrix[-1], strict=True)}
+    (tmp_path / "continual" / "scores.json").write_text(json.dumps(scores))
+    write_card(tmp_path, FACTS)
+    assert not findings(tmp_path)
+    write_card(
+        tmp_path, replace(FACTS, evaluation=replace(EVALUATION, matrix=((0.75,), (0.5, 0.875), (0.25, 0.5, 0.875))))
+    )
+    assert [m for _, m in findings(tmp_path)] == [
+        "continual_results.json says 0.875 for 'tickets', and continual/scores.json 1.0."
+    ]
+
+
+def test_facts_that_are_gone_or_damaged_are_not_clean(tmp_path):
+    write_card(tmp_path, FACTS)
+    for name in ("continual_results.json", "continual_config.json"):
+        whole = (tmp_path / name).read_text()
+        for content in ("{", "[]", "null", '{"tasks": 3}'):
+            (tmp_path / name).write_text(content)
+            assert {rule for rule, _ in findings(tmp_path)} == {"numbers"}, (name, content)
+        (tmp_path / name).unlink()
+        assert any(f"made from {name}, which is not in the folder" in message for _, message in findings(tmp_path))
+        (tmp_path / name).write_text(whole)
+
+
+def gauge(value):
+    return replace(EVALUATION, gauges=(GaugeFacts("general text", 3.5, value, True, "nats", 90),))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        (gauge(9.44), "Beside its tasks it got worse: general text from 3.5000 to 9.4400."), (gauge(3.25), None),
+        (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.25, 0.75, 0.5))), "kept its best, but law lost 0.2500"),
+        (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.25, 1.0, 0.5))), "gained 0.1250 on its best, but law lost 0.2500"),
+        (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.5, 0.5, 0.5))), "no earlier task fell below its best."),
+        (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.5, 0.75, 0.5))), "an earlier task gained 0.1250 on its best."),
+    ],
+)  # fmt: skip
+def test_the_summary_hides_nothing_that_got_worse(evaluation, said):
+    card = render_card(replace(FACTS, evaluation=evaluation))
+    assert said in card if said else "got worse" not in card
+
+
+def command(*words):
+    """A command in this process: exit code and output, as `hf-continual` gives them."""
+    from typer.testing import CliRunner
+
+    from hf_continual.cli import app
+
+    return CliRunner().invoke(app, list(words))
+
+
+def test_exit_codes_of_the_commands_about_cards(tmp_path):
+    write_card(tmp_path / "a", FACTS)
+    done = command("card", "check", str(tmp_path / "a"))
+    assert (done.exit_code, done.output) == (0, "clean\n")
+    alone = command("card", "check", str(tmp_path / "a" / "README.md"))
+    assert alone.exit_code == 0 and "numbers were not checked: name the folder" in alone.output
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "README.md").write_text(GOOD)
+    bare = command("card", "check", str(tmp_path / "b"))
+    assert bare.exit_code == 0 and "compared with nothing: there is no continual_results.json" in bare.output
+    (tmp_path / "b" / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\n")
+    assert command("card", "check", str(tmp_path / "b")).exit_code == 0
+    card = tmp_path / "a" / "README.md"
+    card.write_text(card.read_text().replace("0.8750", "0.9750"))
+    assert command("card", "check", str(tmp_path / "a")).exit_code == 2
+    for words in (("card", "check", "nope"), ("card", "render", "nope"), ("card", "render", str(tmp_path / "b"))):
+        assert command(*words).exit_code != 0
+
+
+@pytest.mark.parametrize("harm", ["nothing there", "no model", "cut"])
+def test_a_model_is_called_safe_only_where_it_is(tmp_path, harm):
+    folder = tmp_path / "model"
+    if harm != "nothing there":
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    if harm == "cut":
+        (folder / "model.safetensors").write_bytes(b"\x08")
+    pushed = command("push", str(folder), "me/x", "--dry-run")
+    assert pushed.exit_code == 3 and "me/x was not pushed" in pushed.output and "is safe" not in pushed.output
+    if harm == "nothing there":
+        assert "does not exist (looked in" in pushed.output and "To push it again" not in pushed.output
+    else:
+        assert f"When that is mended: hf-continual push {folder} me/x" in pushed.output
