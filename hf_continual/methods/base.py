@@ -158,7 +158,11 @@ class Method:
         """Station 5: change `.grad` in place, after accumulation and clipping, before the step."""
 
     def after_step(self, run: Run) -> None:
-        """Station 6a: the weights have moved and the clipped gradients are still there."""
+        """Station 6a: the weights have moved and the clipped gradients are still there.
+
+        Here and in `end_step` weights may be edited in place, under ``torch.no_grad()`` and not through ``.data``: an
+        optimizer that keeps residuals of weights in low precision must see the edit, and drops them.
+        """
 
     def end_step(self, run: Run) -> None:
         """Station 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""

@@ -198,7 +198,7 @@ class KIF(Method):
                 "KIF: no parameter is trainable, so there is nothing to measure or fuse. Freeze less, or give an adapter."
             )
         self._done = self._outer = 0
-        self._flat = flat = Flat(params)
+        self._flat = flat = Flat(params, run.optimizer)
         self._learner = None
         if self.outer_optimizer == "separate":
             defaults = run.optimizer_defaults()

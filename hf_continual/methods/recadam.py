@@ -24,7 +24,12 @@ step (or named tensors), an unknown schedule is refused, r outside [0, 1] is ref
 `floor` keeps some protection after t0, where the paper's recall vanishes.
 
 Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
-12 bytes (m and v in fp32, theta* and what rounding lost in the parameter's type).
+14 bytes (m, v and what rounding took in fp32, theta* in the parameter's dtype), so that the weights are those of an fp32
+run, rounded. `pull_every` adds nothing to this.
+
+`pull_every=n` reads theta* at every n-th update only. In between theta moves by Adam alone; the n-th pull then goes the
+compounded share 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
+within the window is pulled by the whole share. What is owed is part of the state, and is applied when training ends.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tensors.anchors import fingerprint, read_named, recorded_base
-from hf_continual.tensors.recadam import Anneal, RecAdamOptimizer, check_options, recall_schedule, recall_share
+from hf_continual.tensors.recadam import RecAdamOptimizer
+from hf_continual.tensors.recall import Anneal, check_options, recall_schedule, recall_share
 
 __all__ = ["RecAdam", "RecAdamOptimizer", "recall_schedule", "recall_share"]
 
@@ -76,6 +82,7 @@ class RecAdam(Method):
         groups: Options of single parameters: regular expression on the name -> options of the
             optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins. `t0` may be a
             share of the run here too.
+        pull_every: Updates between two pulls; 1 pulls at each one. 8 makes a step about as fast as AdamW's.
         anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near.
 
     Raises:
@@ -93,6 +100,7 @@ class RecAdam(Method):
     correct_bias: bool = True
     out_of_range: Literal["error", "clamp"] = "error"
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pull_every: int = 1
     anchor: str = "start"
     _record: State | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -144,6 +152,7 @@ class RecAdam(Method):
             "anchor_strength": strength if self.pull is None else self.pull / learning_rate,
             "floor": self.floor,
             "out_of_range": self.out_of_range,
+            "pull_every": self.pull_every,
         }
 
     def _group_options(self, overrides: dict[str, Any], updates: int) -> dict[str, Any]:
@@ -206,6 +215,10 @@ class RecAdam(Method):
             " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
             max(peaks),
         )  # fmt: skip
+
+    def end_task(self, run: Run) -> None:
+        """Apply what `pull_every` has put off, where training ended before its last step."""
+        self._optimizer(run).apply_owed_pulls()
 
     def state_dict(self, run: Run) -> State:
         """Where the anchors can be read again, or that they are stored with the optimizer."""

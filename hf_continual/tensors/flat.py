@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_continual.tensors.residuals import KeepsResiduals
+
 # Elements that are gathered at a time: bounds the copies, and on a CPU they stay in the cache.
 CPU_BUCKET, DEVICE_BUCKET = 1 << 18, 1 << 22
 
@@ -36,13 +38,16 @@ class Flat:
 
     Args:
         params: Parameters by name, all on one device.
+        optimizer: The optimizer of the weights. If it keeps the residuals of weights in low precision, weights are read
+            and written exactly.
 
     Raises:
         ValueError: If they are spread over several devices of this process.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], optimizer: object = None) -> None:
         self.params = dict(params)
+        self.residuals = optimizer if isinstance(optimizer, KeepsResiduals) else None
         devices = sorted({str(p.device) for p in self.params.values()})
         if len(devices) > 1:
             raise ValueError(
@@ -77,9 +82,14 @@ class Flat:
 
     @torch.no_grad()
     def weights(self, bucket: Bucket) -> Tensor:
-        """The bucket's weights, float32, in room that the next call uses again."""
+        """The bucket's exact weights, float32, in room that the next call uses again."""
         room = self._room[0, : bucket.stop - bucket.start]
-        torch._foreach_copy_(self._views(bucket, room), [local(self.params[n].detach()) for n in bucket.names])
+        views = self._views(bucket, room)
+        torch._foreach_copy_(views, [local(self.params[n].detach()) for n in bucket.names])
+        if self.residuals is not None:
+            rounded = [(v, self.residuals.residual(self.params[n])) for v, n in zip(views, bucket.names, strict=True)]
+            if pairs := [(view, residual) for view, residual in rounded if residual is not None]:
+                torch._foreach_add_([view for view, _ in pairs], [residual for _, residual in pairs])
         return room
 
     @torch.no_grad()
@@ -97,8 +107,15 @@ class Flat:
 
     @torch.no_grad()
     def write(self, bucket: Bucket, values: Tensor) -> None:
-        """Put values into the bucket's weights, rounded to their type."""
-        torch._foreach_copy_([local(self.params[n].detach()) for n in bucket.names], self._views(bucket, values))
+        """Put values into the bucket's weights, rounded to their dtype, and what that takes into the residuals."""
+        weights, views = [local(self.params[n].detach()) for n in bucket.names], self._views(bucket, values)
+        residuals = [None if self.residuals is None else self.residuals.residual(self.params[n]) for n in bucket.names]
+        torch._foreach_copy_(weights, views)
+        for name, weight, view, residual in zip(bucket.names, weights, views, residuals, strict=True):
+            if residual is not None:
+                torch.sub(view, weight, out=residual)
+            if self.residuals is not None:
+                self.residuals.settle(self.params[name])
 
     def all_gradients(self) -> list[Tensor]:
         """The gradients that are there, this process's parts."""

@@ -4,6 +4,8 @@ Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics stand
 
 One fused AdamW kernel does the Adam part: RecAdam's eps lies outside the bias correction, which is AdamW with
 ``eps / sqrt(1 - b2^t)``; the recall is one interpolation of lists of tensors on top of it.
+
+Of a weight in bf16 or fp16 the optimizer keeps what rounding took, see `hf_continual.tensors.residuals`.
 """
 
 from __future__ import annotations
@@ -17,69 +19,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-Anneal = Literal["sigmoid", "linear", "constant", "none"]
-ANNEALS = ("sigmoid", "linear", "constant", "none")
+from hf_continual.tensors.flat import local
+from hf_continual.tensors.recall import Anneal, check_options, owed_share, recall_schedule, recall_share
+from hf_continual.tensors.residuals import round_, stamp, to_exact_
+
+__all__ = ["Anneal", "RecAdamOptimizer", "check_options", "recall_schedule", "recall_share"]
+
 CPU_BATCH = 1 << 20  # parameters updated in one call on a CPU: the recall finds part of them still in the cache
 LOW_BATCH = 1 << 25  # parameters in low precision updated in one call on a device: bounds the fp32 copies
-
-
-def recall_schedule(anneal: Anneal, t: int, k: float, t0: float, w: float) -> float:
-    """Weight of the task's loss at an update, lambda(t).
-
-    Args:
-        anneal: Shape of the schedule.
-        t: Update of the parameter, counted from 1.
-        k: Steepness of the sigmoid.
-        t0: Update at which the sigmoid is at half, or at which the linear schedule ends.
-        w: Sum of the two weights.
-
-    Returns:
-        lambda, between 0 and w.
-    """
-    if anneal == "sigmoid":
-        exponent = -k * (t - t0)
-        return w / (1 + math.exp(exponent)) if exponent < 700 else 0.0  # exp overflows at 710
-    if anneal == "linear":
-        return w * min(1.0, t / t0)
-    return w if anneal == "constant" else 1.0
-
-
-def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
-    """What an update takes from the task and from the anchor.
-
-    Args:
-        group: Options of a parameter group.
-        t: Update of the parameter, counted from 1.
-
-    Returns:
-        lambda, by which the Adam step is multiplied, and r, the share of the way back to the anchor.
-    """
-    w, lr = group["anneal_w"], float(group["lr"])
-    if w <= 0:
-        return 1.0, 0.0
-    weight = recall_schedule(group["anneal"], t, group["k"], group["t0"], w)
-    recall = 1.0 if group["anneal"] == "none" else max(w - weight, group["floor"])
-    return weight, lr * recall * group["anchor_strength"]
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of a parameter group that make no sense."""
-    if options["anneal"] not in ANNEALS:
-        raise ValueError(f"RecAdam: anneal={options['anneal']!r} is not known; there are {', '.join(ANNEALS)}.")
-    if options["anneal"] == "linear" and options["t0"] <= 0:
-        raise ValueError(f"RecAdam: anneal='linear' reaches its end at t0, so t0={options['t0']!r} must be above 0.")
-    for name in ("lr", "eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
-        if options[name] < 0:
-            raise ValueError(f"RecAdam: {name}={options[name]!r} must be 0 or more.")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"RecAdam: betas={options['betas']!r} must lie in [0, 1).")
-    if options["out_of_range"] not in ("error", "clamp"):
-        raise ValueError(f"RecAdam: out_of_range={options['out_of_range']!r} must be 'error' or 'clamp'.")
-    if "anchors" in options and len(options["anchors"]) != len(options["params"]):
-        raise ValueError(
-            f"RecAdam: a group has {len(options['params'])} params and {len(options['anchors'])} anchors; the lists are "
-            f"parallel and must be equally long."
-        )
+KEPT_TYPES = ("exp_avg", "exp_avg_sq", "residual", "owed")  # state whose dtype is not the parameter's
 
 
 class RecAdamOptimizer(Optimizer):
@@ -102,6 +50,7 @@ class RecAdamOptimizer(Optimizer):
         anchor_strength: gamma.
         floor: Least weight of the recall, which keeps a pull after t0; 0 is the paper.
         out_of_range: What to do with r outside [0, 1]: ``"error"`` or ``"clamp"``.
+        pull_every: Updates between two pulls, which then go the compounded share 1 - prod(1 - r) at once.
     """
 
     def __init__(
@@ -119,12 +68,14 @@ class RecAdamOptimizer(Optimizer):
         anchor_strength: float = 5000.0,
         floor: float = 0.0,
         out_of_range: Literal["error", "clamp"] = "error",
+        pull_every: int = 1,
     ) -> None:
+        self._written: dict[Tensor, tuple[int, int, int]] = {}
         self.store_anchors = True  # whether state_dict holds them; not where they can be read again by name
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
             "anneal": anneal, "k": k, "t0": t0, "anneal_w": anneal_w, "anchor_strength": anchor_strength,
-            "floor": floor, "out_of_range": out_of_range,
+            "floor": floor, "out_of_range": out_of_range, "pull_every": pull_every,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -152,18 +103,29 @@ class RecAdamOptimizer(Optimizer):
                 loss = closure()
         updates = []
         for group in self.param_groups:
-            buckets: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    t = int(self._state_of(p, i, group)["step"]) + 1  # on the host: no wait for the device
-                    buckets.setdefault((t, p.device, p.dtype), []).append(p)
-            for (t, *_), members in buckets.items():
-                updates.append((group, t, *self._checked_share(group, t), members))
-        for group, t, weight, share, members in updates:
+            for (t, owed, *_), members in self._alike(group).items():
+                weight, share = self._checked_share(group, t)
+                owed = owed_share(owed, share)
+                due = t % group["pull_every"] == 0
+                updates.append((group, t, weight, owed if due else 0.0, 0.0 if due else owed, members))
+        for group, t, weight, share, owed, members in updates:
             for p in members:
                 self.state[p]["step"] += 1
+                if group["pull_every"] > 1:
+                    self.state[p]["owed"] = torch.tensor(owed)
             self._update(group, t, weight, share, members)
         return loss
+
+    def _alike(self, group: dict[str, Any]) -> dict[tuple[Any, ...], list[Tensor]]:
+        """Parameters with a gradient by update, share that is owed, device and dtype."""
+        buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None:
+                state = self._state_of(p, i, group)
+                t = int(state["step"]) + 1  # on the host: no wait for the device
+                owed = float(state.get("owed", 0.0)) if group["pull_every"] > 1 else 0.0
+                buckets.setdefault((t, owed, p.device, p.dtype), []).append(p)
+        return buckets
 
     def _state_of(self, p: Tensor, index: int, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
@@ -183,9 +145,10 @@ class RecAdamOptimizer(Optimizer):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(state["anchor"], dtype=torch.float32 if low else p.dtype)
             if low:
-                state["residual"] = torch.zeros_like(state["anchor"])
-        if state["step"].device.type != "cpu":  # a sharded checkpoint brings it back on the device
-            state["step"] = state["step"].cpu()
+                state["residual"] = torch.zeros_like(state["anchor"], dtype=torch.float32)
+        for key in ("step", "owed"):  # a sharded checkpoint brings them back on the device
+            if key in state and state[key].device.type != "cpu":
+                state[key] = state[key].cpu()
         return state
 
     def _checked_share(self, group: dict[str, Any], t: int) -> tuple[float, float]:
@@ -213,20 +176,53 @@ class RecAdamOptimizer(Optimizer):
         decay = 1 - lr * group["weight_decay"]
         low = "residual" in self.state[members[0]]
         count = torch.full((), float(t), device=members[0].device)
+        for p in members if low else ():
+            self.residual(p)
         for p, g, m, v, anchor, residual in self._batches(members, low):
-            work = [a.float().add_(b) for a, b in zip(p, residual, strict=True)] if low else p
+            work = to_exact_(p, residual) if low else p
             torch._fused_adamw_(work, [x.float() for x in g] if low else g, m, v, [], [count] * len(p), **adam)
-            if share and low:
-                for exact, target in zip(work, anchor, strict=True):
-                    exact.mul_(1 - share).add_(target, alpha=share)
-            elif share:
-                torch._foreach_lerp_(work, anchor, share)
+            if share:
+                torch._foreach_lerp_(work, [x.float() for x in anchor] if low else anchor, share)
             if decay != 1:
                 torch._foreach_mul_(work, decay)
             if low:
-                for a, b, exact in zip(p, residual, work, strict=True):
-                    a.copy_(exact)
-                    b.copy_(exact.sub_(a))
+                round_(p, work)
+        if low or group["pull_every"] > 1:
+            for p in members:
+                self.settle(p)
+
+    def residual(self, p: Tensor) -> Tensor | None:
+        """See `KeepsResiduals`."""
+        if "residual" not in self.state.get(p, {}):
+            return None
+        residual = local(self.state[p]["residual"])
+        if self._edited(p):
+            residual.zero_()
+            self.settle(p)
+        return residual
+
+    def settle(self, p: Tensor) -> None:
+        """See `KeepsResiduals`."""
+        self._written[p] = stamp(p)
+
+    def _edited(self, p: Tensor) -> bool:
+        return p in self._written and self._written[p] != stamp(p)
+
+    @torch.no_grad()
+    def apply_owed_pulls(self) -> None:
+        """Go now what `pull_every` has put off; not for weights that were loaded or edited since the last update."""
+        for p, state in self.state.items():
+            share = float(state.get("owed", 0.0))
+            if not share or self._edited(p):
+                continue
+            weight, anchor = local(p.detach()), local(state["anchor"])
+            residual = self.residual(p)
+            if residual is None:
+                weight.lerp_(anchor, share)
+            else:
+                round_([weight], [to_exact_([weight], [residual])[0].lerp_(anchor.float(), share)])
+            state["owed"] = torch.zeros(())
+            self.settle(p)
 
     def _batches(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
         """Local tensors to update in one call: all at once on a device, a few that fit into the cache on a CPU."""
@@ -259,6 +255,8 @@ class RecAdamOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for every optimizer; without the anchors where `store_anchors` is off."""
+        for p in self.state:
+            self.residual(p)
         saved = super().state_dict()
         saved["param_groups"] = [{k: v for k, v in g.items() if k != "anchors"} for g in saved["param_groups"]]
         if not self.store_anchors:
@@ -268,7 +266,7 @@ class RecAdamOptimizer(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for every optimizer; moments keep their type, and anchors that are not in it stay."""
+        """As for every optimizer; what is kept in fp32 stays so, and anchors that are not in it stay."""
         anchors = [group.get("anchors") for group in self.param_groups]
         held = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
         super().load_state_dict(state_dict)
@@ -278,11 +276,21 @@ class RecAdamOptimizer(Optimizer):
             state = self.state.get(p)
             if state is None:
                 continue
-            for moment in ("exp_avg", "exp_avg_sq"):  # torch casts state to the parameter's type
-                if moment in state and state[moment].dtype != state_dict["state"][i][moment].dtype:
-                    state[moment] = state_dict["state"][i][moment].to(p.device).clone()
+            for key in KEPT_TYPES:  # torch casts state to the parameter's dtype
+                if key in state and state[key].dtype != state_dict["state"][i][key].dtype:
+                    state[key] = state_dict["state"][i][key].to(p.device).clone()
+            if "residual" in state:
+                state["residual"] = state["residual"].float()
             if "anchor" not in state and p in held:
                 state["anchor"] = held[p]
         for group, given in zip(self.param_groups, anchors, strict=True):
             if given is not None:
                 group["anchors"] = given
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take state that was loaded or copied: weights are taken as they are."""
+        super().__setstate__(state)
+        self._written = {}
+        self.__dict__.setdefault("store_anchors", True)
+        for group in self.param_groups:
+            group.setdefault("pull_every", 1)  # saved before there was the option

@@ -54,6 +54,10 @@ class Stations(TrainerCallback):
         if self.end and not self.trainer.accelerator.optimizer_step_was_skipped:
             for method in self.end:
                 method.end_step(self.trainer.run)
+        if state.global_step >= state.max_steps and (
+            apply := getattr(self.trainer.run.optimizer, "apply_owed_pulls", None)
+        ):
+            apply()  # before the last checkpoint
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The task is learnt."""

@@ -1,0 +1,79 @@
+"""How RecAdam weighs the task against the anchor at an update, and which options make sense.
+
+Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics stand in `hf_continual.methods.recadam`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+Anneal = Literal["sigmoid", "linear", "constant", "none"]
+ANNEALS = ("sigmoid", "linear", "constant", "none")
+
+
+def recall_schedule(anneal: Anneal, t: int, k: float, t0: float, w: float) -> float:
+    """Weight of the task's loss at an update, lambda(t).
+
+    Args:
+        anneal: Shape of the schedule.
+        t: Update of the parameter, counted from 1.
+        k: Steepness of the sigmoid.
+        t0: Update at which the sigmoid is at half, or at which the linear schedule ends.
+        w: Sum of the two weights.
+
+    Returns:
+        lambda, between 0 and w.
+    """
+    if anneal == "sigmoid":
+        exponent = -k * (t - t0)
+        return w / (1 + math.exp(exponent)) if exponent < 700 else 0.0  # exp overflows at 710
+    if anneal == "linear":
+        return w * min(1.0, t / t0)
+    return w if anneal == "constant" else 1.0
+
+
+def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
+    """What an update takes from the task and from the anchor.
+
+    Args:
+        group: Options of a parameter group.
+        t: Update of the parameter, counted from 1.
+
+    Returns:
+        lambda, by which the Adam step is multiplied, and r, the share of the way back to the anchor.
+    """
+    w, lr = group["anneal_w"], float(group["lr"])
+    if w <= 0:
+        return 1.0, 0.0
+    weight = recall_schedule(group["anneal"], t, group["k"], group["t0"], w)
+    recall = 1.0 if group["anneal"] == "none" else max(w - weight, group["floor"])
+    return weight, lr * recall * group["anchor_strength"]
+
+
+def owed_share(owed: float, share: float) -> float:
+    """One share of the way to a fixed point for two in a row: 1 - (1 - owed) (1 - share); `share` itself after 0."""
+    return owed + share - owed * share
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of a parameter group that make no sense."""
+    if options["anneal"] not in ANNEALS:
+        raise ValueError(f"RecAdam: anneal={options['anneal']!r} is not known; there are {', '.join(ANNEALS)}.")
+    if options["anneal"] == "linear" and options["t0"] <= 0:
+        raise ValueError(f"RecAdam: anneal='linear' reaches its end at t0, so t0={options['t0']!r} must be above 0.")
+    for name in ("lr", "eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
+        if options[name] < 0:
+            raise ValueError(f"RecAdam: {name}={options[name]!r} must be 0 or more.")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"RecAdam: betas={options['betas']!r} must lie in [0, 1).")
+    every = options["pull_every"]
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"RecAdam: pull_every={every!r} must be a whole number of updates, 1 or more.")
+    if options["out_of_range"] not in ("error", "clamp"):
+        raise ValueError(f"RecAdam: out_of_range={options['out_of_range']!r} must be 'error' or 'clamp'.")
+    if "anchors" in options and len(options["anchors"]) != len(options["params"]):
+        raise ValueError(
+            f"RecAdam: a group has {len(options['params'])} params and {len(options['anchors'])} anchors; the lists are "
+            f"parallel and must be equally long."
+        )
