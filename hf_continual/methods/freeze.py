@@ -49,6 +49,7 @@ from hf_continual.tensors.layers import (
     is_tied,
     modules_below,
     towers,
+    untie,
 )
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class FreezeLayers(Method):
             return
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if self.embeddings and is_tied(base):
-            self._untie(base) if self.embeddings == "untie" else self._say_tied(base)
+            untie(base) if self.embeddings == "untie" else self._say_tied(base)
         modules = frozen_modules(base, self.bottom, bool(self.embeddings))
         self._check_copies(base, modules)
         frozen = self._parameters(base, modules)
@@ -241,18 +242,6 @@ class FreezeLayers(Method):
             "freeze: %d new adapter layers below block %d were taken off, %d others are kept and frozen.",
             len(fresh), self.bottom, len(layers) - len(fresh),
         )  # fmt: skip
-
-    def _untie(self, base: nn.Module) -> None:
-        head = base.get_output_embeddings()  # pyrefly: ignore[not-callable]
-        head = getattr(head, "base_layer", head)  # below LoRA
-        if "weight" not in head._parameters:
-            raise ValueError(
-                f"FreezeLayers(embeddings='untie') cannot untie the language-model head: it is a {type(head).__name__}, whose "
-                f"copies the adapter ties to those of the embeddings (ensure_weight_tying=True). Use "
-                f"LoraConfig(modules_to_save=['lm_head']) without ensure_weight_tying, which trains the head alone."
-            )
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        base.config.tie_word_embeddings = False  # pyrefly: ignore
 
     def _say_tied(self, base: nn.Module) -> None:
         size = base.get_input_embeddings().weight.numel()  # pyrefly: ignore[not-callable]

@@ -220,3 +220,24 @@ def is_tied(model: nn.Module) -> bool:
     head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
     embedding = model.get_input_embeddings()  # pyrefly: ignore[not-callable]
     return head is not None and head.weight is embedding.weight
+
+
+def untie(model: nn.Module) -> None:
+    """Give the language-model head a copy of the embedding matrix as its own.
+
+    Args:
+        model: A causal language model whose head is tied to its embeddings.
+
+    Raises:
+        ValueError: If an adapter ties copies of both.
+    """
+    head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
+    head = getattr(head, "base_layer", head)  # below LoRA
+    if "weight" not in head._parameters:
+        raise ValueError(
+            f"cannot untie the language-model head: it is a {type(head).__name__}, whose copies the adapter ties to those of "
+            f"the embeddings (ensure_weight_tying=True). Use LoraConfig(modules_to_save=['lm_head']) without "
+            f"ensure_weight_tying, which trains the head alone."
+        )
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False  # pyrefly: ignore
