@@ -12,6 +12,7 @@ import torch
 from hf_continual.data.states import cannot_write, locked
 from hf_continual.data.together import from_first
 from hf_continual.durable import read_lines, write_lines
+from hf_continual.ends import end_tokens, padding_token, special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +57,26 @@ def own_words(
     """
     device, training = model.get_input_embeddings().weight.device, model.training
     model.eval()
+    ends, hidden = end_tokens(model, tokenizer), special_tokens(tokenizer)
     texts: list[str] = []
     tried = 0
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         while len(texts) < number and tried < MOST_TRIES * number + batch_size:
-            first = [tokenizer(OPENINGS[(tried + i) % len(OPENINGS)])["input_ids"] for i in range(batch_size)]
+            first = [_opening(OPENINGS[(tried + i) % len(OPENINGS)], tokenizer, ends) for i in range(batch_size)]
             shortest = min(map(len, first))
             ids = torch.tensor([tokens[:shortest] for tokens in first], device=device)
             written = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id,
+                max_new_tokens=max_new_tokens, pad_token_id=padding_token(tokenizer), eos_token_id=sorted(ends) or None,
             )  # fmt: skip
             tried += batch_size
             for tokens in written.tolist():
-                end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens[1:] else len(tokens)
-                if not degenerate(tokens[:end]):
-                    texts.append(tokenizer.decode(tokens[:end]))
+                end = next((i for i in range(shortest, len(tokens)) if tokens[i] in ends), len(tokens))
+                # Whoever reads the text puts a first token before it again.
+                said = [token for token in tokens[:end] if token not in hidden]
+                if not degenerate(said):
+                    texts.append(tokenizer.decode(said))
     model.train(training)
     if len(texts) < number:
         raise ValueError(
@@ -81,6 +85,14 @@ def own_words(
         )
     logger.info("the model wrote %d texts of its own, %d were thrown away", number, tried - len(texts))
     return texts[:number]
+
+
+def _opening(word: str, tokenizer: Any, ends: frozenset[int]) -> list[int]:
+    """Tokens of a first word, without an end that the tokenizer may add."""
+    tokens = list(tokenizer(word)["input_ids"])
+    while len(tokens) > 1 and tokens[-1] in ends:
+        tokens.pop()
+    return tokens
 
 
 def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -> list[str]:

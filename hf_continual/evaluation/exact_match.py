@@ -1,24 +1,31 @@
 """Exact match of answers: by teacher forcing in one forward pass, or by greedy generation.
 
-An answer is right when greedy decoding yields exactly its tokens and then the end of sequence. Teacher forcing
-decides that without generating: the greedy output equals the answer if and only if, fed the answer, the model
-ranks each of its tokens and the end first.
+An answer is right when greedy decoding yields exactly its tokens and then the end. Teacher forcing decides that
+without generating: the greedy output equals the answer if and only if, fed the answer, the model ranks each of its
+tokens and an end first. Any token that ends generation is an end: the tokenizer's, those of the model's generation
+config, and the one with which the chat template ends a turn. Where a template ends turns with plain text, that text is
+part of the answer and nothing is demanded after it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_continual.evaluation.generation import greedy
+from hf_continual.ends import padding_token
+from hf_continual.evaluation.generation import Output, cut_at, greedy, stop_strings
 from hf_continual.evaluation.match import Match, find_match
-from hf_continual.evaluation.prompts import batches_by_length, decoder, encode, evaluating, reference
+from hf_continual.evaluation.prompts import NOT_NUMBERS, batches_by_length, decoder, evaluating
+from hf_continual.evaluation.questions import Question, positions, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) -> Scored:
@@ -28,47 +35,62 @@ def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 
 
     Args:
         model: A causal language model, with or without adapters; its training mode is restored.
-        tokenizer: Its tokenizer, with an end-of-sequence token.
-        rows: ``{"prompt", "completion"}``, as strings or messages.
+        tokenizer: Its tokenizer.
+        rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}`` that end with the answer.
         batch_size: Rows per forward pass.
 
     Returns:
         1 for rows that greedy decoding would answer exactly, and each answer's NLL. A wrong row's prediction ends
         with the first token that differs.
+
+    Raises:
+        ValueError: If rows cannot be scored, or the model's logits are not numbers.
     """
-    encoded = [encode(row, tokenizer) for row in rows]  # pyrefly: ignore[bad-argument-type]
+    questions = read_questions(model, tokenizer, rows)
     found: dict[int, RowScore] = {}
-    body, head = decoder(model)
+    parts = decoder(model)
     with evaluating(model) as device:
-        for picked in batches_by_length(encoded, [len(p) + len(a) for p, a in encoded], batch_size):
-            batch = [encoded[i] for i in picked]
-            width = max(len(p) + len(a) for p, a in batch)
-            ids = torch.full((len(batch), width), tokenizer.eos_token_id)
-            mask = torch.zeros_like(ids)
-            for i, (prompt, answer) in enumerate(batch):
-                ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-                mask[i, : len(prompt) + len(answer)] = 1
-            hidden_BSD = body(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).last_hidden_state
-            # Position t predicts token t + 1, so an answer is predicted from the last token of its prompt on.
-            states = [hidden_BSD[i, len(p) - 1 : len(p) + len(a) - 1] for i, (p, a) in enumerate(batch)]
-            logits = head(torch.cat(states)).float()
-            gold = torch.tensor([token for _, a in batch for token in a], device=device)
-            sizes = [len(a) for _, a in batch]
-            nll = torch.nn.functional.cross_entropy(logits, gold, reduction="none").split(sizes)
-            means = torch.stack([x.mean() for x in nll]).tolist()
-            chosen = logits.argmax(-1).cpu().split(sizes)
-            for i, (_, answer), said, loss in zip(picked, batch, chosen, means, strict=True):
-                found[i] = _row(said.tolist(), answer, loss, rows[i], tokenizer)
-    return Scored([found[i] for i in range(len(encoded))], "exact match, teacher forced")
+        for picked in batches_by_length(questions, [len(q.prompt) + len(q.answer) for q in questions], batch_size):
+            batch = [questions[i] for i in picked]
+            said, means = _forced(parts, batch, padding_token(tokenizer), device)
+            for i, question, tokens, loss in zip(picked, batch, said, means, strict=True):
+                found[i] = _row(tokens, question, loss, tokenizer)
+    return Scored([found[i] for i in range(len(questions))], "exact match, teacher forced")
 
 
-def _row(said: list[int], answer: list[int], nll: float, row: dict[str, Any], tokenizer: Any) -> RowScore:
-    wrong = next((k for k, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), None)
-    shown = said[:-1] if wrong is None else said[: wrong + 1]
+def _forced(
+    parts: tuple[Any, Any], batch: Sequence[Question], pad: int, device: torch.device
+) -> tuple[list[list[int]], list[float]]:
+    """The most likely token at each place of each answer, and the mean NLL of each answer."""
+    body, head = parts
+    width = max(len(q.prompt) + len(q.answer) for q in batch)
+    ids_BS = torch.full((len(batch), width), pad)
+    mask_BS = torch.zeros_like(ids_BS)
+    for i, q in enumerate(batch):
+        size = len(q.prompt) + len(q.answer)
+        ids_BS[i, :size] = torch.tensor([*q.prompt, *q.answer])
+        mask_BS[i, :size] = 1
+    hidden_BSD = body(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).last_hidden_state
+    # Position t predicts token t + 1, so an answer is predicted from the last token of its prompt on.
+    states = [hidden_BSD[i, len(q.prompt) - 1 : len(q.prompt) + len(q.answer) - 1] for i, q in enumerate(batch)]
+    logits = head(torch.cat(states)).float()
+    best, chosen = logits.max(-1)
+    if bool(best.isnan().any()):
+        raise ValueError(NOT_NUMBERS)
+    gold = torch.tensor([token for q in batch for token in q.answer], device=device)
+    sizes = [len(q.answer) for q in batch]
+    nll = torch.nn.functional.cross_entropy(logits, gold, reduction="none").split(sizes)
+    return [x.tolist() for x in chosen.cpu().split(sizes)], torch.stack([x.mean() for x in nll]).tolist()
+
+
+def _row(said: list[int], question: Question, nll: float, tokenizer: Any) -> RowScore:
+    pairs = zip(said, question.answer, strict=True)
+    wrong = next((k for k, (a, b) in enumerate(pairs) if a != b), len(said))
     return RowScore(
-        float(wrong is None), prediction=tokenizer.decode(shown), reference=reference(row), also={"nll": nll}
+        float(question.accepts(said)),
+        prediction=question.text(said[: wrong + 1], tokenizer),
+        reference=question.reference,
+        also={"nll": nll},
     )
 
 
@@ -81,33 +103,84 @@ def generated(
     match: str | Match | None = None,
     stop: Sequence[str] = (),
 ) -> Scored:
-    """Score answers by batched greedy generation, left padded, until the end of sequence or a stop string.
+    """Score answers by batched greedy generation, left padded, until an end or a stop string.
+
+    Predictions and the references that `match` is given are texts without special tokens and without what a chat
+    template puts around an answer (an empty block of thoughts, the name of a channel). A reference is compared as the
+    tokenizer writes it back.
 
     Args:
         model: A causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
-        rows: ``{"prompt", "completion"}``, as strings or messages.
+        rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}`` that end with the answer.
         batch_size: Rows per batch.
-        max_new_tokens: Limit; by default one more than the longest answer of a batch.
+        max_new_tokens: Limit; by default one more than the answer, so that a model that does not end is seen to go on.
         match: When an answer is right, by name (`hf_continual.evaluation.match`) or as a function of prediction
-            and reference; None demands the very tokens of the answer and the end of sequence.
-        stop: Strings that end an answer; they are cut off.
+            and reference; None demands the very tokens of the answer and an end.
+        stop: Strings that end an answer; they are cut off, also from the end of a reference.
 
     Returns:
-        The score of each row, and what was answered.
+        The score of each row, and what was answered. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1.
+
+    Raises:
+        ValueError: If rows cannot be scored, an option is of no use, or the model's logits are not numbers.
     """
-    encoded = [encode(row, tokenizer) for row in rows]  # pyrefly: ignore[bad-argument-type]
-    # One more than the answer and its end: a model that goes on must be seen to go on.
-    limits = [max_new_tokens or len(answer) + 1 for _, answer in encoded]
-    produced = greedy(model, tokenizer, [p for p, _ in encoded], limits, batch_size, stop)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; give at least 1, or None.")
     rule = None if match is None else find_match(match)
-    scored = []
-    for i, ((_, answer), out) in enumerate(zip(encoded, produced, strict=True)):
-        wanted = reference(rows[i])
-        if rule is None:
-            value = float(out.tokens == answer or (out.stopped and out.text == wanted))
-        else:
-            value = float(rule(out.text, wanted))
-        scored.append(RowScore(value, prediction=out.text, reference=wanted))
+    stop = stop_strings(stop)
+    questions = read_questions(model, tokenizer, rows)
+    _say_what_cannot_be_right(questions, max_new_tokens, stop, tokenizer)
+    limits = [_limit(q, max_new_tokens, positions(model)) for q in questions]
+    ends = frozenset[int]().union(*(q.ends for q in questions))
+    produced = greedy(model, tokenizer, [q.prompt for q in questions], limits, batch_size, stop, ends)
+    scored = [
+        _scored(*each, rule, max_new_tokens, stop, tokenizer) for each in zip(questions, produced, limits, strict=True)
+    ]
     named = "exact match" if rule is None else getattr(rule, "__name__", str(match))
     return Scored(scored, f"{named}, greedy")
+
+
+def _scored(
+    question: Question,
+    out: Output,
+    limit: int,
+    rule: Match | None,
+    most: int | None,
+    stop: Sequence[str],
+    tokenizer: Any,
+) -> RowScore:
+    text, stopped = cut_at(question.text(out.tokens, tokenizer), stop)
+    wanted = question.wanted(tokenizer)
+    wanted = next((wanted.removesuffix(s) for s in stop if wanted.endswith(s)), wanted)
+    ended = out.stopped or stopped or out.tokens[-1] in question.ends
+    if rule is None:
+        value = float(question.accepts(out.tokens) or ((out.stopped or stopped) and text == wanted))
+    else:
+        value = float(rule(text, wanted))
+    cut = most is not None and not ended and len(out.tokens) >= limit
+    return RowScore(value, prediction=text, reference=question.reference, also={"cut": 1.0} if cut else {})
+
+
+def _limit(question: Question, most: int | None, places: int | None) -> int:
+    # One more than the answer and its end: a model that goes on must be seen to go on.
+    limit = (len(question.answer) + question.ended) if most is None else most
+    # The last token is not fed again.
+    return limit if places is None else max(1, min(limit, places - len(question.prompt) + 1))
+
+
+def _say_what_cannot_be_right(
+    questions: Sequence[Question], most: int | None, stop: Sequence[str], tokenizer: Any
+) -> None:
+    longer = [len(q.answer) for q in questions if most is not None and len(q.answer) > most]
+    if longer:
+        logger.warning(
+            "max_new_tokens=%s cuts %d of %d answers short, which take up to %d tokens with their end: they cannot be "
+            "answered in full. Leave it out, or raise it.", most, len(longer), len(questions), max(longer),
+        )  # fmt: skip
+    inside = [q for q in questions if any(s in q.wanted(tokenizer).removesuffix(s) for s in stop)] if stop else []
+    if inside:
+        logger.warning(
+            "%d of %d answers contain a stop string before their end, such as %r: they cannot be answered in full.",
+            len(inside), len(questions), inside[0].reference,
+        )  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from hf_continual.evaluation.prompts import evaluating
+from hf_continual.evaluation.prompts import NOT_NUMBERS, evaluating
 from hf_continual.evaluation.result import RowScore, Scored
 
 
@@ -27,7 +28,8 @@ def lm_eval(
         tokenizer: Its tokenizer.
         rows: Not used: the harness brings its own rows.
         task: Name of a task, such as ``"arc_easy"``. Its data come from the Hub unless `include_path` says else.
-        metric: Name of one of the task's metrics for each sample, such as ``"acc"`` or ``"acc_norm"``.
+        metric: Name of one of the task's metrics for each sample, such as ``"acc"`` or ``"acc_norm"``; where a task
+            reads answers in several ways, with the name of one, such as ``"exact_match,strict-match"``.
         limit: First samples of the task only.
         num_fewshot: Examples in the prompt; None is the task's default.
         batch_size: Requests per forward pass.
@@ -38,7 +40,7 @@ def lm_eval(
 
     Raises:
         ImportError: If the harness is not installed.
-        ValueError: If the task or its metric is unknown.
+        ValueError: If the task or its metric is unknown, the task is a group, or the model's logits are not numbers.
     """
     try:
         from lm_eval import simple_evaluate
@@ -48,6 +50,7 @@ def lm_eval(
         raise ImportError(
             "the metric lm_eval needs the package of that name: pip install 'hf-continual[lm-eval]'."
         ) from error
+    name, _, chosen = metric.partition(",")
     manager = TaskManager(include_path=None if include_path is None else str(Path(include_path).resolve()))
     if task not in manager.all_tasks:
         raise ValueError(
@@ -59,11 +62,43 @@ def lm_eval(
             model=wrapped, tasks=[task], limit=limit, num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=0,
             log_samples=True,
         )  # fmt: skip
+    scored = [_row(s, task, name) for s in _samples(found, task, name, chosen)]
+    return Scored(scored, f"lm_eval {task}, {metric}")
+
+
+def _samples(found: Any, task: str, metric: str, chosen: str) -> list[dict[str, Any]]:
+    """The samples of one task by one of its filters, in the order of its rows."""
+    if task not in found["samples"]:
+        raise ValueError(
+            f"lm_eval: {task!r} is a group of the tasks {', '.join(sorted(found['samples']))}; name one of them."
+        )
     samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
+    filters = list(dict.fromkeys(s.get("filter", "none") for s in samples))
+    if samples and chosen not in (filters if chosen or len(filters) > 1 else [chosen]):
+        raise ValueError(
+            f"lm_eval: the task {task!r} reads answers in {len(filters)} ways; say which, as metric: "
+            f"{' or '.join(repr(f'{metric},{name}') for name in filters)}."
+        )
+    samples = [s for s in samples if not chosen or s.get("filter", "none") == chosen]
     if samples and metric not in samples[0]:
         known = ", ".join(sorted(found["results"][task]))
         raise ValueError(f"lm_eval: the task {task!r} has no metric {metric!r} for each sample; it reports {known}.")
-    scored = [
-        RowScore(float(s[metric]), prediction=str(s["filtered_resps"]), reference=str(s["target"])) for s in samples
-    ]
-    return Scored(scored, f"lm_eval {task}, {metric}")
+    return samples
+
+
+def _row(sample: dict[str, Any], task: str, metric: str) -> RowScore:
+    value = sample[metric]
+    if not isinstance(value, int | float):
+        raise ValueError(
+            f"lm_eval: the metric {metric!r} of the task {task!r} is computed over all samples, each gives {value!r}; name "
+            f"one that is a number for each sample."
+        )
+    if math.isnan(value) or _not_numbers(sample["filtered_resps"]):
+        raise ValueError(NOT_NUMBERS)
+    return RowScore(float(value), prediction=str(sample["filtered_resps"]), reference=str(sample["target"]))
+
+
+def _not_numbers(answers: Any) -> bool:
+    if isinstance(answers, list | tuple):
+        return any(_not_numbers(answer) for answer in answers)
+    return isinstance(answers, float) and math.isnan(answers)

@@ -1,4 +1,4 @@
-"""Choosing among given answers by their likelihood, the shared prompt computed once.
+"""Choosing among given answers by their likelihood.
 
 With log p(c) the sum of the log-probabilities of the tokens of choice c after the prompt, the chosen answer is
 argmax log p(c) ("sum", lm-eval's acc), argmax log p(c) / characters ("characters", lm-eval's acc_norm), or
@@ -8,18 +8,19 @@ argmax log p(c) / tokens ("tokens").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from transformers import DynamicCache
+from trl.data_utils import common_prefix_length
 
+from hf_continual.evaluation.choices import Pair, log_likelihoods
 from hf_continual.evaluation.exact_match import teacher_forced
-from hf_continual.evaluation.prompts import batches_by_length, decoder, encode, evaluating, reference
+from hf_continual.evaluation.prompts import encode
+from hf_continual.evaluation.questions import check_lengths, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
+from hf_continual.evaluation.trained import with_answer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
 Normalise = Literal["sum", "characters", "tokens"]
 
@@ -32,13 +33,18 @@ def label_likelihood(
     normalise: Normalise = "sum",
     batch_size: int = 16,
 ) -> Scored:
-    """Classify by the most likely label.
+    """Classify by the most likely label, each with the token that ends it.
+
+    The end is part of what is compared, as training has it: without it a label that begins another, such as " blue"
+    and " blue red", would always be the more likely of the two. lm-eval's numbers, which have no end, are those of
+    `multiple_choice`.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        rows: ``{"prompt", "completion"}``; the completion is a label.
-        labels: All labels as completions, with the space before them; by default those that occur in the rows.
+        rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}``; the answer is a label.
+        labels: All labels as answers, with the space before them where rows are text; by default those that occur in
+            the rows.
         normalise: How log-likelihoods of different lengths are compared.
         batch_size: Prompts per batch.
 
@@ -46,19 +52,43 @@ def label_likelihood(
         1 for rows whose label is the most likely.
 
     Raises:
-        ValueError: If a row's completion is no label.
+        ValueError: If a row's answer is no label, two labels have the same tokens, or the logits are not numbers.
     """
-    known = sorted({reference(row) for row in rows}) if labels is None else list(labels)  # pyrefly: ignore
-    for row in rows:
-        if reference(row) not in known:  # pyrefly: ignore[bad-argument-type]
-            raise ValueError(f"the answer {reference(row)!r} is none of the labels {known}; mind the space before it.")  # pyrefly: ignore
-    prompts = [row["prompt"] for row in rows]  # pyrefly: ignore[bad-index]
-    values = choice_log_likelihoods(model, tokenizer, prompts, [known] * len(prompts), batch_size)
+    _check_rule(normalise)
+    plain = [dict(row) for row in rows]
+    questions = read_questions(model, tokenizer, plain)
+    known = sorted({q.reference for q in questions}) if labels is None else _distinct(labels)
+    for question in questions:
+        if question.reference not in known:
+            raise ValueError(
+                f"the answer {question.reference!r} is none of the labels {known}; mind the space before it."
+            )
+    ends = frozenset[int]().union(*(q.ends for q in questions))
+    pairs = [[encode(with_answer(row, label), tokenizer, ends) for label in known] for row in plain]
+    for offered in pairs[:1]:
+        _check_apart([prompt + answer for prompt, answer in offered], known)
+    check_lengths(model, [max(len(p) + len(a) for p, a in offered) for offered in pairs])
     scored = []
-    for row, of_row in zip(rows, values, strict=True):
+    values = log_likelihoods(model, tokenizer, pairs, batch_size)
+    for question, of_row in zip(questions, values, strict=True):
         best = known[_best(of_row, known, normalise)]
-        scored.append(RowScore(float(best == reference(row)), prediction=best, reference=reference(row)))  # pyrefly: ignore
+        scored.append(RowScore(float(best == question.reference), prediction=best, reference=question.reference))
     return Scored(scored, f"most likely of {len(known)} labels, by {normalise}")
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r} is one text; give a list of labels.")
+    return list(dict.fromkeys(labels))
+
+
+def _check_apart(tokens: Sequence[list[int]], labels: Sequence[str]) -> None:
+    for i, own in enumerate(tokens):
+        if own in tokens[:i]:
+            raise ValueError(
+                f"the labels {labels[tokens.index(own)]!r} and {labels[i]!r} have the same tokens, so that nobody can "
+                f"choose between them. Make them one, or name them apart."
+            )
 
 
 def multiple_choice(
@@ -68,13 +98,14 @@ def multiple_choice(
     normalise: Normalise = "characters",
     batch_size: int = 16,
 ) -> Scored:
-    """Multiple choice as lm-eval scores it.
+    """Multiple choice as lm-eval scores it: the choice after the context and a space, without an end.
+
+    As there, a choice that begins another is always more likely by "sum"; use `label_likelihood` for such answers.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        rows: ``{"context", "choices", "answer"}``; `answer` is the index of the right choice. A choice is put
-            behind the context and a space.
+        rows: ``{"context", "choices", "answer"}``; `answer` is the index of the right choice.
         normalise: "characters" is lm-eval's acc_norm, "sum" its acc.
         batch_size: Contexts per batch.
 
@@ -82,19 +113,41 @@ def multiple_choice(
         1 for rows whose right choice is the most likely.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, an answer is not the index of a choice, or the logits are not numbers.
     """
+    _check_rule(normalise)
     if missing := {"context", "choices", "answer"} - set(rows.column_names):
         raise ValueError(f"multiple choice needs the column {sorted(missing)[0]!r}; the rows have {rows.column_names}.")
-    choices = [[" " + c.strip() for c in row["choices"]] for row in rows]  # pyrefly: ignore[bad-index]
-    prompts = [row["context"].rstrip() for row in rows]  # pyrefly: ignore[bad-index]
-    values = choice_log_likelihoods(model, tokenizer, prompts, choices, batch_size)
+    plain = [dict(row) for row in rows]
+    for i, row in enumerate(plain):
+        if not 0 <= int(row["answer"]) < len(row["choices"]):
+            raise ValueError(
+                f"row {i} has the answer {row['answer']!r}, and {len(row['choices'])} choices; the answer is the index of "
+                f"one, from 0 on."
+            )
+    pairs = [[_as_lm_eval(row["context"], " " + choice, tokenizer) for choice in row["choices"]] for row in plain]
+    check_lengths(model, [max(len(p) + len(a) for p, a in offered) for offered in pairs])
     scored = []
-    for row, of_row, offered in zip(rows, values, choices, strict=True):
-        best = _best(of_row, [c[1:] for c in offered], normalise)
-        right = int(row["answer"])  # pyrefly: ignore[bad-index]
-        scored.append(RowScore(float(best == right), prediction=offered[best][1:], reference=offered[right][1:]))
+    for row, of_row in zip(plain, log_likelihoods(model, tokenizer, pairs, batch_size), strict=True):
+        offered, right = row["choices"], int(row["answer"])
+        best = _best(of_row, offered, normalise)
+        scored.append(RowScore(float(best == right), prediction=offered[best], reference=offered[right]))
     return Scored(scored, f"multiple choice, {'acc_norm' if normalise == 'characters' else 'acc'} by {normalise}")
+
+
+def _as_lm_eval(context: str, choice: str, tokenizer: Any) -> Pair:
+    """Split as lm-eval does: by the number of the context's tokens, no second BOS, BOS or end as an empty context."""
+    if context == "":
+        tokens = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return (tokens[:1], tokens[1:]) if tokens[0] == first else ([first], tokens)
+    begins = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    has_one = begins is not None and context.startswith(tokenizer.decode(begins))
+    options = {"add_special_tokens": False} if has_one else {}
+    bare = context.rstrip()
+    prompt = list(tokenizer(bare, **options)["input_ids"])
+    whole = list(tokenizer(context + choice, **options)["input_ids"])
+    return prompt, whole[len(prompt) :]
 
 
 def answer_nll(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) -> Scored:
@@ -114,14 +167,17 @@ def answer_nll(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) 
     return Scored(losses, "answer NLL per token", lower_is_better=True)
 
 
+def _check_rule(normalise: str) -> None:
+    if normalise not in get_args(Normalise):
+        raise ValueError(f"normalise={normalise!r} must be one of {', '.join(get_args(Normalise))}.")
+
+
 def _best(values: Sequence[tuple[float, int]], choices: Sequence[str], normalise: Normalise) -> int:
     sizes = {
         "sum": [1.0] * len(choices),
         "characters": [float(max(len(c), 1)) for c in choices],
         "tokens": [float(n) for _, n in values],
     }
-    if normalise not in sizes:
-        raise ValueError(f"normalise={normalise!r} must be one of {', '.join(sizes)}.")
     ratios = [v / size for (v, _), size in zip(values, sizes[normalise], strict=True)]
     return max(range(len(ratios)), key=ratios.__getitem__)
 
@@ -129,95 +185,33 @@ def _best(values: Sequence[tuple[float, int]], choices: Sequence[str], normalise
 def choice_log_likelihoods(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Any],
+    prompts: Sequence[str],
     choices: Sequence[Sequence[str]],
     batch_size: int = 16,
     share_prompt: bool = True,
 ) -> list[list[tuple[float, int]]]:
-    """Log-likelihood of each choice behind its prompt, without an end of sequence.
+    """Log-likelihood of each choice after its prompt, without an end of sequence.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompts: One per row.
+        prompts: One per row, as text.
         choices: The choices of each row, as text with the space before them.
         batch_size: Prompts per batch.
-        share_prompt: Whether a prompt is computed once for all its choices. Models whose cache cannot be
-            copied by rows are computed whole in any case.
+        share_prompt: Whether a prompt is computed once for all its choices.
 
     Returns:
         Per row and choice the sum of the log-probabilities in nats, and the number of tokens.
     """
-    split = [
-        [encode({"prompt": p, "completion": c}, tokenizer) for c in offered]
-        for p, offered in zip(prompts, choices, strict=True)
+    pairs = [
+        [_joined(prompt, choice, tokenizer) for choice in offered]
+        for prompt, offered in zip(prompts, choices, strict=True)
     ]
-    found: dict[int, list[tuple[float, int]]] = {}
-    with evaluating(model) as device:
-        for picked in batches_by_length(split, [max(len(p) for p, _ in s) for s in split], batch_size):
-            prefixes, suffixes, owners = [], [], []
-            for place, i in enumerate(picked):
-                # A tokenizer may join the prompt's last letters with a choice: share what is equal in all of them.
-                wholes = [prompt + answer[:-1] for prompt, answer in split[i]]
-                shared = min(min(len(prompt) for prompt, _ in split[i]), min(map(len, wholes)) - 1)
-                while len({tuple(whole[:shared]) for whole in wholes}) > 1:
-                    shared -= 1
-                prefixes.append(wholes[0][:shared])
-                suffixes += [
-                    (whole[shared:], len(prompt) - shared) for whole, (prompt, _) in zip(wholes, split[i], strict=True)
-                ]
-                owners += [place] * len(wholes)
-            values = _behind(model, prefixes, suffixes, owners, tokenizer.eos_token_id, device, share_prompt)
-            for place, i in enumerate(picked):
-                found[i] = [v for v, owner in zip(values, owners, strict=True) if owner == place]
-    return [found[i] for i in range(len(split))]
+    return log_likelihoods(model, tokenizer, pairs, batch_size, share_prompt)
 
 
-def _behind(
-    model: Any,
-    prefixes: list[list[int]],
-    suffixes: list[tuple[list[int], int]],
-    owners: list[int],
-    pad: int,
-    device: torch.device,
-    share: bool,
-) -> list[tuple[float, int]]:
-    """Log-likelihood of suffixes behind the prefixes that own them; the first tokens of a suffix may not count."""
-    body, head = decoder(model)
-    width, longest = max(map(len, prefixes)), max(len(s) for s, _ in suffixes)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prefixes], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=device)
-    owner = torch.tensor(owners, device=device)
-    tail = torch.tensor([s + [pad] * (longest - len(s)) for s, _ in suffixes], device=device)
-    tail_mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s, _ in suffixes], device=device)
-    whole_mask = torch.cat([mask[owner], tail_mask], dim=1)
-    places = (whole_mask.cumsum(1) - 1).clamp(min=0)
-    first = (
-        body(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
-        if share
-        else None
-    )
-    if first is not None and isinstance(first.get("past_key_values"), DynamicCache):
-        first.past_key_values.batch_select_indices(owner)
-        rest = body(
-            input_ids=tail, attention_mask=whole_mask, position_ids=places[:, width:],
-            past_key_values=first.past_key_values, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        hidden_BSD = torch.cat([first.last_hidden_state[owner, -1:], rest[:, :-1]], dim=1)
-    else:
-        whole = torch.cat([ids[owner], tail], dim=1)
-        hidden_BSD = body(
-            input_ids=whole, attention_mask=whole_mask, position_ids=places, use_cache=False
-        ).last_hidden_state[:, width - 1 : -1]
-    return _sums(head, hidden_BSD, tail, suffixes)
-
-
-def _sums(
-    head: Any, hidden_BSD: Tensor, tail_BS: Tensor, suffixes: list[tuple[list[int], int]]
-) -> list[tuple[float, int]]:
-    counted = torch.zeros_like(tail_BS, dtype=torch.bool)
-    for i, (suffix, skipped) in enumerate(suffixes):
-        counted[i, skipped : len(suffix)] = True
-    loss = torch.nn.functional.cross_entropy(head(hidden_BSD[counted]).float(), tail_BS[counted], reduction="none")
-    sizes = counted.sum(1).tolist()
-    return [(-float(part.double().sum()), n) for part, n in zip(loss.split(sizes), sizes, strict=True)]
+def _joined(prompt: str, choice: str, tokenizer: Any) -> Pair:
+    """A tokenizer may join the prompt's last letters with a choice: what differs from the prompt alone counts."""
+    first, whole = list(tokenizer(prompt)["input_ids"]), list(tokenizer(prompt + choice)["input_ids"])
+    shared = common_prefix_length(first, whole)
+    return whole[:shared], whole[shared:]

@@ -4,65 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_continual.ends import end_tokens
+from hf_continual.evaluation.frame import frame_of
+from hf_continual.evaluation.trained import as_pair, trained_tokens
+
 Item = TypeVar("Item")
 
+NOT_NUMBERS = (
+    "the model's logits are not numbers (NaN), so it cannot be scored. Its weights are broken, or float16 overflowed: look "
+    "at its training loss, or load it with dtype bfloat16 or float32."
+)
 
-def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of a row's prompt, and of its completion up to and with the end of sequence.
+
+def encode(row: dict[str, Any], tokenizer: Any, ends: Collection[int] = ()) -> tuple[list[int], list[int]]:
+    """Tokens of a row's prompt, and of its completion up to and with the token that ends it.
 
     Args:
-        row: ``{"prompt", "completion"}``, two strings or two lists of messages.
-        tokenizer: With an end-of-sequence token; with a chat template where the row is a conversation.
+        row: ``{"prompt", "completion"}``, two strings or two lists of messages; or ``{"messages"}``.
+        tokenizer: With an end-of-sequence token, or with a chat template where the row is a conversation.
+        ends: Further tokens that end an answer, such as those of a model's generation config
+            (`hf_continual.ends.end_tokens`); the tokenizer's own and the chat template's are known.
 
     Returns:
-        The prompt's tokens, at least one, and the answer's.
+        The prompt's tokens, at least one, and the answer's, both as SFTTrainer trains them.
 
     Raises:
         ValueError: If the row has no prompt or no completion, or the prompt has no token.
     """
-    if row.get("prompt") is None or row.get("completion") is None:
+    prompt, answer = trained_tokens(row, tokenizer)
+    if not prompt:
         raise ValueError(
-            f"a row to score needs 'prompt' and 'completion', this one has {sorted(row)}. Map its columns, or name the "
-            f"columns that hold them."
+            f"the prompt {as_pair(row)['prompt']!r} has no token before the answer; a model cannot begin from nothing."
         )
-    if isinstance(row["prompt"], str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-        end = True
-    else:
-        prompt = _chat(tokenizer, row["prompt"], True)
-        whole = _chat(tokenizer, [*row["prompt"], *row["completion"]], False)
-        end = tokenizer.eos_token_id not in whole[len(prompt) :]
-    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-    if shared == 0:
-        raise ValueError(
-            f"the prompt {row['prompt']!r} has no token before the answer; a model cannot begin from nothing."
-        )
-    answer = [*whole[shared:], tokenizer.eos_token_id] if end else whole[shared:]
-    # A template may add a line break behind the end of sequence; generation stops at the end.
-    return whole[:shared], answer[: answer.index(tokenizer.eos_token_id) + 1]
+    known = {*ends, *end_tokens(None, tokenizer)}
+    end = frame_of(row, tokenizer, known).end
+    return prompt, up_to_end(answer, known if end is None else known | {end})
 
 
-def _chat(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-
-
-def reference(row: dict[str, Any]) -> str:
-    """A row's completion as text."""
-    answer = row["completion"]
-    return answer if isinstance(answer, str) else "".join(m["content"] for m in answer)
+def up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
+    """An answer up to and with its first end: a template may add a line break after it, which nobody generates."""
+    stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: stop + 1]
 
 
 def prompt_hash(row: dict[str, Any]) -> str:
     """16 hexadecimal digits that tell prompts apart without storing them."""
-    shown = row.get("prompt", row.get("text", row))
+    shown = next((row[k] for k in ("prompt", "messages", "text") if row.get(k) is not None), row)
     text = shown if isinstance(shown, str) else json.dumps(shown, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

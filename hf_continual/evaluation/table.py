@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,12 +68,22 @@ def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
     return functools.partial(_scored, function, shown, options)
 
 
-def columns_of(description: Any) -> tuple[str, ...]:
-    """The columns that rows need for a scorer; empty where it is a function of one's own."""
+def columns_of(description: Any, present: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns that rows need for a scorer; empty where it is a function of one's own.
+
+    Args:
+        description: See `build_scorer`.
+        present: Columns that the rows have; whole conversations stand for prompt and completion.
+
+    Returns:
+        Names of columns.
+    """
     name, _ = _name_and_options(description)
     if name is None or ":" in name:
         return ()
-    return COLUMNS.get(name, ("prompt", "completion"))
+    wanted = COLUMNS.get(name, ("prompt", "completion"))
+    whole = [c for c in ("messages", "conversations") if c in present]
+    return (whole[0],) if whole and wanted == ("prompt", "completion") and not set(wanted) <= set(present) else wanted
 
 
 def with_labels(description: Any, rows: Any) -> Any:
@@ -80,7 +91,7 @@ def with_labels(description: Any, rows: Any) -> Any:
     name, options = _name_and_options(description)
     if name != "label_likelihood" or options.get("labels") is not None:
         return description
-    from hf_continual.evaluation.prompts import reference
+    from hf_continual.evaluation.trained import reference
 
     return {name: {**options, "labels": sorted({reference(row) for row in rows})}}
 
@@ -120,6 +131,10 @@ def _scored(
     result = function(model, tokenizer, rows, **options)
     if isinstance(result, Sequence) and all(isinstance(v, bool | int | float) for v in result):
         result = Scored([RowScore(float(v)) for v in result], name)
+    if isinstance(result, Scored) and any(math.isnan(row.score) for row in result.rows):
+        raise ValueError(
+            f"the metric {name} returned scores that are not numbers (NaN); a mean over them says nothing."
+        )
     if not isinstance(result, Scored):
         raise TypeError(
             f"the metric {name} returned {type(result).__name__}; a scorer returns Scored, or one number per row."

@@ -20,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from hf_continual.durable import read_json, write_json
-from hf_continual.evaluation.prompts import encode
+from hf_continual.evaluation.trained import trained_tokens
 from hf_continual.merging.adapters import Adapter
 from hf_continual.merging.calibration import Setting, load_tokenizer, loaded
 from hf_continual.merging.checkpoints import open_checkpoint
@@ -158,7 +158,7 @@ def _encoded(row: dict[str, Any], tokenizer: Any, max_length: int) -> Encoded:
         ids = list(row["input_ids"])
         return ids[:max_length], list(row.get("labels") or ids)[:max_length]
     if "prompt" in row:
-        prompt, answer = encode(row, tokenizer)
+        prompt, answer = trained_tokens(row, tokenizer)
         return [*prompt, *answer][-max_length:], [*[IGNORED] * len(prompt), *answer][-max_length:]
     if row.get("messages") is not None:
         ids = list(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])

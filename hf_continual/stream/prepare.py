@@ -127,7 +127,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
                 build_scorer(metric, plan.evaluation.batch_size)
             test = _rows(task, "test", plan, tokenizer, where, i, columns_of(metric))
             with _at(where, place if task.metric is not None else ("tasks", i, "columns" if task.columns else "test")):
-                check_columns(test, columns_of(metric), f"scoring task {task.name!r}")
+                check_columns(test, columns_of(metric, test.column_names), f"scoring task {task.name!r}")
                 scorers[task.name] = build_scorer(with_labels(metric, test), plan.evaluation.batch_size)
         tasks.append(Task(task.name, i, train, test, task.parent))
     gauges: dict[str, Dataset | None] = {}
@@ -144,7 +144,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
                 if gauge.columns:
                     rows = map_columns(rows, gauge.columns)
                     check_values(rows, f"the gauge {name!r}, after its columns were mapped", columns_of(gauge.metric))
-                check_columns(rows, columns_of(gauge.metric), f"the gauge {name!r}")
+                check_columns(rows, columns_of(gauge.metric, rows.column_names), f"the gauge {name!r}")
             elif columns_of(gauge.metric):
                 raise ValueError(f"the gauge {name!r} needs rows. Name a file or a Hub id: rows: general.jsonl")
         gauges[name] = rows

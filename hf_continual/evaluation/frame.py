@@ -1,0 +1,108 @@
+"""What a chat template puts around an answer, so that its text and its end can be told from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl.data_utils import common_prefix_length
+
+from hf_continual.ends import special_tokens
+from hf_continual.evaluation.trained import Row, as_pair, rendered, with_answer
+
+_ANSWER = "answerxyz"  # stands for the answer while a template is looked at
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands before and after the text of an answer in a conversation as it is trained.
+
+    Args:
+        lead: Text between the generation prompt and the answer, such as an empty block of thoughts.
+        tail: Text after the answer.
+        mark: The last of the tokenizer's added tokens in `lead`; None where there is none.
+        end: The token in `tail` that ends the turn; None where the template ends it with plain text.
+    """
+
+    lead: str = ""
+    tail: str = ""
+    mark: int | None = None
+    end: int | None = None
+
+
+def frame_of(row: Row, tokenizer: Any, ends: Collection[int]) -> Frame:
+    """Look at the template of a conversation; rows of plain text have no frame.
+
+    Args:
+        row: A row to score.
+        tokenizer: With a chat template, where the row is a conversation.
+        ends: Tokens that end an answer in any case.
+
+    Returns:
+        The frame of the row's answer.
+
+    Raises:
+        ValueError: If the template leaves the answer out.
+    """
+    pair = as_pair(row)
+    if isinstance(pair["prompt"], str):
+        return Frame()
+    known = with_answer(pair, _ANSWER)
+    prompt = rendered(known, tokenizer, known["prompt"], True, tokenize=False)
+    whole = rendered(known, tokenizer, [*known["prompt"], *known["completion"]], False, tokenize=False)
+    before, found, tail = whole.rpartition(_ANSWER)
+    if not found:
+        raise ValueError(
+            "the chat template leaves the text of the last message out, so there is no answer to score. Is its role "
+            f"{known['completion'][-1].get('role')!r} one that the template knows?"
+        )
+    lead = before[common_prefix_length(prompt, before) :]
+    added = set(tokenizer.added_tokens_decoder)
+    marks = [i for i in _tokens(lead, tokenizer) if i in added]
+    return Frame(lead, tail, marks[-1] if marks else None, _end(_tokens(tail, tokenizer), tokenizer, ends))
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _end(tail: Sequence[int], tokenizer: Any, ends: Collection[int]) -> int | None:
+    """The first token of the tail that ends answers, is special, or was added to the vocabulary, in this order."""
+    for kind in (frozenset(ends) | special_tokens(tokenizer), frozenset(tokenizer.added_tokens_decoder)):
+        if found := [i for i in tail if i in kind and i != tokenizer.unk_token_id]:
+            return found[0]
+    return None
+
+
+def answer_text(tokens: Sequence[int], frame: Frame, ends: Collection[int], tokenizer: Any, wanted: str = "") -> str:
+    """The text of an answer: without its end, special tokens, and what the template puts around it.
+
+    Args:
+        tokens: What was said.
+        frame: Of the row.
+        ends: Tokens that end an answer.
+        tokenizer: The model's.
+        wanted: The right answer, which may itself contain the text with which the template ends a turn.
+
+    Returns:
+        The text. Where a block of thoughts was closed, what follows it.
+    """
+    tokens = list(tokens)
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    tokens, lead = tokens[:stop], frame.lead
+    if frame.mark is not None and frame.mark in tokens:
+        tokens = tokens[len(tokens) - tokens[::-1].index(frame.mark) :]
+        lead = lead.rpartition(tokenizer.added_tokens_decoder[frame.mark].content)[2]
+    hidden = special_tokens(tokenizer)
+    text = tokenizer.decode([token for token in tokens if token not in hidden])
+    if lead and text.startswith(lead):
+        text = text[len(lead) :]
+    elif lead.strip() and text.lstrip().startswith(lead.strip()):
+        text = text.lstrip()[len(lead.strip()) :].lstrip()
+    elif lead and not lead.strip() and frame.mark is not None:
+        text = text.lstrip()
+    if frame.end is None and frame.tail:
+        shown = frame.tail.rstrip() or frame.tail
+        text = shown.join(text.split(shown)[: wanted.count(shown) + 1])
+    return text

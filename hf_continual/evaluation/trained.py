@@ -1,0 +1,113 @@
+"""The tokens of a row as TRL's SFTTrainer trains them: what is scored must be what was learned."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl.data_utils import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
+
+Row = Mapping[str, Any]
+
+
+def as_pair(row: Row) -> dict[str, Any]:
+    """A row as prompt and completion.
+
+    Args:
+        row: ``{"prompt", "completion"}`` as two strings or two lists of messages, or ``{"messages"}``, of which the
+            last, the assistant's, is the completion. Messages may also be written ``{"from", "value"}``.
+
+    Returns:
+        The row with `prompt` and `completion`, and its other columns.
+
+    Raises:
+        ValueError: If there is no such pair in it.
+    """
+    row = dict(row)
+    if is_conversational_from_value(row):
+        row = maybe_convert_to_chatml(copy.deepcopy(row))  # it changes what it is given
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+            raise ValueError(
+                f"the prompt is of type {type(row['prompt']).__name__} and the completion of type "
+                f"{type(row['completion']).__name__}; make both text, or both lists of messages."
+            )
+        return row
+    messages = row.get("messages")
+    if not messages:
+        raise ValueError(
+            f"a row to score needs 'prompt' and 'completion', this one has {sorted(row)}. Map its columns, or name the "
+            f"columns that hold them; a conversation may also be one column 'messages'."
+        )
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise ValueError(
+            f"the answer of a row with 'messages' is its last message, after at least one other, and the assistant's; "
+            f"this row has {len(messages)} and ends with role {messages[-1]['role']!r}. Drop the messages after the answer."
+        )
+    return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """All tokens of a row in the order in which SFTTrainer trains them, split where its completion mask begins.
+
+    Args:
+        row: See `as_pair`.
+        tokenizer: With an end-of-sequence token for rows of text, with a chat template for conversations.
+
+    Returns:
+        The tokens of the prompt and those of the completion, before any truncation.
+
+    Raises:
+        ValueError: If the row has no prompt and completion, or the tokenizer has no end-of-sequence token.
+    """
+    pair = as_pair(row)
+    prompt, completion = pair["prompt"], pair["completion"]
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token
+        if end is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sequence token, so nothing tells where an answer of plain text ends. Set "
+                "tokenizer.eos_token to the token that ended the answers in training."
+            )
+        whole = prompt + completion if completion.endswith(end) else prompt + completion + end
+        first, tokens = list(tokenizer(prompt)["input_ids"]), list(tokenizer(whole)["input_ids"])
+    else:
+        first = list(rendered(pair, tokenizer, prompt, True, tokenize=True)["input_ids"])
+        tokens = list(rendered(pair, tokenizer, [*prompt, *completion], False, tokenize=True)["input_ids"])
+    shared = common_prefix_length(first, tokens)
+    return tokens[:shared], tokens[shared:]
+
+
+def rendered(row: Row, tokenizer: Any, messages: Sequence[Any], prompt: bool, tokenize: bool) -> Any:
+    """Messages through the chat template, with the tools and template options that the row brings."""
+    tools = row.get("tools")
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=prompt, tokenize=tokenize, return_dict=tokenize,
+        tools=json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {}),
+    )  # fmt: skip
+
+
+def reference(row: Row) -> str:
+    """The text of a row's answer: its completion, or the content of the last message."""
+    answer = as_pair(row)["completion"]
+    return answer if isinstance(answer, str) else message_text(answer[-1])
+
+
+def message_text(message: Row) -> str:
+    """The text of a message whose content is a text or a list of parts."""
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        return content or ""
+    return "".join(part.get("text") or "" for part in content)
+
+
+def with_answer(row: Row, text: str) -> dict[str, Any]:
+    """The row with another answer in place of its own, in the form that the row has."""
+    pair = as_pair(row)
+    if isinstance(pair["completion"], str):
+        return {**pair, "completion": text}
+    *before, last = pair["completion"]
+    content = text if isinstance(last.get("content"), str) else [{"type": "text", "text": text}]
+    return {**pair, "completion": [*before, {**last, "content": content}]}
