@@ -39,12 +39,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.paper import Paper
-from hf_continual.tensors.anchors import fingerprint, read_named, recorded_base
+from hf_continual.tensors.anchors import base_of, fingerprint, like, read_again, read_named, recorded_base, state_of
+from hf_continual.tensors.flat import local
 from hf_continual.tensors.recadam import RecAdamOptimizer
 from hf_continual.tensors.recall import Anneal, check_options, recall_schedule, recall_share
 
@@ -83,7 +82,9 @@ class RecAdam(Method):
             optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins. `t0` may be a
             share of the run here too.
         pull_every: Updates between two pulls; 1 pulls at each one. 8 makes a step about as fast as AdamW's.
-        anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near.
+        anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near; an adapter may have any name.
+            Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside of the run's that
+            is not itself a trainer's checkpoint; those are read again, from where the model then comes from or where it was.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
@@ -103,6 +104,7 @@ class RecAdam(Method):
     pull_every: int = 1
     anchor: str = "start"
     _record: State | None = field(default=None, init=False, repr=False, compare=False)
+    _base_state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "recadam"
     bytes_per_parameter: ClassVar[float] = 4.0  # the anchor
@@ -182,7 +184,6 @@ class RecAdam(Method):
 
     def begin_task(self, run: Run) -> None:
         """Check that something is anchored, and say to what and how strongly."""
-        optimizer = self._optimizer(run)
         named = self._anchored(run)
         if not named:
             raise ValueError(
@@ -190,9 +191,28 @@ class RecAdam(Method):
                 "0 to at least one group, or drop the method."
             )
         if self.anchor != "start":
-            for name, tensor in read_named(self.anchor, None, named).items():
-                optimizer.state[named[name]]["anchor"] = _like(tensor, named[name])
+            self._read_anchors(run, named)
         self._say(run, named)
+
+    def _read_anchors(self, run: Run, named: dict[str, torch.nn.Parameter]) -> None:
+        """Read the anchors from where the hyper-parameter says; those of a resumed run must be the same."""
+        state = self._optimizer(run).state
+        resumed = self._record is not None and all("anchor" in state[p] for p in named.values())
+        try:
+            found = read_named(self.anchor, None, named, run.model)
+        except FileNotFoundError:
+            if not resumed:
+                raise
+            logger.info("recadam: %s is gone; the anchors are taken from the checkpoint.", self.anchor)
+            return
+        for name, tensor in found.items():
+            anchor, before = like(tensor, named[name]), state[named[name]].get("anchor")
+            if resumed and not torch.equal(local(anchor), local(before)):
+                raise ValueError(
+                    f"RecAdam(anchor={self.anchor!r}) holds another {name} than the run to be resumed stayed near. Give "
+                    f"the checkpoint of then, from wherever it lies now, or start a new run."
+                )
+            state[named[name]]["anchor"] = anchor
 
     def _say(self, run: Run, named: dict[str, torch.nn.Parameter]) -> None:
         """Log what is anchored and how strongly, and warn of a group that will hardly learn."""
@@ -223,32 +243,37 @@ class RecAdam(Method):
     def state_dict(self, run: Run) -> State:
         """Where the anchors can be read again, or that they are stored with the optimizer."""
         optimizer = self._optimizer(run)
+        if self._record is not None and "base" in self._record and state_of(self._record["base"]) != self._base_state:
+            logger.warning("recadam: %s was written over; the anchors are stored from now on.", self._record["base"])
+            self._record = {"stored": True}
         if self._record is None:
             named = self._anchored(run)
             anchors = {n: optimizer.state[p]["anchor"] for n, p in named.items() if "anchor" in optimizer.state[p]}
-            base = None if run.is_sharded or not anchors else recorded_base(run.model, anchors)
+            base = None if run.is_sharded or not anchors else recorded_base(run.model, anchors, run.output_dir)
             self._record = {"stored": True} if base is None else {**base, "fingerprint": fingerprint(anchors)}
-            optimizer.store_anchors = base is None
+            self._base_state = state_of(self._record.get("base") or "")
+        optimizer.store_anchors = "stored" in self._record
         return self._record
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Read the anchors again where they were not stored, and check that they are the same."""
+        """Read the anchors again where they were not stored: from wherever the very same weights lie now."""
         self._record = state
         optimizer = self._optimizer(run)
         optimizer.store_anchors = "stored" in state
+        named = {n: p for n, p in self._anchored(run).items() if "exp_avg" in optimizer.state.get(p, {})}
+        if not named:
+            raise ValueError(
+                "RecAdam: the checkpoint has no state of the optimizer (optimizer.pt is missing or empty), so its moments "
+                "and counters are gone. Copy the file back, resume from another checkpoint, or start a new run from the "
+                "weights of this one."
+            )
         if "stored" in state:
             return
-        named = {n: p for n, p in self._anchored(run).items() if "exp_avg" in optimizer.state[p]}
-        anchors = read_named(state["base"], state["revision"], named)
-        for name, tensor in anchors.items():
-            optimizer.state[named[name]]["anchor"] = _like(tensor, named[name])
-        found = fingerprint({n: optimizer.state[p]["anchor"] for n, p in named.items()})
-        if found != state["fingerprint"]:
-            raise ValueError(
-                f"RecAdam's anchors were read again from {state['base']!r} and are not those that training started "
-                f"from: fingerprint {found[:16]} instead of {state['fingerprint'][:16]}. The base checkpoint was changed; "
-                f"restore it, or start a new run."
-            )
+        asked = ("" if self.anchor == "start" else self.anchor, None)
+        anchors, self._record = read_again(state, [asked, base_of(run.model)], named, run.model)
+        for name, anchor in anchors.items():
+            optimizer.state[named[name]]["anchor"] = anchor
+        self._base_state = state_of(self._record["base"])
 
     def _optimizer(self, run: Run) -> RecAdamOptimizer:
         if not isinstance(run.optimizer, RecAdamOptimizer):
@@ -264,9 +289,3 @@ class RecAdam(Method):
 def _update(t0: float, updates: int) -> float:
     """The update that t0 means in a run of so many."""
     return t0 * updates if 0 < t0 < 1 else t0
-
-
-def _like(tensor: Tensor, p: Tensor) -> Tensor:
-    """A tensor from a file on the device, in the type and with the sharding of its parameter."""
-    tensor = tensor.to(device=p.device, dtype=p.dtype)
-    return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor.contiguous()

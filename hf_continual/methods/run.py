@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     import torch
     from datasets import Dataset
@@ -70,6 +71,10 @@ class Run(Protocol):
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of the run, without accelerate's wrapper."""
+
+    @property
+    def output_dir(self) -> Path | None:
+        """Where the run writes its checkpoints."""
 
     @property
     def is_main_process(self) -> bool:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -100,3 +101,25 @@ def has_fresh_copy(module: nn.Module) -> bool:
                 if not any(a.is_meta or a.numel() == 0 for a, _ in pairs) and all(a.equal(b) for a, b in pairs):
                     return True
     return False
+
+
+def adapter_names(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Under which name PEFT saves each parameter of a model's adapters.
+
+    PEFT itself is asked, with numbers in place of the tensors, so that every kind of adapter is known: names of its own,
+    several adapters, modules_to_save, magnitudes, trained tokens.
+
+    Args:
+        model: A model, with adapters or without.
+
+    Returns:
+        Parameter -> (adapter, name in the adapter's file).
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    numbers = {name: torch.tensor(i) for i, name in enumerate([*names, *buffers])}
+    found: dict[str, tuple[str, str]] = {}
+    for adapter in getattr(model, "peft_config", {}):
+        saved = get_peft_model_state_dict(model, numbers, adapter, save_embedding_layers=False)
+        found |= {names[int(i)]: (adapter, key) for key, i in saved.items() if i.ndim == 0 and int(i) < len(names)}
+    return found

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-INDEXES = ("model.safetensors.index.json",)
-SINGLES = ("model.safetensors", "adapter_model.safetensors")
+from hf_continual.tensors.adapters import adapter_names
+from hf_continual.tensors.weight_files import INDEX, WEIGHTS, weight_files
+
+ADAPTER, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -61,58 +65,74 @@ def find_checkpoint(source: str, revision: str | None = None) -> Path:
 
 
 class CheckpointTensors:
-    """Tensors of a checkpoint's safetensors files by parameter name, one read at a time.
+    """Tensors of a checkpoint's safetensors files by their name in the file, one read at a time.
 
     Args:
         folder: Folder of a full model (one file or sharded) or of a PEFT adapter.
 
     Raises:
         FileNotFoundError: If it holds no safetensors file.
+        ValueError: If an index is damaged or names a file outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
-        for index in INDEXES:
-            if (folder / index).is_file():
-                listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-                self.files.update({name: folder / file for name, file in listed.items()})
-        for single in SINGLES:
-            if not self.files and (folder / single).is_file():
-                with safe_open(folder / single, "pt") as opened:
-                    self.files.update(dict.fromkeys(opened.keys(), folder / single))
+        full = [file for file in weight_files(folder) if file.is_file()]
+        for file in full or [folder / ADAPTER]:
+            if file.is_file():
+                with safe_open(file, "pt") as opened:
+                    self.files.update(dict.fromkeys(opened.keys(), file))
         if not self.files:
             raise FileNotFoundError(
-                f"{folder} holds no safetensors checkpoint ({', '.join((*SINGLES, *INDEXES))}). Pickled weights are not "
+                f"{folder} holds no safetensors checkpoint ({', '.join((WEIGHTS, ADAPTER, INDEX))}). Pickled weights are not "
                 f"read; save the model again with save_pretrained."
             )
 
-    def get(self, parameter: str) -> Tensor | None:
-        """The tensor of a parameter, or None; an adapter's name ("default") is no part of the file's names."""
-        for name in (parameter, parameter.replace(".default.", "."), parameter.removesuffix(".default")):
+    def get(self, stored: str) -> Tensor | None:
+        """The tensor of a name, or None."""
+        for name in (stored, PEFT_PREFIX + stored):  # transformers' own adapters have the prefix in the file only
             if name in self.files:
                 with safe_open(self.files[name], "pt") as opened:
                     return opened.get_tensor(name)
         return None
 
 
-def read_named(source: str, revision: str | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _open_for(folder: Path, adapters: Collection[str | None]) -> dict[str | None, CheckpointTensors]:
+    """The files of each adapter: in a folder of its name, as PEFT saves several, or the folder itself."""
+    own = {a: folder / a if a and (folder / a / ADAPTER).is_file() else folder for a in adapters}
+    shared = sorted(a for a, place in own.items() if a is not None and place == folder)
+    if len(shared) > 1:
+        raise ValueError(
+            f"{folder} holds one adapter, and the run trains several: {', '.join(shared)}. Give a folder with a folder for "
+            f"each, as PeftModel.save_pretrained writes it, or train one of them."
+        )
+    return {a: CheckpointTensors(place) for a, place in own.items()}
+
+
+def read_named(
+    source: str, revision: str | None, parameters: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
     """Read the tensors of some parameters from a checkpoint.
 
     Args:
         source: Folder, or id of a model on the Hub.
         revision: Commit of a Hub id.
         parameters: Parameters by name; only names and shapes are used.
+        model: Their model. PEFT saves adapters under other names than the model has, whatever an adapter is called.
 
     Returns:
-        Tensors by the same names, on the host, in the type of the file.
+        Tensors by the same names, on the host, in the dtype of the file.
 
     Raises:
         FileNotFoundError: If the checkpoint is gone.
         ValueError: If a parameter is missing in it or has another shape; names the first ones.
     """
-    files = CheckpointTensors(find_checkpoint(source, revision))
-    found = {name: files.get(name) for name in parameters}
+    stored = {name: (None, name) for name in parameters} | {
+        name: place for name, place in adapter_names(model).items() if name in parameters
+    }
+    files = _open_for(find_checkpoint(source, revision), {adapter for adapter, _ in stored.values()})
+    found = {name: files[adapter].get(key) for name, (adapter, key) in stored.items()}
     wrong = [n for n, t in found.items() if t is None or t.shape != parameters[n].shape]
     if wrong:
         raise ValueError(
@@ -122,24 +142,117 @@ def read_named(source: str, revision: str | None, parameters: Mapping[str, Tenso
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def recorded_base(model: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, str | None] | None:
+def like(tensor: Tensor, p: Tensor) -> Tensor:
+    """A tensor from a file on the device, in the dtype and with the sharding of its parameter."""
+    tensor = tensor.to(device=p.device, dtype=p.dtype)
+    return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor.contiguous()
+
+
+def read_again(
+    record: Mapping[str, Any],
+    places: Sequence[tuple[str, str | None]],
+    parameters: Mapping[str, Tensor],
+    model: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read recorded anchors from wherever the very same weights lie now; the fingerprint proves that they are.
+
+    Args:
+        record: What `recorded_base` returned, with the anchors' ``"fingerprint"``.
+        places: Folders or ids with their revision to look in where the recorded one fails; empty names are skipped.
+        parameters: The anchored parameters by name.
+        model: Their model.
+
+    Returns:
+        Anchors by name, and the record with the place where they were found.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint at the only place.
+        ValueError: If no place holds these weights; says of each why.
+    """
+    errors: list[Exception] = []
+    for source, revision in dict.fromkeys([(record["base"], record["revision"]), *places]):
+        if not source or (errors and _same(source, record["base"])):
+            continue
+        try:
+            found = {n: like(t, parameters[n]) for n, t in read_named(source, revision, parameters, model).items()}
+            if (digest := fingerprint(found)) != record["fingerprint"]:
+                raise ValueError(
+                    f"RecAdam's anchors were read again from {source!r} and are not those that training started from: "
+                    f"fingerprint {digest[:16]} instead of {record['fingerprint'][:16]}. The base checkpoint was changed; "
+                    f"restore it, or start a new run."
+                )
+            return found, {**record, "base": _absolute(source), "revision": revision}
+        except (FileNotFoundError, ValueError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise ValueError(
+        f"RecAdam's anchors are not in the checkpoint, and no place that they could be read from has them: "
+        f"{' '.join(f'({i}) {error}' for i, error in enumerate(errors, 1))} Give the trainer the model that the run started "
+        f"from, from wherever it lies now."
+    )
+
+
+def _absolute(source: str) -> str:
+    local = Path(source).expanduser()
+    return str(local.resolve()) if local.is_dir() else source
+
+
+def _same(source: str, other: str) -> bool:
+    return _absolute(source) == _absolute(other)
+
+
+def base_of(model: nn.Module) -> tuple[str, str | None]:
+    """What a model says that it was loaded from: folder or id, empty if nothing, and the commit of an id."""
+    config = model.config
+    return config._name_or_path or "", getattr(config, "_commit_hash", None)  # pyrefly: ignore
+
+
+def is_lasting(source: str, output_dir: Path | None) -> bool:
+    """Whether a base can be expected to stay: not a trainer's checkpoint, which rotates away, nor what the run writes.
+
+    Args:
+        source: Folder or Hub id.
+        output_dir: Where the run writes.
+
+    Returns:
+        True for Hub ids and for folders elsewhere.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return True
+    places = (folder.resolve(), *folder.resolve().parents)
+    rotates = any(re.fullmatch(r"checkpoint-\d+", place.name) for place in places)
+    return not rotates and (output_dir is None or output_dir.expanduser().resolve() not in places)
+
+
+def state_of(source: str) -> dict[str, tuple[int, int]]:
+    """Size and time of each weight file of a folder, which tell whether it was written over; empty for a Hub id."""
+    folder = Path(source).expanduser()
+    stats = {file.name: file.stat() for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def recorded_base(
+    model: nn.Module, anchors: Mapping[str, Tensor], output_dir: Path | None = None
+) -> dict[str, str | None] | None:
     """Where anchors can be read again instead of being stored: proved by reading them now.
 
     Args:
         model: The model, whose configuration says what it was loaded from.
         anchors: Anchors by parameter name, not sharded.
+        output_dir: Where the run writes.
 
     Returns:
-        ``{"base": folder or id, "revision": commit or None}``, or None when the checkpoint is not there or
-        one tensor differs (a model made in memory, an adapter drawn at random, quantised weights).
+        ``{"base": folder or id, "revision": commit or None}``, or None when the checkpoint is not there, is not
+        expected to stay (`is_lasting`), or one tensor differs (a model made in memory, an adapter, quantised weights).
     """
-    config = model.config
-    source, revision = config._name_or_path, getattr(config, "_commit_hash", None)  # pyrefly: ignore
-    if not source:
+    source, revision = base_of(model)
+    if not source or not is_lasting(source, output_dir):
         return None
     try:
         files = CheckpointTensors(find_checkpoint(source, revision))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     for name, anchor in anchors.items():
         tensor = files.get(name)
@@ -147,5 +260,4 @@ def recorded_base(model: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, 
             return None
         if not torch.equal(tensor.to(device=anchor.device, dtype=anchor.dtype), anchor):
             return None
-    local = Path(source).expanduser()
-    return {"base": str(local.resolve()) if local.is_dir() else source, "revision": revision}
+    return {"base": _absolute(source), "revision": revision}

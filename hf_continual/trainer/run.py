@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -78,6 +79,10 @@ class TrainerRun:
     @property
     def is_sharded(self) -> bool:
         return self._trainer.accelerator.distributed_type in SHARDED
+
+    @property
+    def output_dir(self) -> Path | None:
+        return Path(self._trainer.args.output_dir) if self._trainer.args.output_dir else None
 
     @property
     def is_main_process(self) -> bool:

@@ -18,7 +18,7 @@ class FakeRun:
         self.task, self.step, self.seed = Task(index=task), 0, 0
         self.device, self.is_sharded = torch.device("cpu"), False
         self.optimizer: Any = None
-        self.extra_updates = 0
+        self.extra_updates, self.output_dir = 0, None
 
     autocast_dtype = None
 
