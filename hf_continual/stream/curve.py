@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import TrainerCallback
 from hf_continual.durable import DamagedFile, read_checked, write_checked
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 CURVE = Path("continual") / "curve.json"
 
@@ -60,6 +63,8 @@ class Curve(TrainerCallback):
 
 def read_curve(folder: Path) -> dict[str, Any]:
     """The points of a finished task by step; empty where there are none."""
+    if folder.is_dir() and not (folder / CURVE).is_file():
+        logger.warning("%s is missing: what was scored during this task's training is not known.", folder / CURVE)
     return dict(sorted(_points(folder / CURVE).items(), key=lambda item: int(item[0])))
 
 

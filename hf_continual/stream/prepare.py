@@ -27,6 +27,7 @@ from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
+from hf_continual.stream.scores import file_name
 from hf_continual.stream.source import Key, PlanError, Where
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
 from hf_continual.trainer.config import ContinualConfig
@@ -150,6 +151,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         gauges[name] = rows
     with _at(where, ("tasks",)):
         stream = TaskStream(tasks)
+        _check_scored_names(list(scorers))
     prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges, _memory(plan, where, stream))
     for task in stream:
         own: tuple[Key, ...] = ("tasks", task.index)
@@ -161,6 +163,14 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         with _at(where, ("methods",) if plan.tasks[task.index].methods is None else (*own, "methods")):
             Methods(prepared.methods(task))
     return prepared
+
+
+def _check_scored_names(names: Sequence[str]) -> None:
+    """Refuse two names whose predictions would be one file."""
+    files: dict[str, str] = {}
+    for name in names:
+        if (other := files.setdefault(file_name(name), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are the same as names of files ({file_name(name)}); rename one.")
 
 
 def _memory(plan: Plan, where: Where, stream: TaskStream) -> KeptRows | None:

@@ -103,11 +103,12 @@ def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[t
     """The score of every row in every cell of a matrix, from the stored predictions."""
     rows: dict[tuple[int, int], list[float]] = {}
     for i, stage in enumerate([None, *line], start=-1):
+        place = (base_dir, BASE_FOLDER) if stage is None else (output_dir, stage.folder)
+        # Those of a score that is not believed are written again before they are read.
+        believed = read_stage(place[0] / place[1])
         for j, column in enumerate(line):
-            place = (base_dir, BASE_FOLDER) if stage is None else (output_dir, stage.folder)
-            file = predictions_file(*place, column.name)
-            if file.is_file():
-                rows[i, j] = [row["score"] for row in read_lines(file)]
+            if column.name in believed:
+                rows[i, j] = [row["score"] for row in read_lines(predictions_file(*place, column.name))]
     return rows
 
 

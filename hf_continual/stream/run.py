@@ -46,10 +46,12 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
         if prepared.plan.evaluation.base:
             _score_base(prepared, base_dir)
             _check_unsolved(prepared, base_dir)
+            _check_one_direction(prepared, base_dir / BASE_FOLDER)
         learner = PlanLearner(prepared, output_dir)
         for task in prepared.stream:
             parent = prepared.stream.parent(task)
             learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
+            _check_one_direction(prepared, output_dir / task.folder)
             if main:
                 _mend_kept_rows(prepared, task, output_dir / task.folder)
                 found = collect(prepared, output_dir, base_dir).results
@@ -118,6 +120,21 @@ def check_merge(plan: Plan, where: Where) -> None:
         find_function(plan.merge.function)
     except ValueError as error:
         raise where.error(("between_tasks", "merge"), str(error)) from error
+
+
+def _check_one_direction(prepared: Prepared, folder: Path) -> None:
+    """Refuse tasks of which some are scored by a loss and some are not: no mean over them means anything."""
+    scores = main_decides(lambda: read_stage(folder))
+    lower: dict[bool, str] = {}
+    for task in prepared.scored():
+        if task.name in scores:
+            lower.setdefault(bool(scores[task.name].get("lower_is_better")), task.name)
+    if len(lower) == 2:
+        raise prepared.where.error(
+            ("evaluation", "metric"),
+            f"{lower[True]!r} is scored by a loss (lower is better) and {lower[False]!r} is not, so a mean over both, and "
+            f"what was forgotten, would be meaningless. Give all tasks one kind of metric; measure the other as a gauge.",
+        )
 
 
 def _check_unsolved(prepared: Prepared, base_dir: Path) -> None:

@@ -229,7 +229,7 @@ HARMS = {
 }
 
 
-def harmed(runs, which, place, harm, at):
+def harmed(runs, caplog, which, place, harm, at):
     """Harm one file of a run and run the plan again: the same measurements, or a sentence with the file's name."""
     with tempfile.TemporaryDirectory() as folder:
         plan, results, out = copied(runs, which, Path(folder))
@@ -246,7 +246,12 @@ def harmed(runs, which, place, harm, at):
             assert file.name in str(error), (file, harm, at, error)
             assert type(error) is not json.JSONDecodeError and not isinstance(error, UnicodeError)
             return
-        assert measured(found) == measured(results), (file, harm, at)
+        found, wanted = measured(found), measured(results)
+        if file.name == "curve.json" and new is None and found["curves"] == {"t1": {}}:
+            # What was scored in training cannot be scored again: it is left out, and said.
+            assert str(file) in caplog.text
+            found["curves"] = wanted["curves"]
+        assert found == wanted, (file, harm, at)
 
 
 place = st.floats(0, 1)
@@ -261,27 +266,27 @@ common = {
 
 @settings(max_examples=30, **common)
 @given(place, st.sampled_from(sorted(HARMS)), place)
-def test_any_file_of_a_finished_run(runs, where, harm, at):
-    harmed(runs, "out", where, harm, at)
+def test_any_file_of_a_finished_run(runs, caplog, where, harm, at):
+    harmed(runs, caplog, "out", where, harm, at)
 
 
 @settings(max_examples=5, **common)
 @given(st.sampled_from(["scoring", "training"]), place, st.sampled_from(sorted(HARMS)), place)
-def test_any_file_of_an_unfinished_run(runs, which, where, harm, at):
-    harmed(runs, which, where, harm, at)
+def test_any_file_of_an_unfinished_run(runs, caplog, which, where, harm, at):
+    harmed(runs, caplog, which, where, harm, at)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @settings(max_examples=800, **common)
 @given(place, st.sampled_from(sorted(HARMS)), place)
-def test_any_file_of_a_finished_run_often(runs, where, harm, at):
-    harmed(runs, "out", where, harm, at)
+def test_any_file_of_a_finished_run_often(runs, caplog, where, harm, at):
+    harmed(runs, caplog, "out", where, harm, at)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @settings(max_examples=150, **common)
 @given(st.sampled_from(["scoring", "training"]), place, st.sampled_from(sorted(HARMS)), place)
-def test_any_file_of_an_unfinished_run_often(runs, which, where, harm, at):
-    harmed(runs, which, where, harm, at)
+def test_any_file_of_an_unfinished_run_often(runs, caplog, which, where, harm, at):
+    harmed(runs, caplog, which, where, harm, at)

@@ -183,3 +183,41 @@ def test_a_damaged_file_of_the_base_model_is_named(tmp_path, name):
         assert not isinstance(refused.value, json.JSONDecodeError | UnicodeError), refused.value
     (tmp_path / "model" / name).write_bytes(whole)
     load_finished(prepare(*read_plan(plan)).plan, None)
+
+
+def test_two_names_that_are_one_file(tmp_path):
+    plan = world.make(tmp_path)
+    plan["tasks"][0]["name"], plan["tasks"][1]["name"] = "a b", "a-b"
+    with pytest.raises(PlanError, match="'a b' and 'a-b' are the same as names of files"):
+        prepare(*read_plan(plan))
+
+
+def test_losses_and_scores_are_not_averaged(tmp_path):
+    plan = world.make(tmp_path)
+    plan["tasks"][1]["metric"] = "answer_nll"
+    with pytest.raises(PlanError, match="'t1' is scored by a loss .* and 't0' is not.*as a gauge"):
+        train_stream(plan)
+    assert not list((tmp_path / "out").glob("task-*")), "met before anything is trained"
+
+
+def test_exit_codes_of_run(tmp_path):
+    from typer.testing import CliRunner
+
+    from hf_continual.cli import app
+
+    plan = world.make(tmp_path, sft={**world.SFT, "max_steps": 1})
+    plan["tasks"] = plan["tasks"][:1]
+    good = world.write(tmp_path, plan)
+
+    def code(*words):
+        return CliRunner().invoke(app, ["run", *map(str, words)]).exit_code
+
+    assert code(good, "--dry-run") == 0 and not (tmp_path / "out").exists()
+    assert code(good, "--quiet") == 0 and code(good, "--quiet") == 0
+    assert code(tmp_path / "nope.yaml") != 0 and code(good, "--only", "nope") != 0
+    (tmp_path / "out" / "plan.json").write_text("{")
+    assert code(good) != 0
+    (tmp_path / "model" / "config.json").write_text("[")
+    assert code(good, "--dry-run", "--output-dir", tmp_path / "new") != 0
+    (tmp_path / "t0.jsonl").write_text('{"prompt": 1}\n')
+    assert code(good, "--dry-run", "--output-dir", tmp_path / "new") != 0
