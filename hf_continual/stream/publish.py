@@ -11,7 +11,7 @@ from hf_continual.hub.files import installed_versions, write_card
 from hf_continual.hub.refs import ModelRef, is_hub_id, loaded_ref, model_ref
 from hf_continual.stream.folders import read_trained
 from hf_continual.stream.models import is_adapter
-from hf_continual.stream.results import BASE_FOLDER
+from hf_continual.stream.results import BASE_FOLDER, protocols
 from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
 from hf_continual.trainer.facts import method_facts, settings_of
@@ -136,7 +136,7 @@ def stage_evaluation(
         tasks=tuple(names),
         matrix=tuple(tuple(stages[m].get(n, {}).get("value") for n in names) for m in names),
         base_row=tuple(first) if any(v is not None for v in first) else None,
-        metric=cell.get("protocol"),
+        metric=protocols([last[n] for n in names if n in last]),
         lower_is_better=cell.get("lower_is_better", False),
         rows={n: last[n]["n"] for n in names if n in last and last[n].get("n")},
         status=status,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,7 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
         "model": prepared.plan.model.path,
         "complete": all((output_dir / t.folder).is_dir() for t in prepared.stream),
         "tasks": names,
-        "metric": next((cell["protocol"] for s in stages.values() for n, cell in s.items() if n in names), None),
+        "metric": protocols([s[n] for n in names for s in stages.values() if n in s]),
         "matrix": {"scores": matrix.scores, "base": matrix.base, "lower_is_better": matrix.lower_is_better},
         "summary": {**matrix.summary, "per_task_minimum": matrix.per_task_minimum},
         "intervals": _intervals(prepared, line, output_dir, base_dir, matrix),
@@ -74,10 +75,20 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
 
 
 def _matrix(line: Sequence[Task], stages: dict, base: dict, read: Any, lower: bool) -> AccuracyMatrix:
-    """Rows after each scored task of a line, columns the same tasks; rows that are not there yet are left out."""
-    rows = [[read(stages[t.name].get(c.name, {})) for c in line] for t in line if stages[t.name]]
+    """Rows after each scored task of a line, columns the same tasks, up to the first row that is not there yet.
+
+    A row after that would stand in the place of another task's.
+    """
+    there = itertools.takewhile(lambda t: stages[t.name], line)
+    rows = [[read(stages[t.name].get(c.name, {})) for c in line] for t in there]
     first = [read(base.get(c.name, {})) for c in line] if base and rows else None
     return AccuracyMatrix(rows, first if first and any(v is not None for v in first) else None, lower)
+
+
+def protocols(cells: Iterable[Mapping[str, Any]]) -> str | None:
+    """How cells were scored, each way once; None where nothing was."""
+    found = list(dict.fromkeys(c["protocol"] for c in cells if c.get("protocol")))
+    return "; ".join(found[:3] + [f"and {len(found) - 3} more"] * (len(found) > 3)) or None
 
 
 def _lower(stages: dict, base: dict, names: Sequence[str]) -> bool:

@@ -290,3 +290,19 @@ def test_any_file_of_a_finished_run_often(runs, caplog, where, harm, at):
 @given(st.sampled_from(["scoring", "training"]), place, st.sampled_from(sorted(HARMS)), place)
 def test_any_file_of_an_unfinished_run_often(runs, caplog, which, where, harm, at):
     harmed(runs, caplog, which, where, harm, at)
+
+
+def test_a_row_of_the_matrix_is_never_that_of_another_task(tmp_path):
+    from hf_continual.stream.prepare import prepare
+    from hf_continual.stream.read import read_plan
+    from hf_continual.stream.results import collect
+
+    plan = world.make(tmp_path, sft=SHORT)
+    plan["tasks"][1]["metric"] = "label_likelihood"
+    whole = train_stream(plan)
+    out = tmp_path / "out"
+    assert whole.results["metric"].count("; ") == 1, "both ways of scoring are named"
+    (out / "task-01-t1" / "continual" / "scores.json").unlink()
+    found = collect(prepare(*read_plan(plan)), out, out).matrix.scores
+    assert found == whole.matrix.scores[:1], "the row after the third task is not the second row"
+    assert train_stream(plan).matrix == whole.matrix
