@@ -95,9 +95,10 @@ def check_trainer(trainer: ContinualTrainer) -> None:
         trainer: The trainer, set up but for its methods.
 
     Raises:
-        ValueError: If nothing is trainable, or gradients or weights are edited under DeepSpeed, which keeps them in
-            its engine.
+        ValueError: If the model is no decoder-only one, nothing is trainable, or gradients or weights are edited
+            under DeepSpeed, which keeps them in its engine.
     """
+    check_decoder_only(trainer.run.model)
     check_trainable(trainer.run.model)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         calls = ("edit_gradients", "after_step", "end_step")
@@ -107,6 +108,23 @@ def check_trainer(trainer: ContinualTrainer) -> None:
                 f"{', '.join(editing)} edits gradients or weights between backward and step, and DeepSpeed does "
                 f"both inside its engine. Use DDP or FSDP2 (recipes/accelerate), or drop the method."
             )
+
+
+def check_decoder_only(model: nn.Module) -> None:
+    """The loss, the rows and the states are those of a decoder-only model.
+
+    Args:
+        model: The model without the wrappers of DDP and the like.
+
+    Raises:
+        ValueError: If the model has an encoder.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder (config.is_encoder_decoder=True), and SFTTrainer gives a model "
+            f"whole texts: the encoder would read the tokens that the decoder is to predict. Take a decoder-only model."
+        )
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -160,8 +178,15 @@ def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
         name: Whose rows they are.
 
     Raises:
-        ValueError: Under context or sequence parallelism, or with images.
+        ValueError: Under context or sequence parallelism, with images, or where text attends to later tokens.
     """
+    text = trainer.run.model.config.get_text_config()  # pyrefly: ignore[missing-attribute]
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ValueError(
+            f"{name}: {type(trainer.run.model).__name__} attends to later tokens of a text "
+            f"(use_bidirectional_attention={text.use_bidirectional_attention!r}), so a row of text would be read before "
+            f"it is predicted. Train without {name}, or take a causal language model."
+        )
     parallel = trainer.accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, set_seed
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -79,6 +79,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": HEADED,
     "nanochat": GROUPED,
     "modernbert-decoder": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "local_attention": 16},
+    "llama4_text": {**HEADED, "num_local_experts": 2, "intermediate_size_mlp": 48, "moe_layers": [1]},
     "mixtral": {**GROUPED, "num_local_experts": 4},
     "qwen2_moe": {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**HEADED, **EXPERTS},
@@ -148,7 +149,13 @@ TOWERS: dict[str, dict[str, Any]] = {
     "qwen2_audio": {"text_config": _of("qwen2"), "audio_config": {"num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16, "max_source_positions": 16}, "audio_token_index": 63},
 }  # fmt: skip
 
-KINDS = (*TEXT, *TOWERS)
+# Models with an encoder, which are refused.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "t5": {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0},
+    "bart": {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64},
+}  # fmt: skip
+
+KINDS = (*TEXT, *TOWERS, *ENCODERS)
 
 # What runs between the ids and the first block, where it is not one module `embed_tokens` beside the blocks.
 EMBEDDINGS: dict[str, list[str]] = {
@@ -173,16 +180,20 @@ EMBEDDINGS: dict[str, list[str]] = {
 
 
 def config(kind: str) -> Any:
-    """The tiny configuration of a family."""
-    return AutoConfig.for_model(kind, **({**SMALL, **TEXT[kind]} if kind in TEXT else TOWERS[kind]))
+    """The tiny configuration of a family, without dropout: two passes over the same rows must agree."""
+    changes = {**SMALL, **TEXT[kind]} if kind in TEXT else {**TOWERS, **ENCODERS}[kind]
+    made = AutoConfig.for_model(kind, **changes)
+    for part in {id(c): c for c in (made, made.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or "pdrop" in name):
+                setattr(part, name, 0.0)
+    return made
 
 
 def build(kind: str, seed: int = 0) -> nn.Module:
     """A tiny random model of a family, in fp32."""
     set_seed(seed)
-    auto = AutoModelForMultimodalLM if kind in TOWERS else AutoModelForCausalLM
-    model = auto.from_config(config(kind))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):  # two passes over the same rows must agree
-            module.p = 0.0
-    return model
+    auto: Any = AutoModelForCausalLM
+    if kind in TOWERS or kind in ENCODERS:
+        auto = AutoModelForMultimodalLM if kind in TOWERS else AutoModelForSeq2SeqLM
+    return auto.from_config(config(kind))
