@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -187,18 +188,19 @@ def run(kind: str, method: str) -> str:
         if should == "yes":
             CELLS[method](kind, folder)
         elif should == "refused":
-            said = error_of(lambda: CELLS[method](kind, folder))
-            assert said.startswith("ValueError") and REFUSED[kind][0] in said, said
+            error = error_of(lambda: CELLS[method](kind, folder))
+            assert isinstance(error, ValueError) and REFUSED[kind][0] in str(error), error
+            assert "construct" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
         else:
-            said = error_of(lambda: construct(kind, [], folder).train())
-            assert FAILS[kind] in said, said
+            error = error_of(lambda: construct(kind, [], folder).train())
+            assert FAILS[kind] in str(error), error
     return should
 
 
-def error_of(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> Exception:
     """What a call raises, which it must."""
     try:
         call()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return error
     raise AssertionError("nothing was raised")

@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
+
 from tests.families.cells import CELLS, run
 from tests.families.configs import ENCODERS, KINDS, TOWERS
 from tests.families.notes import notes
@@ -44,6 +46,7 @@ def main() -> None:
     """Run all cells; a cell that fails stops the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
     cells = {}
     for kind in KINDS:
         for method in CELLS:
