@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -23,11 +24,25 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *several] if i is not None)
 
 
-def special_tokens(tokenizer: Any) -> frozenset[int]:
-    """Tokens that are not part of a text: the tokenizer's special ones, without the one for unknown words."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+@dataclass(frozen=True)
+class AddedTokens:
+    """What was added to a tokenizer's vocabulary; asked once, as a tokenizer may need milliseconds to answer.
+
+    Args:
+        special: Tokens that are not part of a text, without the one for unknown words.
+        texts: Text of every added token, special or not.
+    """
+
+    special: frozenset[int]
+    texts: Mapping[int, str]
+
+
+def added_tokens(tokenizer: Any) -> AddedTokens:
+    """Look up a tokenizer's special and added tokens."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-    return frozenset({*tokenizer.all_special_ids, *added} - unknown)
+    return AddedTokens(frozenset(special - unknown), {i: token.content for i, token in added.items()})
 
 
 def padding_token(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from hf_continual.data.states import cannot_write, locked
 from hf_continual.data.together import from_first
 from hf_continual.durable import read_lines, write_lines
-from hf_continual.ends import end_tokens, padding_token, special_tokens
+from hf_continual.ends import added_tokens, end_tokens, padding_token
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def own_words(
     """
     device, training = model.get_input_embeddings().weight.device, model.training
     model.eval()
-    ends, hidden = end_tokens(model, tokenizer), special_tokens(tokenizer)
+    ends, hidden = end_tokens(model, tokenizer), added_tokens(tokenizer).special
     texts: list[str] = []
     tried = 0
     with torch.random.fork_rng(), torch.inference_mode():

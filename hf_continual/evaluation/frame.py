@@ -8,7 +8,7 @@ from typing import Any
 
 from trl.data_utils import common_prefix_length
 
-from hf_continual.ends import special_tokens
+from hf_continual.ends import AddedTokens
 from hf_continual.evaluation.trained import Row, as_pair, rendered, with_answer
 
 _ANSWER = "answerxyz"  # stands for the answer while a template is looked at
@@ -31,13 +31,14 @@ class Frame:
     end: int | None = None
 
 
-def frame_of(row: Row, tokenizer: Any, ends: Collection[int]) -> Frame:
+def frame_of(row: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens) -> Frame:
     """Look at the template of a conversation; rows of plain text have no frame.
 
     Args:
         row: A row to score.
         tokenizer: With a chat template, where the row is a conversation.
         ends: Tokens that end an answer in any case.
+        added: The tokenizer's added tokens.
 
     Returns:
         The frame of the row's answer.
@@ -58,24 +59,21 @@ def frame_of(row: Row, tokenizer: Any, ends: Collection[int]) -> Frame:
             f"{known['completion'][-1].get('role')!r} one that the template knows?"
         )
     lead = before[common_prefix_length(prompt, before) :]
-    added = set(tokenizer.added_tokens_decoder)
-    marks = [i for i in _tokens(lead, tokenizer) if i in added]
-    return Frame(lead, tail, marks[-1] if marks else None, _end(_tokens(tail, tokenizer), tokenizer, ends))
+    marks = [i for i in _tokens(lead, tokenizer) if i in added.texts]
+    kinds = (added.special.union(ends), added.texts.keys())
+    after = [i for i in _tokens(tail, tokenizer) if i != tokenizer.unk_token_id]
+    # The first special token ends the turn; where none does, the first that was added to the vocabulary.
+    found = [i for kind in kinds for i in after if i in kind]
+    return Frame(lead, tail, marks[-1] if marks else None, found[0] if found else None)
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _end(tail: Sequence[int], tokenizer: Any, ends: Collection[int]) -> int | None:
-    """The first token of the tail that ends answers, is special, or was added to the vocabulary, in this order."""
-    for kind in (frozenset(ends) | special_tokens(tokenizer), frozenset(tokenizer.added_tokens_decoder)):
-        if found := [i for i in tail if i in kind and i != tokenizer.unk_token_id]:
-            return found[0]
-    return None
-
-
-def answer_text(tokens: Sequence[int], frame: Frame, ends: Collection[int], tokenizer: Any, wanted: str = "") -> str:
+def answer_text(
+    tokens: Sequence[int], frame: Frame, ends: Collection[int], tokenizer: Any, added: AddedTokens, wanted: str = ""
+) -> str:
     """The text of an answer: without its end, special tokens, and what the template puts around it.
 
     Args:
@@ -83,6 +81,7 @@ def answer_text(tokens: Sequence[int], frame: Frame, ends: Collection[int], toke
         frame: Of the row.
         ends: Tokens that end an answer.
         tokenizer: The model's.
+        added: The tokenizer's added tokens.
         wanted: The right answer, which may itself contain the text with which the template ends a turn.
 
     Returns:
@@ -93,9 +92,8 @@ def answer_text(tokens: Sequence[int], frame: Frame, ends: Collection[int], toke
     tokens, lead = tokens[:stop], frame.lead
     if frame.mark is not None and frame.mark in tokens:
         tokens = tokens[len(tokens) - tokens[::-1].index(frame.mark) :]
-        lead = lead.rpartition(tokenizer.added_tokens_decoder[frame.mark].content)[2]
-    hidden = special_tokens(tokenizer)
-    text = tokenizer.decode([token for token in tokens if token not in hidden])
+        lead = lead.rpartition(added.texts[frame.mark])[2]
+    text = tokenizer.decode([token for token in tokens if token not in added.special])
     if lead and text.startswith(lead):
         text = text[len(lead) :]
     elif lead.strip() and text.lstrip().startswith(lead.strip()):

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from hf_continual.ends import end_tokens, padding_token, special_tokens
+from hf_continual.ends import added_tokens, end_tokens, padding_token
 from hf_continual.evaluation.prompts import NOT_NUMBERS, batches_by_length, decoder, evaluating
 
 
@@ -111,7 +111,8 @@ def greedy(
             batch, most = [prompts[i] for i in picked], [limits[i] for i in picked]
             for i, tokens in zip(picked, _continue(model, batch, most, until, device), strict=True):
                 found[i] = tokens
-    return [_output(found[i], until) for i in range(len(prompts))]
+    hidden = added_tokens(tokenizer).special | until.ends
+    return [_output(found[i], until, hidden) for i in range(len(prompts))]
 
 
 def rows_are_apart(cache: Any) -> bool:
@@ -205,11 +206,10 @@ class _Stop(StoppingCriteria):
         return torch.tensor(over, device=input_ids.device)
 
 
-def _output(new: list[int], until: Until) -> Output:
+def _output(new: list[int], until: Until, hidden: frozenset[int]) -> Output:
     """Up to the first end; the text loses what follows a stop string."""
     over = next((i for i, token in enumerate(new) if token in until.ends), None)
     tokens = new if over is None else new[: over + 1]
-    hidden = special_tokens(until.tokenizer) | until.ends
     text, _ = cut_at(until.tokenizer.decode([t for t in tokens if t not in hidden]), until.stop)
     return Output(tokens, text, until.stopped(tokens if over is None else tokens[:-1]))
 

@@ -14,10 +14,10 @@ from trl.data_utils import common_prefix_length
 
 from hf_continual.evaluation.choices import Pair, log_likelihoods
 from hf_continual.evaluation.exact_match import teacher_forced
-from hf_continual.evaluation.prompts import encode
+from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.questions import check_lengths, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
-from hf_continual.evaluation.trained import with_answer
+from hf_continual.evaluation.trained import trained_tokens, with_answer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,8 +63,10 @@ def label_likelihood(
             raise ValueError(
                 f"the answer {question.reference!r} is none of the labels {known}; mind the space before it."
             )
-    ends = frozenset[int]().union(*(q.ends for q in questions))
-    pairs = [[encode(with_answer(row, label), tokenizer, ends) for label in known] for row in plain]
+    pairs = [
+        [_labelled(row, label, question.ends, tokenizer) for label in known]
+        for row, question in zip(plain, questions, strict=True)
+    ]
     for offered in pairs[:1]:
         _check_apart([prompt + answer for prompt, answer in offered], known)
     check_lengths(model, [max(len(p) + len(a) for p, a in offered) for offered in pairs])
@@ -74,6 +76,11 @@ def label_likelihood(
         best = known[_best(of_row, known, normalise)]
         scored.append(RowScore(float(best == question.reference), prediction=best, reference=question.reference))
     return Scored(scored, f"most likely of {len(known)} labels, by {normalise}")
+
+
+def _labelled(row: dict[str, Any], label: str, ends: frozenset[int], tokenizer: Any) -> Pair:
+    prompt, answer = trained_tokens(with_answer(row, label), tokenizer)
+    return prompt, up_to_end(answer, ends)
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_continual.ends import end_tokens
+from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, trained_tokens
 
@@ -44,7 +44,7 @@ def encode(row: dict[str, Any], tokenizer: Any, ends: Collection[int] = ()) -> t
             f"the prompt {as_pair(row)['prompt']!r} has no token before the answer; a model cannot begin from nothing."
         )
     known = {*ends, *end_tokens(None, tokenizer)}
-    end = frame_of(row, tokenizer, known).end
+    end = frame_of(row, tokenizer, known, added_tokens(tokenizer)).end
     return prompt, up_to_end(answer, known if end is None else known | {end})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_continual.ends import end_tokens
+from hf_continual.ends import AddedTokens, added_tokens, end_tokens
 from hf_continual.evaluation.frame import Frame, answer_text, frame_of
 from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.trained import reference, trained_tokens
@@ -29,6 +29,7 @@ class Question:
         ends: Tokens that end an answer.
         frame: What the chat template puts around the answer.
         reference: The answer's text as the row has it.
+        added: The tokenizer's added tokens.
     """
 
     prompt: list[int]
@@ -36,6 +37,7 @@ class Question:
     ends: frozenset[int]
     frame: Frame
     reference: str
+    added: AddedTokens
 
     @property
     def ended(self) -> bool:
@@ -50,7 +52,7 @@ class Question:
 
     def text(self, said: Sequence[int], tokenizer: Any) -> str:
         """What was said, as text to compare with `wanted`."""
-        return answer_text(said, self.frame, self.ends, tokenizer, self.reference)
+        return answer_text(said, self.frame, self.ends, tokenizer, self.added, self.reference)
 
     def wanted(self, tokenizer: Any) -> str:
         """The answer as the tokenizer writes it back: a tokenizer may lose a space, and no model can say it then."""
@@ -71,15 +73,15 @@ def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[dict[str
     Raises:
         ValueError: If rows cannot be scored; says how many and why.
     """
-    known = end_tokens(model, tokenizer)
+    known, added = end_tokens(model, tokenizer), added_tokens(tokenizer)
     plain = [dict(row) for row in rows]
     for row in plain:
         _check_one_answer(row)
-    frames = [frame_of(row, tokenizer, known) for row in plain]
+    frames = [frame_of(row, tokenizer, known, added) for row in plain]
     ends = known | {frame.end for frame in frames if frame.end is not None}
     split = [trained_tokens(row, tokenizer) for row in plain]
     questions = [
-        Question(prompt, up_to_end(answer, ends), ends, frame, reference(row))
+        Question(prompt, up_to_end(answer, ends), ends, frame, reference(row), added)
         for row, frame, (prompt, answer) in zip(plain, frames, split, strict=True)
     ]
     _check_empty(questions, plain)

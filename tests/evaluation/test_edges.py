@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_continual.data.own_words import own_words
-from hf_continual.ends import end_tokens, padding_token, special_tokens
+from hf_continual.ends import added_tokens, end_tokens, padding_token
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.general import general_loss
 from hf_continual.evaluation.generation import greedy
@@ -207,12 +207,14 @@ def test_ends_come_from_everywhere():
     assert end_tokens(model, made) == {5, 7, made.eos_token_id}
     model.generation_config.eos_token_id = torch.tensor(5)
     assert end_tokens(model, made) == {5, made.eos_token_id}
-    assert made.convert_tokens_to_ids("<|eot_id|>") in special_tokens(made)
+    assert made.convert_tokens_to_ids("<|eot_id|>") in added_tokens(made).special
     made.pad_token = None
     assert padding_token(made) == made.eos_token_id
     unknown = toy.tokenizer()
     unknown.unk_token = "w0"
-    assert unknown.unk_token_id not in special_tokens(unknown)  # a word the tokenizer does not know is not nothing
+    assert (
+        unknown.unk_token_id not in added_tokens(unknown).special
+    )  # a word the tokenizer does not know is not nothing
 
 
 def test_own_words_have_no_special_tokens():

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from hf_continual.ends import end_tokens
+from hf_continual import ContinualTrainer
+from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.general import general_loss
@@ -134,7 +135,7 @@ def as_generate_says(model, made, rows):
             eos_token_id=sorted(question.ends), **config,
         )[0, prompt.shape[1] :].tolist()  # fmt: skip
         assert out == question.answer and question.accepts(out)
-        lead = frame_of(row, made, end_tokens(model, made))
+        lead = frame_of(row, made, end_tokens(model, made), added_tokens(made))
         plain = made.decode([i for i in out if i not in question.ends])
         assert plain.startswith(lead.lead + reference(row).strip()) or question.wanted(made) in plain
 
@@ -165,7 +166,7 @@ def test_every_cell(name, kind, adds_bos, cached):
 def test_the_template_ends_turns_as_it_is_known_to(name):
     made, rows, _ = cell(name, "conversation", True)
     end = FAMILIES[name].end
-    frame = frame_of(rows[0], made, end_tokens(None, made))
+    frame = frame_of(rows[0], made, end_tokens(None, made), added_tokens(made))
     assert frame.end == (None if end is None else made.convert_tokens_to_ids(end))
     prompt, answer = encode(rows[0], made)
     assert made.bos_token_id is None or prompt.count(made.bos_token_id) <= 1  # the template's, and no second
@@ -214,3 +215,17 @@ def test_general_text_has_the_first_token_of_training():
         model = scripted(len(made), 0, [(ids, ids)])
         assert general_loss(model, made, ["blue red"]).score.value < 1e-3
         assert general_loss(model, made, ["blue red"]).score.n == len(ids) - 1
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_rows_that_a_trainer_has_learned_score_one(name, tmp_path):
+    made, rows = tokenizer(name), rows_of("conversation", tokenizer(name), None)
+    args = SFTConfig(**toy.settings(tmp_path, max_steps=60, learning_rate=1e-2, logging_strategy="no"))
+    model = toy.model(
+        vocab_size=len(made), eos_token_id=made.eos_token_id, num_hidden_layers=2, max_position_embeddings=512
+    )
+    before = teacher_forced(model, made, rows).right + generated(model, made, rows).right
+    ContinualTrainer(model, args, train_dataset=rows, processing_class=made).train()
+    assert before == [False] * 6
+    assert teacher_forced(model, made, rows).right == generated(model, made, rows).right == [True] * 3
+    assert generated(model, made, rows, match="exact").right == label_likelihood(model, made, rows).right == [True] * 3
