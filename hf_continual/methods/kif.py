@@ -119,7 +119,7 @@ class KIF(Method):
     row_type: RowType = "same"
     name: str = "kif"  # pyrefly: ignore[bad-override]
 
-    bytes_per_parameter: ClassVar[float] = 29.0  # five buffers, a mask byte, two moments
+    bytes_per_parameter: ClassVar[float] = 30.0  # five buffers, two mask bytes while they are fused, two moments
     paper: ClassVar[Paper] = Paper(
         "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning",
         "Feng et al.",

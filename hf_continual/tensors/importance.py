@@ -25,6 +25,9 @@ Scope = Literal["global", "tensor"]
 # Both factors of a score are multiplied with it: a power of two changes no digit, and the product of two small
 # averages (below 1e-19 each) no longer falls out of float32.
 SCALE = 2.0**40
+# Up to so many values are selected from in one copy of them. Beyond, counting in pieces takes no memory, is as fast on a
+# CPU, and on a device spreads over all of it, where `kthvalue` gives a whole tensor to one multiprocessor.
+SELECTED_DIRECTLY = 1 << 16
 
 
 def sensitivity(param: Tensor, grad: Tensor, order: Order = "first") -> Tensor:
@@ -137,6 +140,8 @@ def share_threshold(
     if add_up is not None:
         return kth_smallest(lambda: [values], share_rank(count or values.numel(), share), add_up).to(values.device)
     rank = share_rank(values.numel(), share)
+    if values.numel() > SELECTED_DIRECTLY and values.dtype != torch.float64:
+        return kth_smallest(lambda: [values], rank)
     if values.device.type == "cpu":
         # numpy's selection uses the vector unit; torch's `kthvalue` takes several times as long on a CPU.
         held = values.detach().flatten()

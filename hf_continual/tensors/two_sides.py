@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_continual.tensors.flat import Bucket, Flat
 from hf_continual.tensors.fusion import WEIGHTS, adaptive_weights, blend, mask_weights
-from hf_continual.tensors.importance import Order, Scope, scores, share_threshold, update_importance_
+from hf_continual.tensors.importance import Order, Scope, scores, share_rank, share_threshold, update_importance_
 from hf_continual.tensors.selection import kth_smallest
 
 Rule = Literal["code", "paper", "no_shared", "adaptive", "weighted", "sum"]
@@ -92,25 +92,39 @@ class TwoSides:
     def end_inner(self) -> None:
         """The inner steps are done: select what matters to them, and remember the weights."""
         kept = self.inner[-1]
-        scores(self.inner[0], self.inner[1] if self.fusion.uncertainty else None, out=kept)
+        self._score(self.inner, kept)
         if self.fusion.rule in WEIGHTS:
-            self.mask_in = self._top(kept)
+            self.mask_in = self._top(lambda bucket: bucket.of(kept))
         if self.fusion.uncertainty or self.mask_in is not None:
             self.middle = self.inner[0]
         else:
             self.middle = self.flat.zeros()
         self.flat.copy_weights(self.middle)
 
-    def _top(self, values: Tensor) -> Tensor:
-        """Mask of the top share of a buffer of scores."""
-        share, add_up = self.fusion.top_share, self.add_up
+    def _score(self, side: list[Tensor], out: Tensor) -> None:
+        """Scores of a side into a buffer, which may be one of its own; by bucket, since factors are scaled in copies."""
+        for bucket in self.flat.buckets:
+            spread = bucket.of(side[1]) if self.fusion.uncertainty else None
+            scores(bucket.of(side[0]), spread, out=bucket.of(out))
+
+    def _top(self, score: Callable[[Bucket], Tensor]) -> Tensor:
+        """Mask of the top share by the scores of each bucket, which are asked for more than once."""
+        share, add_up, buckets = self.fusion.top_share, self.add_up, self.flat.buckets
+        mask = torch.empty(self.flat.size, dtype=torch.bool, device=self.flat.device)
         if self.fusion.scope == "global":
-            return values > share_threshold(values, share, self.total, add_up)
-        mask = torch.empty_like(values, dtype=torch.bool)
-        for name, (start, stop) in self.flat.spans.items():
-            part = values[start:stop]
-            if add_up is not None or part.numel():
-                mask[start:stop] = part > share_threshold(part, share, self.flat.params[name].numel(), add_up)
+            counted = (lambda counts: counts) if add_up is None else add_up
+            found = kth_smallest(lambda: map(score, buckets), share_rank(self.total, share), counted)
+            threshold = found.to(self.flat.device)
+            for bucket in buckets:
+                torch.gt(score(bucket), threshold, out=bucket.of(mask))
+            return mask
+        for bucket in buckets:
+            scores_of = score(bucket)
+            for name in bucket.names:
+                start, stop = self.flat.spans[name]
+                part = scores_of[start - bucket.start : stop - bucket.start]
+                if add_up is not None or part.numel():
+                    mask[start:stop] = part > share_threshold(part, share, self.flat.params[name].numel(), add_up)
         return mask
 
     def _score_out(self, bucket: Bucket) -> Tensor:
@@ -151,10 +165,12 @@ class TwoSides:
         return {"inner_weight": totals[0]}
 
     def _mask_out(self) -> Tensor:
+        if not self.fusion.uncertainty:
+            return self._top(self._score_out)
         # The inner scores have become a mask, so that their room is free for the outer ones.
-        values = self.inner[-1] if self.fusion.uncertainty else torch.empty_like(self.anchor)
-        scores(self.outer[0], self.outer[1] if self.fusion.uncertainty else None, out=values)
-        return self._top(values)
+        values = self.inner[-1]
+        self._score(self.outer, values)
+        return self._top(lambda bucket: bucket.of(values))
 
     def _soft(self) -> Callable[[Bucket], tuple[Tensor, Tensor]]:
         """Weights of a bucket where the rule has no masks."""
