@@ -13,6 +13,7 @@ from hf_continual.stream.models import load_finished
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.source import PlanError, read_yaml
+from tests import toy
 from tests.stream import world
 
 
@@ -221,3 +222,15 @@ def test_exit_codes_of_run(tmp_path):
     assert code(good, "--dry-run", "--output-dir", tmp_path / "new") != 0
     (tmp_path / "t0.jsonl").write_text('{"prompt": 1}\n')
     assert code(good, "--dry-run", "--output-dir", tmp_path / "new") != 0
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "label_likelihood", {"generated": {"match": "exact"}}])
+def test_conversations_are_scored_as_they_are(tmp_path, metric):
+    described = world.make(tmp_path)
+    toy.rows("messages", number=3).to_json(tmp_path / "chats.jsonl")
+    for task in described["tasks"]:
+        task["train"] = task["test"] = str(tmp_path / "chats.jsonl")
+    described["evaluation"]["metric"] = metric
+    plan = prepare(*read_plan(world.write(tmp_path, described)))
+    scored = plan.scorers["t0"](toy.model(), plan.tokenizer, plan.stream[0].test)
+    assert [r.reference for r in scored.rows] == [m[-1]["content"] for m in plan.stream[0].test["messages"]]
