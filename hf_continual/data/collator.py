@@ -34,17 +34,29 @@ class CountTokens:
     collate: Callable[[Rows], dict[str, Any]]
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Collate and count."""
-        return {**self.collate(rows), TASK_TOKENS: sum(len(row["input_ids"]) for row in rows)}
+        """Collate and count: what the batch says, as a collator may shorten rows or tokenise them only now."""
+        batch = {**self.collate(rows)}
+        if (mask := _mask(batch)) is not None:
+            count = int(mask.sum())
+        elif all("input_ids" in row for row in rows):
+            count = sum(len(row["input_ids"]) for row in rows)
+        else:
+            count = int(batch["input_ids"].numel())
+        return {**batch, TASK_TOKENS: count}
 
 
 def task_tokens(batch: dict[str, Any]) -> int:
     """Take the token count out of a batch; count the tensor where no `CountTokens` was there."""
     if (count := batch.pop(TASK_TOKENS, None)) is not None:
         return int(count)
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    return int(batch["input_ids"].numel())
+    mask = _mask(batch)
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+def _mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask (B, S) of a batch, where it has one of that shape."""
+    mask = batch.get("attention_mask")
+    return mask if mask is not None and mask.shape == batch["input_ids"].shape else None
 
 
 @dataclass
@@ -85,8 +97,6 @@ class ReplayCollator:
         if not drawn:
             return {**batch, ORIGIN: origin}
         rows = [{"input_ids": list(r["input_ids"]), "labels": list(r["labels"])} for *_, r in drawn]
-        if self.flattened:
-            rows = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows]
         added = self.collate(rows)
         added_origin = self._origin(added, drawn)
         if missing := batch.keys() ^ added.keys():
@@ -116,15 +126,24 @@ class ReplayCollator:
             "offset": torch.cat([torch.arange(int(n)) for n in lengths]),
         }
         ids = added["input_ids"]
+        mask = None if self.flattened else _mask(added)
         if self.flattened:
             used = torch.arange(ids.shape[1])[None] < int(lengths.sum())
+        elif mask is None:
+            used = torch.arange(ids.shape[1])[None] < lengths[:, None]
         else:
-            used = added["attention_mask"].bool()
+            used = mask.bool()
         if used.shape != ids.shape or int(used.sum()) != int(lengths.sum()):
             raise ValueError(
                 f"The data collator returned {int(used.sum())} tokens for replay rows that hold "
                 f"{int(lengths.sum())}: it shortens or extends rows, so the origin of a token is unknown. "
                 f"Truncate the rows before training, or use the default collator."
+            )
+        given = torch.tensor([token for *_, row in drawn for token in row["input_ids"]], dtype=ids.dtype)
+        if not torch.equal(ids[used].cpu(), given):
+            raise ValueError(
+                "The data collator returned other tokens than the replay rows hold, or in another order, so the origin "
+                "of a token is unknown. Use a collator that keeps rows as they are, or the default collator."
             )
         maps = {}
         for key, values in per_token.items():
@@ -143,16 +162,18 @@ class ReplayCollator:
 
     def _append(self, batch: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
         """Lengthen a flattened batch; document boundaries and indices continue behind the task's."""
-        tokens, documents = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].numel() - 1
+        tokens = batch["input_ids"].shape[1]
         merged: dict[str, Any] = {}
         for key, value in batch.items():
             more = added[key]
-            if key.startswith("cu_seq_lens"):
+            if value is None:
+                merged[key] = None
+            elif key.startswith("cu_seq_lens"):
                 merged[key] = torch.cat([value, more[1:] + tokens])
             elif key.startswith("max_length"):
                 merged[key] = max(value, more)
             elif key == "seq_idx":
-                merged[key] = torch.cat([value, more + documents], dim=1)
+                merged[key] = torch.cat([value, more + value[:, -1:] + 1 - more[:, :1]], dim=1)
             else:
                 merged[key] = torch.cat([value, more], dim=1)
         return merged
@@ -160,8 +181,8 @@ class ReplayCollator:
 
 def _task_source(batch: Mapping[str, Any]) -> Tensor:
     ids = batch["input_ids"]
-    if "attention_mask" in batch:
-        return torch.where(batch["attention_mask"].bool(), -1, -100).to(ids.dtype)
+    if (mask := _mask(batch)) is not None:
+        return torch.where(mask.bool(), -1, -100).to(ids.dtype)
     return torch.full_like(ids, -1)
 
 

@@ -13,6 +13,7 @@ from hf_continual.data.states import cannot_write, locked
 from hf_continual.data.together import from_first
 from hf_continual.durable import read_lines, write_lines
 from hf_continual.ends import added_tokens, end_tokens, padding_token
+from hf_continual.tensors.reference import most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def own_words(
     ends, hidden = end_tokens(model, tokenizer), added_tokens(tokenizer).special
     texts: list[str] = []
     tried = 0
+    room = most_tokens(model)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         while len(texts) < number and tried < MOST_TRIES * number + batch_size:
@@ -68,7 +70,8 @@ def own_words(
             ids = torch.tensor([tokens[:shortest] for tokens in first], device=device)
             written = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=max_new_tokens, pad_token_id=padding_token(tokenizer), eos_token_id=sorted(ends) or None,
+                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - shortest),
+                pad_token_id=padding_token(tokenizer), eos_token_id=sorted(ends) or None,
             )  # fmt: skip
             tried += batch_size
             for tokens in written.tolist():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
 from hf_continual.data.row_files import READERS, FileRows, read_row_file
 from hf_continual.data.row_values import TEXTUAL, check_values
@@ -43,6 +43,11 @@ def load_rows(
     places = None
     if isinstance(source, Dataset):
         rows = source
+    elif isinstance(source, DatasetDict | IterableDatasetDict):
+        raise TypeError(
+            f"rows is a {type(source).__name__} with the splits {', '.join(map(str, source))}: pass one of them, such as "
+            f"data[{next(iter(source), split)!r}]."
+        )
     elif isinstance(source, str | Path):
         found = _read(str(source), split)
         rows, places = found.rows, found.places

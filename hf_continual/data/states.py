@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_continual.data.digest import DIGEST, empty_digest, seal, whole_by_digest
 from hf_continual.data.together import all_well, from_first, gathered, world
 from hf_continual.durable import write_text
 from hf_continual.tensors.ternary import RunningStatistics, activation_states, pack_states
@@ -78,23 +79,39 @@ def key_of(facts: dict[str, Any]) -> str:
 
 
 def open_recorded(file: Path, facts: dict[str, Any]) -> Recorded | None:
-    """Open a file if it is whole and was made for these facts; say why it is not used otherwise."""
+    """Open a file if it is whole and was made for these facts; say why it is not used otherwise.
+
+    A file that is whole by its own digest is kept where only the checksum beside it is damaged, and that is repaired.
+    """
     if not file.is_file():
         return None
     small: dict[str, Tensor] = {}
+    sums = file.with_suffix(".sha256")
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             small = {name: opened.get_tensor(name) for name in ("offsets", "low", "high")}
         problem = None if json.loads(metadata["facts"]) == facts else "it was made for something else"
-        if problem is None and checksum(file) != (file.with_suffix(".sha256")).read_text(encoding="utf-8").strip():
-            problem = "its checksum differs"
+        if problem is None and (wrong := _checksum_problem(file, sums)):
+            if not whole_by_digest(file):
+                problem = wrong
+            else:
+                logger.warning("%s is damaged (%s), but %s is whole: the checksum is written again.", sums, wrong, file)
+                write_text(sums, checksum(file))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         problem = f"it cannot be read ({type(error).__name__}: {error})"
     if problem:
         logger.warning("%s is not used: %s. It is made again.", file, problem)
         return None
     return Recorded(file, small["offsets"].tolist(), small["low"], small["high"])
+
+
+def _checksum_problem(file: Path, sums: Path) -> str | None:
+    try:
+        noted = sums.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    return None if checksum(file) == noted else "its checksum differs"
 
 
 def checksum(file: Path) -> str:
@@ -236,7 +253,8 @@ def _make(
         tensors = {what: joined, "offsets": offsets, "low": low_D, "high": high_D, **extra()}
         partial = file.parent / f"{file.stem}.0.file.part"
         # One entry of metadata: the order of several is not fixed, and the bytes should be.
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts, sort_keys=True)})
+        save_file({**tensors, DIGEST: empty_digest()}, partial, metadata={"facts": json.dumps(facts, sort_keys=True)})
+        seal(partial)
         with partial.open("rb") as opened:
             os.fsync(opened.fileno())
         write_text(file.with_suffix(".sha256"), checksum(partial))

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, trained_tokens
+from hf_continual.tensors.head import logits_function, plain_model
 
 Item = TypeVar("Item")
 
@@ -90,15 +91,4 @@ def decoder(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
         The part below the head, and a function from its hidden states to logits, with the scaling and capping
         that some families put behind the head (Cohere, Granite, Gemma 2 and later).
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(hidden: Tensor) -> Tensor:
-        found = head(hidden)
-        found = found if scale == 1.0 else found * scale
-        return found if cap is None else cap * torch.tanh(found / cap)
-
-    return base.base_model, logits
+    return plain_model(model).base_model, logits_function(model)

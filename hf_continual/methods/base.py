@@ -57,7 +57,8 @@ class Forward:
         token_loss_BS: Loss of predicting token t + 1 at position t, zero where the label is ignored;
             shape (B, S - 1).
         taps: Outputs of the modules named in `Method.taps`, by that name.
-        source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding.
+        source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding. Virtual tokens of
+            prompt learning stand in front of each row, here and in all other shapes, as padding.
         row_BS: Index of the token's row within its replay source, -1 for task tokens and padding.
         offset_BS: Position of the token within that row, -1 for task tokens and padding.
         sources: Names of the replay sources; `source_BS` indexes this tuple.

@@ -26,3 +26,11 @@ def between(owner: str, key: str, value: Any, low: float, high: float, closed: b
         raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
     if not (low < value < high or (closed and value == high)):
         raise ValueError(f"{owner}({key}={value!r}) must lie between {low:g} and {high:g}.")
+
+
+def at_least(owner: str, key: str, value: Any, least: float) -> None:
+    """Refuse what is not a finite number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
+    if not least <= value < float("inf"):
+        raise ValueError(f"{owner}({key}={value!r}) must be a finite number of at least {least}.")

@@ -27,6 +27,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
+from hf_continual.data.general_rows import general_tokens
 from hf_continual.data.lineage import DIGITS, facts_of, kept_of_base, remember
 from hf_continual.data.own_words import kept_texts, own_words
 from hf_continual.data.replay import ReplayRows
@@ -34,15 +35,20 @@ from hf_continual.data.rows import load_rows
 from hf_continual.data.states import Recorded, key_of, open_recorded, open_whole, record
 from hf_continual.data.together import from_first, gathered
 from hf_continual.methods.base import Forward, Method, Run
+from hf_continual.methods.bounds import at_least, one_of, whole_number
 from hf_continual.paper import Paper
+from hf_continual.tensors.head import finish_of, head_bias, head_tensors, logits_function, recorded_logits
 from hf_continual.tensors.imitation import imitation, logit_divergence, mixed_ce
 from hf_continual.tensors.margin import Reduction, margin, reduced, tm_loss
 from hf_continual.tensors.reference import (
     Reference,
     as_reference,
+    check_head,
     last_hidden,
+    most_tokens,
     numerics,
     untrained,
+    virtual_tokens,
     weights_fingerprint,
 )
 from hf_continual.tensors.ternary import activation_states, hidden_statistics, unpack_states
@@ -80,7 +86,7 @@ class GeRe(Method):
         ce_weight: Weight of a general token under ``ce_mix="tokens"``.
         reference: Model that the states are from: ``"base"``, or the model at ``"task_start"``.
         num_samples: K, the first rows that are used.
-        max_length: Tokens of a row that are used.
+        max_length: Tokens of a row that are used, from its beginning; fewer where the model or the trainer takes fewer.
         threshold: Distance of the thresholds from the mean, in standard deviations.
         dead_band: Distances below it count as no violation: what rounding alone moves.
         cache_dir: Where recorded states are kept; tasks of a sequence must share it.
@@ -122,8 +128,7 @@ class GeRe(Method):
             "ce_mix": ("official", "tokens"), "reference": ("base", "task_start"),
         }  # fmt: skip
         for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"GeRe({key}={getattr(self, key)!r}) must be one of {', '.join(known)}.")
+            one_of("GeRe", key, getattr(self, key), known)
         if (self.ratio is None) == (self.per_batch is None):
             raise ValueError(
                 f"GeRe needs either per_batch (rows per micro-batch) or ratio (share of tokens), got "
@@ -131,12 +136,14 @@ class GeRe(Method):
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"GeRe(ratio={self.ratio!r}) must lie strictly between 0 and 1: a share of the tokens.")
-        if self.per_batch is not None and (isinstance(self.per_batch, bool) or self.per_batch < 1):
-            raise ValueError(f"GeRe(per_batch={self.per_batch!r}) must be at least 1 row.")
+        if self.per_batch is not None:
+            whole_number("GeRe", "per_batch", self.per_batch)
         if self.weight != "dynamic":
-            _at_least("weight", self.weight, 0)
-        for key, least in (("ce_weight", 0), ("dead_band", 0), ("threshold", 0), ("num_samples", 1), ("max_length", 2)):
-            _at_least(key, getattr(self, key), least)
+            at_least("GeRe", "weight", self.weight, 0)
+        for key in ("ce_weight", "dead_band", "threshold"):
+            at_least("GeRe", key, getattr(self, key), 0)
+        for key, least in (("num_samples", 1), ("max_length", 2)):
+            whole_number("GeRe", key, getattr(self, key), least)
         if self.ce_mix == "official" and self.ce_weight != 1:
             raise ValueError('GeRe(ce_weight=...) belongs to ce_mix="tokens"; the official mix has no weights.')
         if self.rows != "self":
@@ -151,24 +158,19 @@ class GeRe(Method):
 
     def replay(self, run: Run) -> ReplayRows:
         """The texts as tokens; their states are recorded here, while the weights are those the task begins with."""
-        tokens = [ids for ids in self._tokens(run) if len(ids) > 1]
-        if not tokens:
-            raise ValueError(
-                "GeRe: none of the general rows has two tokens, so nothing can be predicted. Give longer texts."
-            )
-        rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in tokens])
+        texts = self._own_texts(run) if self.rows == "self" else self._rows["text"][: self.num_samples]
+        tokens = general_tokens(texts, run.tokenizer, self.max_length, most_tokens(run.model))
+        # States belong to the beginning of a row: cut here, lest the trainer cuts at the other end.
+        rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in (t[: run.max_length] for t in tokens)])
         if self.constraint != "none" and self.weight != 0:
+            if self.constraint == "kl":
+                with run.autocast():
+                    check_head(run.model, self.reference, tokens[0], run.is_sharded)
             self._recorded = self._record(run, tokens)
         else:
             self._recorded = None
         weight = self.ce_weight if self.ce_mix == "tokens" else 1.0
         return ReplayRows(rows, self.ratio, self.per_batch, float(weight), "tokenized")
-
-    def _tokens(self, run: Run) -> list[list[int]]:
-        texts = self._own_texts(run) if self.rows == "self" else self._rows["text"][: self.num_samples]
-        if (empty := sum(not isinstance(text, str) for text in texts)) > 0:
-            raise ValueError(f"GeRe: {empty} of {len(texts)} general rows hold None or a number in 'text', not a text.")
-        return [ids[: self.max_length] for ids in run.tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyrefly: ignore
 
     def _weights(self, run: Run, reference: Reference) -> tuple[str, bool]:
         """Fingerprint of process 0's weights, and whether this process holds the same."""
@@ -177,7 +179,7 @@ class GeRe(Method):
         return first, own == first
 
     def _own_texts(self, run: Run) -> list[str]:
-        numbers = {"number": self.num_samples, "length": self.max_length, "seed": run.seed}
+        numbers = {"number": self.num_samples, "length": self.max_length, "seed": run.seed, "version": 2}
         stem = f"own-words-{key_of({**numbers, **numerics(run.model, run.tokenizer)})}"
         folder, weights = Path(self.cache_dir).expanduser(), self._weights(run, "base")[0]
         moved = run.task.index > 0 and untrained(run.model)
@@ -197,6 +199,10 @@ class GeRe(Method):
             "head": self.constraint == "kl", "layer": "last_hidden_state", "version": 2, "autocast": run.autocast_dtype,
             **numerics(run.model, run.tokenizer),
         }  # fmt: skip
+        if self.constraint == "kl" and head_bias(run.model) is not None:
+            facts["head_bias"] = True
+        if self.reference == "task_start" and (virtual := virtual_tokens(run.model)):
+            facts["virtual_tokens"] = virtual
         folder, (weights, able) = Path(self.cache_dir).expanduser(), self._weights(run, self.reference)
         file, base = folder / f"{key_of(facts)}-{weights[:DIGITS]}.safetensors", weights
         if self.reference == "base":
@@ -207,13 +213,10 @@ class GeRe(Method):
             if from_first(lambda: open_recorded(file, facts)) is None:
                 raise ValueError(f"GeRe: {file} is damaged and the base weights are gone. Begin with the first task.")
             return open_whole(file)
-
-        def head() -> dict[str, Tensor]:
-            weight: Any = run.model.get_output_embeddings().weight  # pyrefly: ignore[not-callable]
-            return {"head": weight.detach().to(torch.bfloat16).cpu().clone()} if self.constraint == "kl" else {}
-
         with as_reference(run.model, self.reference), run.autocast():
-            return record(file, facts, tokens, partial(last_hidden, run.model), self.threshold, keep, head, able)
+            hidden, head = partial(last_hidden, run.model), partial(head_tensors, run.model)
+            extra = head if self.constraint == "kl" else dict
+            return record(file, facts, tokens, hidden, self.threshold, keep, extra, able)
 
     def end_task(self, run: Run) -> None:
         """The next task begins with the weights of now: which base they come from is noted."""
@@ -242,12 +245,11 @@ class GeRe(Method):
         if self._recorded is not None:
             self._low_D, self._high_D = (t.to(run.device) for t in (self._recorded.low_D, self._recorded.high_D))
         if self.constraint == "kl" and self._recorded is not None:
-            if run.is_sharded:
-                raise ValueError(
-                    "GeRe(constraint='kl') needs the whole language-model head; under FSDP use 'tm', 'l1' or 'l2'."
-                )
-            self._head: Any = run.model.get_output_embeddings()  # pyrefly: ignore[not-callable]
-            self._reference_head = self._recorded.tensor("head").to(run.device)
+            names = ["head"] if head_bias(run.model) is None else ["head", "head_bias"]
+            self._head = logits_function(run.model)
+            self._reference_head = recorded_logits(
+                *(self._recorded.tensor(name).to(run.device) for name in names), finish=finish_of(run.model)
+            )
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
         """The mix of the losses, and the constraint."""
@@ -288,13 +290,8 @@ class GeRe(Method):
             ce = mixed_ce(loss_BS.detach(), general, task)
             weight = (ce / (value.detach() + 1e-8)).clamp(max=MOST_WEIGHT)
         forward.note(self.constraint, value)
-        forward.note("weight", weight)
+        # A weight that multiplies nothing is none: CE over no violation would be the largest there is.
+        counted = (value.detach() > 0).float() if self.weight == "dynamic" else 1.0
+        forward.note("weight", weight * counted, counted)
         terms["constraint"] = weight * value
         return terms
-
-
-def _at_least(key: str, value: Any, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"GeRe({key}={value!r}) must be a number, got {type(value).__name__}.")
-    if not least <= value < float("inf"):
-        raise ValueError(f"GeRe({key}={value!r}) must be a finite number of at least {least}.")

@@ -38,7 +38,7 @@ class Replay(Method):
 
     Args:
         rows: Rows of the task's type (prompt and completion, text, messages), or tokenised rows with
-            ``input_ids`` and ``labels``: a dataset, a list of dictionaries, a file or a Hub id.
+            ``input_ids`` and ``labels`` or a ``completion_mask``: a dataset, a list of dictionaries, a file or a Hub id.
         ratio: Share of the tokens of the final mix that are replayed, strictly between 0 and 1. A few
             per cent of old rows already keep most of a task; 0.05 to 0.3 is common.
         per_batch: Instead of `ratio`: rows added to each micro-batch of each process.

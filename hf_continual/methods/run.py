@@ -65,6 +65,10 @@ class Run(Protocol):
         """Seed for whatever a method draws; it must use a generator of its own."""
 
     @property
+    def max_length(self) -> int | None:
+        """Tokens of a row at which the trainer cuts, or None where it cuts none."""
+
+    @property
     def device(self) -> torch.device:
         """Where batches live."""
 

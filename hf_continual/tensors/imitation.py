@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, linear, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 TEMPERATURE = 2.0  # of the authors' KL
@@ -38,24 +40,36 @@ def imitation(hidden_TD: Tensor, reference_TD: Tensor, norm: Literal["l1", "l2"]
     return difference.abs().mean() if norm == "l1" else difference.square().mean()
 
 
-def logit_divergence(hidden_TD: Tensor, reference_TD: Tensor, head: Any, reference_head_VD: Tensor) -> Tensor:
+def logit_divergence(
+    hidden_TD: Tensor,
+    reference_TD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    reference_head: Callable[[Tensor], Tensor] | Tensor,
+) -> Tensor:
     """KL of the reference's next-token distribution from the model's, mean over tokens, at temperature 2.
 
     Args:
         hidden_TD: Last hidden states of the model.
         reference_TD: Those of the reference.
-        head: The model's language-model head.
-        reference_head_VD: The reference's.
+        head: Logits of the model's hidden states, with all that the family does to them (`logits_function`).
+        reference_head: The same of the reference; or its weight (V, D), if the product is all there is to it.
 
     Returns:
         Mean over tokens of sum_v p_v (log p_v - log q_v), p the reference. Logits exist for 256 tokens at a time.
     """
 
+    reference: Any = partial(_product, reference_head) if isinstance(reference_head, Tensor) else reference_head
+
     def tile(z: Tensor, h: Tensor) -> Tensor:
-        wanted = log_softmax((h.to(reference_head_VD.dtype) @ reference_head_VD.T).float() / TEMPERATURE, dim=-1)
+        wanted = log_softmax(reference(h).float() / TEMPERATURE, dim=-1)
         return kl_div(log_softmax(head(z).float() / TEMPERATURE, dim=-1), wanted, reduction="sum", log_target=True)
 
     total = torch.zeros((), device=hidden_TD.device)
     for z, h in zip(hidden_TD.split(TILE), reference_TD.split(TILE), strict=True):
-        total = total + checkpoint(tile, z, h, use_reentrant=False)  # pyrefly: ignore[unsupported-operation]
+        part: Any = checkpoint(tile, z, h, use_reentrant=False)
+        total = total + part.to(total.device)
     return total / max(hidden_TD.shape[0], 1)
+
+
+def _product(weight_VD: Tensor, hidden_TD: Tensor) -> Tensor:
+    return linear(hidden_TD.to(weight_VD.dtype), weight_VD)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_continual.tensors.anchors import fingerprint
+from hf_continual.tensors.head import head_differs, plain_model
 
 Reference = Literal["base", "task_start"]
 
@@ -64,6 +65,8 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
         ValueError: If the weights are spread over processes already, as under DeepSpeed ZeRO-3.
     """
     tensors: dict[str, Tensor] = {}
+    prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else "lora_"
+    wrapped = "base_model." if plain_model(model) is getattr(model, "base_model", None) else "base_model.model."
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             return ""
@@ -72,10 +75,10 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
                 f"{name} is empty on this process: DeepSpeed ZeRO-3 has spread the weights before the reference could be "
                 f"read. Use ZeRO-2 or FSDP2, or drop the method that needs a reference."
             )
-        plain = name.removeprefix("base_model.model.")
+        plain = name.removeprefix(wrapped)
         for wrapper in (".base_layer.", ".original_module."):
             plain = plain.replace(wrapper, ".")
-        if reference == "task_start" or not _of_adapter(name):
+        if reference == "task_start" or not _of_adapter(name, prefix):
             tensors[plain] = tensor
             # Of a quantised weight the codes alone do not tell its scale.
             scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
@@ -92,8 +95,10 @@ def untrained(model: nn.Module) -> bool:
     return bool(learnt) and not any(bool(p.detach().count_nonzero()) for p in learnt)
 
 
-def _of_adapter(name: str) -> bool:
-    return any(part in name for part in ("lora_", ".modules_to_save.", ".trainable_tokens_"))
+def _of_adapter(name: str, prefix: str) -> bool:
+    if name.startswith("prompt_encoder."):
+        return True
+    return any(part in name for part in ("lora_", prefix, ".modules_to_save.", ".trainable_tokens_"))
 
 
 def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
@@ -112,8 +117,68 @@ def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 
 
 def last_hidden(model: nn.Module, tokens: Sequence[int]) -> Tensor:
-    """Last hidden states (S, D) of one row, without padding, in the model's own type."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Last hidden states (S, D) of one row, without padding, in the model's own type.
+
+    Virtual tokens of prompt learning are in front of the row as in training, and their states are left out.
+    """
+    base: Any = plain_model(model)
     device = base.get_input_embeddings().weight.device
     ids = torch.tensor([list(tokens)], device=device)
-    return base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    if not virtual_tokens(model):
+        return base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    seen: list[Tensor] = []
+    handle = base.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    try:
+        own_logits(model, tokens)  # only PEFT's own forward puts its tokens in front of a row
+    finally:
+        handle.remove()
+    return seen[0][0, -len(tokens) :]
+
+
+def own_logits(model: nn.Module, tokens: Sequence[int]) -> Tensor:
+    """Logits (S, V) of one row by the model's own forward, virtual tokens in front and left out."""
+    ids = torch.tensor([list(tokens)], device=plain_model(model).get_input_embeddings().weight.device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(tokens) :]
+
+
+def check_head(model: nn.Module, reference: Reference, tokens: Sequence[int], sharded: bool) -> None:
+    """Refuse what has no logits that can be computed from its last hidden states.
+
+    Args:
+        model: The unwrapped model.
+        reference: What is compared with.
+        tokens: A row to try it with.
+        sharded: Whether the head is spread over processes.
+
+    Raises:
+        ValueError: If it is, or if the model does something between these states and its logits that is not known.
+    """
+    if sharded:
+        raise ValueError(
+            "GeRe(constraint='kl') needs the whole language-model head; under FSDP use 'tm', 'l1' or 'l2'."
+        )
+    with as_reference(model, reference):
+        problem = head_differs(model, last_hidden(model, tokens), own_logits(model, tokens))
+    if problem:
+        raise ValueError(f"GeRe(constraint='kl'): {problem}. Use 'tm', 'l1' or 'l2', which need no logits.")
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Tokens that prompt learning (prompt tuning, p-tuning, prefix tuning) puts in front of every row."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def learned_positions(model: nn.Module) -> bool:
+    """Whether positions are rows of a table (GPT-2, OPT), so that there is none beyond the last."""
+    base: Any = plain_model(model)
+    most, tokens = getattr(base.config.get_text_config(), "max_position_embeddings", None), base.get_input_embeddings()
+    tables = [m for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    return isinstance(most, int) and any(0 <= table.num_embeddings - most <= 2 for table in tables)
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens of a row that the model has positions for, or None if its configuration sets no limit."""
+    config = getattr(plain_model(model), "config", None)
+    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    return None if not isinstance(positions, int) or positions < 1 else positions - virtual_tokens(model)

@@ -9,7 +9,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
+from hf_continual.data.rows import row_lengths
 from hf_continual.methods.compose import Methods, overrides
+from hf_continual.tensors.reference import learned_positions, most_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +24,12 @@ PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_train_dataset(rows: Any) -> None:
-    """Refuse an empty dataset with a sentence; everything else is SFTTrainer's to judge."""
+    """Refuse an empty dataset, or several in one, with a sentence; everything else is SFTTrainer's to judge."""
+    if isinstance(rows, dict):
+        raise TypeError(
+            f"train_dataset is a {type(rows).__name__} with the splits {', '.join(map(str, rows))}; a run learns from one. "
+            f"Pass one of them, such as train_dataset=data[{next(iter(rows), 'train')!r}]."
+        )
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError("train_dataset has 0 rows: there is nothing to learn. Check the split or the filter.")
 
@@ -198,28 +205,36 @@ def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
 
 
 def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None:
-    """Replay rows must speak the model's language.
+    """Replay rows must speak the model's language, and fit into it.
 
     Args:
         trainer: The trainer, set up but for its methods.
         rows: Tokenised replay rows by method name.
 
     Raises:
-        ValueError: If a row holds a token that the model's embedding does not have.
+        ValueError: If a row holds a token that the model's embedding does not have, or more tokens than the model has
+            positions.
     """
     size = trainer.run.model.get_input_embeddings().weight.shape[0]  # pyrefly: ignore[not-callable]
-    if len(trainer._tokenizer) > size:
-        raise ValueError(
-            f"The tokenizer knows {len(trainer._tokenizer)} tokens and the model embeds {size}: they do not belong "
-            f"together, or model.resize_token_embeddings(len(tokenizer)) was forgotten."
-        )
+    knows = len(trainer._tokenizer)
+    most = most_tokens(trainer.run.model) if learned_positions(trainer.run.model) else None
     for name, prepared in rows.items():
+        if most is not None and (longest := int(row_lengths(prepared).max())) > most:
+            raise ValueError(
+                f"{name}: a row has {longest} tokens and the model has positions for {most}. Set max_length={most}."
+            )
         column = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
         ids = np.asarray(column.flatten())
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
+            wrong = high if high >= size else low
+            cause = "The rows were tokenised with another tokenizer; tokenise them with this one, or pass them as text."
+            if size <= wrong < knows:
+                # A tokenizer may have spare tokens that the model never learnt, as long as no row holds one.
+                cause = (
+                    f"The tokenizer knows {knows} tokens and the model embeds {size}: they do not belong together, or "
+                    f"model.resize_token_embeddings(len(tokenizer)) was forgotten."
+                )
             raise ValueError(
-                f"{name}: a replay row holds the token id {high if high >= size else low}, and the model embeds ids "
-                f"0 to {size - 1}. The rows were tokenised with another tokenizer; tokenise them with this one, or "
-                f"pass them as text."
+                f"{name}: a replay row holds the token id {wrong}, and the model embeds ids 0 to {size - 1}. {cause}"
             )

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
 from hf_continual.trainer import aside, checks
+from hf_continual.trainer.collating import check_collates
 from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class TrainerRun:
     def seed(self) -> int:
         args = self._trainer.args
         return args.seed if args.data_seed is None else args.data_seed
+
+    @property
+    def max_length(self) -> int | None:
+        return self._trainer.args.max_length
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +133,7 @@ class TrainerRun:
         checks.check_extra_rows(self._trainer, name)
         prepared = self._trainer.prepare_rows(rows, row_type, name)
         checks.check_token_ids(self._trainer, {name: prepared})
+        check_collates(self._trainer, prepared, name)
         return prepared
 
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:

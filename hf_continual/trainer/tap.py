@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
+from torch.nn.functional import pad
 from trl.trainer.utils import FusedCausalLMOutput
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ class ForwardTap:
     Args:
         model: The unwrapped model; adapters are looked through.
         taps: ``"last_hidden_state"`` or paths of modules below the causal language model.
+        compiled: Whether the forward pass is compiled.
 
     Raises:
         ValueError: If a path names no module.
     """
 
-    def __init__(self, model: nn.Module, taps: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, taps: tuple[str, ...], compiled: bool = False) -> None:
+        self.taps, self.compiled = taps, compiled
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.outputs: FusedCausalLMOutput | None = None
         self.seen: dict[str, Tensor] = {}
@@ -61,12 +65,32 @@ class ForwardTap:
     def record(self) -> Iterator[ForwardTap]:
         """Listen to the forward pass inside; what was heard is dropped when the context ends."""
         if not self.handles:
+            if self.compiled:
+                # Code that was compiled in this process before, for another run, does not call new hooks.
+                torch.compiler.reset()
             self.handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
         self.listening = True
         try:
             yield self
         finally:
             self.listening, self.outputs, self.seen = False, None, {}
+
+    def heard(self) -> FusedCausalLMOutput:
+        """The output of the forward pass; everything that was asked for must have been seen.
+
+        Returns:
+            Log-probabilities and what else the fused head gives.
+
+        Raises:
+            RuntimeError: If a hook was not called.
+        """
+        missing = [tap for tap in self.taps if tap not in self.seen]
+        if self.outputs is None or missing:
+            raise RuntimeError(
+                f"The forward pass went by without {', '.join(missing) or 'its output'} being seen: hooks are not called "
+                f"in code that was compiled without them. Train without torch_compile."
+            )
+        return self.outputs
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -76,3 +100,31 @@ class ForwardTap:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def with_virtual_tokens(
+    inputs: dict[str, Any], origin: dict[str, Any], width: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and maps as wide as the model's outputs: tokens that prompt learning puts in front belong to no source.
+
+    Args:
+        inputs: What the model was called with.
+        origin: The maps ``source``, ``row`` and ``offset`` of shape (B, S).
+        width: Tokens of a row that the model saw, at least S.
+
+    Returns:
+        Both, of shape (B, width); the very ones where there are no virtual tokens.
+    """
+    virtual = width - inputs["input_ids"].shape[1]
+    if virtual <= 0:
+        return inputs, origin
+    fills = {"labels": -100, "attention_mask": 1, "source": -100, "row": -1, "offset": -1}
+
+    def wider(tensors: dict[str, Any]) -> dict[str, Any]:
+        shape = inputs["input_ids"].shape
+        return {
+            k: pad(t, (virtual, 0), value=fills.get(k, 0)) if isinstance(t, torch.Tensor) and t.shape == shape else t
+            for k, t in tensors.items()
+        }
+
+    return wider(inputs), wider(origin)

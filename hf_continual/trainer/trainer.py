@@ -13,24 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend, is_compiled_module
 from datasets import Dataset, IterableDataset
 
-from hf_continual.data.collator import ORIGIN, CountTokens, ReplayCollator
+from hf_continual.data.collator import ORIGIN, CountTokens
 from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, state
+from hf_continual.trainer.collating import replay_collator
 from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.mixer import ReplayMixer
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
 from hf_continual.trainer.optimizer import check_holds_trained, parameter_groups
 from hf_continual.trainer.publishing_trainer import PublishingTrainer
-from hf_continual.trainer.rows import check_row_type
+from hf_continual.trainer.rows import check_row_type, check_rows, report_dropped, same_order, says_completion
 from hf_continual.trainer.run import TrainerRun
 from hf_continual.trainer.stations import Stations
-from hf_continual.trainer.tap import ForwardTap
+from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
@@ -174,7 +176,9 @@ class ContinualTrainer(PublishingTrainer):
         if self.optimizer is not None:
             self.check_optimizer()
         if self.mixer or any(method.reads_forward() for method in self.methods):
-            self.tap = ForwardTap(self.run.model, self.methods.taps)
+            plugin: Any = self.accelerator.state.dynamo_plugin
+            compiled = plugin.backend != DynamoBackend.NO or self.args.torch_compile or is_compiled_module(self.model)
+            self.tap = ForwardTap(self.run.model, self.methods.taps, compiled)
         self.add_callback(Stations(self))
 
     def _mixer(self) -> ReplayMixer | None:
@@ -184,11 +188,11 @@ class ContinualTrainer(PublishingTrainer):
         checks.check_replay(self, sources)
         prepared = [self.prepare_rows(s.rows, s.row_type, name) for name, s in sources.items()]
         checks.check_token_ids(self, dict(zip(sources, prepared, strict=True)))
-        pad = getattr(self.data_collator, "pad_token_id", self._tokenizer.pad_token_id)
+        collators = [replay_collator(self, rows, name) for name, rows in zip(sources, prepared, strict=True)]
         return ReplayMixer(
             sources,
             prepared,
-            ReplayCollator(self.data_collator, flattened=self.padding_free, pad_token_id=pad),
+            collators[0],
             accumulation=self.args.gradient_accumulation_steps,
             world_size=self.args.world_size,
             rank=self.args.process_index,
@@ -208,23 +212,27 @@ class ContinualTrainer(PublishingTrainer):
             Rows with `input_ids` and `labels`, at least one, none longer than `max_length`.
 
         Raises:
-            ValueError: If the rows are of another type, or truncation leaves no trainable token in any.
+            ValueError: If the rows are of another type, one of them does not hold what it should, or truncation leaves
+                no trainable token in any.
         """
         text = self.args.dataset_text_field
+        if rows.format["type"] != "custom":  # rows under a transform are refused below, by SFTTrainer
+            rows = rows.with_format(None)
         found = check_row_type(rows[0], self._task_row, row_type, text, name)  # pyrefly: ignore[bad-argument-type]
+        formatting = self._formatting_func if row_type == "same" and found != "tokenized" else None
+        if formatting is None:
+            check_rows(rows, found, text, name)
         completion_only = self.completion_only_loss
-        if row_type != "same" and found.startswith("prompt_completion"):
+        if (row_type != "same" and found.startswith("prompt_completion")) or (
+            found == "tokenized" and says_completion(rows, self._task_row, self.args.completion_only_loss, name)
+        ):
             self.completion_only_loss = True
         try:
-            formatting = self._formatting_func if row_type == "same" and found != "tokenized" else None
-            prepared: Any = self._prepare_dataset(rows, self.processing_class, self.args, False, formatting, name)
+            args = same_order(self.args)
+            prepared: Any = self._prepare_dataset(rows, self.processing_class, args, False, formatting, name)
         finally:
             self.completion_only_loss = completion_only
-        if len(prepared) == 0:
-            raise ValueError(
-                f"{name}: none of the {len(rows)} rows has a trainable token left within "
-                f"max_length={self.args.max_length}. Raise max_length, or give shorter rows."
-            )
+        report_dropped(len(rows), len(prepared), self.args.max_length, name)
         return prepared.select_columns(["input_ids", "labels"])
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -299,16 +307,17 @@ class ContinualTrainer(PublishingTrainer):
     def _forward(
         self, inputs: dict[str, Any], origin: dict[str, Any] | None, tokens: torch.Tensor | int | None
     ) -> Forward:
-        assert self.tap is not None and self.tap.outputs is not None
-        outputs: Any = self.tap.outputs
+        assert self.tap is not None
+        outputs: Any = self.tap.heard()
         loss_BS = -outputs.log_probs
-        self._log_sources(inputs, origin, loss_BS.detach())
-        if self.args.loss_type == "dft":
-            loss_BS = loss_BS * outputs.log_probs.exp().detach()
         if origin is None:
             used = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             nowhere = torch.full_like(inputs["input_ids"], -1)
             origin = {"source": torch.where(used, -1, -100), "row": nowhere, "offset": nowhere}
+        inputs, origin = with_virtual_tokens(inputs, origin, loss_BS.shape[1] + 1)
+        self._log_sources(inputs, origin, loss_BS.detach())
+        if self.args.loss_type == "dft":
+            loss_BS = loss_BS * outputs.log_probs.exp().detach()
         scale = 1.0
         if tokens is None:
             tokens = outputs.label_mask.sum().clamp(min=1)
@@ -346,9 +355,9 @@ class ContinualTrainer(PublishingTrainer):
                 forward.notes.clear()
         return sum(extra[1:], start=extra[0]) if extra else None
 
-    def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Tensor] | None, nll_BS: Tensor) -> None:
+    def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Any], nll_BS: Tensor) -> None:
         """Enter the negative log-likelihood per token of the task and of each replay source."""
-        if self.mixer is None or origin is None:
+        if self.mixer is None:
             return
         source, trained = origin["source"][:, 1:], inputs["labels"][:, 1:] != -100
         for k, name in enumerate(("task", *self.mixer.names), start=-1):

@@ -111,6 +111,32 @@ def test_a_damaged_file_of_a_base_that_is_gone(tmp_path):
         task(tmp_path, 1, first.model)
 
 
+@pytest.mark.parametrize("damage", ["", "0" * 64, "abc", None, "bytes"])
+def test_a_damaged_checksum_loses_no_states(tmp_path, caplog, damage):
+    """The states are whole by themselves: the checksum is named and repaired, also where the base is gone."""
+    first = task(tmp_path, 0, toy.model())
+    first.train()
+    (file,) = files(tmp_path)
+    sums, whole = file.with_suffix(".sha256"), file.read_bytes()
+    before = sums.read_text()
+    if damage is None:
+        sums.unlink()
+    elif damage == "bytes":
+        sums.write_bytes(b"\xff\xfe")
+    else:
+        sums.write_text(damage)
+    with caplog.at_level(logging.WARNING):
+        second = task(tmp_path, 1, first.model)
+    assert f"{sums} is damaged" in caplog.text and "the checksum is written again" in caplog.text
+    assert sums.read_text() == before and file.read_bytes() == whole
+    assert next(iter(second.methods))._recorded.file == file
+    sums.unlink()
+    for place in (len(whole) // 2, len(whole) - 1, 12):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"\.safetensors is damaged and the base weights are gone"):
+            task(tmp_path, 1, first.model)
+
+
 def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
     """A fresh adapter on weights that have moved: the base's file, or an error; a trained one is switched off."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True)

@@ -1,0 +1,111 @@
+"""Whether a run's data collator can take rows of a method: tried at construction, not met in the first step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_continual.data.collator import ReplayCollator
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Random numbers that are drawn inside are drawn again afterwards: some collators mask or augment."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+def check_collates(trainer: ContinualTrainer, prepared: Dataset, name: str) -> bool:
+    """Refuse a data collator that cannot take the tokenised rows of a method.
+
+    Args:
+        trainer: The trainer, set up but for its methods.
+        prepared: Tokenised rows.
+        name: Whose rows they are.
+
+    Returns:
+        Whether it makes one long row of several.
+
+    Raises:
+        ValueError: If it fails, or makes something else than rows of tokens.
+    """
+    with same_randomness():
+        return _flattens(trainer.data_collator, [prepared[i % len(prepared)] for i in range(2)], name)
+
+
+def replay_collator(trainer: ContinualTrainer, prepared: Dataset, name: str) -> ReplayCollator:
+    """A collator for batches of the task with rows of a method in them, tried on two rows of each.
+
+    Args:
+        trainer: The trainer, set up but for its methods.
+        prepared: Tokenised rows.
+        name: Whose rows they are.
+
+    Returns:
+        The collator; whether it flattens is seen from what it does.
+
+    Raises:
+        ValueError: If the data collator cannot take tokenised rows, or its batches cannot be merged.
+    """
+    collate, tokenizer = trainer.data_collator, trainer._tokenizer
+    pads = (getattr(collate, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in pads if token is not None)
+    rows = [prepared[i % len(prepared)] for i in range(2)]
+    made = ReplayCollator(collate, check_collates(trainer, prepared, name), pad)
+    with same_randomness():
+        task = _task_batch(trainer)
+        try:
+            made.merge(made.collate(rows) if task is None else task, [(0, i, row) for i, row in enumerate(rows)])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return made
+
+
+def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:
+    """Whether two rows become one long row."""
+    kind = type(collate).__name__ if not hasattr(collate, "__name__") else collate.__name__
+    advice = (
+        "Such rows are tokenised before training and can join batches only if the collator takes tokenised rows: "
+        "tokenise the task's rows too and leave data_collator out, or let the collator take both."
+    )
+    try:
+        batch = collate([dict(row) for row in rows])
+        shape = tuple(batch["input_ids"].shape)
+        labels = tuple(batch["labels"].shape)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the data collator {kind} cannot collate rows of input_ids and labels "
+            f"({type(error).__name__}: {error}). {advice}"
+        ) from error
+    if len(shape) != 2 or shape[0] not in (1, 2) or labels != shape:
+        raise ValueError(
+            f"{name}: the data collator {kind} makes input_ids of shape {shape} and labels of shape {labels} from two "
+            f"rows; rows can join batches of shape (rows, tokens) or (1, tokens) only. Use another data collator."
+        )
+    return shape[0] == 1
+
+
+def _task_batch(trainer: ContinualTrainer) -> dict[str, Any] | None:
+    """Two rows of the task as a batch, or None for a stream, or where SFTTrainer will fail by itself."""
+    rows: Any = trainer.train_dataset
+    if not isinstance(rows, Dataset):
+        return None
+    try:
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+        return dict(collate([rows[i % len(rows)] for i in range(2)]))
+    except Exception:
+        return None
