@@ -103,7 +103,7 @@ def methods() -> None:
 
 def _said(error: Exception) -> str:
     """The message of an error; of one that this library does not raise itself, also where it came from."""
-    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error):
+    if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

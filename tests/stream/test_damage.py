@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_continual import train_stream
 from hf_continual.durable import DamagedFile, read_json, read_lines
+from hf_continual.hub.lint import lint_folder
 from hf_continual.stream.source import PlanError
 from tests.stream import world
 
@@ -184,6 +185,7 @@ def test_results_and_cards_are_made_from_the_folders(runs, tmp_path):
         measured(train_stream(plan).results) == measured(results) == measured(read_json(out / "continual_results.json"))
     )
     assert (out / "task-01-t1" / "README.md").read_text() == whole
+    assert not lint_folder(out / "task-01-t1")
     json.loads((out / "task-01-t1" / "continual_config.json").read_text())
 
 

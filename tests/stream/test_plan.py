@@ -234,3 +234,19 @@ def test_conversations_are_scored_as_they_are(tmp_path, metric):
     plan = prepare(*read_plan(world.write(tmp_path, described)))
     scored = plan.scorers["t0"](toy.model(), plan.tokenizer, plan.stream[0].test)
     assert [r.reference for r in scored.rows] == [m[-1]["content"] for m in plan.stream[0].test["messages"]]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("weight_map"), RecursionError("too deep"), Exception("of a library"), ValueError()]
+)
+def test_an_error_that_nobody_foresaw_is_one_message(monkeypatch, capsys, error):
+    from hf_continual import cli
+
+    def app():
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(type(error).__name__) and "Traceback" not in said
