@@ -110,7 +110,7 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
         if lines := differences(then, now):
             shown = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
             raise PlanError(
-                f"{output_dir} was begun with another plan:\n  {shown}\nGo on with the plan it was begun with, or give the "
+                f"{output_dir} was begun with another plan:\n  {shown}\nGo on with the plan it was begun with, which {file.name} holds, or give the "
                 f"changed one another output_dir. Tasks may be added at the end."
             )
     elif output_dir.is_dir() and (found := sorted(p.name for p in output_dir.iterdir() if not _hidden(p.name))):
