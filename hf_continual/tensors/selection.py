@@ -22,10 +22,15 @@ def ordered_keys(values: Tensor) -> Tensor:
     Returns:
         int64 of the same shape. Both zeros have the same key.
     """
+    return _ordered_bits(values).to(torch.int64) + 2**31
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """int32 that are ordered as float32 values are."""
     # Adding zero turns -0.0 into 0.0, which compares equal but has other bits.
     bits = (values.float() + 0.0).view(torch.int32)
-    # Negative values order the other way round: all bits but the sign are turned. In int32, where that is cheap.
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
+    # Negative values order the other way round: all bits but the sign are turned.
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def key_value(key: int | Tensor) -> Tensor:
@@ -59,10 +64,10 @@ def kth_smallest(
     for shift in (BITS, 0):
         counts: Tensor | None = None
         for piece in (piece for part in parts() for piece in split(part)):
-            keys = ordered_keys(piece)
-            if shift == 0:
-                keys = keys[(keys >> BITS) == prefix]
-            found = torch.bincount((keys >> shift) & (2**BITS - 1), minlength=2**BITS)
+            keys = _ordered_bits(piece)
+            upper = (keys >> BITS).add_(2 ** (BITS - 1))
+            digits = upper if shift else keys[upper == prefix].bitwise_and_(2**BITS - 1)
+            found = torch.bincount(digits, minlength=2**BITS)
             counts = found if counts is None else counts + found
         if counts is None:
             raise ValueError(f"there is no value number {k} (counted from 0) among 0 values.")
