@@ -15,6 +15,7 @@ from hf_continual.hub.files import installed_versions
 from hf_continual.hub.folder_facts import has_facts, read_facts
 from hf_continual.hub.refs import ModelRef, loaded_ref
 from hf_continual.methods.base import Method
+from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
     from hf_continual.trainer.publishing_trainer import PublishingTrainer
@@ -67,7 +68,7 @@ def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) 
         tasks=tasks,
         methods=method_facts(tuple(trainer.methods)),
         evaluation=evaluation or Evaluation(),
-        settings=settings_of(args),
+        settings=settings_of(args) | _live_settings(trainer),
         adapter=adapter_facts(model) if adapter else {},
         seed=args.seed,
         steps=trainer.state.global_step,
@@ -104,6 +105,18 @@ def settings_of(args: Any) -> dict[str, Any]:
             found[name] = value
     if "max_steps" in found:
         found.pop("num_train_epochs", None)
+    return found
+
+
+def _live_settings(trainer: PublishingTrainer) -> dict[str, Any]:
+    """What was trained with where that is not what the arguments say: a given optimizer's rate, the batch that fitted."""
+    found: dict[str, Any] = {}
+    if (optimizer := trainer.optimizer) is not None:
+        peak, _ = peak_and_factor(getattr(optimizer, "optimizer", optimizer), trainer.lr_scheduler)
+        found["learning_rate"] = peak or trainer.args.learning_rate
+    batch = trainer._train_batch_size // max(trainer.args.n_gpu, 1)
+    if trainer.args.auto_find_batch_size and batch:
+        found["per_device_train_batch_size"] = batch
     return found
 
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnP
 from hf_continual import KIF, ContinualConfig, ContinualTrainer, RecAdam
 from hf_continual.tensors.flat_adam import FlatAdam
 from hf_continual.tensors.recadam import recall_share
+from hf_continual.trainer.facts import run_facts
 from hf_continual.trainer.rates import peak_and_factor, remember_peaks
 from tests import toy
 
@@ -96,7 +97,9 @@ def test_the_outer_learner_beside_a_given_optimizer(tmp_path, rates, asked, want
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=8.0)
     method = kif(outer_learning_rate=asked)
-    build(tmp_path, method, model=model, optimizers=(optimizer, None), learning_rate=7e-5).train()
+    trainer = build(tmp_path, method, model=model, optimizers=(optimizer, None), learning_rate=7e-5)
+    trainer.train()
+    assert run_facts(trainer).settings["learning_rate"] == 2e-3  # what the model card says
     assert rates == pytest.approx([wanted] * 2)
 
 
@@ -152,5 +155,6 @@ def test_memory_steps_take_the_batch_that_fits(tmp_path, asked):
     trainer.train()
     assert trainer.state.global_step == 2
     live = trainer.run.batch_size
+    assert run_facts(trainer).settings["per_device_train_batch_size"] == live
     assert live < 6 and sizes[-1] == (live if asked is None else 8 * live // 6)
     assert len(next(trainer.run.batches(trainer.run.prepare(toy.rows(seed=3)), None))["input_ids"]) == live
