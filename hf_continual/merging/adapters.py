@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_continual.merging.checkpoints import Checkpoint
-from hf_continual.merging.errors import MergeError
-from hf_continual.merging.stored import Files, StoredTensor
+from hf_continual.merging.adapter_options import check_options
+from hf_continual.merging.adapter_parts import PREFIX, Parts, split
+from hf_continual.merging.architecture import Architecture, read_architecture
+from hf_continual.merging.checkpoints import ADAPTER_CONFIG, Checkpoint
+from hf_continual.merging.errors import MergeError, some
+from hf_continual.merging.pieces import pieces_of
+from hf_continual.merging.stored import DTYPES, Files, StoredTensor
 from hf_continual.merging.structure import HEADS
 from hf_continual.tensors.concatenate import scaling
-
-_PREFIX = "base_model.model."
-_PART = re.compile(
-    r"^(?P<module>.*)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<rest>\.weight|\.bias)?$"
-)
-# Initialisations that take their factors out of the base's weights, and so change the base itself.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Options of LoraConfig under which the adapter is more than B A, each with its name for the message.
-_NOT_LORA = {
-    "alora_invocation_tokens": "acts only behind some tokens (aLoRA)",
-    "arrow_config": "chooses among adapters by the input (Arrow)",
-    "kasa_config": "has singular values of its own (KaSA)",
-    "monteclora_config": "is random (MonteCLoRA)",
-    "velora_config": "compresses activations (VeLoRA)",
-    "use_qalora": "pools its input (QA-LoRA)",
-    "use_bdlora": "is block diagonal (BD-LoRA)",
-    "layer_replication": "repeats layers of the base",
-    "target_parameters": "adapts parameters that are no module's weight (target_parameters)",
-    "trainable_token_indices": "replaces rows of the embedding (trainable_token_indices)",
-}
 
 
 @dataclass(frozen=True)
@@ -88,78 +72,87 @@ class Adapter:
         return not self.added and all(f.magnitude is None for f in self.factors.values())
 
 
-def read_adapter(checkpoint: Checkpoint, base: Checkpoint) -> Adapter:
-    """Understand an adapter and match it with the model it is put on.
+def read_adapters(adapters: Sequence[Checkpoint], base: Checkpoint) -> list[Adapter]:
+    """Understand adapters, and match them with the model they are put on.
 
     Args:
-        checkpoint: The adapter.
+        adapters: The adapters.
         base: The full model.
 
     Returns:
-        Its parts.
+        Their parts, in the same order.
 
     Raises:
-        MergeError: If it is no LoRA adapter, one that is more than low-rank products, or does not fit the base.
+        MergeError: If one is no LoRA adapter, is more than low-rank products, is incomplete, or does not fit the base.
     """
-    check_lora(checkpoint)
-    parts: dict[str, dict[str, StoredTensor]] = {}
+    notes = [check_options(adapter) for adapter in adapters]
+    parts = [split(adapter) for adapter in adapters]
+    if not adapters:
+        return []
+    known = read_architecture(base, [(a, p.factors) for a, p in zip(adapters, parts, strict=True)])
+    told = known.adapters or ({},) * len(adapters)
+    return [
+        _matched(replace(a, notes=(*a.notes, *n)), p, base, known, t)
+        for a, p, n, t in zip(adapters, parts, notes, told, strict=True)
+    ]
+
+
+def _matched(
+    checkpoint: Checkpoint, parts: Parts, base: Checkpoint, known: Architecture, told: Mapping[str, Any]
+) -> Adapter:
     saved: dict[str, StoredTensor] = {}
-    for key, tensor in checkpoint.tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if found := _PART.match(name):
-            kind = found["part"].replace("embedding_", "")
-            kind += ".bias" if found["rest"] == ".bias" else ""
-            parts.setdefault(found["module"], {})[kind] = tensor
-        elif name.endswith(".base_layer.weight"):
-            # PEFT stores an adapted embedding's own weights beside its adapter; they are news only if it was resized.
+    for name, tensor in parts.others.items():
+        if name.endswith(".base_layer.weight"):
+            # PEFT stores an adapted embedding's own weights beside its adapter, and loads them in place of the base's.
             target = _find(name.replace(".base_layer", ""), base, checkpoint)
-            if base.tensors[target].shape != tensor.shape:
+            if not _same(base.tensors[target], tensor):
                 saved[target] = tensor
         else:
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             saved[_find(name, base, checkpoint, may_be_head=True)] = tensor
     factors: dict[str, Factors] = {}
     added = {}
-    for module, own in parts.items():
-        if "lora_A" not in own or "lora_B" not in own:
-            raise MergeError(
-                f"{checkpoint.name} has only {', '.join(own)} of {module!r}: it is incomplete. Save it again."
-            )
+    for module, own in parts.factors.items():
         target = _find(f"{module}.weight", base, checkpoint, may_be_head=True)
-        scale = scaling(dict(checkpoint.config), _PREFIX + module)
-        embedding = "lora_embedding" in own["lora_A"].name
+        scale = scaling(checkpoint.config, PREFIX + module)
         shape = saved[target].shape if target in saved else _shape(base, target)
-        factors[target] = _fitting(checkpoint, target, shape, own, scale, embedding)
+        factors[target] = _fitting(checkpoint, target, shape, own, scale, known.transposed.get(module))
         if "lora_B.bias" in own:
             added[_find(f"{module}.bias", base, checkpoint)] = (own["lora_B.bias"], scale)
-    return Adapter(checkpoint, factors, added, saved)
+    notes = _check_complete(checkpoint, base, told)
+    return Adapter(replace(checkpoint, notes=(*checkpoint.notes, *notes)), factors, added, saved)
 
 
-def check_lora(checkpoint: Checkpoint) -> None:
-    """Refuse what is no LoRA, or one whose weights alone do not say what it does.
-
-    Args:
-        checkpoint: The adapter.
-
-    Raises:
-        MergeError: With the option and a way out.
-    """
-    config, way = (
-        checkpoint.config,
-        "Put it into its base first (merge_and_unload, save_pretrained) and merge that model.",
-    )
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise MergeError(f"{checkpoint.name} is a {kind} adapter; only LoRA adapters can be merged as such. {way}")
-    for key, said in _NOT_LORA.items():
-        if config.get(key):
-            raise MergeError(f"{checkpoint.name} {said}: {key}={config[key]!r}. {way}")
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE):
+def _check_complete(adapter: Checkpoint, base: Checkpoint, told: Mapping[str, Any]) -> list[str]:
+    """Compare an adapter's file with what PEFT loads by its configuration; sentences for what could not be compared."""
+    if refused := told.get("refused"):
         raise MergeError(
-            f"{checkpoint.name} was initialised with {init!r}, which changed the base's weights: on the original base it is "
-            f"wrong. Convert it (save_pretrained(..., path_initial_model_for_weight_conversion=...)), or: {way}"
+            f"PEFT cannot put {adapter.name} onto {base.name} ({refused[:300]}). Put {ADAPTER_CONFIG} back as it was saved, or "
+            f"give the base that it was trained on ({adapter.config.get('base_model_name_or_path')!r})."
         )
+    if missing := told.get("missing"):
+        raise MergeError(
+            f"{adapter.name} is incomplete: by {ADAPTER_CONFIG} it adapts modules of {base.name} of which its file has no "
+            f"factors, {len(missing)} tensors in all ({some(missing)}). Save it again; if they were taken out on purpose, name "
+            f"the modules under exclude_modules there."
+        )
+    if extra := told.get("unexpected"):
+        raise MergeError(
+            f"{adapter.name} has {len(extra)} factors that PEFT would pass over ({some(extra)}): {ADAPTER_CONFIG} does not "
+            f"adapt these modules (target_modules={adapter.config.get('target_modules')!r}). Put that file back as it was saved."
+        )
+    if unknown := told.get("unknown"):
+        return [f"Whether {adapter.name} is complete was not checked: {unknown}."]
+    return []
+
+
+def _same(base: StoredTensor, stored: StoredTensor) -> bool:
+    """Whether an adapter's copy of a weight is the base's, in the type that the adapter has it in."""
+    if base.shape != stored.shape:
+        return False
+    with Files() as files:
+        kind = DTYPES[stored.dtype]
+        return all(torch.equal(one.to(kind), two) for one, two in pieces_of([base, stored], files))
 
 
 def _find(name: str, base: Checkpoint, adapter: Checkpoint, may_be_head: bool = False) -> str:
@@ -186,18 +179,23 @@ def _fitting(
     shape: tuple[int, ...] | None,
     own: Mapping[str, StoredTensor],
     scale: float,
-    embedding: bool,
+    transposed: bool | None,
 ) -> Factors:
+    """The product of a weight; `transposed` says how the weight is stored, None: the architecture is not known."""
     a, b = own["lora_A"], own["lora_B"]
     out_in = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] else None
-    straight = shape is None or (shape == out_in and not embedding)
-    turned = out_in is not None and shape == out_in[::-1]
-    if out_in is None or not (straight or turned):
+    if transposed is None and out_in is not None:
+        # A square weight leaves it open; the configuration says it.
+        straight = shape in (None, out_in)
+        embedding = "lora_embedding" in a.name
+        transposed = (
+            embedding or not straight or (shape == out_in[::-1] and bool(checkpoint.config.get("fan_in_fan_out")))
+        )
+    if out_in is None or shape not in (None, out_in[::-1] if transposed else out_in):
         raise MergeError(
             f"{checkpoint.name}: factors A {list(a.shape)} and B {list(b.shape)} do not fit {name!r}, which is "
-            f"{list(shape or ())} in the base. Give the base that it was trained on "
-            f"({checkpoint.config.get('base_model_name_or_path')!r}); convolutions cannot be merged."
+            f"{list(shape or ())} in the base{' and stored transposed' if transposed else ''}. Give the base that it was "
+            f"trained on ({checkpoint.config.get('base_model_name_or_path')!r}); convolutions cannot be merged."
         )
-    # A square weight leaves it open; the configuration says it.
-    transposed = turned and (not straight or embedding or bool(checkpoint.config.get("fan_in_fan_out")))
-    return Factors(a, b, scale, transposed, own.get("lora_magnitude_vector"))
+    # A head that is not stored is the embedding, which lies as a linear layer's weight does.
+    return Factors(a, b, scale, bool(transposed) and shape is not None, own.get("lora_magnitude_vector"))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from hf_continual.merging.adapter_options import check_numbers
+from hf_continual.merging.adapter_parts import split
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.checks import tensor_names
 from hf_continual.merging.chunks import OutputTensor
@@ -88,6 +90,10 @@ def open_models(
     _check_shapes(models)
     if models.are_adapters:
         _check_settings(found)
+        for adapter in found:
+            if adapter.config.get("peft_type") == "LORA":
+                check_numbers(adapter)
+                split(adapter)
         _check_bases(found)
         _warn_far(models)
     return models

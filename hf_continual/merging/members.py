@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import combinations
 
 from hf_continual.merging.adapter_base import base_as_asked
-from hf_continual.merging.adapters import Adapter, Factors, read_adapter
+from hf_continual.merging.adapters import Adapter, Factors, read_adapters
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.quantized import QuantizedBase, read_quantized_base
@@ -135,6 +135,8 @@ def open_members(
         )
     if full is not None:
         full = base_as_asked(full, [c for c in opened if c.is_adapter], quantized_base)
+    if full is not None:
+        adapters = iter(read_adapters([c for c in opened if c.is_adapter], full))
     members = []
     for found in opened:
         if not found.is_adapter:
@@ -143,7 +145,7 @@ def open_members(
             wanted = found.config.get("base_model_name_or_path")
             raise ValueError(f"{found.name} is an adapter: give base=, the full model it was trained on ({wanted!r}).")
         else:
-            members.append(Member(full, read_adapter(found, full)))
+            members.append(Member(full, next(adapters)))
     check_one_base([m.adapter.checkpoint for m in members if m.adapter is not None])
     return members, full
 

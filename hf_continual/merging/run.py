@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.adapter_output import adapter_config, adapter_tensors, check_adapter_output
+from hf_continual.merging.architecture import check_whole
 from hf_continual.merging.card import write_merge_card
 from hf_continual.merging.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, INDEX
 from hf_continual.merging.checks import check_configs, check_tokenizers, warn_identical
@@ -153,6 +154,8 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
         if elements:  # an adapter is one file, and the configuration is the one that all have
             kind, rank, shards = "adapter", reference.config.get("r"), make_shards(outputs, 2**62, _ADAPTER_STEM)
             config, config_file = reference.config, reference.folder / ADAPTER_CONFIG
+    # After the models were compared with each other, which says more where they do not fit.
+    notes += check_whole([m.checkpoint for m in job.members])
     for note in notes:
         logger.info("%s", note)
     facts = describe_job(job, kind, rank, notes, options)

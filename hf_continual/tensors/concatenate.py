@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"^(?P<module>.*)\.(?P<kind>lora|lora_embedding)_(?P<factor>[AB])(?P<rest>\.weight)?$")
 
 
-def scaling(config: dict[str, Any], module: str) -> float:
+def scaling(config: Mapping[str, Any], module: str) -> float:
     """The factor of B A in a module, as PEFT computes it from an adapter's configuration."""
-    name = module.removeprefix("base_model.model.")
-    rank = _pattern(config.get("rank_pattern"), name, config["r"])
+    rank, name = rank_of(config, module), module.removeprefix("base_model.model.")
     alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank that an adapter's configuration gives a module."""
+    return _pattern(config.get("rank_pattern"), module.removeprefix("base_model.model."), config["r"])
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -64,14 +69,17 @@ def concatenate_adapters(first: Path, second: Path, out: Path) -> None:
         out: Folder that gets the sum; made if it is not there.
 
     Raises:
-        ValueError: If one is no plain LoRA adapter, or has none of the factors it should.
+        ValueError: If one is no plain LoRA adapter, has none of the factors it should, or both bring different weights
+            of an embedding.
     """
-    sides = []
+    sides, own = [], []
     for folder in (first, second):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         check_plain_lora(config, folder)
-        sides.append((config, _pairs(load_file(folder / WEIGHTS), folder)))
-    tensors: dict[str, Tensor] = {}
+        loaded = load_file(folder / WEIGHTS)
+        own.append({n: t for n, t in loaded.items() if n.endswith(".base_layer.weight")})
+        sides.append((config, _pairs(loaded, folder)))
+    tensors = _rows_of_both(own, (first, second))
     ranks: dict[str, int] = {}
     for module in sorted({m for _, pairs in sides for m in pairs}):
         parts = [(scaling(config, module), pairs[module]) for config, pairs in sides if module in pairs]
@@ -103,11 +111,22 @@ def concatenate_adapters(first: Path, second: Path, out: Path) -> None:
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
+def _rows_of_both(own: list[dict[str, Tensor]], folders: tuple[Path, Path]) -> dict[str, Tensor]:
+    """Weights of adapted embeddings that the adapters bring; PEFT loads them in place of the base's."""
+    for name in own[0].keys() & own[1].keys():
+        if not torch.equal(own[0][name], own[1][name]):
+            raise ValueError(
+                f"{folders[0]} and {folders[1]} bring different weights of their own as {name!r}: what they learned was "
+                f"learned on two different embeddings, and does not add up. Start both from one resized model."
+            )
+    return {**own[0], **own[1]}
+
+
 def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, tuple[str, Tensor]]]:
     pairs: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
-            continue  # PEFT stores an embedding's own, unchanged weights beside its adapter
+            continue  # an embedding's own weights, which PEFT stores beside its adapter
         if (found := _FACTOR.match(name)) is None:
             raise ValueError(f"{folder} holds {name!r}, which is no LoRA factor and cannot be added.")
         pairs.setdefault(found["module"], {})[found["factor"]] = (name, tensor)

@@ -47,7 +47,8 @@ def write_world(folder: Path) -> None:
         place = folder / adapter_name(rank, dora, number)
         place.mkdir()
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        told = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"], "use_dora": dora}
+        modules = sorted({n.removesuffix(".lora_A.weight").rpartition(".")[2] for n in tensors if "lora_A" in n})
+        told = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "use_dora": dora}
         (place / "adapter_config.json").write_text(json.dumps(told))
 
 
