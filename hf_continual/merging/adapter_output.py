@@ -144,8 +144,8 @@ def adapter_tensors(
         kind = dtype or _widest([v.source.dtype for v in known])
         stored_as = next(adapter.saved[target].name for _, adapter in adapters if target in adapter.saved)
         module, _, last = stored_as.replace(".base_layer.", ".").rpartition(".")
-        # PEFT finds the bias of a module that is adapted in the layer below the adapter.
-        below = ".base_layer" if last == "bias" and module.removeprefix(_PREFIX) in ranks else ""
+        # PEFT finds what is a module's own, where it is adapted, in the layer below the adapter; elsewhere it drops it.
+        below = ".base_layer" if module.removeprefix(_PREFIX) in ranks else ""
         name = f"{module}{below}.{last}"
         stored = [type(v)(v.source) for v in known]
         outputs.append(OutputTensor(name, kind, known[0].source.shape, (combined(stored, kind, rule_for(target)),)))

@@ -67,6 +67,12 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
 def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
     """The class that a configuration names, and the configuration as transformers understands it.
 
+    Args:
+        config: What ``config.json`` holds.
+
+    Returns:
+        The class and the configuration.
+
     Raises:
         KeyError: If the installed transformers has no such model; code that comes with a model is never run.
     """

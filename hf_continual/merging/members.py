@@ -135,8 +135,7 @@ def open_members(
         )
     if full is not None:
         full = base_as_asked(full, [c for c in opened if c.is_adapter], quantized_base)
-    if full is not None:
-        adapters = iter(read_adapters([c for c in opened if c.is_adapter], full))
+    adapters = iter(() if full is None else read_adapters([c for c in opened if c.is_adapter], full))
     members = []
     for found in opened:
         if not found.is_adapter:

@@ -60,10 +60,12 @@ def wanted(rule, names, whole):
     """The average and the sum of task vectors, worked out from whole models; None for other rules."""
     shares = [SHARES[n] for n in names]
     if rule in ("linear", "recall"):
-        return {k: sum(s * whole[n][k] for s, n in zip(shares, names)) / sum(shares) for k in whole["base"]}
+        return {
+            k: sum(s * whole[n][k] for s, n in zip(shares, names, strict=True)) / sum(shares) for k in whole["base"]
+        }
     if rule == "task_arithmetic":
         zero = whole["base"]
-        return {k: zero[k] + sum(s * (whole[n][k] - zero[k]) for s, n in zip(shares, names)) for k in zero}
+        return {k: zero[k] + sum(s * (whole[n][k] - zero[k]) for s, n in zip(shares, names, strict=True)) for k in zero}
     return None
 
 

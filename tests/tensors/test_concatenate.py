@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from hf_continual.tensors.concatenate import concatenate_adapters, scaling
 from tests import toy
@@ -83,3 +84,34 @@ def test_what_does_not_add_is_refused(tmp_path, changes, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         concatenate_adapters(one, two, tmp_path / "sum")
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding layers:UserWarning")
+@pytest.mark.parametrize("who", ["first", "second", "both", "neither", "different"])
+def test_rows_that_adapters_bring_with_an_adapted_embedding(tmp_path, who):
+    """PEFT loads the stored rows in place of the base's; rows that contradict each other are refused."""
+    rows, base = "base_model.model.model.embed_tokens.base_layer.weight", toy.model().double().state_dict()
+    folders = [adapter(tmp_path / str(i), i, target_modules=["q_proj", "embed_tokens"]) for i in (0, 1)]
+    changed = base["model.embed_tokens.weight"].clone()
+    changed[-3:] += 0.5
+    for i, folder in enumerate(folders):
+        file = folder / "adapter_model.safetensors"
+        stored = load_file(file)
+        if who in ("both", "different", "neither") or who == ("first", "second")[i]:
+            stored[rows] = base["model.embed_tokens.weight"] if who == "neither" else changed + i * (who == "different")
+        else:
+            del stored[rows]
+        save_file(stored, file, {"format": "pt"})
+    if who == "different":
+        with pytest.raises(ValueError, match="bring different weights of their own as .*embed_tokens"):
+            concatenate_adapters(*folders, tmp_path / "sum")
+        return
+    concatenate_adapters(*folders, tmp_path / "sum")
+    found, one, two = (delta(f) for f in (tmp_path / "sum", *folders))
+    name = "model.embed_tokens.weight"
+    moved = 0 if who == "neither" else changed - base[name]
+    counted = 2 if who == "both" else 0 if who == "neither" else 1  # deltas that hold the rows' change
+    torch.testing.assert_close(
+        found[name], one[name] + two[name] - (counted - 1) * moved if counted else one[name] + two[name]
+    )
+    torch.testing.assert_close(found["lm_head.weight"], one["lm_head.weight"] + two["lm_head.weight"])
