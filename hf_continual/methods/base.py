@@ -117,6 +117,9 @@ class Method:
         paper: What it implements.
         taps: Module outputs wanted in `Forward.taps`: ``"last_hidden_state"``, or paths of modules
             below the causal language model such as ``"model.layers.3"``.
+        places: Hyper-parameters that say where something lies, such as rows or a cache; a resumed run may name another
+            place. What lies there must be the same, which is checked for rows; a method checks the rest.
+        state_with_model: Whether its state is small and needs no optimizer's, so that `save_only_model` keeps it.
         bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
     """
 
@@ -124,6 +127,8 @@ class Method:
     paper: ClassVar[Paper]
     taps: ClassVar[tuple[str, ...]] = ()
     bytes_per_parameter: ClassVar[float] = 0.0
+    places: ClassVar[tuple[str, ...]] = ()
+    state_with_model: ClassVar[bool] = False
 
     def reads_forward(self) -> bool:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""

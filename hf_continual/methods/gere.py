@@ -114,6 +114,8 @@ class GeRe(Method):
     name: str = "gere"  # pyrefly: ignore[bad-override]
 
     taps: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
+    places: ClassVar[tuple[str, ...]] = ("rows", "cache_dir")
+    state_with_model: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples Replay",
         "Zhang et al.",

@@ -120,6 +120,7 @@ class KIF(Method):
     name: str = "kif"  # pyrefly: ignore[bad-override]
 
     bytes_per_parameter: ClassVar[float] = 30.0  # five buffers, two mask bytes while they are fused, two moments
+    places: ClassVar[tuple[str, ...]] = ("memory",)
     paper: ClassVar[Paper] = Paper(
         "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning",
         "Feng et al.",

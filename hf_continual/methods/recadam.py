@@ -109,6 +109,7 @@ class RecAdam(Method):
     name: ClassVar[str] = "recadam"
     bytes_per_parameter: ClassVar[float] = 4.0  # the anchor
 
+    places: ClassVar[tuple[str, ...]] = ("anchor",)
     paper: ClassVar[Paper] = Paper(
         "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
         "Chen and Hou and Cui and Che and Liu and Yu",

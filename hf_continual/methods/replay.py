@@ -62,6 +62,7 @@ class Replay(Method):
     row_type: RowType = "same"
     name: str = "replay"  # pyrefly: ignore[bad-override]
 
+    places: ClassVar[tuple[str, ...]] = ("rows",)
     paper: ClassVar[Paper] = Paper(
         "Experience Replay for Continual Learning",
         "Rolnick and Ahuja and Schwarz and Lillicrap and Wayne",

@@ -6,16 +6,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import get_last_checkpoint
 
-FOLDER = "continual"
+from hf_continual.data.together import from_first
+from hf_continual.durable import read_json, write_json
+from hf_continual.trainer.whole import FOLDER, MARKER, damage_of
+
+logger = logging.getLogger(__name__)
 
 
 def write_state(checkpoint: Path, run: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
@@ -34,44 +41,79 @@ def write_state(checkpoint: Path, run: dict[str, Any], states: dict[str, dict[st
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         if plain:
-            (folder / f"{name}.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+            write_json(folder / f"{name}.json", plain)
+    write_json(folder / "run.json", run)
 
 
 def read_run(checkpoint: Path) -> dict[str, Any] | None:
     """The run's facts of a checkpoint, or None when it was written without methods."""
     file = checkpoint / FOLDER / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return _read(file) if file.is_file() else None
 
 
 def read_state(checkpoint: Path, name: str) -> dict[str, Any]:
     """The state of one method; empty when it kept none."""
     tensors, plain = (checkpoint / FOLDER / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
-    state: dict[str, Any] = dict(load_file(tensors)) if tensors.is_file() else {}
-    return state | (json.loads(plain.read_text(encoding="utf-8")) if plain.is_file() else {})
+    return {key: value for file in (tensors, plain) if file.is_file() for key, value in _read(file).items()}
 
 
-def check_same_methods(checkpoint: Path, now: Sequence[dict[str, Any]]) -> None:
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else dict(read_json(file))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Resume from another checkpoint: resume_from_checkpoint=True takes the newest "
+            f"whole one."
+        ) from error
+
+
+def check_same_methods(
+    checkpoint: Path, now: Sequence[dict[str, Any]], places: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Compare a checkpoint's methods with the run's.
 
     Args:
         checkpoint: The checkpoint that is being resumed.
         now: The run's methods as data, see `Methods.describe`.
+        places: Hyper-parameters of each method that say where something lies; they may differ.
 
     Raises:
-        ValueError: If the methods or their hyper-parameters differ. Where the rows lie may differ.
+        ValueError: If the methods or their hyper-parameters differ, or the checkpoint lacks the state of one.
     """
     run = read_run(checkpoint)
-    then = run["methods"] if run else []
-    if lines := _differences(then, list(now)):
+    if run is None and now:
+        raise ValueError(
+            f"{checkpoint} was written without methods (it has no {FOLDER}/run.json), and this run has "
+            f"{[next(iter(m)) for m in now]}. A resumed run must go on as it began. Resume without methods, or "
+            f"{_new_run(checkpoint)}"
+        )
+    if lines := _differences(run["methods"] if run else [], list(now), places or {}):
         raise ValueError(
             f"{checkpoint} was written with other methods than this run has: {'; '.join(lines)}. A resumed "
-            f"run must go on as it began. Give it the same methods, or start a new run from the "
-            f"checkpoint's weights: ContinualTrainer(model={str(checkpoint)!r}, ...)."
+            f"run must go on as it began. Give it the same methods, or {_new_run(checkpoint)}"
+        )
+    if run and run.get("not_saved"):
+        raise ValueError(
+            f"{checkpoint} was saved with save_only_model=True, so the state of {', '.join(run['not_saved'])} is not in it "
+            f"and the run cannot go on as it began. Train with save_only_model=False to be able to resume, or "
+            f"{_new_run(checkpoint)}"
         )
 
 
-def _differences(then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
+def _new_run(checkpoint: Path) -> str:
+    """How to train on from the weights of a checkpoint."""
+    start = "start a new run from the checkpoint's weights: "
+    if not (checkpoint / "adapter_config.json").is_file():
+        return f"{start}ContinualTrainer(model={str(checkpoint)!r}, ...)."
+    return (
+        f"{start}load the base model and put the adapter on it, model = PeftModel.from_pretrained(base, "
+        f"{str(checkpoint)!r}, is_trainable=True), then ContinualTrainer(model=model, ...) without peft_config."
+    )
+
+
+def _differences(
+    then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], places: Mapping[str, Sequence[str]]
+) -> list[str]:
     names_then, names_now = ([next(iter(m)) for m in side] for side in (then, now))
     if names_then != names_now:
         return [f"{names_then or 'none'} then, {names_now or 'none'} now"]
@@ -81,34 +123,91 @@ def _differences(then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) 
         new = json.loads(json.dumps(new))
         lines += [
             f"{name}.{key} was {old.get(key)!r}, is {new.get(key)!r}"
-            for key in old.keys() | new.keys()
-            if key not in ("rows", "memory") and old.get(key) != new.get(key)
+            for key in sorted(old.keys() | new.keys())
+            if key not in places.get(name, ()) and old.get(key) != new.get(key)
         ]
     return lines
 
 
+def digest_of(rows: Dataset, sample: int = 64) -> str:
+    """What tells rows apart wherever they lie: their number, and the tokens of up to `sample` rows spread over them."""
+    step = max(len(rows) // sample, 1)
+    found = hashlib.sha256(str(len(rows)).encode())
+    for row in rows.select(range(0, len(rows), step)):
+        found.update(json.dumps([list(row["input_ids"]), list(row["labels"])]).encode())  # pyrefly: ignore[bad-index]
+    return found.hexdigest()[:16]
+
+
+def check_same_rows(checkpoint: Path, digests: Mapping[str, str], names: Sequence[str] = ()) -> None:
+    """Refuse to resume with other rows than the run began with, wherever they lie.
+
+    Args:
+        checkpoint: The checkpoint that is being resumed.
+        digests: Digest of the rows of each method that has rows, see `digest_of`.
+        names: Methods whose rows are all known by now, so that having none is a difference too.
+
+    Raises:
+        ValueError: If the rows of a method are others.
+    """
+    then = (read_run(checkpoint) or {}).get("rows")
+    if then is None:
+        return  # an older version did not note them
+    for name in sorted((then.keys() & digests.keys()) | set(names)):
+        if then.get(name) != digests.get(name):
+            how = "another text, order or tokenizer" if name in then and name in digests else "one has none"
+            raise ValueError(
+                f"{name}: the rows are not those that {checkpoint} was trained with ({how}). A resumed run must go on as it "
+                f"began. Give it the same rows, or {_new_run(checkpoint)}"
+            )
+
+
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state is the last file it writes."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    """Whether a run can be resumed from a checkpoint; see `whole`."""
+    return damage_of(checkpoint) is None
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None.
+    """The newest whole checkpoint, or None; says which newer ones are passed over and why.
 
-    A process killed while it saves leaves a folder that cannot be resumed; the one before it can.
+    A process killed while it saves, a power cut or a damaged disk leave a folder that cannot be resumed from; the one
+    before it can. All processes of a run get the answer of process 0.
     """
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return None
-    if (last := get_last_checkpoint(str(folder))) is None or is_complete(Path(last)):
-        return last
-    steps = sorted(
-        (int(p.name.removeprefix("checkpoint-")), p)
-        for p in folder.glob("checkpoint-*")
-        if p.name.removeprefix("checkpoint-").isdigit() and is_complete(p)
+    return from_first(lambda: _last_complete(Path(output_dir)))
+
+
+def _last_complete(folder: Path, passed_over: Path | None = None) -> str | None:
+    steps = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
+    for _, checkpoint in sorted(((int(n), p) for n, p in steps if n.isdigit()), reverse=True):
+        if checkpoint == passed_over:
+            continue
+        if (problem := damage_of(checkpoint)) is None:
+            return str(checkpoint)
+        logger.warning("%s is passed over: %s.", checkpoint, problem)
+    return None
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse to resume from a checkpoint that is not whole.
+
+    Args:
+        checkpoint: The checkpoint that was asked for.
+
+    Raises:
+        ValueError: Naming the file, and the newest checkpoint beside it that is whole.
+    """
+    problem, other = from_first(lambda: _judged(checkpoint))
+    if problem is None:
+        return
+    way = (
+        f"The newest whole checkpoint beside it is {other}: resume_from_checkpoint={other!r}."
+        if other
+        else "No other checkpoint beside it is whole: train without resume_from_checkpoint, into an output_dir that is empty."
     )
-    return str(steps[-1][1]) if steps else None
+    if (checkpoint / MARKER).is_file():
+        way += f" If it was changed on purpose, remove {checkpoint / MARKER}: it is then judged by what is there."
+    raise ValueError(f"{checkpoint} cannot be resumed from: {problem}. {way}")
+
+
+def _judged(checkpoint: Path) -> tuple[str | None, str | None]:
+    problem = damage_of(checkpoint)
+    return problem, None if problem is None else _last_complete(checkpoint.parent, passed_over=checkpoint)

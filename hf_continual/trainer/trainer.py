@@ -1,4 +1,5 @@
-"""ContinualTrainer: TRL's SFTTrainer with methods. With `publishing_trainer.py` the only file that overrides HF's trainers.
+"""ContinualTrainer: TRL's SFTTrainer with methods. With its bases in `saving_trainer.py` and
+`publishing_trainer.py` the only file that overrides HF's trainers.
 
 Each override begins by handing over to SFTTrainer when no method needs it, so that a trainer without
 methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
@@ -8,10 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, is_compiled_module
 from datasets import Dataset, IterableDataset
@@ -21,16 +20,17 @@ from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
-from hf_continual.trainer import checks, state
+from hf_continual.trainer import checks
 from hf_continual.trainer.collating import replay_collator
 from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.mixer import ReplayMixer
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
 from hf_continual.trainer.optimizer import check_holds_trained, parameter_groups
-from hf_continual.trainer.publishing_trainer import PublishingTrainer
 from hf_continual.trainer.rows import check_row_type, check_rows, report_dropped, same_order, says_completion
 from hf_continual.trainer.run import TrainerRun
+from hf_continual.trainer.saving_trainer import SavingTrainer
+from hf_continual.trainer.state import digest_of
 from hf_continual.trainer.stations import Stations
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ContinualTrainer(PublishingTrainer):
+class ContinualTrainer(SavingTrainer):
     """Supervised fine-tuning that keeps what the model already knows.
 
     Takes what `trl.SFTTrainer` takes, in the same order, and `methods`. Without methods it is
@@ -158,6 +158,7 @@ class ContinualTrainer(PublishingTrainer):
         self.mixer: ReplayMixer | None = None
         self.tap: ForwardTap | None = None
         self.ledger = Ledger()
+        self.row_digests: dict[str, str] = {}
         if self.methods:
             self._set_up_methods(task_row)
         self.check_push()
@@ -233,7 +234,9 @@ class ContinualTrainer(PublishingTrainer):
         finally:
             self.completion_only_loss = completion_only
         report_dropped(len(rows), len(prepared), self.args.max_length, name)
-        return prepared.select_columns(["input_ids", "labels"])
+        prepared = prepared.select_columns(["input_ids", "labels"])
+        self.row_digests[name] = digest_of(prepared)
+        return prepared
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the method that brings one, else SFTTrainer's."""
@@ -369,53 +372,3 @@ class ContinualTrainer(PublishingTrainer):
         if self.methods and self.model.training:
             logs.update(self.ledger.flush(self.accelerator))
         super().log(logs, start_time)
-
-    def replay_totals(self) -> np.ndarray | None:
-        """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
-        if self.mixer is None:
-            return None
-        counters = torch.from_numpy(self.mixer.counters()).to(self.accelerator.device)
-        return self.accelerator.reduce(counters, reduction="sum").cpu().numpy()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.methods:
-            states = {m.name: m.state_dict(self.run) for m in self.methods}
-            totals = self.replay_totals()
-            if self.args.should_save:
-                run = {
-                    "methods": self.methods.describe(),
-                    "replay": None if totals is None else totals.tolist(),
-                }
-                state.write_state(Path(output_dir), run, states)
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if not self.methods or (run := state.read_run(Path(checkpoint))) is None:
-            return
-        if self.mixer is not None:
-            self.mixer.resume(np.asarray(run["replay"], dtype=np.int64))
-        for method in self.methods:
-            method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """SFTTrainer's, except that True resumes from the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = state.last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No complete checkpoint in {self.args.output_dir}: nothing to resume. Train without "
-                    f"resume_from_checkpoint, or set save_strategy and save_steps so that checkpoints are written."
-                )
-        if resume_from_checkpoint:
-            state.check_same_methods(Path(resume_from_checkpoint), self.methods.describe())
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
-            for method in self.methods:
-                method.release()
-            if self.tap is not None:
-                self.tap.remove()

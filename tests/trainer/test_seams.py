@@ -18,6 +18,8 @@ OVERRIDDEN = {
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "init_hf_repo": ["self", "token", "private"],

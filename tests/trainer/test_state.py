@@ -36,10 +36,13 @@ def test_other_methods_are_refused_with_the_difference(tmp_path):
         check_same_methods(tmp_path, [{"freeze": {"bottom": 2, "embeddings": True}}])
     with pytest.raises(ValueError, match=r"\['freeze'\] then, none now"):
         check_same_methods(tmp_path, [])
-    with pytest.raises(ValueError, match=r"none then, \['freeze'\] now"):
+    with pytest.raises(ValueError, match=r"plain was written without methods .*\['freeze'\]"):
         check_same_methods(tmp_path / "plain", NOW)
     write_state(tmp_path, {"methods": [{"replay": {"rows": "/a/old.jsonl", "ratio": 0.1}}], "replay": []}, {})
-    check_same_methods(tmp_path, [{"replay": {"rows": "/b/old.jsonl", "ratio": 0.1}}])
+    moved = [{"replay": {"rows": "/b/old.jsonl", "ratio": 0.1}}]
+    check_same_methods(tmp_path, moved, {"replay": ["rows"]})
+    with pytest.raises(ValueError, match=r"replay.rows was '/a/old.jsonl', is '/b/old.jsonl'"):
+        check_same_methods(tmp_path, moved)
 
 
 def test_a_checkpoint_killed_while_written_is_passed_over(tmp_path):

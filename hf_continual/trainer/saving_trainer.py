@@ -1,0 +1,105 @@
+"""What a trainer writes into its checkpoints, which of them it resumes from, and that it is alone in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_continual.trainer import run_lock, state, whole
+from hf_continual.trainer.publishing_trainer import PublishingTrainer
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.mixer import ReplayMixer
+    from hf_continual.trainer.tap import ForwardTap
+
+
+class SavingTrainer(PublishingTrainer):
+    """The part of `ContinualTrainer` that saves and resumes."""
+
+    mixer: ReplayMixer | None
+    tap: ForwardTap | None
+    row_digests: dict[str, str]
+    run: Any
+
+    def replay_totals(self) -> np.ndarray | None:
+        """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
+        if self.mixer is None:
+            return None
+        counters = torch.from_numpy(self.mixer.counters()).to(self.accelerator.device)
+        return self.accelerator.reduce(counters, reduction="sum").cpu().numpy()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.methods:
+            self._write_state(output_dir, {m.name: m.state_dict(self.run) for m in self.methods})
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _write_state(self, output_dir: str, states: dict[str, dict[str, Any]], not_saved: Sequence[str] = ()) -> None:
+        totals = self.replay_totals()
+        if self.args.should_save:
+            run = {
+                "methods": self.methods.describe(),
+                "replay": None if totals is None else totals.tolist(),
+                "rows": self.row_digests,
+                **({"not_saved": list(not_saved)} if not_saved else {}),
+            }
+            state.write_state(Path(output_dir), run, states)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.methods:
+            # Every process has written its last file. All are on the disk before an older checkpoint is removed.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                whole.sync(Path(output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.methods:
+            return
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.save_only_model:
+            states = {m.name: m.state_dict(self.run) for m in self.methods}
+            kept = {m.name: states[m.name] for m in self.methods if m.state_with_model}
+            self._write_state(str(checkpoint), kept, [n for n, s in states.items() if s and n not in kept])
+        if self.args.should_save:
+            whole.write_marker(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.methods or (run := state.read_run(Path(checkpoint))) is None:
+            return
+        state.check_same_rows(Path(checkpoint), self.row_digests, [m.name for m in self.methods.at("replay")])
+        if self.mixer is not None:
+            self.mixer.resume(np.asarray(run["replay"], dtype=np.int64))
+        for method in self.methods:
+            method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's, except that True resumes from the newest whole checkpoint, and one trainer at a time has the folder."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = state.last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint in {self.args.output_dir}: nothing to resume. Train without "
+                    f"resume_from_checkpoint, or set save_strategy and save_steps so that checkpoints are written."
+                )
+        if resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            if self.methods or state.read_run(checkpoint):
+                state.check_whole(checkpoint)
+            places = {m.name: m.places for m in self.methods}
+            state.check_same_methods(checkpoint, self.methods.describe(), places)
+        with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext():
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
+                for method in self.methods:
+                    method.release()
+                if self.tap is not None:
+                    self.tap.remove()
