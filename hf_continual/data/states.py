@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_continual.data.digest import DIGEST, empty_digest, seal, whole_by_digest
 from hf_continual.data.together import all_well, from_first, gathered, world
+from hf_continual.disk import FULL, CannotWrite, free_space, size
 from hf_continual.durable import write_text
 from hf_continual.tensors.ternary import RunningStatistics, activation_states, pack_states
 
@@ -196,10 +197,10 @@ def locked(file: Path) -> Iterator[None]:
 
 def cannot_write(file: Path, error: Exception, why: str) -> OSError:
     """What to say where a file of the cache cannot be written."""
-    said = getattr(error, "strerror", None) or error
-    return OSError(
-        getattr(error, "errno", None),
-        f"{file} could not be written: {said}. Make room or name another cache_dir; {why}.",
+    said, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    room = f" ({size(free_space(file))} are free there)" if number in FULL else ""
+    return CannotWrite(
+        number, f"{file} could not be written: {said}{room}. Make room or name another cache_dir; {why}."
     )
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_continual.disk import size
+
 # Name -> function, and which options beside those of every merge it takes. No registry: this is the list.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recall": (
@@ -203,7 +205,7 @@ def run_merge(
     if not written["dry_run"]:
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
-        typer.echo(f"{form} in {result.output_dir}  ({result.bytes_written / 1e9:.3f} GB; {seconds})")
+        typer.echo(f"{form} in {result.output_dir}  ({size(result.bytes_written)}; {seconds})")
 
 
 def _choice(quantized_base: str | None) -> Any:

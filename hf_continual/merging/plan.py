@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_continual.disk import CannotWrite, free_space, size
 from hf_continual.merging.shards import Shard, memory_bound
 
 
@@ -64,14 +64,6 @@ class MergePlan:
         return memory_bound(self.shards)
 
 
-def free_space(output_dir: Path) -> int:
-    """Free bytes where an output goes, whose folder need not exist yet."""
-    folder = output_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
     """Refuse to begin what cannot be finished.
 
@@ -81,13 +73,13 @@ def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
         there: Bytes of it that are written already.
 
     Raises:
-        OSError: ENOSPC, if the output and 2 % do not fit.
+        CannotWrite: ENOSPC, if the output and 2 % do not fit.
     """
     needed, free = int((plan.bytes_written - there) * 1.02), free_space(output_dir)
     if needed > free:
-        raise OSError(
+        raise CannotWrite(
             errno.ENOSPC,
-            f"{output_dir} needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free. Free some space, or choose an "
+            f"{output_dir} needs {size(needed)} ({needed:,} bytes) and {size(free)} ({free:,} bytes) are free. Free some space, or choose an "
             f"output_dir on another disk",
         )
 
@@ -98,7 +90,7 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for model in plan.facts["models"]:
-        table.add_row(model["role"], f"{model['name']}  ({model['kind']}, {model['bytes'] / 1e9:.3f} GB)")
+        table.add_row(model["role"], f"{model['name']}  ({model['kind']}, {size(model['bytes'])})")
     tensors = [t for s in plan.shards for t in s.tensors]
     copied = sum(1 for t in tensors if t.parts and all(p.function is None for p in t.parts))
     table.add_row("output", f"{plan.kind}" + ("" if plan.rank is None else f" of rank {plan.rank}"))
@@ -107,14 +99,14 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
     )
     for option, value in plan.facts["options"].items():
         table.add_row(option, str(value))
-    table.add_row("read", f"{plan.bytes_read / 1e9:.3f} GB")
+    table.add_row("read", size(plan.bytes_read))
     table.add_row(
-        "write", f"{plan.bytes_written / 1e9:.3f} GB in {len(plan.shards)} files and {len(plan.files) + 1} small ones"
+        "write", f"{size(plan.bytes_written)} in {len(plan.shards)} files and {len(plan.files) + 1} small ones"
     )
     lens = any(s.lens is not None for t in tensors for p in t.parts for s in p.sources)
     imports = "330 MB of imports, transformers and bitsandbytes among them" if lens else "150 MB of imports"
     table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, beside about {imports}")
-    table.add_row("free disk", f"{free_space(output_dir) / 1e9:.1f} GB")
+    table.add_row("free disk", size(free_space(output_dir)))
     for note in plan.notes:
         table.add_row("note", note)
     table.add_row("checks", "all passed: names, shapes, types, configurations, tokenizers, disk, output folder")

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_continual.disk import writing
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.errors import MergeError
 
@@ -119,7 +120,18 @@ def locked(output_dir: Path) -> Iterator[None]:
 
     Raises:
         MergeError: If another process writes it.
+        CannotWrite: If there is no room or no right to write there.
     """
+    way_out = (
+        f"{output_dir} is as it was. Make room there, or choose another output_dir; after that the same call resumes where "
+        f"it was interrupted."
+    )
+    with writing(output_dir, way_out), _alone(output_dir):
+        yield
+
+
+@contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
     folder = folder_beside(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)

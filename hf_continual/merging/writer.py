@@ -22,6 +22,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hf_continual.disk import CannotWrite, size
 from hf_continual.merging.chunks import CHUNK, SLOTS, WRITTEN, Chunk, Part, chunks
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.shards import Shard
@@ -181,9 +182,9 @@ class _Open:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                raise OSError(
+                raise CannotWrite(
                     errno.ENOSPC,
-                    f"The disk is full: {self.shard.file} needs {self.shard.size} bytes and {self.at + done} fitted. What is "
+                    f"The disk is full: {self.shard.file} needs {size(self.shard.size)} and {size(self.at + done)} fitted. What is "
                     f"finished stays in {self.path.parent.parent}; free some space and the same call goes on",
                 ) from None
         self.at += done

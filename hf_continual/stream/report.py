@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hf_continual.disk import size
 from hf_continual.metrics import SUMMARY
 
 TITLES = {
@@ -169,12 +170,3 @@ def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
         f"a micro-batch holds {largest['task_rows']} rows of the task and {largest['added_rows']} that methods add, about "
         f"{largest['tokens']:,} tokens with padding"
     ]
-
-
-def size(number: float) -> str:
-    """Bytes in a unit that is read at a glance."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit in ("B", "kB") or number >= 10 else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock
 
+from hf_continual.disk import writing
 from hf_continual.durable import DamagedFile, read_lines, write_json, write_lines
 from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
 from hf_continual.stream.learner import PlanLearner, find_function
@@ -41,7 +42,7 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
     base_dir = base_dir or output_dir
     main = PartialState().is_main_process
     check_merge(prepared.plan, prepared.where)
-    with only_one(output_dir) if main else contextlib.nullcontext():
+    with _explained(output_dir), only_one(output_dir) if main else contextlib.nullcontext():
         refuse_on_all(lambda: keep_plan(output_dir, plain_plan(prepared)))
         if prepared.plan.evaluation.base:
             _score_base(prepared, base_dir)
@@ -60,6 +61,13 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
                 write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
         return collect(prepared, output_dir, base_dir)
+
+
+def _explained(output_dir: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(
+        output_dir,
+        f"What is finished stays in {output_dir}. Make room there; after that the same command resumes where it stopped.",
+    )
 
 
 def _mend_kept_rows(prepared: Prepared, task: Task, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_continual.disk import writing
 from hf_continual.trainer import run_lock, state, whole
 from hf_continual.trainer.publishing_trainer import PublishingTrainer
 
@@ -59,10 +61,33 @@ class SavingTrainer(PublishingTrainer):
                 whole.sync(Path(output_dir))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         if not self.methods:
+            super()._save_checkpoint(model, trial)
             return
-        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial))
+        with writing(folder, partial(self._after_a_full_disk, folder)):
+            super()._save_checkpoint(model, trial)
+            self._complete(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """SFTTrainer's; says what to do where it cannot be written."""
+        folder = Path(output_dir or self.args.output_dir)
+        way_out = (
+            "The trained model is still in this process: make room there, or call save_model with a folder elsewhere."
+        )
+        with writing(folder, way_out) if self.methods else nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _after_a_full_disk(self, folder: Path) -> str:
+        """What is safe, and what to do."""
+        whole_one = state.last_complete_checkpoint(folder, everywhere=False) if folder.is_dir() else None
+        keep = "Make room there, or keep fewer checkpoints (save_total_limit, save_only_model)"
+        if whole_one is None:
+            return f"No checkpoint is whole yet. {keep}, and train again."
+        return f"{whole_one} is whole. {keep}; after that train(resume_from_checkpoint=True) resumes from it."
+
+    def _complete(self, checkpoint: Path) -> None:
+        """Write what makes a checkpoint whole."""
         if self.args.save_only_model:
             states = {m.name: m.state_dict(self.run) for m in self.methods}
             kept = {m.name: states[m.name] for m in self.methods if m.state_with_model}

@@ -166,13 +166,13 @@ def is_complete(checkpoint: Path) -> bool:
     return damage_of(checkpoint) is None
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path, everywhere: bool = True) -> str | None:
     """The newest whole checkpoint, or None; says which newer ones are passed over and why.
 
     A process killed while it saves, a power cut or a damaged disk leave a folder that cannot be resumed from; the one
-    before it can. All processes of a run get the answer of process 0.
+    before it can. All processes of a run get the answer of process 0, unless one asks for itself (`everywhere=False`).
     """
-    return from_first(lambda: _last_complete(Path(output_dir)))
+    return from_first(lambda: _last_complete(Path(output_dir))) if everywhere else _last_complete(Path(output_dir))
 
 
 def _last_complete(folder: Path, passed_over: Path | None = None) -> str | None:
