@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from hf_continual.merging.ties import ties
     from hf_continual.merging.with_recall import merge_with_recall
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
+    from hf_continual.methods.ewc import EWC
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
@@ -61,6 +63,8 @@ _FACE = {
     "FreezeLayers": "hf_continual.methods.freeze",
     "KIF": "hf_continual.methods.kif",
     "RecAdam": "hf_continual.methods.recadam",
+    "EWC": "hf_continual.methods.ewc",
+    "OLoRA": "hf_continual.methods.o_lora",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -93,6 +97,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "FreezeLayers",
     "KIF",
     "RecAdam",
+    "EWC",
+    "OLoRA",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

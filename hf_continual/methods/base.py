@@ -66,6 +66,7 @@ class Forward:
             which the trainer divides the summed token loss.
         drawn: ``(source, row, tokens)`` of each replay row in this micro-batch, in the order of its tokens; on the
             host, so that a method can fetch what it keeps of a row without asking the accelerator.
+        entropy_BS: Entropy in nats of the prediction at position t, without gradient; shape (B, S - 1).
         notes: See `note`.
         scale: What a sum of token losses over `tokens` is multiplied with to be in the unit of a
             loss term (processes, accumulation steps).
@@ -81,6 +82,7 @@ class Forward:
     tokens: Tensor
     scale: float
     drawn: Sequence[tuple[int, int, int]] = ()
+    entropy_BS: Tensor | None = None
     notes: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
 
     def note(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
@@ -149,6 +151,27 @@ class Method:
     def prepare_model(self, model: nn.Module, task: Task) -> None:
         """Station 2: surgery on the model, before any wrapper and before the optimizer exists."""
 
+    def load_task_state(self, state: State, run: Run) -> None:
+        """Take over what the method left when the task before ended; see `task_state`.
+
+        Called once at the start of training, before `prepare`, if the weights that training starts from have such a
+        state beside them. Refuses a state that does not fit the model with a `ValueError`.
+        """
+
+    def prepare(self, run: Run) -> None:
+        """Long passes before the first step, with the weights that training starts from, also in a resumed run.
+
+        Nothing is wrapped yet and no checkpoint is loaded. What takes long belongs into a cache, so that a killed run
+        does not begin again.
+        """
+
+    def edit_rows(self, run: Run, rows: Dataset) -> Dataset:
+        """Re-label, drop or add to the task's own rows, tokenised as they are trained, before they are used.
+
+        Called after `prepare`, in list order; a resumed run must give the same rows.
+        """
+        return rows
+
     def optimizer(self, run: Run) -> OptimizerChoice | None:
         """Station 3: an optimizer in place of the configured one; at most one method brings one."""
         return None
@@ -178,6 +201,14 @@ class Method:
 
     def release(self) -> None:
         """Take every hook off the model: `train` has ended, in whatever way; called after an error too."""
+
+    def task_state(self, run: Run) -> State:
+        """What later tasks need: tensors and plain data, called on every process after `end_task`.
+
+        It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and goes with it to whoever trains
+        on. No rows of data: they would be published with the model.
+        """
+        return {}
 
     def state_dict(self, run: Run) -> State:
         """Everything learnt since construction that a resumed run cannot rebuild.

@@ -6,16 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hf_continual.methods.base import Method
+from hf_continual.methods.table import TABLE
 
 STATIONS = {
     "replay": "rows",
     "prepare_model": "model surgery",
+    "prepare": "before training",
+    "edit_rows": "rows",
     "optimizer": "optimizer",
     "loss_terms": "loss terms",
     "edit_gradients": "gradients",
     "after_step": "after step",
     "end_step": "after step",
     "end_task": "task end",
+    "task_state": "task end",
 }
 
 
@@ -28,6 +32,12 @@ def stations(method: type[Method]) -> list[str]:
 def overrides(method: type[Method], call: str) -> bool:
     """Whether a method does something at a call of the protocol."""
     return getattr(method, call) is not getattr(Method, call)
+
+
+def kind_of(method: type[Method]) -> str:
+    """What a method is called in data: its key in the table, or ``"package.module:Class"``."""
+    path = f"{method.__module__}:{method.__qualname__}"
+    return next((name for name, target in TABLE.items() if target == path), path)
 
 
 class Methods:
@@ -79,6 +89,10 @@ class Methods:
     def taps(self) -> tuple[str, ...]:
         """All module outputs asked for, each once."""
         return tuple(dict.fromkeys(name for m in self.methods for name in m.taps))
+
+    def kinds(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Name, kind and hyper-parameters of each method; a kind is a key of the table or ``"package.module:Class"``."""
+        return [(m.name, kind_of(type(m)), m.describe()) for m in self.methods]
 
     def describe(self) -> list[dict[str, Any]]:
         """The methods as data, in order: ``[{name: hyper-parameters}, ...]``."""

@@ -102,6 +102,22 @@ class Run(Protocol):
     def named_parameters(self) -> dict[str, Parameter]:
         """Trainable parameters by the name they have in the unwrapped model."""
 
+    @property
+    def task_rows(self) -> Dataset:
+        """The task's own rows as they are trained: `input_ids` and `labels`; a row's place is its id.
+
+        Raises ValueError for streamed rows, which have no end and no order that can be read twice.
+        """
+
+    def passes(
+        self, rows: Dataset, batch_rows: int | None = None, alone: bool = False, what: str = ""
+    ) -> Iterator[tuple[list[Batch], int]]:
+        """One pass over tokenised rows in order, with a progress bar: this process's micro-batches of each batch of
+        `batch_rows` rows over all processes (None: of an optimizer step), and how many rows the batch has in all.
+
+        With `alone`, each process gets batches of its own, and not all get equally many.
+        """
+
     def rows(self, method: Named) -> Dataset:
         """The replay rows of a method, tokenised, in the order that `Forward.row_BS` indexes."""
 
@@ -124,10 +140,18 @@ class Run(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Backward through the trainer's scaler and hooks."""
 
-    def gradients(self, batches: Sequence[Batch], scale: float = 1.0) -> Tensor:
-        """Leave the gradient of micro-batches in `.grad`, reduced over processes, unscaled and clipped.
+    def gradients(
+        self,
+        batches: Sequence[Batch],
+        scale: float = 1.0,
+        clip: bool = True,
+        training: bool = True,
+        alone: bool = False,
+    ) -> Tensor:
+        """Leave the gradient of micro-batches in `.grad`, reduced over processes and unscaled.
 
-        The loss is the trainer's own with its normalisation, times `scale`; metrics and methods do not see it.
+        The loss is the trainer's own with its normalisation, times `scale`; metrics and methods do not see it. `clip`
+        clips as a step does; `training=False` leaves dropout out; `alone` takes this process's batches for the whole.
         Returns the loss before `scale`, without gradient.
         """
 

@@ -22,6 +22,8 @@ TABLE: dict[str, str] = {
     "freeze": "hf_continual.methods.freeze:FreezeLayers",
     "kif": "hf_continual.methods.kif:KIF",
     "recadam": "hf_continual.methods.recadam:RecAdam",
+    "ewc": "hf_continual.methods.ewc:EWC",
+    "o_lora": "hf_continual.methods.o_lora:OLoRA",
 }
 
 

@@ -17,15 +17,15 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from hf_continual.data.handover import bring_along
 from hf_continual.durable import write_lines
 from hf_continual.evaluation.result import Scored
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
-from hf_continual.stream.models import EARLIER, is_adapter, load_finished, load_for_training
+from hf_continual.stream.models import is_adapter, load_finished, load_for_training
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.scores import SCORES, keep_error
 from hf_continual.tasks import Task
-from hf_continual.tensors.concatenate import concatenate_adapters
 from hf_continual.trainer.state import last_complete_checkpoint
 from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -67,15 +67,15 @@ class PlanLearner:
     def _train(self, task: Task, parent: Path | None, folder: Path, goal: Path) -> dict[str, Any]:
         # New adapters are drawn before the trainer sets its seed: the draw must not depend on what came before.
         set_seed(self.plan.seed)
-        model, peft_config, callbacks = load_for_training(self.plan, parent)
+        model, peft_config = load_for_training(self.plan, parent)
         args = self.prepared.config(task, folder)
+        args.predecessor = None if parent is None else str(parent)
         trainer = ContinualTrainer(
             model=model,
             args=args,
             train_dataset=task.train,
             processing_class=self.prepared.tokenizer,
             peft_config=peft_config,
-            callbacks=callbacks,
             methods=self.prepared.methods(task),
         )
         if args.disable_tqdm and args.logging_strategy == "no":
@@ -93,14 +93,9 @@ class PlanLearner:
             "steps": trainer.state.global_step,
             "methods": trainer.methods.describe() if all(_plain(m.describe()) for m in trainer.methods) else None,
         }
-        stacked = bool(callbacks)
-        trainer.save_model(str(folder / "new" if stacked else goal))
+        trainer.save_model(str(goal))
         wait()
         if PartialState().is_main_process:
-            if stacked:
-                concatenate_adapters(folder / "new" / EARLIER, folder / "new", goal)
-                shutil.rmtree(folder / "new")
-                self.prepared.tokenizer.save_pretrained(goal)
             (goal / "training_args.bin").unlink(missing_ok=True)
         trainer.accelerator.free_memory()
         return facts
@@ -120,6 +115,7 @@ class PlanLearner:
         if not models:
             logger.info("%s: the first of its line, there is nothing to merge it with", task.name)
             _copy_files(trained, folder)
+            bring_along(trained, folder)
             return
         merged = folder / "merged"
         if merged.is_dir():
@@ -136,6 +132,7 @@ class PlanLearner:
                 f"into the folder that is its second argument."
             )
         _copy_files(merged, folder)
+        bring_along(trained, folder)
         shutil.rmtree(merged)
 
     def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_continual.hub.damaged import loading
 from hf_continual.stream.plan import ModelPlan, Plan
+from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
 
-ADAPTER = "adapter_config.json"
-EARLIER = "earlier"
+__all__ = ["is_adapter", "load_adapter", "load_base", "load_finished", "load_for_training"]
 
 
 def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
@@ -55,19 +55,11 @@ def load_adapter(base: Any, folder: Path, **options: Any) -> PeftModel:
         The model with the adapter.
     """
     with loading(folder, "the adapter of a task", _again(folder)):
-        config = PeftConfig.from_pretrained(str(folder))
-        # Where the base was when the adapter was trained; it may have moved since, and PEFT looks into it.
-        config.base_model_name_or_path = base.name_or_path
-        return PeftModel.from_pretrained(base, folder, config=config, **options)
+        return adapter_on(base, folder, **options)
 
 
 def _again(folder: Path) -> str:
     return f"Delete {folder} and the folders of the tasks that were trained on top of it: the same command trains them again."
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not a whole model."""
-    return (folder / ADAPTER).is_file()
 
 
 def load_finished(plan: Plan, folder: Path | None) -> Any:
@@ -82,7 +74,7 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
     return model if plan.model.quantization else model.to(PartialState().device)
 
 
-def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None, list[TrainerCallback]]:
+def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None]:
     """The model that a task goes on from.
 
     Args:
@@ -90,7 +82,7 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
         parent: Folder of the task before, None for the base model.
 
     Returns:
-        The model, the adapter that the trainer still has to add, and callbacks that it needs.
+        The model, and the adapter that the trainer still has to add.
 
     Raises:
         ValueError: If the parent's folder and the plan do not agree on adapters.
@@ -98,39 +90,15 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
     config = None if plan.peft is None else LoraConfig(**options)
     if parent is None:
-        return load_base(plan.model), config, []
+        return load_base(plan.model), config
     if not is_adapter(parent):
         # A merge may turn adapters into a whole model; a new adapter goes on top of it.
-        return load_base(plan.model, parent), config, []
+        return load_base(plan.model, parent), config
     if config is None:
         raise ValueError(
             f"{parent} holds an adapter and the plan has no `peft`: nothing would be trained. Give it `peft`."
         )
     base = load_base(plan.model)
     if plan.between_tasks != "new_adapter":
-        return load_adapter(base, parent, is_trainable=True), None, []
-    model = load_adapter(base, parent, adapter_name=EARLIER)
-    model.add_adapter("default", config)
-    both = BothAdapters()
-    both.activate(model)
-    return model, None, [both]
-
-
-class BothAdapters(TrainerCallback):
-    """Keeps the earlier adapter active and frozen beside the new one.
-
-    transformers 5.23 leaves only one adapter active when it resumes from a checkpoint.
-    """
-
-    @staticmethod
-    def activate(model: Any) -> None:
-        """Both act in the forward pass; only the new one learns."""
-        model.base_model.set_adapter(["default", EARLIER])
-        for name, parameter in model.named_parameters():
-            if f".{EARLIER}." in name:
-                parameter.requires_grad_(False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """After a checkpoint was loaded."""
-        inner = model.module if hasattr(model, "module") else model
-        self.activate(inner)
+        return load_adapter(base, parent, is_trainable=True), None
+    return stacked(load_adapter(base, parent, adapter_name=EARLIER), parent, config), None

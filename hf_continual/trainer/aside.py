@@ -28,39 +28,68 @@ def aside(trainer: ContinualTrainer, micro_batches: int) -> Iterator[None]:
         trainer._metrics, trainer._total_train_tokens, trainer.tap, trainer.current_gradient_accumulation_steps = kept
 
 
-def gradients(trainer: ContinualTrainer, batches: Sequence[Batch], scale: float) -> Tensor:
-    """Leave the clipped gradient of some batches in `.grad`, as one optimizer step of the trainer would.
+def gradients(
+    trainer: ContinualTrainer,
+    batches: Sequence[Batch],
+    scale: float = 1.0,
+    clip: bool = True,
+    training: bool = True,
+    alone: bool = False,
+) -> Tensor:
+    """Leave the gradient of some batches in `.grad`, as one optimizer step of the trainer would.
 
     Args:
         trainer: The trainer, between two steps.
         batches: Micro-batches of this process.
         scale: What the loss is multiplied with.
+        clip: Whether the gradient is clipped as in a step.
+        training: False leaves dropout out.
+        alone: Whether this process's batches are the whole; nothing is reduced over processes then.
 
     Returns:
         The loss, a scalar without gradient: the mean over the batches' tokens on all processes.
     """
     model, accelerator = trainer.model_wrapped, trainer.accelerator
-    model.train()
+    was_training = model.training
+    model.train(training)
     items: Any = None
     if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
-        items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+        with _counted_here(trainer, alone):
+            items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+        if items is not None:
+            items = items.clamp(min=1) if torch.is_tensor(items) else max(items, 1)
     total = torch.zeros((), device=trainer.args.device)
     with aside(trainer, len(batches)):
         for i, batch in enumerate(batches):
-            together = nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model)
+            last = i == len(batches) - 1 and not alone
+            together = nullcontext() if last else accelerator.no_sync(model)
             with together:
                 with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+                    with _counted_here(trainer, alone):
+                        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
                 if items is None:
                     loss = loss / len(batches)
                 accelerator.backward(loss * scale if scale != 1 else loss)
             total += loss.detach()
+    model.train(was_training or training)
     # As the trainer: without clipping the norm is taken all the same, which undoes the scaling of the loss.
-    if trainer.args.max_grad_norm > 0:
+    if clip and trainer.args.max_grad_norm > 0:
         trainer._clip_grad_norm(model)
     else:
         trainer._get_grad_norm(model)
     return total
+
+
+@contextmanager
+def _counted_here(trainer: ContinualTrainer, alone: bool) -> Iterator[None]:
+    """Tokens are counted on this process only, and the loss is not multiplied with the number of processes."""
+    before = trainer.args.average_tokens_across_devices
+    if alone:
+        trainer.args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        trainer.args.average_tokens_across_devices = before
 
 
 def step(trainer: ContinualTrainer, update: Any) -> bool:

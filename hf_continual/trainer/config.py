@@ -22,6 +22,9 @@ class ContinualConfig(SFTConfig):
             these; on a command line as JSON. Exclusive with ``ContinualTrainer(methods=...)``.
         task_name: Name of the task in logs, folders and cards.
         task_index: Place of the task in its sequence, counted from 0.
+        predecessor: Folder or Hub id of the task before, where the model does not say it: its methods' state is taken
+            over. A model given by path or id says it.
+        fresh_methods: Start without what the methods of the task before left.
         hub_base_model: Hub id of the base model, where `model` is a folder that holds a copy of it.
         hub_license: Licence id of the pushed model, where the parents' licences differ.
 
@@ -42,6 +45,13 @@ class ContinualConfig(SFTConfig):
     )
     task_name: str = field(default="task", metadata={"help": "Name of the task."})
     task_index: int = field(default=0, metadata={"help": "Place of the task in its sequence, counted from 0."})
+    predecessor: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the task before, where the model does not say it."},
+    )
+    fresh_methods: bool = field(
+        default=False, metadata={"help": "Start without what the methods of the task before left."}
+    )
     hub_base_model: str | None = field(
         default=None,
         metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."},

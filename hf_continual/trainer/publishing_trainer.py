@@ -52,13 +52,18 @@ class PublishingTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """SFTTrainer's, with a card of what is known; pushes it with ``push_to_hub=True``."""
-        super().save_model(output_dir, _internal_call=True)
         if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
             return
+        self.save_finished(output_dir or self.args.output_dir)
         if self.args.should_save:
             publish.write_run_card(self, Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_finished(self, folder: str) -> None:
+        """Save the model as it is handed on, not as a checkpoint."""
+        super().save_model(folder, _internal_call=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's draft, unless the folder holds a card with an author's text."""
@@ -105,7 +110,7 @@ class PublishingTrainer(SFTTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
+        self.save_finished(self.args.output_dir)
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
+from datasets import Dataset
+from tqdm.auto import tqdm
 
 from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
@@ -17,7 +19,6 @@ from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
     from torch import Tensor, nn
     from torch.nn import Parameter
     from torch.optim import Optimizer
@@ -124,6 +125,37 @@ class TrainerRun:
     def named_parameters(self) -> dict[str, Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def task_rows(self) -> Dataset:
+        rows = self._trainer.train_dataset
+        if not isinstance(rows, Dataset):
+            raise ValueError(
+                "A method asks for the task's own rows, and they are a stream, which has no end and cannot be read twice in "
+                "the same order. Load them as a Dataset, or drop the method."
+            )
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        return kept
+
+    def passes(
+        self, rows: Dataset, batch_rows: int | None = None, alone: bool = False, what: str = ""
+    ) -> Iterator[tuple[list[Batch], int]]:
+        args = self._trainer.args
+        size, world, rank = self.batch_size, args.world_size, args.process_index
+        together = batch_rows or size * args.gradient_accumulation_steps * world
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        # All processes make equally many forward passes; a row without labels fills up where there is none left.
+        blank = {**kept[0], "labels": [-100] * len(kept[0]["input_ids"])} if len(kept) else {}
+        step = together * world if alone else together
+        for start in tqdm(range(0, len(rows), step), desc=what, disable=args.disable_tqdm or not self.is_main_process):
+            if alone:
+                mine = range(min(start + rank * together, len(rows)), min(start + (rank + 1) * together, len(rows)))
+                most, counted = together, len(mine)
+            else:
+                whole = range(start, min(start + together, len(rows)))
+                mine, most, counted = whole[rank::world], -(-len(whole) // world), len(whole)
+            parts = [[kept[i] for i in mine[first : first + size]] for first in range(0, most, size)]
+            yield [self._collate(part or [blank]) for part in parts], counted
+
     def rows(self, method: Named) -> Dataset:
         if self._trainer.mixer is None or method.name not in self._trainer.mixer.names:
             raise KeyError(f"{type(method).__name__} brings no replay rows; its `replay` returned None.")
@@ -154,7 +186,10 @@ class TrainerRun:
         return mine
 
     def _collated(self, rows: Any, which: Sequence[int]) -> Batch:
-        return self._trainer._prepare_inputs(self._trainer.data_collator([rows[i] for i in which]))
+        return self._collate([rows[i] for i in which])
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        return self._trainer._prepare_inputs(self._trainer.data_collator(rows))
 
     def loss(self, batch: Batch) -> Tensor:
         with self._trainer.compute_loss_context_manager():
@@ -163,8 +198,15 @@ class TrainerRun:
     def backward(self, loss: Tensor) -> None:
         self._trainer.accelerator.backward(loss)
 
-    def gradients(self, batches: Sequence[Batch], scale: float = 1.0) -> Tensor:
-        return aside.gradients(self._trainer, batches, scale)
+    def gradients(
+        self,
+        batches: Sequence[Batch],
+        scale: float = 1.0,
+        clip: bool = True,
+        training: bool = True,
+        alone: bool = False,
+    ) -> Tensor:
+        return aside.gradients(self._trainer, batches, scale, clip, training, alone)
 
     def update(self, change: Callable[[], None] | None = None) -> bool:
         return aside.step(self._trainer, change)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_continual.data import handover
 from hf_continual.disk import writing
-from hf_continual.trainer import run_lock, state, whole
+from hf_continual.trainer import adapters, hand_over, run_lock, state, whole
 from hf_continual.trainer.publishing_trainer import PublishingTrainer
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class SavingTrainer(PublishingTrainer):
     tap: ForwardTap | None
     row_digests: dict[str, str]
     run: Any
+    task_states: dict[str, dict[str, Any]] | None
+    predecessor: handover.HandOver | None
+    rows_as_given: Any
 
     def replay_totals(self) -> np.ndarray | None:
         """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
@@ -78,6 +82,20 @@ class SavingTrainer(PublishingTrainer):
         with writing(folder, way_out) if self.methods else nullcontext():
             super().save_model(output_dir, _internal_call)
 
+    def save_finished(self, folder: str) -> None:
+        """Save the model with what its methods leave for the next task; adapters that act together become one."""
+        target, main = Path(folder), self.args.should_save
+        staged = main and hand_over.stage(self, target)
+        if adapters.is_stacked(self.accelerator.unwrap_model(self.model)):
+            super().save_finished(str(target / adapters.PARTS))
+            if main:
+                adapters.join(target)
+        else:
+            super().save_finished(folder)
+        if staged:
+            handover.commit(target)
+        self.accelerator.wait_for_everyone()
+
     def _after_a_full_disk(self, folder: Path) -> str:
         """What is safe, and what to do."""
         whole_one = state.last_complete_checkpoint(folder, everywhere=False) if folder.is_dir() else None
@@ -94,6 +112,11 @@ class SavingTrainer(PublishingTrainer):
             self._write_state(str(checkpoint), kept, [n for n, s in states.items() if s and n not in kept])
         if self.args.should_save:
             whole.write_marker(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        live = self.accelerator.unwrap_model(self.model)
+        with adapters.kept_active(live) if self.methods or adapters.is_stacked(live) else nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -120,8 +143,11 @@ class SavingTrainer(PublishingTrainer):
                 state.check_whole(checkpoint)
             places = {m.name: m.places for m in self.methods}
             state.check_same_methods(checkpoint, self.methods.describe(), places)
+        self.task_states = None
         with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext():
             try:
+                if self.methods:
+                    hand_over.before_training(self)
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
                 for method in self.methods:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from hf_continual.trainer.hand_over import task_states
 from hf_continual.trainer.rates import remember_peaks
 
 if TYPE_CHECKING:
@@ -66,3 +67,4 @@ class Stations(TrainerCallback):
             self.trainer.mixer.report(totals.sum(axis=1))
         for method in self.trainer.methods:
             method.end_task(self.trainer.run)
+        self.trainer.task_states = task_states(self.trainer)

@@ -20,7 +20,7 @@ from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
-from hf_continual.trainer import checks
+from hf_continual.trainer import checks, hand_over
 from hf_continual.trainer.collating import replay_collator
 from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
@@ -30,6 +30,7 @@ from hf_continual.trainer.optimizer import check_holds_trained, parameter_groups
 from hf_continual.trainer.rows import check_row_type, check_rows, report_dropped, same_order, says_completion
 from hf_continual.trainer.run import TrainerRun
 from hf_continual.trainer.saving_trainer import SavingTrainer
+from hf_continual.trainer.start import open_start, options_used
 from hf_continual.trainer.state import digest_of
 from hf_continual.trainer.stations import Stations
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
@@ -138,29 +139,34 @@ class ContinualTrainer(SavingTrainer):
         if self.methods:
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
         task_row = checks.first_row(train_dataset) if self.methods else {}
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        start = open_start(model, args, processing_class, peft_config, quantization_config)
+        with options_used(args, start.opened):
+            super().__init__(
+                model=start.model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=start.processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=None if start.opened else quantization_config,
+                peft_config=start.peft_config,
+                formatting_func=formatting_func,
+            )
+        self.task_states: dict[str, dict[str, Any]] | None = None
+        self.rows_as_given: Any = None
         self.mixer: ReplayMixer | None = None
         self.tap: ForwardTap | None = None
         self.ledger = Ledger()
         self.row_digests: dict[str, str] = {}
         if self.methods:
             self._set_up_methods(task_row)
+        self.predecessor = hand_over.open_predecessor(self, start.source)
         self.check_push()
 
     def _set_up_methods(self, task_row: dict[str, Any]) -> None:
@@ -339,6 +345,7 @@ class ContinualTrainer(SavingTrainer):
             tokens=torch.as_tensor(tokens, device=loss_BS.device).clamp(min=1),
             scale=scale,
             drawn=origin.get("drawn", ()),
+            entropy_BS=None if outputs.entropy is None else outputs.entropy.detach(),
         )
 
     def _terms(self, forward: Forward, steps: int) -> Tensor | None:

@@ -1,12 +1,11 @@
 """What every method of the table must keep, alone and in pairs. A new method is found here by itself.
 
-Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`.
+Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may say
+`ADAPTERS_ONLY`, `NEEDS_PREDECESSOR` (it does nothing without a task before) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import json
 import os
 import signal
@@ -21,24 +20,23 @@ from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
 
 from hf_continual import ContinualConfig, ContinualTrainer
+from hf_continual.data import handover
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import TABLE, build_methods, method_class
 from hf_continual.paper import Paper
 from tests import toy
-from tests.methods import children
+from tests.methods import children, covering
+from tests.methods.covering import module
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [pair for pair in itertools.combinations(TABLE, 2)]
+TOGETHER = max(covering.groups(len(TABLE)), key=len)  # as many methods as one run can have
 
 
-def module(name):
-    return importlib.import_module(f"tests.methods.test_{name}")
-
-
-def build(folder, methods, **settings):
+def build(folder, methods, names, peft=False, **settings):
+    """A run with methods, which starts from what the methods of these names need."""
     return ContinualTrainer(
-        toy.model(),
-        SFTConfig(**toy.settings(folder, **settings)),
+        **covering.start(names, peft),
+        args=SFTConfig(**toy.settings(folder, **settings)),
         train_dataset=toy.rows(),
         processing_class=toy.tokenizer(),
         methods=methods,
@@ -50,36 +48,49 @@ def values(trainer):
     return [{k: v for k, v in entry.items() if k != "num_tokens"} for entry in toy.logs(trainer)]
 
 
+def same(a, b):
+    """Whether two states are equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
     changes = {"max_steps": 6, **getattr(module(name), "ZERO_SETTINGS", {})}
     settings = toy.settings(tmp_path, **changes)
-    plain = SFTTrainer(toy.model(), SFTConfig(**settings), train_dataset=toy.rows(), processing_class=toy.tokenizer())
+    plain = SFTTrainer(
+        **covering.start([name]),
+        args=SFTConfig(**settings),
+        train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+    )
     plain.train()
-    ours = build(tmp_path, [module(name).zero(None)], **changes)
+    ours = build(tmp_path, [module(name).zero(None)], [name], **changes)
     ours.train()
     far = (toy.flat(plain.model) - toy.flat(ours.model)).abs().max()
     assert far <= module(name).ZERO_TOLERANCE
-    strong = build(tmp_path, [module(name).example(None)], **changes)
+    strong = build(tmp_path, [module(name).example(None)], [name], **changes)
     strong.train()
     assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and strength does something
 
 
-@pytest.mark.parametrize("names", [[n] for n in TABLE] + [list(TABLE)], ids=lambda n: "+".join(n))
+@pytest.mark.parametrize("names", [[n] for n in TABLE] + [list(TOGETHER)], ids=lambda n: "+".join(n))
 @pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 32}], ids=["padded", "packed"])
 def test_resumed_is_uninterrupted(tmp_path, names, layout):
     def methods():
         return [module(name).example(None) for name in names]
 
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2, **layout}
-    straight = build(tmp_path / "a", methods(), **settings)
+    straight = build(tmp_path / "a", methods(), names, **settings)
     straight.train()
-    resumed = build(tmp_path / "a", methods(), **settings)
+    resumed = build(tmp_path / "a", methods(), names, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert values(straight)[3:6] == values(resumed)[3:6]
+    assert same(straight.task_states, resumed.task_states)
     with pytest.raises(ValueError, match="written with other methods"):
-        build(tmp_path / "a", [], **settings).train(resume_from_checkpoint=True)
+        build(tmp_path / "a", [], names, **settings).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.slow
@@ -100,7 +111,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_forward_per_micro_batch(tmp_path, name):
-    trainer = build(tmp_path, [module(name).example(None)], max_steps=2, gradient_accumulation_steps=2)
+    trainer = build(tmp_path, [module(name).example(None)], [name], max_steps=2, gradient_accumulation_steps=2)
     calls = []
     trainer.model.register_forward_hook(lambda *a: calls.append(1))
     trainer.train()
@@ -109,35 +120,65 @@ def test_one_forward_per_micro_batch(tmp_path, name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_state_goes_through_safetensors(tmp_path, name):
-    trainer = build(tmp_path, [module(name).example(None)])
+    trainer = build(tmp_path, [module(name).example(None)], [name])
     trainer.train()
     (method,) = trainer.methods
-    state = method.state_dict(trainer.run)
-    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    if tensors:
-        save_file(tensors, tmp_path / "state.safetensors")
-        assert all(torch.equal(v, tensors[k]) for k, v in load_file(tmp_path / "state.safetensors").items())
-    json.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)})
+    for state in (method.state_dict(trainer.run), method.task_state(trainer.run)):
+        tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
+        if tensors:
+            save_file(tensors, tmp_path / "state.safetensors")
+            assert all(torch.equal(v, tensors[k]) for k, v in load_file(tmp_path / "state.safetensors").items())
+        json.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)})
+
+
+@pytest.mark.parametrize("names", [[n] for n in TABLE] + [list(TOGETHER)], ids=lambda n: "+".join(n))
+def test_three_folders_are_one_process(tmp_path, names):
+    """Three tasks, each from the folder before: the state on disk is what the next task works with."""
+    folder, peft = None, covering.adapters_only(names)
+    toy.model().save_pretrained(tmp_path / "base")
+    for task in range(3):
+        trainer = ContinualTrainer(
+            str(folder or tmp_path / "base"),
+            ContinualConfig(**toy.settings(tmp_path / str(task), max_steps=3), task_index=task),
+            train_dataset=toy.rows(seed=20 + task),
+            processing_class=toy.tokenizer(),
+            peft_config=covering.lora() if peft else None,
+            methods=[module(name).example(None) for name in names],
+        )
+        trainer.train()
+        trainer.save_model()
+        folder = tmp_path / str(task)
+        left = handover.read(folder)
+        states = {n: s for n, s in trainer.task_states.items() if s}
+        assert (left.names if left else []) == list(states)
+        for method, state in states.items():
+            assert same(
+                handover.state_of(left, method), {k: v.cpu() if torch.is_tensor(v) else v for k, v in state.items()}
+            )
+        if task:
+            assert (trainer.predecessor.names if trainer.predecessor else []) == list(states)
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_description_rebuilds_the_method(name, tmp_path):
     """As data and as text, and the data gives the same run as the object."""
     toy.rows(seed=9, low=30, high=59).to_json(tmp_path / "rows.jsonl")
-    options = {key: str(tmp_path / "rows.jsonl") for key in ("rows", "memory")}
     example = module(name).example(None)
-    described = {k: options.get(k, v) for k, v in example.describe().items()}
+    described = {
+        k: str(tmp_path / "rows.jsonl") if isinstance(v, dict) and "fingerprint" in v else v
+        for k, v in example.describe().items()
+    }
     (rebuilt,) = build_methods(yaml.safe_load(yaml.safe_dump({name: described})))
     assert rebuilt.describe() == described and type(rebuilt) is method_class(name)
     assert eval(repr(rebuilt), {type(rebuilt).__name__: type(rebuilt)}) == rebuilt
     described_run = ContinualTrainer(
-        toy.model(),
-        ContinualConfig(**toy.settings(tmp_path), methods={name: described}),
+        **covering.start([name]),
+        args=ContinualConfig(**toy.settings(tmp_path), methods={name: described}),
         train_dataset=toy.rows(),
         processing_class=toy.tokenizer(),
     )
     described_run.train()
-    given = build(tmp_path, [example])
+    given = build(tmp_path, [example], [name])
     given.train()
     assert torch.equal(toy.flat(described_run.model), toy.flat(given.model))
 
@@ -151,24 +192,40 @@ def test_it_has_a_paper_a_test_file_and_a_recipe(name):
     assert (folder / "README.md").is_file() and list(folder.glob("*.yaml"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "+".join(p))
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-def test_pairs_train_together(tmp_path, pair, peft):
-    from peft import LoraConfig
-
-    methods = [module(name).example(None) for name in pair]
-    try:
-        Methods(methods)
-    except ValueError as refused:
-        pytest.fail(f"{pair} do not compose: {refused}")
-    trainer = ContinualTrainer(
-        toy.model(),
-        SFTConfig(**toy.settings(tmp_path, max_steps=2)),
-        train_dataset=toy.rows(),
-        processing_class=toy.tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules="all-linear") if peft else None,
-        methods=methods,
-    )
+def train_together(folder, names, peft):
+    methods = [module(name).example(None) for name in names]
+    Methods(methods)
+    trainer = build(folder, methods, names, peft, max_steps=2)
     trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def kinds_of_weights(names):
+    return [True] if covering.adapters_only(names) else [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "peft"),
+    [(names, peft) for names in covering.groups() for peft in kinds_of_weights(names)],
+    ids=lambda v: "+".join(v) if isinstance(v, tuple) else ("lora" if v else "full"),
+)
+def test_every_pair_trains_together_in_some_group(tmp_path, names, peft):
+    train_together(tmp_path, names, peft)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("names", "peft"),
+    [(names, peft) for names in covering.pairs() for peft in kinds_of_weights(names)],
+    ids=lambda v: "+".join(v) if isinstance(v, tuple) else ("lora" if v else "full"),
+)
+def test_pairs_train_together(tmp_path, names, peft):
+    train_together(tmp_path, names, peft)
+
+
+def test_the_groups_hold_every_pair():
+    held = {frozenset((a, b)) for group in covering.groups() for a in group for b in group if a != b}
+    assert held == {frozenset(pair) for pair in covering.pairs()}
+    # On full weights the pairs with a method for adapters only are left to the runs with adapters.
+    assert all(covering.allowed(group) for group in covering.groups())

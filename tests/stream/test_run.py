@@ -18,6 +18,7 @@ from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.stream.models import load_for_training
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.source import PlanError
+from hf_continual.trainer.adapters import kept_active
 from tests import toy
 from tests.stream import world
 
@@ -164,15 +165,15 @@ def test_the_earlier_adapter_acts_while_the_new_one_learns(tmp_path):
     train_stream(plan)
     parent = tmp_path / "out" / "task-00-t0"
     read, _ = read_plan(plan)
-    model, config, callbacks = load_for_training(read, parent)
+    model, config = load_for_training(read, parent)
     assert config is None and [n for n, p in model.named_parameters() if p.requires_grad and ".earlier." in n] == []
     ids = torch.tensor([[5, 6, 7, 8]])
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(plan["model"]), parent)
     assert torch.allclose(model.eval()(input_ids=ids).logits, alone.eval()(input_ids=ids).logits, atol=1e-6)
     # What transformers does when it resumes from a checkpoint:
-    model.set_adapter("default")
-    assert not torch.allclose(model(input_ids=ids).logits, alone(input_ids=ids).logits, atol=1e-6)
-    callbacks[0].on_train_begin(None, None, None, model=model)
+    with kept_active(model):
+        model.set_adapter("default")
+        assert not torch.allclose(model(input_ids=ids).logits, alone(input_ids=ids).logits, atol=1e-6)
     assert torch.allclose(model(input_ids=ids).logits, alone(input_ids=ids).logits, atol=1e-6)
 
 

@@ -85,7 +85,8 @@ def test_the_configuration_changes_nothing_either(tmp_path):
     assert toy.logs(plain) == toy.logs(ours)
     settings = toy.settings(tmp_path)
     extra = ContinualConfig(**settings).to_dict().keys() - SFTConfig(**settings).to_dict().keys()
-    assert extra == {"methods", "task_name", "task_index", "hub_base_model", "hub_license"}
+    own = {"methods", "task_name", "task_index", "predecessor", "fresh_methods"}
+    assert extra == own | {"hub_base_model", "hub_license"}
 
 
 def test_nothing_is_attached_without_methods(tmp_path):

@@ -1,0 +1,285 @@
+"""What the methods of a finished task leave for the next one, on disk beside the model they learned it with.
+
+``continual/NAME.safetensors`` and ``continual/NAME.json`` hold what method NAME returned from `task_state`;
+``continual/methods.json``, written last, lists them with their checksums and with those of the weight files. A model
+whose saving was interrupted is therefore told from one that is whole: there are both, the weights and what was learned
+with them, or the folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hf_continual.durable import read_json, write_json
+
+__all__ = [
+    "FOLDER",
+    "MANIFEST",
+    "HandOver",
+    "HandOverError",
+    "Kept",
+    "bring_along",
+    "clear",
+    "commit",
+    "read",
+    "stage",
+    "state_of",
+]
+
+logger = logging.getLogger(__name__)
+
+FOLDER, MANIFEST = "continual", "methods.json"
+STAGED = ".staged"
+FORMAT = 1
+AGAIN = "Save the model again (rerun what saved it), or start without what was learned: ContinualConfig(fresh_methods=True)."
+
+
+class HandOverError(ValueError):
+    """What a method left cannot be taken over."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one method left.
+
+    Args:
+        name: Name of the instance, and of its files.
+        kind: What it is in the table of methods, or ``"package.module:Class"``.
+        options: Its hyper-parameters.
+        files: Checksum and bytes by file name.
+        tensors: Number of tensors.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    tensors: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(int(facts["bytes"]) for facts in self.files.values())
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What all methods of a finished task left.
+
+    Args:
+        folder: The model's folder.
+        task: Name and index of the task.
+        methods: What each left.
+        weights: Checksum and bytes of the weight files it was saved with, by name.
+        base: What is known of the weights below an adapter.
+    """
+
+    folder: Path
+    task: Mapping[str, Any]
+    methods: tuple[Kept, ...]
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the methods that left something."""
+        return [kept.name for kept in self.methods]
+
+
+def stage(
+    folder: Path,
+    states: Mapping[str, Mapping[str, Any]],
+    described: Sequence[tuple[str, str, Mapping[str, Any]]],
+    task: Mapping[str, Any],
+    base: Mapping[str, Any],
+) -> None:
+    """Write what methods leave aside, before the model is saved; `commit` puts it in place after.
+
+    Args:
+        folder: The model's folder.
+        states: What each method leaves, by name; values are tensors or plain data. Empty ones leave no file.
+        described: ``(name, kind, hyper-parameters)`` of each method.
+        task: Name and index of the task.
+        base: What is known of the weights below an adapter.
+    """
+    room = folder / FOLDER / STAGED
+    if room.exists():
+        shutil.rmtree(room)
+    room.mkdir(parents=True)
+    kept = []
+    for name, kind, options in described:
+        if state := states.get(name):
+            files, tensors = _write_state(room, name, state)
+            kept.append({"name": name, "kind": kind, "options": options, "files": files, "tensors": tensors})
+    write_json(room / MANIFEST, {"format": FORMAT, "task": dict(task), "base": dict(base), "methods": kept})
+
+
+def _write_state(room: Path, name: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if torch.is_tensor(v)}
+    plain = {k: v for k, v in state.items() if not torch.is_tensor(v)}
+    files = {}
+    if tensors:
+        save_file(tensors, room / f"{name}.safetensors", metadata={"format": "pt"})
+        files[f"{name}.safetensors"] = _facts(room / f"{name}.safetensors")
+    if plain:
+        write_json(room / f"{name}.json", plain)
+        files[f"{name}.json"] = _facts(room / f"{name}.json")
+    return files, len(tensors)
+
+
+def commit(folder: Path) -> None:
+    """Put what was staged in place, bound to the weights that are in the folder now."""
+    home = folder / FOLDER
+    room = home / STAGED
+    manifest: dict[str, Any] = {
+        **read_json(room / MANIFEST),
+        "weights": {file.name: _facts(file) for file in _weights(folder)},
+    }
+    # From here until the new list is written, the folder is known to be unfinished.
+    (home / MANIFEST).unlink(missing_ok=True)
+    for kept in manifest["methods"]:
+        for name in kept["files"]:
+            (room / name).replace(home / name)
+    write_json(home / MANIFEST, manifest)
+    shutil.rmtree(room)
+
+
+def read(folder: Path, check_weights: bool = True) -> HandOver | None:
+    """What the methods of the task that ended in a folder left.
+
+    Args:
+        folder: Folder of a model or an adapter.
+        check_weights: Whether the weight files must be those it was saved with.
+
+    Returns:
+        The list, no tensor read; None where no method left anything.
+
+    Raises:
+        HandOverError: If the list cannot be read, or the weights in the folder are others.
+    """
+    file = folder / FOLDER / MANIFEST
+    if not file.is_file():
+        if (folder / FOLDER / STAGED).is_dir():
+            raise HandOverError(
+                f"{folder} was being saved when the process ended: the model may be there, but what its methods learned is "
+                f"not. {AGAIN}"
+            )
+        return None
+    try:
+        data = read_json(file)
+        methods = tuple(
+            Kept(str(m["name"]), str(m["kind"]), dict(m["options"]), _plain_names(m["files"], file), int(m["tensors"]))
+            for m in data["methods"]
+        )
+        found = HandOver(folder, dict(data["task"]), methods, _plain_names(data["weights"], file), dict(data["base"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, HandOverError):
+            raise
+        raise HandOverError(
+            f"{file} is damaged ({type(error).__name__}: {error}). It lists what the methods learned. {AGAIN}"
+        ) from error
+    if check_weights:
+        _check_weights(found)
+    return found
+
+
+def _plain_names(files: Mapping[str, Any], where: Path) -> dict[str, dict[str, Any]]:
+    """Names of files in this folder; a list from somebody else must not lead out of it."""
+    for name in files:
+        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise HandOverError(f"{where} lists the file {name!r}, which is not the name of a file in its folder.")
+    return {name: dict(facts) for name, facts in files.items()}
+
+
+def _check_weights(found: HandOver) -> None:
+    for name, facts in found.weights.items():
+        file = found.folder / name
+        if not file.is_file() or _facts(file) != facts:
+            state = "is missing" if not file.is_file() else "has changed"
+            raise HandOverError(
+                f"{file} {state} since the methods {', '.join(found.names)} of task {found.task.get('name')!r} left what "
+                f"they had learned with it: it does not belong to these weights any more. {AGAIN}"
+            )
+
+
+def state_of(found: HandOver, name: str) -> dict[str, Any]:
+    """What one method left.
+
+    Args:
+        found: The list.
+        name: Name of the method.
+
+    Returns:
+        Tensors on the host and plain data by key; empty if it left nothing.
+
+    Raises:
+        HandOverError: If a file is missing or damaged.
+    """
+    kept = next((k for k in found.methods if k.name == name), None)
+    state: dict[str, Any] = {}
+    for file_name, facts in ({} if kept is None else kept.files).items():
+        file = found.folder / FOLDER / file_name
+        if not file.is_file():
+            raise HandOverError(f"{file} is missing; it holds what method {name!r} learned. {AGAIN}")
+        if _facts(file) != facts:
+            raise HandOverError(f"{file} is damaged: its checksum differs from that in {MANIFEST}. {AGAIN}")
+        try:
+            state |= load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text(encoding="utf-8"))
+        except (SafetensorError, ValueError) as error:
+            raise HandOverError(f"{file} cannot be read ({type(error).__name__}: {error}). {AGAIN}") from error
+    return state
+
+
+def bring_along(source: Path, target: Path) -> None:
+    """Copy what methods left into another folder, bound to the weights that are there.
+
+    For a model that was merged or stacked after it was trained: what was learned goes with the result.
+
+    Args:
+        source: Folder that it was saved in.
+        target: Folder of the model that it goes with; what lay there is replaced.
+    """
+    found = read(source)
+    if found is None:
+        return
+    room = target / FOLDER / STAGED
+    if room.exists():
+        shutil.rmtree(room)
+    room.mkdir(parents=True)
+    for kept in found.methods:
+        for name in kept.files:
+            shutil.copy2(source / FOLDER / name, room / name)
+    manifest = read_json(source / FOLDER / MANIFEST)
+    write_json(room / MANIFEST, {k: v for k, v in manifest.items() if k != "weights"})
+    commit(target)
+
+
+def clear(folder: Path) -> None:
+    """Take away what an earlier save left; a model that is saved without it must not seem to have it."""
+    home = folder / FOLDER
+    (home / MANIFEST).unlink(missing_ok=True)
+    if (home / STAGED).is_dir():
+        shutil.rmtree(home / STAGED)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}

@@ -1,0 +1,16 @@
+"""Between a tensor that is spread over processes and the whole of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor on this process; every process must ask for it together where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(tensor: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor spread over processes as a parameter is; the tensor itself where that is not sharded."""
+    return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor

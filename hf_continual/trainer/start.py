@@ -1,0 +1,158 @@
+"""What a run starts from: a model by path or id, an adapter to continue or to build on, and what the task before left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, set_seed
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import create_model_from_path
+
+from hf_continual.data import handover
+from hf_continual.tensors.reference import untrained
+from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """What `SFTTrainer` is given in place of the path of an adapter.
+
+    Args:
+        model: A model, or what was given.
+        processing_class: The adapter's tokenizer where none was given.
+        peft_config: The adapter that the trainer still has to add.
+        source: Folder or Hub id of the weights; None for a model that names none.
+        opened: Whether it was opened here, with the options that were given for that.
+    """
+
+    model: Any
+    processing_class: Any
+    peft_config: PeftConfig | None
+    source: str | None = None
+    opened: bool = False
+
+
+def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, quantization_config: Any) -> Start:
+    """Open the folder or Hub id of an adapter; everything else is SFTTrainer's to open.
+
+    With `peft_config` a new adapter is trained on top of the one that is there, and saved with it as one; without, the
+    one that is there is trained further.
+
+    Args:
+        model: As given to the trainer; so are the other parameters.
+        args: Training arguments, or None.
+        processing_class: A tokenizer, or None.
+        peft_config: A new adapter, or None.
+        quantization_config: Quantisation of the base, or None.
+
+    Returns:
+        What to hand to SFTTrainer.
+
+    Raises:
+        ValueError: If the adapter cannot be built on.
+    """
+    if not isinstance(model, str):
+        return Start(model, processing_class, peft_config, source=_named_by(model))
+    options = dict(getattr(args, "model_init_kwargs", None) or {})
+    revision = options.pop("revision", None)
+    file = find_adapter_config_file(model, revision=revision)
+    if file is None:
+        return Start(model, processing_class, peft_config, source=model)
+    folder = Path(file).parent if Path(model).is_dir() else _downloaded(model, revision)
+    seed = 42 if args is None else args.seed
+    set_seed(seed)  # as SFTTrainer before it draws an adapter
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.revision is not None:
+        options["revision"] = config.revision
+    base = create_model_from_path(str(config.base_model_name_or_path), **options)
+    if peft_config is None:
+        opened = adapter_on(base, folder, is_trainable=True)
+    else:
+        opened = stacked(adapter_on(base, folder, adapter_name=EARLIER), folder, peft_config)
+    logger.info(
+        "%s: adapter %s on %s is %s.", type(config).__name__, model, config.base_model_name_or_path,
+        "trained further" if peft_config is None else "kept as it is, a new one is trained on top of it",
+    )  # fmt: skip
+    if processing_class is None and any(folder.glob("tokenizer*")):
+        processing_class = AutoTokenizer.from_pretrained(folder)
+    return Start(opened, processing_class, None, model, True)
+
+
+@contextmanager
+def options_used(args: Any, opened: bool) -> Iterator[None]:
+    """Hide `model_init_kwargs` from SFTTrainer while it is built with a model that was opened with them here."""
+    given = getattr(args, "model_init_kwargs", None)
+    if opened and given is not None:
+        args.model_init_kwargs = None
+    try:
+        yield
+    finally:
+        if opened and given is not None:
+            args.model_init_kwargs = given
+
+
+def _downloaded(model: str, revision: str | None) -> Path:
+    return Path(snapshot_download(model, revision=revision))
+
+
+def _named_by(model: Any) -> str | None:
+    """Where the weights of a loaded model come from, as far as it says so; an adapter's folder is not noted by PEFT."""
+    if isinstance(model, PeftModel) and not untrained(model):
+        return None
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(base.config, "name_or_path", None) or None
+
+
+def find_predecessor(source: str | None, revision: str | None, check: bool = True) -> handover.HandOver | None:
+    """What the methods of the task before left, beside the weights that training starts from.
+
+    Args:
+        source: Folder or Hub id of the weights.
+        revision: Commit, branch or tag of a Hub id.
+        check: Whether weight files are compared with those that it was left with.
+
+    Returns:
+        The list of what was left; None where there is none.
+
+    Raises:
+        HandOverError: If it is damaged, or belongs to other weights.
+    """
+    if source is None:
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return handover.read(folder, check)
+    if source.count("/") > 1 or source.startswith((".", "~", "/")):
+        return None
+    try:
+        patterns = [f"{handover.FOLDER}/*", "*.safetensors"]
+        found = Path(snapshot_download(source, revision=revision, allow_patterns=patterns[:1]))
+        if not (found / handover.FOLDER / handover.MANIFEST).is_file():
+            return None
+        return handover.read(Path(snapshot_download(source, revision=revision, allow_patterns=patterns)), check)
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        logger.warning(
+            "%s: the Hub does not say whether methods of an earlier task left something there (%s); training starts "
+            "without. Download the repository and give its folder to be sure.", source, type(error).__name__,
+        )  # fmt: skip
+        return None
+
+
+def is_unfinished(source: str | None) -> bool:
+    """Whether the weights are a checkpoint of a task that has not ended, which leaves nothing to a next task."""
+    return source is not None and (Path(source) / handover.FOLDER / "run.json").is_file()
+
+
+__all__ = ["Start", "find_predecessor", "is_adapter", "is_unfinished", "open_start", "options_used"]

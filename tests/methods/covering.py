@@ -1,0 +1,87 @@
+"""Runs in which every pair of methods meets at least once, and what a run with given methods starts from."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from hf_continual import ContinualConfig, ContinualTrainer
+from hf_continual.methods.compose import overrides
+from hf_continual.methods.table import TABLE, method_class
+from tests import toy
+
+
+def module(name: str) -> Any:
+    """The test file of a method."""
+    return importlib.import_module(f"tests.methods.test_{name}")
+
+
+def adapters_only(names: Sequence[str]) -> bool:
+    """Whether one of the methods works on LoRA adapters only."""
+    return any(getattr(module(name), "ADAPTERS_ONLY", False) for name in names)
+
+
+def allowed(names: Sequence[str]) -> bool:
+    """Whether methods can be in one run: at most one brings an optimizer."""
+    return sum(overrides(method_class(name), "optimizer") for name in names) <= 1
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every pair of the table that can be in one run."""
+    return [pair for pair in itertools.combinations(TABLE, 2) if allowed(pair)]
+
+
+def groups(size: int = 5) -> list[tuple[str, ...]]:
+    """Few groups of at most `size` methods that hold every pair: each is filled with whoever adds most new pairs."""
+    missing = {frozenset(pair) for pair in pairs()}
+    found = []
+    while missing:
+        group = list(next(pair for pair in pairs() if frozenset(pair) in missing))
+        while len(group) < size:
+            news = {
+                name: sum(frozenset((name, other)) in missing for other in group)
+                for name in TABLE
+                if name not in group and allowed([*group, name])
+            }
+            best = max(news, key=news.__getitem__, default=None)
+            if best is None or not news[best]:
+                break
+            group.append(best)
+        missing -= {frozenset(pair) for pair in itertools.combinations(group, 2)}
+        found.append(tuple(name for name in TABLE if name in group))
+    return found
+
+
+def lora(rank: int = 2) -> LoraConfig:
+    """An adapter on every linear layer."""
+    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@functools.cache
+def first_task(names: tuple[str, ...], peft: bool) -> Path:
+    """Folder of a model that learned a first task with these methods."""
+    folder = Path(tempfile.mkdtemp(prefix="first-task-"))
+    toy.model().save_pretrained(folder / "base")
+    trainer = ContinualTrainer(
+        str(folder / "base"), ContinualConfig(**toy.settings(folder / "task", max_steps=3)),
+        train_dataset=toy.rows(seed=4), processing_class=toy.tokenizer(), peft_config=lora() if peft else None,
+        methods=[module(name).example(None) for name in names],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return folder / "task"
+
+
+def start(names: Sequence[str], peft: bool = False) -> dict[str, Any]:
+    """`model` and `peft_config` of a run: the toy, or a model that learned a task before where a method needs one."""
+    peft = peft or adapters_only(names)
+    needy = tuple(name for name in names if getattr(module(name), "NEEDS_PREDECESSOR", False))
+    model = str(first_task(needy, peft)) if needy else toy.model()
+    return {"model": model, "peft_config": lora() if peft else None}
