@@ -136,6 +136,10 @@ class Method:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""
         return type(self).loss_terms is not Method.loss_terms
 
+    def reads_reference(self) -> bool:
+        """Whether it reads whole weights before training, as a reference; ZeRO-3 has spread them by then."""
+        return False
+
     def extra_steps(self, steps: int) -> int:
         """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
         return 0

@@ -51,6 +51,7 @@ from hf_continual.tensors.layers import (
     towers,
     untie,
 )
+from hf_continual.tensors.whole import elements
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class FreezeLayers(Method):
         )  # fmt: skip
 
     def _say_tied(self, base: nn.Module) -> None:
-        size = base.get_input_embeddings().weight.numel()  # pyrefly: ignore[not-callable]
+        size = elements(base.get_input_embeddings().weight)  # pyrefly: ignore[not-callable]
         logger.warning(
             "freeze: %s ties the language-model head to the input embeddings, so freezing these %d parameters freezes "
             "the head too. embeddings='untie' trains a head of its own, embeddings=False trains the shared matrix.",
@@ -253,11 +254,11 @@ class FreezeLayers(Method):
 
     def _report(self, model: nn.Module, base: nn.Module, frozen: list[nn.Parameter]) -> None:
         gone = {id(p) for p in frozen}
-        total = sum(p.numel() for p in model.parameters())
-        count = sum(p.numel() for p in model.parameters() if id(p) in gone)
+        total = sum(elements(p) for p in model.parameters())
+        count = sum(elements(p) for p in model.parameters() if id(p) in gone)
         beside = {name: [p for p in params if p.requires_grad] for name, params in towers(base).items()}
-        other = sum(p.numel() for params in beside.values() for p in params)
-        left = sum(p.numel() for p in model.parameters() if p.requires_grad) - other
+        other = sum(elements(p) for params in beside.values() for p in params)
+        left = sum(elements(p) for p in model.parameters() if p.requires_grad) - other
         logger.info(
             "freeze: %d of %d parameters (%.1f %%) are frozen by it, %d are trained.",
             count, total, 100 * count / total, left,

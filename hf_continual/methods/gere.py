@@ -158,6 +158,10 @@ class GeRe(Method):
         """Plain mixing by tokens without a constraint needs no term."""
         return self.ce_mix == "official" or (self.constraint != "none" and self.weight != 0)
 
+    def reads_reference(self) -> bool:
+        """The states are those of the weights before training; so are texts of its own."""
+        return self.rows == "self" or (self.constraint != "none" and self.weight != 0)
+
     def replay(self, run: Run) -> ReplayRows:
         """The texts as tokens; their states are recorded here, while the weights are those the task begins with."""
         texts = self._own_texts(run) if self.rows == "self" else self._rows["text"][: self.num_samples]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_continual.tensors.whole import elements
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -61,7 +63,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     embedding = next(iter(input_embeddings(model)), "")
 
     def nearest(item: tuple[str, nn.ModuleList]) -> tuple[int, int]:
-        return _shared(item[0], embedding), sum(p.numel() for p in item[1].parameters())
+        return _shared(item[0], embedding), sum(elements(p) for p in item[1].parameters())
 
     path, blocks = max((text or found).items(), key=nearest)
     return Blocks(path, tuple(blocks))
@@ -229,7 +231,7 @@ def untie(model: nn.Module) -> None:
         model: A causal language model whose head is tied to its embeddings.
 
     Raises:
-        ValueError: If an adapter ties copies of both.
+        ValueError: If an adapter ties copies of both, or the matrix is spread over processes.
     """
     head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
     head = getattr(head, "base_layer", head)  # below LoRA
@@ -238,6 +240,11 @@ def untie(model: nn.Module) -> None:
             f"cannot untie the language-model head: it is a {type(head).__name__}, whose copies the adapter ties to those of "
             f"the embeddings (ensure_weight_tying=True). Use LoraConfig(modules_to_save=['lm_head']) without "
             f"ensure_weight_tying, which trains the head alone."
+        )
+    if not head.weight.numel() and elements(head.weight):
+        raise ValueError(
+            "cannot untie the language-model head: ZeRO-3 has spread its matrix over the processes. Use ZeRO-2, DDP or FSDP2, "
+            "or embeddings=True, which freezes the head with the embeddings."
         )
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False  # pyrefly: ignore

@@ -14,3 +14,13 @@ def whole(tensor: Tensor) -> Tensor:
 def sharded_as(tensor: Tensor, p: Tensor) -> Tensor:
     """A whole tensor spread over processes as a parameter is; the tensor itself where that is not sharded."""
     return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter; ZeRO-3 leaves an empty tensor in its place."""
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def elements(p: Tensor) -> int:
+    """Number of elements of the whole parameter."""
+    return int(getattr(p, "ds_numel", p.numel()))

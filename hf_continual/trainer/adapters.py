@@ -74,13 +74,19 @@ def activate_both(model: Any) -> None:
 
 @contextmanager
 def kept_active(model: Any) -> Iterator[None]:
-    """While a checkpoint is loaded: transformers 5.23 leaves one adapter active, all of it trainable; as before is right."""
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    """While a checkpoint is loaded: everything but the values stays as it is.
+
+    transformers 5.23 leaves one adapter active, all of it trainable, and in float32 where 4 bits had made it bfloat16.
+    """
+    before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     yield
     if is_stacked(model):
         activate_both(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
+        trained, dtype = before[name]
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(trained)
 
 
 def is_stacked(model: Any) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from hf_continual.data.rows import row_lengths
-from hf_continual.methods.compose import Methods, overrides
+from hf_continual.methods.compose import Methods
 from hf_continual.tensors.reference import learned_positions, most_tokens
+from hf_continual.tensors.whole import shape_of
+from hf_continual.trainer.parallelism import check_parallelism
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,19 +103,12 @@ def check_trainer(trainer: ContinualTrainer) -> None:
         trainer: The trainer, set up but for its methods.
 
     Raises:
-        ValueError: If the model is no decoder-only one, nothing is trainable, or gradients or weights are edited
-            under DeepSpeed, which keeps them in its engine.
+        ValueError: If the model is not decoder-only, nothing is trainable, a method cannot run in this way of training, or
+            the processes have different numbers of rows.
     """
     check_decoder_only(trainer.run.model)
     check_trainable(trainer.run.model)
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        calls = ("edit_gradients", "after_step", "end_step")
-        editing = [type(m).__name__ for m in trainer.methods if any(overrides(type(m), c) for c in calls)]
-        if editing:
-            raise ValueError(
-                f"{', '.join(editing)} edits gradients or weights between backward and step, and DeepSpeed does "
-                f"both inside its engine. Use DDP or FSDP2 (recipes/accelerate), or drop the method."
-            )
+    check_parallelism(trainer)
 
 
 def check_decoder_only(model: nn.Module) -> None:
@@ -215,7 +209,7 @@ def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None
         ValueError: If a row holds a token that the model's embedding does not have, or more tokens than the model has
             positions.
     """
-    size = trainer.run.model.get_input_embeddings().weight.shape[0]  # pyrefly: ignore[not-callable]
+    size = shape_of(trainer.run.model.get_input_embeddings().weight)[0]  # pyrefly: ignore[not-callable]
     knows = len(trainer._tokenizer)
     most = most_tokens(trainer.run.model) if learned_positions(trainer.run.model) else None
     for name, prepared in rows.items():

@@ -1,0 +1,116 @@
+"""Which method runs in which way of training, as data: it drives the refusals, and the README's table is made from it.
+
+Every cell that is not refused here is trained by a test with two processes, and compared with one process that takes
+twice the accumulation (`tests/distributed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from accelerate.utils import DistributedType
+
+from hf_continual.data.together import gathered
+from hf_continual.methods.compose import kind_of, overrides
+from hf_continual.methods.table import TABLE
+
+if TYPE_CHECKING:
+    from hf_continual.methods.base import Method
+    from hf_continual.trainer.trainer import ContinualTrainer
+
+ONE = "one process"
+ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
+MODES = (ONE, "DDP", "FSDP2", *ZERO)
+WEIGHTS = ("full", "LoRA", "4-bit LoRA")
+
+_ENGINE = "changes gradients or weights between backward and step, and DeepSpeed does both inside its engine"
+_FLAT = "brings an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
+_SPREAD = "reads the weights before training, and ZeRO-3 has spread them over the processes by then"
+_FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
+_OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
+
+# Kind of method -> way of training -> why it is refused there, and what to do.
+REFUSED: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads none.")},
+    "kif": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "recadam": dict.fromkeys(ZERO, (_FLAT, _OUT)),
+    "ewc": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "o_lora": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+}
+# What a method of somebody's own overrides -> why it is refused under DeepSpeed.
+CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
+
+
+def mode_of(trainer: ContinualTrainer) -> str:
+    """The way of training: a name of `MODES`, or another such as ``"FSDP1"`` that is none of the table's."""
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
+    if state.distributed_type == DistributedType.FSDP:
+        return f"FSDP{state.fsdp_plugin.fsdp_version}"
+    return ONE if state.distributed_type == DistributedType.NO else "DDP"
+
+
+def refusal(method: Method, mode: str) -> tuple[str, str] | None:
+    """Why a method cannot run in a way of training, and what to do; None where it can.
+
+    Args:
+        method: The method.
+        mode: See `mode_of`.
+
+    Returns:
+        Reason and way out, each for a sentence.
+    """
+    kind = kind_of(type(method))
+    if mode == "ZeRO-3" and method.reads_reference():
+        return _SPREAD, REFUSED["gere"]["ZeRO-3"][
+            1
+        ] if kind == "gere" else "Use ZeRO-2, DDP or FSDP2, or drop the method."
+    if kind in TABLE and mode in MODES:
+        found = REFUSED.get(kind, {}).get(mode)
+        return None if found is None or found[0] == _SPREAD else found
+    touched = [call for call in CALLS if overrides(type(method), call)]
+    if mode.startswith("ZeRO") and touched:
+        return CALLS[touched[0]], _OUT
+    if mode == "FSDP1" and touched:
+        return _FSDP1, "Set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml), or drop the method."
+    return None
+
+
+def check_parallelism(trainer: ContinualTrainer) -> None:
+    """Refuse methods that cannot run in this way of training, and processes that have different numbers of rows.
+
+    Args:
+        trainer: The trainer, set up but for its methods.
+
+    Raises:
+        ValueError: With the reason and a way out.
+    """
+    mode = mode_of(trainer)
+    for method in trainer.methods:
+        if (found := refusal(method, mode)) is not None:
+            raise ValueError(f"{type(method).__name__} under {mode}: it {found[0]}. {found[1]}")
+    if trainer.args.world_size > 1:
+        check_same_rows(trainer)
+
+
+def check_same_rows(trainer: ContinualTrainer) -> None:
+    """Every process must be given the same rows; the trainer shares them out itself."""
+    rows = trainer.train_dataset
+    counts = gathered(len(rows) if hasattr(rows, "__len__") else None)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The processes have different numbers of training rows: {', '.join(map(str, counts))} (in the order of the "
+            f"processes). The trainer shares rows out itself, and the others would wait for the one that runs out. Give all "
+            f"processes the same whole dataset."
+        )
+
+
+def table() -> list[str]:
+    """The table in Markdown: ``yes``, or ``-`` where the method is refused at construction."""
+    lines = [f"| method | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
+    for kind in TABLE:
+        cells = ["-" if mode in REFUSED.get(kind, {}) else "yes" for mode in MODES]
+        lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    return lines
