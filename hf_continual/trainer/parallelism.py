@@ -7,7 +7,7 @@ twice the accumulation (`tests/distributed`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 
@@ -44,7 +44,7 @@ CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, 
 
 def mode_of(trainer: ContinualTrainer) -> str:
     """The way of training: a name of `MODES`, or another such as ``"FSDP1"`` that is none of the table's."""
-    state = trainer.accelerator.state
+    state: Any = trainer.accelerator.state
     if state.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
     if state.distributed_type == DistributedType.FSDP:
@@ -97,7 +97,7 @@ def check_parallelism(trainer: ContinualTrainer) -> None:
 
 def check_same_rows(trainer: ContinualTrainer) -> None:
     """Every process must be given the same rows; the trainer shares them out itself."""
-    rows = trainer.train_dataset
+    rows: Any = trainer.train_dataset
     counts = gathered(len(rows) if hasattr(rows, "__len__") else None)
     if len(set(counts)) > 1:
         raise ValueError(
