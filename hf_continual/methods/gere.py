@@ -153,14 +153,15 @@ class GeRe(Method):
             self._rows = load_rows(self.rows)
             if "text" not in self._rows.column_names:
                 raise ValueError(f"GeRe needs rows with a column 'text', these have {self._rows.column_names}.")
+        self._constrained = self.constraint != "none" and self.weight != 0
 
     def reads_forward(self) -> bool:
         """Plain mixing by tokens without a constraint needs no term."""
-        return self.ce_mix == "official" or (self.constraint != "none" and self.weight != 0)
+        return self.ce_mix == "official" or self._constrained
 
     def reads_reference(self) -> bool:
         """The states are those of the weights before training; so are texts of its own."""
-        return self.rows == "self" or (self.constraint != "none" and self.weight != 0)
+        return self.rows == "self" or self._constrained
 
     def replay(self, run: Run) -> ReplayRows:
         """The texts as tokens; their states are recorded here, while the weights are those the task begins with."""
@@ -168,15 +169,11 @@ class GeRe(Method):
         tokens = general_tokens(texts, run.tokenizer, self.max_length, most_tokens(run.model))
         # States belong to the beginning of a row: cut here, lest the trainer cuts at the other end.
         rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in (t[: run.max_length] for t in tokens)])
-        if self.constraint != "none" and self.weight != 0:
-            if self.constraint == "kl":
-                with run.autocast():
-                    check_head(run.model, self.reference, tokens[0], run.is_sharded)
-            self._recorded = self._record(run, tokens)
-        else:
-            self._recorded = None
-        weight = self.ce_weight if self.ce_mix == "tokens" else 1.0
-        return ReplayRows(rows, self.ratio, self.per_batch, float(weight), "tokenized")
+        if self._constrained and self.constraint == "kl":
+            with run.autocast():
+                check_head(run.model, self.reference, tokens[0], run.is_sharded)
+        self._recorded = self._record(run, tokens) if self._constrained else None
+        return ReplayRows(rows, self.ratio, self.per_batch, float(self.ce_weight), "tokenized")
 
     def _weights(self, run: Run, reference: Reference) -> tuple[str, bool]:
         """Fingerprint of process 0's weights, and whether this process holds the same."""
