@@ -19,8 +19,6 @@ from hf_continual import train_stream
 from hf_continual.durable import read_json
 from tests.stream import world
 
-TRIALS = 20
-
 
 def run(plan: dict, out: Path, kill: float | None = None, hook=None) -> bool:
     """Run a plan in a forked process, killed after some seconds; whether it came to its end."""
@@ -86,10 +84,12 @@ def quiet(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_random_moments(quiet, tmp_path):
+@pytest.mark.parametrize("trials", [5, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_random_moments(quiet, tmp_path, trials):
+    """One random moment in each of so many equal parts of the run; every new run of the tests tries others."""
     plan, straight, seconds = quiet
     seed = random.SystemRandom().randrange(2**32)
-    moments = [seconds * (i + random.Random(seed + i).random()) / TRIALS for i in range(TRIALS)]
+    moments = [seconds * (i + random.Random(seed + i).random()) / trials for i in range(trials)]
     wanted = outcome(straight)
     for i, moment in enumerate(moments):
         for attempt in range(8):
