@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.replay import Replay
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
+    from hf_continual.stopping import Stopped
     from hf_continual.stream.train import train_stream
     from hf_continual.tasks import Task, TaskStream
     from hf_continual.trainer.config import ContinualConfig
@@ -51,6 +52,7 @@ _FACE = {
     "train_stream": "hf_continual.stream.train",
     "ContinualTrainer": "hf_continual.trainer.trainer",
     "ContinualConfig": "hf_continual.trainer.config",
+    "Stopped": "hf_continual.stopping",
     "Method": "hf_continual.methods.base",
     "Forward": "hf_continual.methods.base",
     "Run": "hf_continual.methods.base",
@@ -85,6 +87,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "train_stream",
     "ContinualTrainer",
     "ContinualConfig",
+    "Stopped",
     "Method",
     "Forward",
     "Run",

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import hf_continual
+from hf_continual import stopping
 from hf_continual.hub.command import PUSH_FAILED, card, push
 from hf_continual.hub.errors import HubPushError
 from hf_continual.merging.command import merge
@@ -111,9 +112,14 @@ def _said(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done. 2: an error, printed as one message. 3: a push that failed."""
+    """Run the command line.
+
+    Exit code 0: done. 2: an error, printed as one message. 3: a push that failed. 75: stopped by SIGTERM, SIGINT or SIGUSR1
+    or a time limit; the same command resumes.
+    """
     try:
-        app()
+        with stopping.listening("The same command resumes."):
+            app()
     except Exception as error:
         if DEBUG["on"]:
             raise

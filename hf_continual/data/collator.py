@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 ORIGIN = "replay_origin"  # key of the origin maps in a merged batch
 TASK_TOKENS = "task_tokens"  # key of the host-side token count in a task batch
+ROW = "task_row"  # column that holds a row's place among the task's rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,6 +44,75 @@ class CountTokens:
         else:
             count = int(batch["input_ids"].numel())
         return {**batch, TASK_TOKENS: count}
+
+
+@dataclass(frozen=True)
+class NameRows:
+    """A collator that also says which row of the task each token is from, and where in it the token stands.
+
+    Args:
+        collate: The collator that does the work.
+    """
+
+    collate: Callable[[Rows], dict[str, Any]]
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """Collate; the maps ``source``, ``row`` and ``offset`` of shape (B, S) stand under the key ``replay_origin``."""
+        plain = [{key: value for key, value in row.items() if key != ROW} for row in rows]
+        batch = {**self.collate(plain)}
+        flattened = batch["input_ids"].shape[0] == 1
+        named = [(-1, int(row[ROW]), tokens) for row, tokens in zip(rows, plain, strict=True)]
+        return {**batch, ORIGIN: token_maps(batch, named, flattened, "the task's rows")}
+
+
+def token_maps(
+    batch: Mapping[str, Any], named: Sequence[tuple[int, int, Any]], flattened: bool, whose: str
+) -> dict[str, Tensor]:
+    """Where each token of a collated batch is from.
+
+    Args:
+        batch: What the collator made of the rows.
+        named: ``(source, index of the row in its source, row)`` of each row, in order.
+        flattened: Whether the batch is one long row.
+        whose: Whose rows they are, for messages.
+
+    Returns:
+        The maps ``source``, ``row`` and ``offset``, laid out like `input_ids`.
+
+    Raises:
+        ValueError: If the collator does not keep rows as they are.
+    """
+    lengths = torch.tensor([len(row["input_ids"]) for *_, row in named])
+    per_token = {
+        "source": torch.tensor([source for source, *_ in named]).repeat_interleave(lengths),
+        "row": torch.tensor([index for _, index, _ in named]).repeat_interleave(lengths),
+        "offset": torch.cat([torch.arange(int(n)) for n in lengths]),
+    }
+    ids = batch["input_ids"]
+    mask = None if flattened else _mask(batch)
+    if flattened:
+        used = torch.arange(ids.shape[1])[None] < int(lengths.sum())
+    elif mask is None:
+        used = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    else:
+        used = mask.bool()
+    if used.shape != ids.shape or int(used.sum()) != int(lengths.sum()):
+        raise ValueError(
+            f"The data collator returned {int(used.sum())} tokens for {whose} that hold "
+            f"{int(lengths.sum())}: it shortens or extends rows, so the origin of a token is unknown. "
+            f"Truncate the rows before training, or use the default collator."
+        )
+    given = torch.tensor([token for *_, row in named for token in row["input_ids"]], dtype=ids.dtype)
+    if not torch.equal(ids[used].cpu(), given):
+        raise ValueError(
+            f"The data collator returned other tokens than {whose} hold, or in another order, so the origin "
+            f"of a token is unknown. Use a collator that keeps rows as they are, or the default collator."
+        )
+    maps = {}
+    for key, values in per_token.items():
+        maps[key] = torch.full_like(ids, -100 if key == "source" else -1)
+        maps[key][used] = values.to(ids.dtype)
+    return maps
 
 
 def task_tokens(batch: dict[str, Any]) -> int:
@@ -92,13 +162,16 @@ class ReplayCollator:
             ValueError: If the collator yields something that cannot be merged.
         """
         device = batch["input_ids"].device
-        origin = {"source": _task_source(batch)}
-        origin["row"] = origin["offset"] = torch.full_like(origin["source"], -1)
+        batch = {**batch}
+        origin = batch.pop(ORIGIN, None)
+        if origin is None:
+            origin = {"source": _task_source(batch)}
+            origin["row"] = origin["offset"] = torch.full_like(origin["source"], -1)
         if not drawn:
             return {**batch, ORIGIN: origin}
         rows = [{"input_ids": list(r["input_ids"]), "labels": list(r["labels"])} for *_, r in drawn]
         added = self.collate(rows)
-        added_origin = self._origin(added, drawn)
+        added_origin = token_maps(added, drawn, self.flattened, "the replay rows")
         if missing := batch.keys() ^ added.keys():
             raise ValueError(
                 f"The task's batches and the replay rows collate to different keys: "
@@ -116,40 +189,6 @@ class ReplayCollator:
             "drawn": [(source, index, len(row["input_ids"])) for source, index, row in drawn],
         }
         return merged
-
-    def _origin(self, added: Mapping[str, Any], drawn: Sequence[tuple[int, int, Any]]) -> dict[str, Tensor]:
-        """The maps of the added rows alone, laid out like their `input_ids`."""
-        lengths = torch.tensor([len(row["input_ids"]) for *_, row in drawn])
-        per_token = {
-            "source": torch.tensor([source for source, *_ in drawn]).repeat_interleave(lengths),
-            "row": torch.tensor([index for _, index, _ in drawn]).repeat_interleave(lengths),
-            "offset": torch.cat([torch.arange(int(n)) for n in lengths]),
-        }
-        ids = added["input_ids"]
-        mask = None if self.flattened else _mask(added)
-        if self.flattened:
-            used = torch.arange(ids.shape[1])[None] < int(lengths.sum())
-        elif mask is None:
-            used = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        else:
-            used = mask.bool()
-        if used.shape != ids.shape or int(used.sum()) != int(lengths.sum()):
-            raise ValueError(
-                f"The data collator returned {int(used.sum())} tokens for replay rows that hold "
-                f"{int(lengths.sum())}: it shortens or extends rows, so the origin of a token is unknown. "
-                f"Truncate the rows before training, or use the default collator."
-            )
-        given = torch.tensor([token for *_, row in drawn for token in row["input_ids"]], dtype=ids.dtype)
-        if not torch.equal(ids[used].cpu(), given):
-            raise ValueError(
-                "The data collator returned other tokens than the replay rows hold, or in another order, so the origin "
-                "of a token is unknown. Use a collator that keeps rows as they are, or the default collator."
-            )
-        maps = {}
-        for key, values in per_token.items():
-            maps[key] = torch.full_like(ids, -100 if key == "source" else -1)
-            maps[key][used] = values.to(ids.dtype)
-        return maps
 
     def _stack(self, batch: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in batch.items():

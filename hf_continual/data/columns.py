@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+
+from hf_continual.named import did_you_mean, nearest
 
 # "Choose one from the option. Option: a, b, c." of the Long Sequence prompts; labels hold no line break.
 OPTIONS = re.compile(r" ?Choose one from the options?\. Options?: [^\n]*?\.(?=\n)")
@@ -40,8 +41,7 @@ def map_columns(rows: Dataset, columns: Mapping[str, str], labels: Sequence[str]
             used[new] = [template]
         for old in used[new]:
             if old not in rows.column_names:
-                close = difflib.get_close_matches(old, rows.column_names, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(old, rows.column_names)
                 raise ValueError(
                     f"{new!r} is made of the column {old!r}, which the rows do not have.{hint} They have {rows.column_names}."
                 )
@@ -81,8 +81,8 @@ def check_columns(rows: Dataset, wanted: Sequence[str], what: str) -> None:
     """
     for name in wanted:
         if name not in rows.column_names:
-            close = difflib.get_close_matches(name, rows.column_names, n=1)
-            hint = f" Is it {close[0]!r}? Then say columns: {{{name}: {close[0]}}}." if close else ""
+            close = nearest(name, rows.column_names)
+            hint = f" Is it {close!r}? Then say columns: {{{name}: {close}}}." if close else ""
             raise ValueError(
                 f"{what} needs the column {name!r}, the rows have {rows.column_names}.{hint} `columns` maps one to the other."
             )

@@ -9,18 +9,27 @@ with them, or the folder is refused.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_continual.data.kept import (
+    AGAIN,
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    STAGED,
+    HandOver,
+    HandOverError,
+    Kept,
+    file_facts,
+    weight_files,
+)
 from hf_continual.durable import read_json, write_json
 
 __all__ = [
@@ -30,71 +39,13 @@ __all__ = [
     "HandOverError",
     "Kept",
     "bring_along",
+    "check_files",
     "clear",
     "commit",
     "read",
     "stage",
     "state_of",
 ]
-
-logger = logging.getLogger(__name__)
-
-FOLDER, MANIFEST = "continual", "methods.json"
-STAGED = ".staged"
-FORMAT = 1
-AGAIN = "Save the model again (rerun what saved it), or start without what was learned: ContinualConfig(fresh_methods=True)."
-
-
-class HandOverError(ValueError):
-    """What a method left cannot be taken over."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one method left.
-
-    Args:
-        name: Name of the instance, and of its files.
-        kind: What it is in the table of methods, or ``"package.module:Class"``.
-        options: Its hyper-parameters.
-        files: Checksum and bytes by file name.
-        tensors: Number of tensors.
-    """
-
-    name: str
-    kind: str
-    options: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
-    tensors: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its files."""
-        return sum(int(facts["bytes"]) for facts in self.files.values())
-
-
-@dataclass(frozen=True)
-class HandOver:
-    """What all methods of a finished task left.
-
-    Args:
-        folder: The model's folder.
-        task: Name and index of the task.
-        methods: What each left.
-        weights: Checksum and bytes of the weight files it was saved with, by name.
-        base: What is known of the weights below an adapter.
-    """
-
-    folder: Path
-    task: Mapping[str, Any]
-    methods: tuple[Kept, ...]
-    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    base: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the methods that left something."""
-        return [kept.name for kept in self.methods]
 
 
 def stage(
@@ -103,6 +54,7 @@ def stage(
     described: Sequence[tuple[str, str, Mapping[str, Any]]],
     task: Mapping[str, Any],
     base: Mapping[str, Any],
+    words: Mapping[str, str] | None = None,
 ) -> None:
     """Write what methods leave aside, before the model is saved; `commit` puts it in place after.
 
@@ -112,6 +64,7 @@ def stage(
         described: ``(name, kind, hyper-parameters)`` of each method.
         task: Name and index of the task.
         base: What is known of the weights below an adapter.
+        words: What each method leaves, in words, by its name.
     """
     room = folder / FOLDER / STAGED
     if room.exists():
@@ -121,7 +74,10 @@ def stage(
     for name, kind, options in described:
         if state := states.get(name):
             files, tensors = _write_state(room, name, state)
-            kept.append({"name": name, "kind": kind, "options": options, "files": files, "tensors": tensors})
+            what = (words or {}).get(name, "")
+            kept.append(
+                {"name": name, "kind": kind, "what": what, "options": options, "files": files, "tensors": tensors}
+            )
     write_json(room / MANIFEST, {"format": FORMAT, "task": dict(task), "base": dict(base), "methods": kept})
 
 
@@ -131,10 +87,10 @@ def _write_state(room: Path, name: str, state: Mapping[str, Any]) -> tuple[dict[
     files = {}
     if tensors:
         save_file(tensors, room / f"{name}.safetensors", metadata={"format": "pt"})
-        files[f"{name}.safetensors"] = _facts(room / f"{name}.safetensors")
+        files[f"{name}.safetensors"] = file_facts(room / f"{name}.safetensors")
     if plain:
         write_json(room / f"{name}.json", plain)
-        files[f"{name}.json"] = _facts(room / f"{name}.json")
+        files[f"{name}.json"] = file_facts(room / f"{name}.json")
     return files, len(tensors)
 
 
@@ -144,7 +100,7 @@ def commit(folder: Path) -> None:
     room = home / STAGED
     manifest: dict[str, Any] = {
         **read_json(room / MANIFEST),
-        "weights": {file.name: _facts(file) for file in _weights(folder)},
+        "weights": {file.name: file_facts(file) for file in weight_files(folder)},
     }
     # From here until the new list is written, the folder is known to be unfinished.
     (home / MANIFEST).unlink(missing_ok=True)
@@ -179,7 +135,14 @@ def read(folder: Path, check_weights: bool = True) -> HandOver | None:
     try:
         data = read_json(file)
         methods = tuple(
-            Kept(str(m["name"]), str(m["kind"]), dict(m["options"]), _plain_names(m["files"], file), int(m["tensors"]))
+            Kept(
+                str(m["name"]),
+                str(m["kind"]),
+                dict(m["options"]),
+                _plain_names(m["files"], file),
+                int(m["tensors"]),
+                str(m.get("what", "")),
+            )
             for m in data["methods"]
         )
         found = HandOver(folder, dict(data["task"]), methods, _plain_names(data["weights"], file), dict(data["base"]))
@@ -205,12 +168,33 @@ def _plain_names(files: Mapping[str, Any], where: Path) -> dict[str, dict[str, A
 def _check_weights(found: HandOver) -> None:
     for name, facts in found.weights.items():
         file = found.folder / name
-        if not file.is_file() or _facts(file) != facts:
+        if not file.is_file() or file_facts(file) != facts:
             state = "is missing" if not file.is_file() else "has changed"
             raise HandOverError(
                 f"{file} {state} since the methods {', '.join(found.names)} of task {found.task.get('name')!r} left what "
                 f"they had learned with it: it does not belong to these weights any more. {AGAIN}"
             )
+
+
+def check_files(found: HandOver) -> None:
+    """Refuse files that are missing or are not what was written.
+
+    Args:
+        found: The list.
+
+    Raises:
+        HandOverError: Naming the file.
+    """
+    for kept in found.methods:
+        for name, facts in kept.files.items():
+            _check_file(found.folder / FOLDER / name, facts, kept.name)
+
+
+def _check_file(file: Path, facts: Mapping[str, Any], name: str) -> None:
+    if not file.is_file():
+        raise HandOverError(f"{file} is missing; it holds what method {name!r} learned. {AGAIN}")
+    if file_facts(file) != facts:
+        raise HandOverError(f"{file} is damaged: its checksum differs from that in {MANIFEST}. {AGAIN}")
 
 
 def state_of(found: HandOver, name: str) -> dict[str, Any]:
@@ -226,14 +210,13 @@ def state_of(found: HandOver, name: str) -> dict[str, Any]:
     Raises:
         HandOverError: If a file is missing or damaged.
     """
+    if found.held is not None:
+        return dict(found.held.get(name, {}))
     kept = next((k for k in found.methods if k.name == name), None)
     state: dict[str, Any] = {}
     for file_name, facts in ({} if kept is None else kept.files).items():
         file = found.folder / FOLDER / file_name
-        if not file.is_file():
-            raise HandOverError(f"{file} is missing; it holds what method {name!r} learned. {AGAIN}")
-        if _facts(file) != facts:
-            raise HandOverError(f"{file} is damaged: its checksum differs from that in {MANIFEST}. {AGAIN}")
+        _check_file(file, facts, name)
         try:
             state |= load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text(encoding="utf-8"))
         except (SafetensorError, ValueError) as error:
@@ -260,8 +243,10 @@ def bring_along(source: Path, target: Path) -> None:
     for kept in found.methods:
         for name in kept.files:
             shutil.copy2(source / FOLDER / name, room / name)
-    manifest = read_json(source / FOLDER / MANIFEST)
-    write_json(room / MANIFEST, {k: v for k, v in manifest.items() if k != "weights"})
+    manifest = {k: v for k, v in read_json(source / FOLDER / MANIFEST).items() if k != "weights"}
+    if not (target / "adapter_config.json").is_file():
+        manifest["base"] = {}  # a full model is its own base, whatever its parts sat on
+    write_json(room / MANIFEST, manifest)
     commit(target)
 
 
@@ -271,15 +256,3 @@ def clear(folder: Path) -> None:
     (home / MANIFEST).unlink(missing_ok=True)
     if (home / STAGED).is_dir():
         shutil.rmtree(home / STAGED)
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import string
 from collections.abc import Callable
+
+from hf_continual.named import imported
 
 Match = Callable[[str, str], float]
 
@@ -95,10 +96,9 @@ def find_match(name: str | Match) -> Match:
         return name
     if name in MATCHES:
         return MATCHES[name]
-    module, _, attribute = name.partition(":")
-    try:
-        if attribute:
-            return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"match={name!r} cannot be imported: {error}.") from error
+    if ":" in name:
+        try:
+            return imported(name)
+        except ImportError as error:
+            raise ValueError(f"match={name!r} cannot be imported: {error}.") from error
     raise ValueError(f"unknown match {name!r}; known are {', '.join(MATCHES)}, or 'package.module:function'.")

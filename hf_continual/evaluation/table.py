@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_continual.evaluation.result import RowScore, Scored
+from hf_continual.named import did_you_mean, imported
 
 Scorer = Callable[..., Scored]
 
@@ -54,8 +53,7 @@ def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
     shown = name or getattr(function, "__name__", repr(function))
     known = list(inspect.signature(function).parameters)[3:]
     if unknown := [k for k in options if k not in known]:
-        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(unknown[0], known)
         raise ValueError(
             f"the metric {shown} has no option {unknown[0]!r}.{hint} Known are {', '.join(known) or 'none'}."
         )
@@ -111,16 +109,14 @@ def _name_and_options(description: Any) -> tuple[str | None, dict[str, Any]]:
 def _find(name: str) -> Callable[..., Any]:
     target = SCORERS.get(name, name if ":" in name else None)
     if target is None:
-        close = difflib.get_close_matches(name, SCORERS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, SCORERS)
         raise ValueError(
             f"unknown metric {name!r}.{hint} Known are {', '.join(SCORERS)}; a function of your own is named "
             f"'package.module:function'."
         )
-    module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        return imported(target)
+    except ImportError as error:
         raise ValueError(f"the metric {name!r} cannot be imported: {error}.") from error
 
 

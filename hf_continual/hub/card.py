@@ -76,6 +76,8 @@ def _body(facts: CardFacts, kept: str) -> str:
         "merge_inputs": _merge_inputs(facts),
         "method_text": _method_text(facts),
         "settings_table": _settings_table(facts),
+        "tracking": _tracking(facts),
+        "learned": _learned(facts),
         "matrix_table": tables.matrix_table(evaluation) if evaluation.matrix else "",
         "protocol": tables.protocol(evaluation),
         "statuses": tables.statuses(evaluation),
@@ -176,6 +178,42 @@ def _method_text(facts: CardFacts) -> str:
 def _settings_table(facts: CardFacts) -> str:
     settings = safe(dict(facts.settings))
     return tables.table(["setting", "value"], [[k, tables.plain(v)] for k, v in settings.items()]) if settings else ""
+
+
+BADGES = {
+    "Weights & Biases": "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg",
+    "Trackio": "https://raw.githubusercontent.com/gradio-app/trackio/refs/heads/main/trackio/assets/badge.png",
+    "Comet": "https://raw.githubusercontent.com/comet-ml/comet-examples/master/logo/comet_badge.png",
+}
+
+
+def _tracking(facts: CardFacts) -> str:
+    """A badge for each page that shows the training, as TRL's cards have them."""
+    return "\n".join(
+        f'[<img src="{BADGES[name]}" alt="Visualize in {name}" width="150" height="24"/>]({url})'
+        for name, url in facts.tracking.items()
+        if name in BADGES
+    )
+
+
+def _learned(facts: CardFacts) -> str:
+    """What goes with the model for the next task, and how to train that."""
+    if not facts.learned:
+        return ""
+    rows = [[f"**{k.name}**", k.what or k.kind, f"{k.tensors:,}", f"{k.size:,}"] for k in facts.learned]
+    names = [k.name for k in facts.learned]
+    classes = ", ".join(dict.fromkeys(f'"{k.kind}"' if ":" in k.kind else k.kind for k in facts.learned))
+    model_id = facts.repo_id or facts.name
+    return "\n\n".join(
+        [
+            "The next task can be trained with what was learned here; it is in `continual`, and holds no rows of data.",
+            tables.table(["method", "what it left", "tensors", "bytes"], rows),
+            f"A run whose methods are {', '.join(names)} ({classes}) and that starts from this model takes it over:",
+            f'```python\nfrom hf_continual import ContinualTrainer\n\ntrainer = ContinualTrainer("{model_id}", train_dataset=rows, '
+            f"methods=methods)\n```",
+            "Without it: `ContinualConfig(fresh_methods=True)`.",
+        ]
+    )
 
 
 def _curves(facts: CardFacts) -> str:

@@ -68,6 +68,12 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base model, if the folder has only a path.")
     ] = None,
+    method_state: Annotated[
+        bool, typer.Option("--method-state/--no-method-state", help="Whether what methods learned goes with the model.")
+    ] = True,
+    include: Annotated[
+        list[str] | None, typer.Option(help="A further file by its path in the folder, such as rows of data.")
+    ] = None,
 ) -> None:
     """Publish a folder in one commit; called again it goes on where it was stopped. Exit code 3 if it was not pushed."""
     from hf_continual.hub.push import push_to_hub
@@ -76,7 +82,7 @@ def push(
     try:
         done = push_to_hub(
             folder, repo_id, private=private, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run,
-            license=license, base_model=base_model,
+            license=license, base_model=base_model, method_state=method_state, include=include or (),
         )  # fmt: skip
     except HubPushError as error:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"HubPushError: {error}")

@@ -21,6 +21,8 @@ from hf_continual.hub.errors import HubPushError
 from hf_continual.hub.explain import explain
 from hf_continual.hub.preflight import Target
 
+LISTED = "continual/methods.json"
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,10 +43,15 @@ class Remote:
         return [n for n in contents.files if n not in self.files or not contents.matches(n, *self.files[n])]
 
     def stale(self, contents: Contents) -> list[str]:
-        """Weights in the root that would be loaded in place of, or beside, the new ones."""
+        """Weights that would be loaded in place of, or beside, the new ones, and what methods learned with other weights."""
+        ours = LISTED in self.files  # else a folder of that name is not this library's
+        gone = [n for n in self.files if n not in contents.files] if ours else []
+        learned = [
+            n for n in gone if fnmatch.fnmatch(n, "continual/*.json") or fnmatch.fnmatch(n, "continual/*.safetensors")
+        ]
         patterns = [*WEIGHTS, "config.json"] if contents.is_adapter else [*WEIGHTS]
         names = [n for n in self.files if "/" not in n and n not in contents.files]
-        return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+        return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)] + learned
 
 
 def read_remote(target: Target, revision: str) -> Remote:
@@ -135,7 +142,7 @@ def _send(target: Target, contents: Contents, message: str, remote: Remote) -> C
     operations += [CommitOperationDelete(name) for name in remote.stale(contents)]
     for operation in operations:
         if isinstance(operation, CommitOperationDelete):
-            logger.info("%s leaves the repository: it would be loaded beside the new weights", operation.path_in_repo)
+            logger.info("%s leaves the repository: it does not belong to the new weights", operation.path_in_repo)
     info = target.api.create_commit(
         target.repo_id, operations, commit_message=message, revision=None if target.create_pr else target.revision,
         create_pr=target.create_pr, parent_commit=remote.sha,

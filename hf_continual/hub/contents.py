@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from hf_continual.data import handover
 from hf_continual.hub.text import TOKEN
 from hf_continual.tensors.weight_files import WEIGHTS as SINGLE
 from hf_continual.tensors.weight_files import unused_index, weight_map
@@ -37,6 +38,8 @@ WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
     "adapter_config.json", "training_args.bin",
 )  # fmt: skip
+# What may be asked for by name beside these; no pickles, which run code when they are loaded.
+BY_NAME = (".jsonl", ".json", ".safetensors", ".csv", ".tsv", ".parquet", ".txt", ".md", ".yaml", ".png")
 _LARGE_TEXT = 10 * 2**20
 
 
@@ -98,13 +101,21 @@ def _digest(file: Path, digest: hashlib._Hash) -> str:
     return digest.hexdigest()
 
 
-def collect(folder: Path, secrets: Iterable[str] = (), before: Contents | None = None) -> Contents:
+def collect(
+    folder: Path,
+    secrets: Iterable[str] = (),
+    before: Contents | None = None,
+    method_state: bool = True,
+    include: Iterable[str] = (),
+) -> Contents:
     """The files that are pushed.
 
     Args:
         folder: The folder.
         secrets: Values that must be in no file.
         before: What was collected a moment ago, whose checksums still hold where a file is unchanged.
+        method_state: Whether what methods left for the next task goes with the model.
+        include: Further files by their path in the folder, such as rows of data, which are never pushed unasked.
 
     Returns:
         The files.
@@ -123,6 +134,11 @@ def collect(folder: Path, secrets: Iterable[str] = (), before: Contents | None =
             files[name] = file
         elif name.count("/") == 0:
             left_out.append(name)
+    learned = _learned(folder)
+    files |= learned if method_state else {}
+    files |= {name: _named(folder, name) for name in include}
+    kept_back = [folder / "continual" / "memory.jsonl", *learned.values()]
+    left_out += [n for f in kept_back if (n := f.relative_to(folder).as_posix()) not in files and f.is_file()]
     _check_model(folder, files)
     seen = set() if before is None else before.seen
     states = {name: _state(name, file) for name, file in files.items()}
@@ -131,13 +147,38 @@ def collect(folder: Path, secrets: Iterable[str] = (), before: Contents | None =
     return Contents(folder, files, tuple(left_out), frozenset(states.values()), digests)
 
 
+def _learned(folder: Path) -> dict[str, Path]:
+    """What methods left, whole and with the weights that it was learned with; nothing else in its folder."""
+    try:
+        found = handover.read(folder)
+        if found is None:
+            return {}
+        handover.check_files(found)
+    except handover.HandOverError as error:
+        raise IncompleteFolder(str(error)) from error
+    names = [handover.MANIFEST, *(name for kept in found.methods for name in kept.files)]
+    return {f"{handover.FOLDER}/{name}": folder / handover.FOLDER / name for name in names}
+
+
+def _named(folder: Path, name: str) -> Path:
+    """A file that was asked for by name."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+        raise IncompleteFolder(f"include: {name!r} is not a file in {folder}. Name its path in the folder.")
+    if file.suffix not in BY_NAME:
+        raise IncompleteFolder(
+            f"include: {name!r} may hold code that runs when it is loaded. Only {', '.join(BY_NAME)} can be pushed."
+        )
+    return file
+
+
 def _match(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
 
 
 def _check_model(folder: Path, files: dict[str, Path]) -> None:
     adapter, full = "adapter_config.json" in files, "config.json" in files
-    weights = [n for n in files if n.endswith(".safetensors")]
+    weights = [n for n in files if n.endswith(".safetensors") and "/" not in n]
     models = [n for n in weights if not n.startswith("adapter_model")]
     if adapter and models:
         raise IncompleteFolder(

@@ -57,6 +57,25 @@ class MethodFacts:
 
 
 @dataclass(frozen=True)
+class LearnedFacts:
+    """What a method left beside the model for the next task.
+
+    Args:
+        name: The method's short name.
+        kind: What it is in the table of methods, or ``"package.module:Class"``.
+        what: What was left, in words.
+        tensors: Number of tensors.
+        size: Bytes.
+    """
+
+    name: str
+    kind: str
+    what: str
+    tensors: int
+    size: int
+
+
+@dataclass(frozen=True)
 class GaugeFacts:
     """An ability beside the tasks, before and after.
 
@@ -167,6 +186,8 @@ class CardFacts:
         parent: The model that this one was trained from; by default the base.
         tasks: The tasks in order.
         methods: Methods of the last stage.
+        learned: What methods left in the folder for the next task.
+        method_state: ``"left out"`` where that stays on the machine that it was learned on.
         merge: How it was merged, if it was.
         evaluation: What was measured.
         settings: Training arguments that are not the defaults.
@@ -180,6 +201,8 @@ class CardFacts:
         license_link: Where it is, where the licence is ``other``.
         license_reason: Where the licence comes from, in words.
         languages: ISO 639 codes.
+        tags: What the trainer below this library tags its models with.
+        tracking: Pages that show the training as it ran, by the tracker's name.
         chat: Whether the tokenizer has a chat template.
         plots: Pictures in the folder by what they show: ``forgetting``, ``matrix``.
         versions: Versions by package.
@@ -192,6 +215,8 @@ class CardFacts:
     parent: ModelRef | None = None
     tasks: tuple[TaskFacts, ...] = ()
     methods: tuple[MethodFacts, ...] = ()
+    learned: tuple[LearnedFacts, ...] = ()
+    method_state: Literal["left out"] | None = None
     merge: MergeFacts | None = None
     evaluation: Evaluation = Evaluation()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -205,6 +230,8 @@ class CardFacts:
     license_link: str | None = None
     license_reason: str | None = None
     languages: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    tracking: Mapping[str, str] = field(default_factory=dict)
     chat: bool = False
     plots: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -242,8 +269,9 @@ class CardFacts:
         return list(dict.fromkeys(p for p in found if p is not None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for ``continual_config.json``: all but what was measured, and empty fields left out."""
-        return {k: v for k, v in _plain(asdict(self)).items() if k != "evaluation" and v not in (None, {}, [])}
+        """Plain data for ``continual_config.json``: all but what other files say, and empty fields left out."""
+        said = ("evaluation", "learned")
+        return {k: v for k, v in _plain(asdict(self)).items() if k not in said and v not in (None, {}, [])}
 
 
 def _plain(data: Any) -> Any:

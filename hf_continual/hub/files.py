@@ -13,7 +13,7 @@ import numpy as np
 from hf_continual.durable import DamagedFile, read_json, write_json, write_text
 from hf_continual.hub.card import render_card
 from hf_continual.hub.facts import CONFIG, RESULTS, CardFacts, MergeFacts
-from hf_continual.hub.folder_facts import evaluation_to
+from hf_continual.hub.folder_facts import evaluation_to, with_learned
 from hf_continual.hub.text import safe
 
 README = "README.md"
@@ -34,6 +34,7 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
     """
     if existing is None and (folder / README).is_file():
         existing = (folder / README).read_text(encoding="utf-8", errors="replace")
+    facts = with_learned(facts, folder)
     facts = replace(facts, plots={**facts.plots, **_draw(folder, facts)})
     if facts.merge is not None and facts.merge.weights and facts.merge.image is None:
         _draw_weights(folder, facts.merge)

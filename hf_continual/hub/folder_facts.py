@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_continual.data import handover
 from hf_continual.durable import read_json
 from hf_continual.hub.facts import (
     CONFIG,
@@ -14,6 +15,7 @@ from hf_continual.hub.facts import (
     CardFacts,
     Evaluation,
     GaugeFacts,
+    LearnedFacts,
     MergeFacts,
     MethodFacts,
     TaskFacts,
@@ -42,9 +44,27 @@ def read_facts(folder: Path) -> CardFacts:
             f"{folder} holds no {CONFIG}: nothing is known about how its model came about. Folders of ContinualTrainer, "
             f"train_stream and merges have one."
         )
-    facts = facts_from(read_json(file))
+    facts = with_learned(facts_from(read_json(file)), folder)
     results = folder / RESULTS
     return replace(facts, evaluation=evaluation_from(read_json(results))) if results.is_file() else facts
+
+
+def with_learned(facts: CardFacts, folder: Path) -> CardFacts:
+    """Facts with what methods left in the folder, unless that is not published.
+
+    Args:
+        facts: The facts.
+        folder: The folder.
+
+    Returns:
+        The facts.
+
+    Raises:
+        HandOverError: If what was left is damaged.
+    """
+    found = None if facts.method_state == "left out" else handover.read(folder, check_weights=False)
+    kept = () if found is None else found.methods
+    return replace(facts, learned=tuple(LearnedFacts(k.name, k.kind, k.what, k.tensors, k.bytes) for k in kept))
 
 
 def has_facts(folder: Path) -> bool:
@@ -62,6 +82,7 @@ def facts_from(data: Mapping[str, Any]) -> CardFacts:
     values["methods"] = tuple(
         MethodFacts(m["name"], m.get("options") or {}, _paper(m.get("paper"))) for m in data.get("methods", [])
     )
+    values["tags"] = tuple(data.get("tags", ()))
     values["languages"] = tuple(data.get("languages", ()))
     if merge := data.get("merge"):
         inputs = tuple(_ref(r) or ModelRef() for r in merge["inputs"])

@@ -26,6 +26,7 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
         tags += ["merge", facts.merge.method]
     if facts.kind == "adapter":
         tags.append("lora")
+    tags += facts.tags
     datasets = dict.fromkeys(t.dataset for t in facts.tasks if is_hub_id(t.dataset))
     index = model_index(facts)
     found = {

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +70,8 @@ def push_to_hub(
     dry_run: bool = False,
     license: str | None = None,
     base_model: str | None = None,
+    method_state: bool = True,
+    include: Sequence[str] = (),
     message: str = "Model, card and evidence",
 ) -> Pushed | None:
     """Publish a folder: weights, tokenizer, card, configuration, results and pictures in one commit.
@@ -93,6 +95,10 @@ def push_to_hub(
         dry_run: Make every check, send nothing and make no repository; the card is rendered in the folder.
         license: Licence of the model; needed where the parents' differ.
         base_model: Hub id of the base model, where the folder knows only a local copy.
+        method_state: Whether what the methods learned goes with the model, so that the next task can be trained from the
+            repository; it holds tensors and numbers, no rows.
+        include: Further files by their path in the folder. Rows of data, such as ``"continual/memory.jsonl"``, are pushed
+            in no other way.
         message: First line of the commit.
 
     Returns:
@@ -106,22 +112,24 @@ def push_to_hub(
         return None
     place = Path(folder)
     flags = {"private": private, "revision": revision, "create_pr": create_pr or None, "tag": tag, "license": license}
-    resume = resume_command(place, repo_id, {**flags, "base_model": base_model})
+    flags |= {"base_model": base_model, "method_state": None if method_state else False, "include": tuple(include)}
+    resume = resume_command(place, repo_id, flags)
     early = Draft(repo_id, place, resume, token)
-    contents = replace(early, whole=False).local(lambda: collect(place, secrets_in_use(token)))
+    choice: dict[str, Any] = {"method_state": method_state, "include": tuple(include)}
+    contents = replace(early, whole=False).local(lambda: collect(place, secrets_in_use(token), **choice))
     facts = early.local(lambda: folder_facts(place, base_model))
     target = preflight(
         repo_id, private=private, revision=revision, create_pr=create_pr, token=token, folder=place, resume=resume,
         create=not dry_run,
     )  # fmt: skip
     if facts is not None:
+        facts = replace(facts, method_state=None if method_state else "left out")
         facts = _complete(target, facts, place, license)
-    push = _Push(target, facts, place, contents)
+    push = _Push(target, facts, place, contents, choice)
+    contents = push.rebuild(None)
     if dry_run:
-        contents = push.rebuild(None)
         names = tuple(contents.files)
         return Pushed(target.repo_id, None, None, None, False, names, contents.left_out, contents.size)
-    push.rebuild(None)
     done = commit(target, push.rebuild, message)
     contents = push.contents
     check_arrived(target, contents, done.sha)
@@ -131,10 +139,8 @@ def push_to_hub(
         write_published(place, target.repo_id, done.sha, kept_text(_card(place)))
     for name in contents.left_out:
         logger.info("%s was left out of the push", name)
-    names = tuple(contents.files)
-    return Pushed(
-        target.repo_id, done.sha, done.url, done.pr_url, done.new, names, contents.left_out, contents.size
-    )  # fmt: skip
+    names, left_out = tuple(contents.files), contents.left_out
+    return Pushed(target.repo_id, done.sha, done.url, done.pr_url, done.new, names, left_out, contents.size)
 
 
 def is_first_process() -> bool:
@@ -163,6 +169,8 @@ def resume_command(folder: Path, repo_id: str, flags: Mapping[str, Any]) -> str:
             words.append(option)
         elif value is False:
             words.append("--public" if name == "private" else f"--no-{option[2:]}")
+        elif isinstance(value, tuple):
+            words += [word for entry in value for word in (option, entry)]
         elif value is not None:
             words += [option, str(value)]
     return shlex.join(words)
@@ -257,8 +265,10 @@ def _complete(target: Target, facts: CardFacts, folder: Path, license: str | Non
 class _Push:
     """The card and the files of one push, made again whenever the branch has moved."""
 
-    def __init__(self, target: Target, facts: CardFacts | None, folder: Path, contents: Contents) -> None:
-        self.target, self.facts, self.folder, self.contents = target, facts, folder, contents
+    def __init__(
+        self, target: Target, facts: CardFacts | None, folder: Path, contents: Contents, choice: Mapping[str, Any]
+    ) -> None:
+        self.target, self.facts, self.folder, self.contents, self.choice = target, facts, folder, contents, choice
         self.draft = Draft(target.repo_id, folder, target.resume or "", target.token)
         self.mine = _card(folder)
         self.recorded = read_published(folder).get("kept")
@@ -274,7 +284,9 @@ class _Push:
         if stops := [found for found in findings if not found.is_claim]:
             listed = "\n  ".join(str(found) for found in stops)
             raise self.target.error(f"its card has findings, and nothing was sent:\n  {listed}\n")
-        self.contents = self.draft.local(lambda: collect(self.folder, secrets_in_use(self.target.token), self.contents))
+        self.contents = self.draft.local(
+            lambda: collect(self.folder, secrets_in_use(self.target.token), self.contents, **self.choice)
+        )
         return self.contents
 
     def _fetch(self, remote: Remote) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_continual import private
 from hf_continual.merging.stored import DTYPES
 
 # How attention is computed does not decide which weights there are, and may need a library or a download.
@@ -88,7 +89,7 @@ def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
     if named is not None:
         found = getattr(transformers, str(named), None)
     else:
-        found = transformers.AutoModelForCausalLM._model_mapping.get(type(understood), None)
+        found = private.class_for(transformers.AutoModelForCausalLM, understood)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise KeyError(f"the installed transformers has no architecture {named or kind!r}")
     return found, understood

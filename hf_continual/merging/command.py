@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_continual.disk import size
+from hf_continual.named import imported
 
 # Name -> function, and which options beside those of every merge it takes. No registry: this is the list.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -181,8 +181,7 @@ def run_merge(
         raise ValueError(f"merge {method} does not take --{strange[0].replace('_', '-')}; it takes {takes}.")
     if method == "recall" or any(k.startswith("calibration") for k in given):
         _quiet_transformers()
-    module, _, name = where.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = imported(where)
     options = {
         **{k: _value(method, k, v) for k, v in given.items()},
         **{k: v for k, v in written.items() if v is not None},

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
+from hf_continual.private import fingerprint_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]  # values are tensors, or plain data that JSON can hold
 
-__all__ = ["PADDING", "TASK", "Batch", "Forward", "Method", "OptimizerChoice", "Run", "State"]
+__all__ = ["PADDING", "TASK", "AddedRows", "Batch", "Forward", "Method", "OptimizerChoice", "Run", "State"]
 
 TASK, PADDING = -1, -100
 
@@ -44,7 +45,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Dataset):
-        return {"rows": len(value), "fingerprint": value._fingerprint}
+        return {"rows": len(value), "fingerprint": fingerprint_of(value)}
     return repr(value)
 
 
@@ -59,8 +60,9 @@ class Forward:
         taps: Outputs of the modules named in `Method.taps`, by that name.
         source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding. Virtual tokens of
             prompt learning stand in front of each row, here and in all other shapes, as padding.
-        row_BS: Index of the token's row within its replay source, -1 for task tokens and padding.
-        offset_BS: Position of the token within that row, -1 for task tokens and padding.
+        row_BS: Index of the token's row within its replay source; of a task token within `Run.task_rows`, where a method
+            asks for it (`Method.reads_row_ids`), else -1; -1 for padding.
+        offset_BS: Position of the token within that row; -1 where `row_BS` is.
         sources: Names of the replay sources; `source_BS` indexes this tuple.
         tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by
             which the trainer divides the summed token loss.
@@ -111,6 +113,23 @@ class Forward:
         return values_BS.sum() / self.tokens * self.scale
 
 
+@dataclass(frozen=True)
+class AddedRows:
+    """Rows that a method mixes into each micro-batch, as far as its hyper-parameters say.
+
+    Args:
+        ratio: Their share of the tokens of the mix, or None.
+        per_batch: Their number in each micro-batch of each process, or None.
+        weight: Weight of one of their tokens in the loss.
+        max_length: Tokens of such a row at which the method cuts it, or None.
+    """
+
+    ratio: float | None = None
+    per_batch: int | None = None
+    weight: float = 1.0
+    max_length: int | None = None
+
+
 class Method:
     """A way of learning without forgetting. Subclasses are dataclasses of their hyper-parameters.
 
@@ -122,6 +141,8 @@ class Method:
         places: Hyper-parameters that say where something lies, such as rows or a cache; a resumed run may name another
             place. What lies there must be the same, which is checked for rows; a method checks the rest.
         state_with_model: Whether its state is small and needs no optimizer's, so that `save_only_model` keeps it.
+        leaves: What `task_state` returns, in words for the model card.
+        droppable: Whether a later task may go without the method; what it left is then left behind, with a warning.
         bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
     """
 
@@ -131,14 +152,33 @@ class Method:
     bytes_per_parameter: ClassVar[float] = 0.0
     places: ClassVar[tuple[str, ...]] = ()
     state_with_model: ClassVar[bool] = False
+    leaves: ClassVar[str] = ""
+    droppable: ClassVar[bool] = False
 
     def reads_forward(self) -> bool:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""
         return type(self).loss_terms is not Method.loss_terms
 
+    def makes_rows(self) -> bool:
+        """Whether `replay` has its rows only after `prepare`; it is called again then, and returns None before."""
+        return False
+
     def reads_reference(self) -> bool:
         """Whether it reads whole weights before training, as a reference; ZeRO-3 has spread them by then."""
         return False
+
+    def reads_row_ids(self) -> bool:
+        """Whether `Forward.row_BS` and `Forward.offset_BS` must be filled for task rows too."""
+        return False
+
+    def added_rows(self) -> AddedRows | None:
+        """What `replay` will mix in, told before there is a run; None adds no rows."""
+        return None
+
+    @classmethod
+    def row_sources(cls) -> tuple[str, ...]:
+        """Hyper-parameters that name rows, where a plan may put the rows of earlier tasks: unless said, `rows` and `memory`."""
+        return tuple(f.name for f in fields(cls) if f.name in ("rows", "memory"))  # pyrefly: ignore[bad-argument-type]
 
     def extra_steps(self, steps: int) -> int:
         """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""

@@ -34,3 +34,18 @@ def at_least(owner: str, key: str, value: Any, least: float) -> None:
         raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
     if not least <= value < float("inf"):
         raise ValueError(f"{owner}({key}={value!r}) must be a finite number of at least {least}.")
+
+
+# Files of a task's folder, and prefixes of the log, that are not a method's.
+RESERVED = ("complete", "eval", "memory", "methods", "published", "run", "scores", "task", "test", "train", "trained")
+
+
+def plain_name(method: str, name: Any) -> None:
+    """Refuse a name under which a method's log, rows or files would be taken for something else."""
+    plain = isinstance(name, str) and name and not set(name) & set("/\\\0\n") and not name.startswith(".")
+    if not plain:
+        raise ValueError(f"{method}(name={name!r}): a name is a word without '/', as it is the name of files.")
+    if name.lower() in RESERVED:
+        raise ValueError(
+            f"{method}(name={name!r}): this name is taken by the library's own files and logs ({', '.join(RESERVED)}). Choose another."
+        )

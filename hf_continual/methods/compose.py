@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hf_continual.methods.base import Method
-from hf_continual.methods.table import TABLE
+from hf_continual.methods.bounds import plain_name
+from hf_continual.methods.table import TABLE, method_class
+
+logger = logging.getLogger(__name__)
 
 STATIONS = {
     "replay": "rows",
@@ -32,6 +36,31 @@ def stations(method: type[Method]) -> list[str]:
 def overrides(method: type[Method], call: str) -> bool:
     """Whether a method does something at a call of the protocol."""
     return getattr(method, call) is not getattr(Method, call)
+
+
+def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: str) -> None:
+    """Refuse to go on without a method that has left something for this task.
+
+    Args:
+        left: Name, kind and size in words of each method that left something.
+        methods: The methods of this task.
+        where: What they left it with, in words.
+
+    Raises:
+        ValueError: If one is not there, or is of another kind.
+    """
+    here = {name: kind for name, kind, _ in methods.kinds()}
+    for name, kind, size in left:
+        if name not in here and method_class(kind).droppable:
+            logger.warning(
+                "%s comes with what method %r learned, and this run has no such method: it stays behind.", where, name
+            )
+        elif here.get(name) != kind:
+            has = f"a {here[name]!r} of that name" if name in here else ", ".join(here) or "none"
+            raise ValueError(
+                f"{where} comes with what method {name!r} (a {kind!r}{size}) learned, and this run has {has}: it would be "
+                f"lost. Give the run that method, or start without what was learned: ContinualConfig(fresh_methods=True)."
+            )
 
 
 def kind_of(method: type[Method]) -> str:
@@ -69,6 +98,8 @@ class Methods:
                 f"Two methods are called {twice[0]!r}: their logs and state would overwrite each other. "
                 f"Drop one, or give one another name where the method has a `name` parameter."
             )
+        for method in self.methods:
+            plain_name(type(method).__name__, method.name)
         bringing = [m for m in self.methods if overrides(type(m), "optimizer")]
         if len(bringing) > 1:
             both = " and ".join(type(m).__name__ for m in bringing)
@@ -95,5 +126,5 @@ class Methods:
         return [(m.name, kind_of(type(m)), m.describe()) for m in self.methods]
 
     def describe(self) -> list[dict[str, Any]]:
-        """The methods as data, in order: ``[{name: hyper-parameters}, ...]``."""
-        return [{m.name: m.describe()} for m in self.methods]
+        """The methods as data, in order, from which they can be built again: ``[{kind: hyper-parameters}, ...]``."""
+        return [{kind_of(type(m)): m.describe()} for m in self.methods]

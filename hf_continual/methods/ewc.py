@@ -153,6 +153,7 @@ class EWC(Method):
     batch_rows: int | None = None
     name: str = "ewc"  # pyrefly: ignore[bad-override]
 
+    leaves: ClassVar[str] = "Fisher information and weights of the tasks so far"
     bytes_per_parameter: ClassVar[float] = 8.0
     paper: ClassVar[Paper] = Paper(
         "Overcoming catastrophic forgetting in neural networks",
@@ -169,6 +170,11 @@ class EWC(Method):
         default_factory=lambda: ({}, {}), init=False, repr=False, compare=False
     )
     _after: State = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def row_sources(cls) -> tuple[str, ...]:
+        """None: `rows` is a number here."""
+        return ()
 
     def __post_init__(self) -> None:
         if self.weight != 0:

@@ -94,6 +94,7 @@ class OLoRA(Method):
     incremental: bool = False
     name: str = "o_lora"  # pyrefly: ignore[bad-override]
 
+    leaves: ClassVar[str] = "factors A of the adapters of the tasks so far"
     paper: ClassVar[Paper] = Paper(
         "Orthogonal Subspace Learning for Language Model Continual Learning",
         "Wang et al.",

@@ -22,7 +22,8 @@ from datasets import Dataset
 from hf_continual.data.replay import ReplayRows, RowType
 from hf_continual.data.row_values import TEXTUAL
 from hf_continual.data.rows import load_rows
-from hf_continual.methods.base import Method, Run
+from hf_continual.methods.base import AddedRows, Method, Run
+from hf_continual.methods.bounds import plain_name
 from hf_continual.paper import Paper
 
 
@@ -92,10 +93,13 @@ class Replay(Method):
                 raise ValueError(f"Replay(per_batch={self.per_batch}) must be at least 1 row.")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"Replay(weight={self.weight!r}) must be a finite number of at least 0.")
-        if not self.name or "/" in self.name:
-            raise ValueError(f"Replay(name={self.name!r}) must be a non-empty word without '/'.")
+        plain_name("Replay", self.name)
         # Reading now: a wrong path must fail before a model is loaded, not after.
         self._rows = load_rows(self.rows, checked=TEXTUAL)
+
+    def added_rows(self) -> AddedRows:
+        """The share or number of rows, and their weight."""
+        return AddedRows(self.ratio, self.per_batch, float(self.weight))
 
     def replay(self, run: Run) -> ReplayRows:
         """The rows, with their share and weight."""

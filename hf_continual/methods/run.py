@@ -61,6 +61,10 @@ class Run(Protocol):
         """Peak learning rate of the run; where parameter groups differ, of the optimizer's default or largest group."""
 
     @property
+    def starts_afresh(self) -> bool:
+        """Whether the run was told to start without what an earlier task left (`ContinualConfig.fresh_methods`)."""
+
+    @property
     def seed(self) -> int:
         """Seed for whatever a method draws; it must use a generator of its own."""
 

@@ -6,8 +6,6 @@ one test file and one recipe.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -15,10 +13,11 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_continual.methods.base import Method
+from hf_continual.named import did_you_mean, imported
 
 TABLE: dict[str, str] = {
     "replay": "hf_continual.methods.replay:Replay",
-    "gere": "hf_continual.methods.gere:GeRe",
+    "gere": "hf_continual.methods.gere.method:GeRe",
     "freeze": "hf_continual.methods.freeze:FreezeLayers",
     "kif": "hf_continual.methods.kif:KIF",
     "recadam": "hf_continual.methods.recadam:RecAdam",
@@ -41,16 +40,14 @@ def method_class(name: str) -> type[Method]:
     """
     target = TABLE.get(name, name if ":" in name else None)
     if target is None:
-        close = difflib.get_close_matches(name, TABLE, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, TABLE)
         raise ValueError(
             f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; a method of your own is named "
             f"'package.module:Class'."
         )
-    module, _, attribute = target.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = imported(target)
+    except ImportError as error:
         raise ValueError(f"Method {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name!r} is {found!r}, not a subclass of hf_continual.Method.")
@@ -104,8 +101,7 @@ def build_method(name: str, options: Any) -> Method:
             f"({options!r}). Known are {', '.join(known)}."
         )
     if unknown := [str(key) for key in options if key not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(unknown[0], known)
         raise ValueError(
             f"methods.{name} has no hyper-parameter {', '.join(map(repr, unknown))}.{hint} "
             f"Known are {', '.join(known)}."

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_continual.hub.damaged import loading
-from hf_continual.methods.base import Method
+from hf_continual.methods.base import AddedRows
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
 
@@ -69,9 +69,10 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     batches = math.ceil(batches / (args.per_device_train_batch_size * world))
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
-    share = sum(getattr(m, "ratio", None) or 0.0 for m in methods)
+    mixed = [added for m in methods if (added := m.added_rows()) is not None]
+    share = sum(added.ratio or 0.0 for added in mixed)
     longest = args.max_length if args.packing and args.max_length else max(lengths)
-    added, tokens = _micro_batch(args, methods, longest, share)
+    added, tokens = _micro_batch(args, mixed, longest, share)
     config = model.config
     values = 2 if args.gradient_checkpointing else 16
     kept = 2.0 if args.bf16 or prepared.plan.model.dtype in ("bfloat16", "float16") else 4.0
@@ -104,15 +105,12 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     }
 
 
-def _micro_batch(args: Any, methods: Sequence[Method], longest: int, share: float) -> tuple[int, int]:
+def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: float) -> tuple[int, int]:
     """Rows that methods add to a micro-batch, at least, and the most tokens that it then holds, padding included."""
     rows = args.per_device_train_batch_size
-    limits = [
-        getattr(m, "max_length", longest) for m in methods if getattr(m, "per_batch", None) or getattr(m, "ratio", None)
-    ]
-    widest = max([longest, *limits])
+    widest = max([longest, *(m.max_length or longest for m in mixed)])
     widest = min(widest, args.max_length or widest)
-    added = sum(getattr(m, "per_batch", None) or 0 for m in methods)
+    added = sum(m.per_batch or 0 for m in mixed)
     owed = rows * longest * share / (1 - share)
     if args.packing or args.padding_free:
         return added, round(rows * longest + owed + added * widest)

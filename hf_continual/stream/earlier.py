@@ -11,14 +11,12 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_continual.data.buffer import ORIGIN, Memory
 from hf_continual.data.columns import take
+from hf_continual.methods.table import method_class
 from hf_continual.stream.plan import MemoryPlan, Plan
 from hf_continual.stream.source import Key, Where
 from hf_continual.tasks import Task, TaskStream
 
 EARLIER, KEPT = "earlier_tasks", "kept"
-
-# Options of methods that may ask for them.
-OPTIONS = ("rows", "memory")
 
 # Columns of the kinds of rows that can be learnt, as TRL looks for them.
 TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "labels"))
@@ -59,6 +57,16 @@ class KeptRows:
         return self.start if parent is None else self.after[parent.name]
 
 
+def row_options(name: str, options: Any) -> tuple[str, ...]:
+    """Options of a method, described as data, that name rows; none where the description cannot be meant."""
+    if not isinstance(options, Mapping):
+        return ()
+    try:
+        return method_class(name).row_sources()
+    except ValueError:
+        return ()  # said where the methods are built
+
+
 def with_earlier(description: Any, task: Task, stream: TaskStream, memory: KeptRows | None) -> Any:
     """Put the rows of earlier tasks where a method asks for them; without any, leave the method out.
 
@@ -81,7 +89,7 @@ def with_earlier(description: Any, task: Task, stream: TaskStream, memory: KeptR
     found = {}
     for name, options in description.items():
         there = True
-        for option in OPTIONS if isinstance(options, Mapping) else ():
+        for option in row_options(name, options):
             if (asked := _asked(option, options.get(option))) is not None:
                 rows = _rows(option, task, stream, memory, options.get("row_type"), **asked)
                 options, there = {**options, option: rows}, there and rows is not None
@@ -183,6 +191,6 @@ def _options(description: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Ke
             yield from _options(item, (*path, i))
     elif isinstance(description, Mapping):
         for name, options in description.items():
-            for option in OPTIONS if isinstance(options, Mapping) else ():
+            for option in row_options(name, options):
                 if option in options:
                     yield (*path, name, option), option, options[option]

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from hf_continual import stopping
 from hf_continual.durable import DamagedFile, read_checked, write_checked
 from hf_continual.evaluation.result import Scored
 from hf_continual.metrics import AccuracyMatrix
@@ -95,6 +96,7 @@ def learn_task(task: Task, parent: Path | None, output_dir: Path, learner: Learn
         if PartialState().is_main_process:
             write_checked(partial / TRAINED, {**facts, "files": saved_files(partial)})
         wait()
+        stopping.check()
     score_stage(done if finished else partial, task.folder, learner.columns(task), output_dir, learner)
     if not finished:
         if PartialState().is_main_process:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import logging
 import shutil
@@ -20,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_continual.data.handover import bring_along
 from hf_continual.durable import write_lines
 from hf_continual.evaluation.result import Scored
+from hf_continual.named import imported
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
 from hf_continual.stream.models import is_adapter, load_finished, load_for_training
@@ -185,12 +185,11 @@ def find_function(name: Any) -> Callable[..., Any]:
     """
     if callable(name):
         return name
-    module, _, attribute = str(name).partition(":")
-    try:
-        if attribute:
-            return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the merge {name!r} cannot be imported: {error}.") from error
+    if ":" in str(name):
+        try:
+            return imported(str(name))
+        except ImportError as error:
+            raise ValueError(f"the merge {name!r} cannot be imported: {error}.") from error
     raise ValueError(f"the merge {name!r} must be named 'package.module:function'.")
 
 

@@ -197,6 +197,7 @@ class Plan(_Strict):
         evaluation: What is scored.
         tasks: The tasks in order, or ``{benchmark: NAME, ...}`` in place of several.
         sweep: Several runs.
+        max_minutes: Minutes after which the run saves and stops, with exit code 75; the same command resumes it.
     """
 
     model: ModelPlan
@@ -211,6 +212,7 @@ class Plan(_Strict):
     evaluation: EvaluationPlan = EvaluationPlan()
     tasks: list[TaskPlan]
     sweep: SweepPlan | None = None
+    max_minutes: float | None = Field(None, gt=0, strict=False)
 
     @field_validator("model", mode="before")
     @classmethod

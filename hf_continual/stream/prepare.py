@@ -23,7 +23,7 @@ from hf_continual.durable import read_lines
 from hf_continual.evaluation.table import Scorer, build_scorer, columns_of, with_labels
 from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import Method
-from hf_continual.methods.compose import Methods
+from hf_continual.methods.compose import Methods, check_heirs, kind_of, overrides
 from hf_continual.methods.table import build_methods
 from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
@@ -161,8 +161,20 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         ):
             prepared.config(task, Path(folder))
         with _at(where, ("methods",) if plan.tasks[task.index].methods is None else (*own, "methods")):
-            Methods(prepared.methods(task))
+            _check_heirs(prepared, task, Methods(prepared.methods(task)))
     return prepared
+
+
+def _check_heirs(prepared: Prepared, task: Task, methods: Methods) -> None:
+    """Refuse a task without a method of the task before that will leave something, before anything is trained."""
+    parent, merge = prepared.stream.parent(task), prepared.plan.merge
+    if parent is None or not methods or prepared.options(task).get("fresh_methods"):
+        return
+    if merge is not None and merge.start == "base":
+        return  # every task starts from the base, which comes with nothing
+    before = Methods(prepared.methods(parent))
+    left = [(m.name, kind_of(type(m)), "") for m in before if overrides(type(m), "task_state")]
+    check_heirs(left, methods, f"task {task.name!r} goes on from {parent.name!r}, whose model")
 
 
 def _check_scored_names(names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from hf_continual.stream.models import is_adapter
 from hf_continual.stream.results import BASE_FOLDER, protocols
 from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
-from hf_continual.trainer.facts import method_facts, settings_of
+from hf_continual.trainer.facts import method_facts, settings_of, trl_tags
 
 if TYPE_CHECKING:
     from hf_continual.stream.prepare import Prepared
@@ -80,6 +80,7 @@ def stage_facts(
         adapter={k: v for k, v in (plan.peft or {}).items()} if adapter else {},
         seed=plan.seed,
         steps=trained.get("steps"),
+        tags=trl_tags(),
         chat=getattr(prepared.tokenizer, "chat_template", None) is not None,
         versions=installed_versions(),
     )

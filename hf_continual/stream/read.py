@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hf_continual.data.benchmarks import BENCHMARKS
+from hf_continual.named import did_you_mean
 from hf_continual.stream.earlier import check_memory
 from hf_continual.stream.plan import (
     Between,
@@ -126,8 +126,7 @@ def _explained(error: ValidationError, where: Where, origins: list[tuple[Key, ..
     path: list[Key] = [*origins[int(loc[1])], *loc[2:]] if loc[:1] == ["tasks"] and len(loc) > 1 else list(loc)
     if said["type"] == "extra_forbidden":
         known = _known(loc)
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(loc[-1], known)
         return where.error(path, f"unknown key {loc[-1]!r}.{hint} Known are {', '.join(known)}.")
     if said["type"] == "missing":
         return where.error(path[:-1], f"the key {path[-1]!r} is missing.")
@@ -164,8 +163,7 @@ def _check_names(plan: Plan, where: Where) -> None:
     tested = {task.name for task in plan.tasks if task.test is not None}
     for path, name in asked:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, names)
             raise where.error(
                 path,
                 f"task {name!r} is to be evaluated but is not defined.{hint} The plan's tasks are {', '.join(names)}.",
@@ -177,11 +175,10 @@ def _check_names(plan: Plan, where: Where) -> None:
         (("peft",), plan.peft or {}, LoraConfig),
         *[(("tasks", i, "sft"), task.sft, SFTConfig) for i, task in enumerate(plan.tasks)],
     ]:
-        known = [f.name for f in dataclass_fields(cls) if f.init]
+        known = [f.name for f in dataclass_fields(cls) if f.init] + ["fresh_methods"] * (cls is SFTConfig)
         for key in options:
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(key, known)
                 raise where.error((*label, key), f"{cls.__name__} has no option {key!r}.{hint}")
             if cls is SFTConfig and key in ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint"):
                 raise where.error(

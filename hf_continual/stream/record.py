@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from hf_continual.durable import DamagedFile, checksum, read_checked, write_checked
 from hf_continual.methods.base import Method
-from hf_continual.stream.earlier import OPTIONS
+from hf_continual.methods.compose import kind_of
+from hf_continual.stream.earlier import row_options
 from hf_continual.stream.prepare import Prepared, fingerprint
 from hf_continual.stream.saved import saved_files
 from hf_continual.stream.source import PlanError
@@ -23,14 +24,14 @@ PLAN = "plan.json"
 # What may differ between two attempts without changing a result.
 FREE = ("output_dir", "evaluation.batch_size", "evaluation.bootstrap", "evaluation.solved_at", "sweep")
 SHOWN = re.compile(
-    r"(^|\.)sft\.(disable_tqdm|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$|\.gere\.cache_dir$"
+    r"(^|\.)sft\.(disable_tqdm|max_minutes|enable_jit_checkpoint|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$|\.gere\.cache_dir$"
 )
 
 
 def plain_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as plain data; rows by their number and hash, so that a changed file is a changed plan."""
     plan = prepared.plan
-    data = _plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir"}))
+    data = _plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir", "max_minutes"}))
     if (base := Path(plan.model.path)).is_dir():
         data["model"]["files"] = saved_files(base)
     data["model"]["vocabulary"] = _vocabulary(prepared.tokenizer)
@@ -71,7 +72,7 @@ def _with_rows(methods: Any) -> Any:
     found = {}
     for name, options in methods.items():
         found[name] = dict(options) if isinstance(options, dict) else options
-        for option in OPTIONS if isinstance(options, dict) else ():
+        for option in row_options(name, options):
             if isinstance(path := options.get(option), str) and Path(path).expanduser().is_file():
                 raw = Path(path).expanduser().read_bytes()
                 found[name][option] = {"source": path, "sha256": hashlib.sha256(raw).hexdigest()[:16]}
@@ -80,7 +81,7 @@ def _with_rows(methods: Any) -> Any:
 
 def _plain(data: Any) -> Any:
     if isinstance(data, Method):
-        return {data.name: data.describe()}
+        return {kind_of(type(data)): data.describe()}
     if isinstance(data, Mapping):
         return {str(k): _plain(v) for k, v in data.items()}
     if isinstance(data, Sequence) and not isinstance(data, str):

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock
 
+from hf_continual import stopping
 from hf_continual.disk import writing
 from hf_continual.durable import DamagedFile, read_lines, write_json, write_lines
 from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
@@ -50,6 +51,7 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
             _check_one_direction(prepared, base_dir / BASE_FOLDER)
         learner = PlanLearner(prepared, output_dir)
         for task in prepared.stream:
+            stopping.check()
             parent = prepared.stream.parent(task)
             learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
             _check_one_direction(prepared, output_dir / task.folder)

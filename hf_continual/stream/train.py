@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_continual import stopping
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.results import StreamResult
@@ -21,7 +22,8 @@ def train_stream(
 
     A fresh trainer learns each task from the folder that the one before left, and every model is scored as it was
     saved. Whatever is finished in `output_dir` is not done again: killed at any moment, the same call goes on and
-    ends with the matrix and the weights of an undisturbed run.
+    ends with the matrix and the weights of an undisturbed run. Told to stop by SIGTERM, SIGINT, SIGUSR1 or `max_minutes`,
+    it saves and ends the process with exit code 75.
 
     Example:
         >>> result = train_stream("plan.yaml")
@@ -43,11 +45,12 @@ def train_stream(
         FileNotFoundError: If the plan does not exist.
         PlanError: If it cannot be run, or the folder was begun with another one. Says where and what to do.
         RuntimeError: If a task could not be scored.
+        Stopped: If the process was told to stop.
     """
     read, where = read_plan(plan, **changes)
-    if read.sweep is not None:
-        return run_sweep(read, where, only)
-    if only is not None:
+    if read.sweep is None and only is not None:
         raise where.error((), f"the plan has no sweep, so there is no run {only!r} to choose.")
-    prepared = prepare(read, where)
-    return run_prepared(prepared, Path(read.output_dir))
+    with stopping.listening("What is finished is safe; the same call resumes.", read.max_minutes):
+        if read.sweep is not None:
+            return run_sweep(read, where, only)
+        return run_prepared(prepare(read, where), Path(read.output_dir))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_continual.private import loaded_from
 from hf_continual.tensors.adapters import adapter_names
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, weight_files
 
@@ -204,8 +205,7 @@ def _same(source: str, other: str) -> bool:
 
 def base_of(model: nn.Module) -> tuple[str, str | None]:
     """What a model says that it was loaded from: folder or id, empty if nothing, and the commit of an id."""
-    config = model.config
-    return config._name_or_path or "", getattr(config, "_commit_hash", None)  # pyrefly: ignore
+    return loaded_from(model.config)
 
 
 def is_lasting(source: str, output_dir: Path | None) -> bool:

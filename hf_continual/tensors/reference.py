@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_continual.private import attention_of
 from hf_continual.tensors.anchors import fingerprint
 from hf_continual.tensors.head import head_differs, plain_model
 
@@ -110,7 +111,7 @@ def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         "model": type(base).__name__,
         "config": hashlib.sha256(repr(sorted(shape.items(), key=str)).encode()).hexdigest()[:16],
         "dtype": str(next(p.dtype for p in base.parameters() if p.is_floating_point())),
-        "attention": base.config._attn_implementation,
+        "attention": attention_of(base.config),
         "quantised": bool(getattr(base, "is_quantized", False)),
         "tokenizer": vocabulary,
     }

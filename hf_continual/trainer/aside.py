@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hf_continual import private
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 @contextmanager
 def aside(trainer: ContinualTrainer, micro_batches: int) -> Iterator[None]:
     """Losses computed inside are in no metric and no method sees their forward passes."""
-    kept = (trainer._metrics, trainer._total_train_tokens, trainer.tap, trainer.current_gradient_accumulation_steps)
-    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    kept = trainer.tap, trainer.current_gradient_accumulation_steps
     trainer.tap, trainer.current_gradient_accumulation_steps = None, micro_batches
     try:
-        yield
+        with private.metrics_apart(trainer):
+            yield
     finally:
-        trainer._metrics, trainer._total_train_tokens, trainer.tap, trainer.current_gradient_accumulation_steps = kept
+        trainer.tap, trainer.current_gradient_accumulation_steps = kept
 
 
 def gradients(
@@ -55,7 +56,7 @@ def gradients(
     items: Any = None
     if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         with _counted_here(trainer, alone):
-            items = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+            items = private.count_items(trainer, batches)
         if items is not None:
             items = items.clamp(min=1) if torch.is_tensor(items) else max(items, 1)
     total = torch.zeros((), device=trainer.args.device)
@@ -72,11 +73,7 @@ def gradients(
                 accelerator.backward(loss * scale if scale != 1 else loss)
             total += loss.detach()
     model.train(was_training or training)
-    # As the trainer: without clipping the norm is taken all the same, which undoes the scaling of the loss.
-    if clip and trainer.args.max_grad_norm > 0:
-        trainer._clip_grad_norm(model)
-    else:
-        trainer._get_grad_norm(model)
+    private.clip_or_norm(trainer, model, clip)
     return total
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
+from hf_continual import private
 from hf_continual.data.rows import row_lengths
 from hf_continual.methods.compose import Methods
 from hf_continual.tensors.reference import learned_positions, most_tokens
@@ -87,7 +88,7 @@ def check_arguments(
     smoothing = args is not None and args.label_smoothing_factor > 0 and getattr(args, "loss_type", "nll") == "nll"
     if compute_loss_func is not None or smoothing:
         reading = [type(m).__name__ for m in methods if m.reads_forward()]
-        weighted = [type(m).__name__ for m in methods if getattr(m, "weight", 1.0) != 1.0 and not m.reads_forward()]
+        weighted = [type(m).__name__ for m in methods if (added := m.added_rows()) is not None and added.weight != 1]
         if reading or weighted:
             what = "compute_loss_func" if compute_loss_func is not None else "label_smoothing_factor"
             raise ValueError(
@@ -194,7 +195,7 @@ def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
             f"{name}: rows cannot join batches that are split along the sequence (context or sequence parallelism): "
             f"the split is fixed before the rows are drawn. Set cp_size=1 and sp_size=1."
         )
-    if trainer._is_vision_dataset:
+    if private.has_images(trainer):
         raise ValueError(f"{name} supports text only, and the training rows hold images. Train without {name}.")
 
 
@@ -210,7 +211,7 @@ def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None
             positions.
     """
     size = shape_of(trainer.run.model.get_input_embeddings().weight)[0]  # pyrefly: ignore[not-callable]
-    knows = len(trainer._tokenizer)
+    knows = len(private.tokenizer_of(trainer))
     most = most_tokens(trainer.run.model) if learned_positions(trainer.run.model) else None
     for name, prepared in rows.items():
         if most is not None and (longest := int(row_lengths(prepared).max())) > most:

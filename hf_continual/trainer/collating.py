@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from hf_continual.data.collator import ReplayCollator
+from hf_continual import private
+from hf_continual.data.collator import ROW, CountTokens, NameRows, ReplayCollator
 
 if TYPE_CHECKING:
     from hf_continual.trainer.trainer import ContinualTrainer
@@ -61,7 +62,7 @@ def replay_collator(trainer: ContinualTrainer, prepared: Dataset, name: str) -> 
     Raises:
         ValueError: If the data collator cannot take tokenised rows, or its batches cannot be merged.
     """
-    collate, tokenizer = trainer.data_collator, trainer._tokenizer
+    collate, tokenizer = trainer.data_collator, private.tokenizer_of(trainer)
     pads = (getattr(collate, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in pads if token is not None)
     rows = [prepared[i % len(prepared)] for i in range(2)]
@@ -73,6 +74,58 @@ def replay_collator(trainer: ContinualTrainer, prepared: Dataset, name: str) -> 
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return made
+
+
+@contextmanager
+def tokens_counted(trainer: ContinualTrainer) -> Iterator[None]:
+    """A data loader that is made inside counts the tokens of its batches, where replay must know them.
+
+    Args:
+        trainer: The trainer.
+
+    Yields:
+        None: While its collator counts.
+    """
+    collate = trainer.data_collator
+    if trainer.mixer is not None and not trainer.args.accelerator_config.dispatch_batches:
+        trainer.data_collator = CountTokens(collate)
+    try:
+        yield
+    finally:
+        trainer.data_collator = collate
+
+
+@contextmanager
+def rows_named(trainer: ContinualTrainer) -> Iterator[None]:
+    """A data loader that is made inside says of each token which of the task's rows it is from, where a method asks.
+
+    Args:
+        trainer: The trainer.
+
+    Yields:
+        None: While its rows carry their places.
+
+    Raises:
+        ValueError: If the rows are a stream, or are tokenised by the collator only.
+    """
+    asking = [type(m).__name__ for m in trainer.methods if m.reads_row_ids()]
+    if not asking:
+        yield
+        return
+    rows, collate = trainer.run.task_rows, trainer.data_collator
+    if "input_ids" not in rows.column_names:
+        raise ValueError(
+            f"{asking[0]} looks values up by the place of a token in its row, and the rows have no tokens before they are "
+            f"collated (columns {rows.column_names}). Give rows that SFTTrainer tokenises, or drop the method."
+        )
+    seen = trainer.train_dataset
+    trainer.train_dataset = seen.add_column(ROW, list(range(len(rows))))  # pyrefly: ignore
+    trainer.data_collator = NameRows(collate)
+    try:
+        with private.column_kept(trainer, ROW):
+            yield
+    finally:
+        trainer.train_dataset, trainer.data_collator = seen, collate
 
 
 def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:
@@ -105,7 +158,7 @@ def _task_batch(trainer: ContinualTrainer) -> dict[str, Any] | None:
     if not isinstance(rows, Dataset):
         return None
     try:
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+        collate = private.task_collator(trainer)
         return dict(collate([rows[i % len(rows)] for i in range(2)]))
     except Exception:
         return None

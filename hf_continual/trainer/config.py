@@ -25,6 +25,8 @@ class ContinualConfig(SFTConfig):
         predecessor: Folder or Hub id of the task before, where the model does not say it: its methods' state is taken
             over. A model given by path or id says it.
         fresh_methods: Start without what the methods of the task before left.
+        max_minutes: Minutes after which training saves and stops as if told to by a signal, with exit code 75; None is no
+            limit. It counts from the start of `train`.
         hub_base_model: Hub id of the base model, where `model` is a folder that holds a copy of it.
         hub_license: Licence id of the pushed model, where the parents' licences differ.
 
@@ -52,6 +54,9 @@ class ContinualConfig(SFTConfig):
     fresh_methods: bool = field(
         default=False, metadata={"help": "Start without what the methods of the task before left."}
     )
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Minutes after which training saves and stops, to be resumed."}
+    )
     hub_base_model: str | None = field(
         default=None,
         metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."},
@@ -66,6 +71,8 @@ class ContinualConfig(SFTConfig):
         super().__post_init__()
         if self.task_index < 0:
             raise ValueError(f"task_index={self.task_index} must be 0 or more: tasks are counted from 0.")
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise ValueError(f"max_minutes={self.max_minutes} must be above 0; None is no limit.")
         # Built and dropped: a wrong name or type must fail here, before any weights are loaded.
         build_methods(self.methods)
 

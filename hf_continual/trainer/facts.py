@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
+from trl import SFTTrainer
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
+from hf_continual import private
 from hf_continual.hub.facts import CardFacts, Evaluation, MethodFacts, TaskFacts
 from hf_continual.hub.files import installed_versions
 from hf_continual.hub.folder_facts import has_facts, read_facts
@@ -45,7 +50,8 @@ def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) 
     Returns:
         The facts; they hold no path.
     """
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    args = trainer.args
     adapter = isinstance(model, PeftModel)
     path, revision = _loaded_from(model)
     named = getattr(args, "hub_base_model", None)
@@ -74,9 +80,41 @@ def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) 
         steps=trainer.state.global_step,
         seconds=next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None),
         hardware=hardware(args.world_size),
+        tags=trl_tags(model.config),
+        tracking=tracking_pages(),
         chat=getattr(trainer.processing_class, "chat_template", None) is not None,
         versions=installed_versions(),
     )
+
+
+def trl_tags(config: Any = None) -> tuple[str, ...]:
+    """The tags of TRL's own cards, by which the Hub counts and finds models of its trainers.
+
+    Args:
+        config: The model's configuration, where there is a model.
+
+    Returns:
+        What `SFTTrainer.create_model_card` would write now.
+    """
+    tags = ["generated_from_trainer", *private.tags_of(SFTTrainer)]
+    if hasattr(config, "unsloth_version"):
+        tags.append("unsloth")
+    if "JOB_ID" in os.environ:
+        tags.append("hf_jobs")
+    if page := get_trackio_space_url():
+        tags.append(f"trackio:{page}")
+    return tuple(tags)
+
+
+def tracking_pages() -> dict[str, str]:
+    """Pages of the trackers that are running, by name."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    pages = {
+        "Weights & Biases": getattr(run, "url", None),
+        "Trackio": get_trackio_space_url(),
+        "Comet": get_comet_experiment_url(),
+    }
+    return {name: page for name, page in pages.items() if page}
 
 
 def _loaded_from(model: Any) -> tuple[str | None, str | None]:
@@ -114,7 +152,7 @@ def _live_settings(trainer: PublishingTrainer) -> dict[str, Any]:
     if (optimizer := trainer.optimizer) is not None:
         peak, _ = peak_and_factor(getattr(optimizer, "optimizer", optimizer), trainer.lr_scheduler)
         found["learning_rate"] = peak or trainer.args.learning_rate
-    batch = trainer._train_batch_size // max(trainer.args.n_gpu, 1)
+    batch = private.fitted_batch(trainer) // max(trainer.args.n_gpu, 1)
     if trainer.args.auto_find_batch_size and batch:
         found["per_device_train_batch_size"] = batch
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from peft import PeftModel
 
 from hf_continual.data import handover
 from hf_continual.data.together import from_first
-from hf_continual.methods.compose import overrides
+from hf_continual.hub.text import safe
+from hf_continual.methods.compose import check_heirs, overrides
 from hf_continual.tensors.identity import base_sample
 from hf_continual.trainer.start import find_predecessor, is_unfinished
 
@@ -21,12 +23,75 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def open_predecessor(trainer: SavingTrainer, source: str | None) -> handover.HandOver | None:
+LEFT = "_hf_continual_left"  # attribute of a model that was trained in this process
+
+
+@dataclass(frozen=True)
+class Left:
+    """What goes with a model that stays in the process, as the tasks of one script may train it one after the other.
+
+    Args:
+        found: What its methods left; None where they left nothing.
+        weights: How often each weight had been written when the task ended.
+    """
+
+    found: handover.HandOver | None
+    weights: tuple[int, ...]
+
+
+def leave_with_model(trainer: SavingTrainer) -> None:
+    """Let what methods left go with the model in this process, too."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    states = {name: state for name, state in (trainer.task_states or {}).items() if state}
+    found = None
+    if states:
+        task = trainer.run.task
+        kinds = {name: (kind, options) for name, kind, options in trainer.methods.kinds()}
+        kept = tuple(handover.Kept(name, *kinds[name], files={}, tensors=0) for name in states)
+        where = Path("the model in this process")
+        found = handover.HandOver(
+            where, {"name": task.name, "index": task.index}, kept, {}, base_facts(trainer), held=states
+        )
+    setattr(model, LEFT, Left(found, _written(model)))
+
+
+def _written(model: Any) -> tuple[int, ...]:
+    return tuple(p._version for p in model.parameters())
+
+
+def left_with(model: Any, args: Any) -> Left | None:
+    """What a model comes with that was trained before in this process.
+
+    Args:
+        model: As given to the trainer, before it is touched.
+        args: Training arguments, or None.
+
+    Returns:
+        What was left; None where the model does not come from this process, or another predecessor is named.
+
+    Raises:
+        HandOverError: If its weights were changed since.
+    """
+    left = getattr(model, LEFT, None)
+    if left is None or getattr(args, "predecessor", None) or getattr(args, "fresh_methods", False):
+        return None
+    if left.found is not None and left.weights != _written(model):
+        raise handover.HandOverError(
+            f"The weights of this model were changed since task {left.found.task.get('name')!r} ended in this process, and what "
+            f"its methods ({', '.join(left.found.names)}) learned may not hold for them. Name the folder that belongs to the "
+            f"weights, ContinualConfig(predecessor=folder), or start without what was learned: "
+            f"ContinualConfig(fresh_methods=True)."
+        )
+    return left
+
+
+def open_predecessor(trainer: SavingTrainer, source: str | None, left: Left | None = None) -> handover.HandOver | None:
     """What the task before left for this run's methods.
 
     Args:
         trainer: The trainer, set up.
         source: Folder or Hub id of the weights that training starts from.
+        left: What a model of this process comes with; the weights that it was loaded from are then another matter.
 
     Returns:
         The list of what was left, no tensor read; None where there is nothing, or it is not wanted.
@@ -45,6 +110,8 @@ def open_predecessor(trainer: SavingTrainer, source: str | None) -> handover.Han
     if getattr(args, "fresh_methods", False):
         logger.info("The methods begin without what an earlier task left (fresh_methods=True).")
         return None
+    if left is not None:
+        return _checked(trainer, left.found)
     if is_unfinished(source):
         logger.warning(
             "%s is a checkpoint of a task that has not ended; its methods left nothing for another task. To finish that "
@@ -53,26 +120,26 @@ def open_predecessor(trainer: SavingTrainer, source: str | None) -> handover.Han
         return None
     revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
     from_first(lambda: find_predecessor(source, revision) and None)  # one process reads the weights to check them
-    found = find_predecessor(source, revision, check=False)
+    return _checked(trainer, find_predecessor(source, revision, check=False))
+
+
+def _checked(trainer: SavingTrainer, found: handover.HandOver | None) -> handover.HandOver | None:
     if found is not None:
         _check_methods(trainer, found)
         _check_base(trainer, found)
         logger.info(
-            "%s: taking over what %s learned in task %r.", source, ", ".join(found.names), found.task.get("name")
-        )
+            "%s: taking over what %s learned in task %r.",
+            found.folder, ", ".join(found.names), found.task.get("name"),
+        )  # fmt: skip
     return found
 
 
 def _check_methods(trainer: SavingTrainer, found: handover.HandOver) -> None:
-    here = {name: kind for name, kind, _ in trainer.methods.kinds()}
-    for kept in found.methods:
-        if here.get(kept.name) != kept.kind:
-            has = f"a {here[kept.name]!r} of that name" if kept.name in here else f"{', '.join(here)}"
-            raise handover.HandOverError(
-                f"{found.folder} comes with what method {kept.name!r} (a {kept.kind!r}, {kept.bytes:,} bytes) learned in task "
-                f"{found.task.get('name')!r}, and this run has {has}: it would be lost. Give the run that method, or start "
-                f"without what was learned: ContinualConfig(fresh_methods=True)."
-            )
+    left = [(kept.name, kept.kind, f", {kept.bytes:,} bytes") for kept in found.methods]
+    try:
+        check_heirs(left, trainer.methods, f"{found.folder}, the model of task {found.task.get('name')!r},")
+    except ValueError as error:
+        raise handover.HandOverError(str(error)) from None
 
 
 def _check_base(trainer: SavingTrainer, found: handover.HandOver) -> None:
@@ -103,6 +170,7 @@ def before_training(trainer: SavingTrainer) -> None:
                 method.load_task_state(state, run)
     for method in methods.at("prepare"):
         method.prepare(run)
+    trainer.mix_prepared_rows()
     if editing := methods.at("edit_rows"):
         trainer.rows_as_given = trainer.rows_as_given or trainer.train_dataset
         rows = trainer.rows_as_given
@@ -147,7 +215,9 @@ def stage(trainer: SavingTrainer, folder: Path) -> bool:
         handover.clear(folder)
         return False
     task = trainer.run.task
+    described = [(name, kind, safe(options)) for name, kind, options in trainer.methods.kinds()]  # it may be published
     handover.stage(
-        folder, states, trainer.methods.kinds(), {"name": task.name, "index": task.index}, base_facts(trainer)
-    )
+        folder, states, described, {"name": task.name, "index": task.index}, base_facts(trainer),
+        {method.name: method.leaves for method in trainer.methods},
+    )  # fmt: skip
     return True

@@ -63,6 +63,7 @@ class ReplayMixer:
                 zip(self.sources, rows, owed_per_token([s.ratio for s in self.sources]), strict=True)
             )
         ]
+        self.settled = self._counted()
         # Sources with a fixed number of rows go first: the shares count their tokens as given.
         self.order = sorted(range(len(self.draws)), key=lambda i: self.draws[i].per_batch is None)
 
@@ -70,6 +71,11 @@ class ReplayMixer:
         """Forget all counts: a new run begins."""
         for draw in self.draws:
             draw.counters[:] = 0
+        self.settle()
+
+    def settle(self) -> None:
+        """An optimizer step has ended: what was drawn for it is drawn; what is drawn from here on belongs to the next."""
+        self.settled = self._counted()
 
     def mixed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The micro-batches of one optimizer step, each with its replay rows, drawn when asked for."""
@@ -90,7 +96,13 @@ class ReplayMixer:
             yield self.collator.merge(batch, drawn)
 
     def counters(self) -> np.ndarray:
-        """Counters of all sources, (sources, slots, 3); only this process's slots are filled."""
+        """Counters of all sources as the last step left them, (sources, slots, 3); only this process's slots are filled.
+
+        The next step's batches are drawn ahead: a checkpoint that is written meanwhile must not count them.
+        """
+        return self.settled
+
+    def _counted(self) -> np.ndarray:
         return np.stack([draw.counters for draw in self.draws])
 
     def resume(self, counters: np.ndarray) -> None:
@@ -107,6 +119,7 @@ class ReplayMixer:
             draw.resume(counted)
             others = np.arange(draw.slots) % self.world_size != self.rank
             draw.counters[others] = 0
+        self.settle()
 
     def report(self, totals: np.ndarray) -> None:
         """Say what was replayed, and where the share asked for was missed.

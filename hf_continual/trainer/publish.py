@@ -151,7 +151,7 @@ def push_run(
         {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
     )
     write_run_card(trainer, folder, **changes)
-    known = ("tag", "license", "base_model", "create_pr", "dry_run")
+    known = ("tag", "license", "base_model", "create_pr", "dry_run", "method_state", "include")
     if unknown := [key for key in options if key not in known]:
         raise TypeError(
             f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}."

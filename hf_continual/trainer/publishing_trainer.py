@@ -98,8 +98,8 @@ class PublishingTrainer(SFTTrainer):
             token: In place of ``hub_token``.
             revision: In place of ``hub_revision``.
             private: In place of ``hub_private_repo``.
-            **kwargs: `evaluation` (what was measured), `language`, and `tag`, `license`, `base_model`, `create_pr` and
-                `dry_run` of `hf_continual.push_to_hub`.
+            **kwargs: `evaluation` (what was measured), `language`, and `tag`, `license`, `base_model`, `create_pr`,
+                `dry_run`, `method_state` and `include` of `hf_continual.push_to_hub`.
 
         Returns:
             What was pushed; None on all processes but the first.

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from hf_continual import private
 from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
 from hf_continual.trainer import aside, checks
@@ -43,7 +44,7 @@ class TrainerRun:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._trainer._tokenizer
+        return private.tokenizer_of(self._trainer)
 
     @property
     def step(self) -> int:
@@ -60,6 +61,10 @@ class TrainerRun:
     @property
     def learning_rate(self) -> float:
         return self._peak_and_factor()[0]
+
+    @property
+    def starts_afresh(self) -> bool:
+        return bool(getattr(self._trainer.args, "fresh_methods", False))
 
     @property
     def seed(self) -> int:
@@ -106,7 +111,7 @@ class TrainerRun:
     @property
     def batch_size(self) -> int:
         # `auto_find_batch_size` lowers the trainer's own number and leaves the argument as it was given.
-        return max(self._trainer._train_batch_size // max(self._trainer.args.n_gpu, 1), 1)
+        return max(private.fitted_batch(self._trainer) // max(self._trainer.args.n_gpu, 1), 1)
 
     def _rows_per_batch(self, asked: int | None) -> int:
         """The live batch size; of a size that was asked for the same share that the device had room for."""
@@ -189,7 +194,7 @@ class TrainerRun:
         return self._collate([rows[i] for i in which])
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
-        return self._trainer._prepare_inputs(self._trainer.data_collator(rows))
+        return private.on_device(self._trainer, self._trainer.data_collator(rows))
 
     def loss(self, batch: Batch) -> Tensor:
         with self._trainer.compute_loss_context_manager():
@@ -216,7 +221,7 @@ class TrainerRun:
 
     def optimizer_step(self) -> None:
         if self._trainer.args.max_grad_norm > 0:
-            self._trainer._clip_grad_norm(self._trainer.model_wrapped)
+            private.clip_or_norm(self._trainer, self._trainer.model_wrapped, clip=True)
         self.update()
         self.zero_grad()
 

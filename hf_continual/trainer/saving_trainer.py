@@ -14,7 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_continual.data import handover
 from hf_continual.disk import writing
-from hf_continual.trainer import adapters, hand_over, run_lock, state, whole
+from hf_continual.methods.compose import kind_of
+from hf_continual.trainer import adapters, hand_over, run_lock, state, stop, whole
 from hf_continual.trainer.publishing_trainer import PublishingTrainer
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ class SavingTrainer(PublishingTrainer):
     task_states: dict[str, dict[str, Any]] | None
     predecessor: handover.HandOver | None
     rows_as_given: Any
+    stopping = False
+    told_to_stop: str | None = None
+
+    def mix_prepared_rows(self) -> None:
+        """See `ContinualTrainer`."""
+        raise NotImplementedError
 
     def replay_totals(self) -> np.ndarray | None:
         """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
@@ -74,12 +81,15 @@ class SavingTrainer(PublishingTrainer):
             self._complete(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """SFTTrainer's; says what to do where it cannot be written."""
+        """SFTTrainer's; says what to do where it cannot be written. Told to stop, it ends once the model is saved."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
         folder = Path(output_dir or self.args.output_dir)
         way_out = (
             "The trained model is still in this process: make room there, or call save_model with a folder elsewhere."
         )
-        with writing(folder, way_out) if self.methods else nullcontext():
+        with stop.after_saving(self, folder), writing(folder, way_out) if self.methods else nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def save_finished(self, folder: str) -> None:
@@ -95,6 +105,17 @@ class SavingTrainer(PublishingTrainer):
         if staged:
             handover.commit(target)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.stopping:  # whoever told it to stop does not wait for an upload
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `PublishingTrainer`; a run that was stopped is not published."""
+        stop.check_finished(self)
+        return super().push_to_hub(*args, **kwargs)
+
+    push_to_hub.__doc__ = PublishingTrainer.push_to_hub.__doc__
 
     def _after_a_full_disk(self, folder: Path) -> str:
         """What is safe, and what to do."""
@@ -129,7 +150,11 @@ class SavingTrainer(PublishingTrainer):
             method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """SFTTrainer's, except that True resumes from the newest whole checkpoint, and one trainer at a time has the folder."""
+        """SFTTrainer's, except that True resumes from the newest whole checkpoint, and one trainer at a time has the folder.
+
+        Told to stop by SIGTERM, SIGINT or SIGUSR1, or by `max_minutes`, it saves a checkpoint at the end of the step and
+        raises `Stopped`, which ends the process with exit code 75.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = state.last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -141,14 +166,16 @@ class SavingTrainer(PublishingTrainer):
             checkpoint = Path(resume_from_checkpoint)
             if self.methods or state.read_run(checkpoint):
                 state.check_whole(checkpoint)
-            places = {m.name: m.places for m in self.methods}
+            places = {kind_of(type(m)): m.places for m in self.methods}
             state.check_same_methods(checkpoint, self.methods.describe(), places)
         self.task_states = None
-        with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext():
+        with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext(), stop.at_steps(self):
             try:
                 if self.methods:
                     hand_over.before_training(self)
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                hand_over.leave_with_model(self)
+                return result
             finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
                 for method in self.methods:
                     method.release()

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
+from hf_continual import private
 from hf_continual.data import handover
 from hf_continual.tensors.reference import untrained
 from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
@@ -92,15 +98,19 @@ def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, q
 
 @contextmanager
 def options_used(args: Any, opened: bool) -> Iterator[None]:
-    """Hide `model_init_kwargs` from SFTTrainer while it is built with a model that was opened with them here."""
-    given = getattr(args, "model_init_kwargs", None)
-    if opened and given is not None:
-        args.model_init_kwargs = None
+    """Hide from SFTTrainer, while it is built, options that are used here: `model_init_kwargs` where the model was opened with
+    them, and `enable_jit_checkpoint`, whose handler would take the end of `train` for the end of the task; see `stop`.
+    """
+    used = {"model_init_kwargs": None} if opened else {}
+    used = {**used, "enable_jit_checkpoint": False}
+    given = {name: getattr(args, name) for name in used if hasattr(args, name)}
+    for name in given:
+        setattr(args, name, used[name])
     try:
         yield
     finally:
-        if opened and given is not None:
-            args.model_init_kwargs = given
+        for name, value in given.items():
+            setattr(args, name, value)
 
 
 def _downloaded(model: str, revision: str | None) -> Path:
@@ -136,12 +146,15 @@ def find_predecessor(source: str | None, revision: str | None, check: bool = Tru
         return handover.read(folder, check)
     if source.count("/") > 1 or source.startswith((".", "~", "/")):
         return None
+    listed = f"{handover.FOLDER}/{handover.MANIFEST}"
+    if private.is_known_absent(source, listed, revision):
+        return None
     try:
+        hf_hub_download(source, listed, revision=revision)
         patterns = [f"{handover.FOLDER}/*", "*.safetensors"]
-        found = Path(snapshot_download(source, revision=revision, allow_patterns=patterns[:1]))
-        if not (found / handover.FOLDER / handover.MANIFEST).is_file():
-            return None
         return handover.read(Path(snapshot_download(source, revision=revision, allow_patterns=patterns)), check)
+    except RemoteEntryNotFoundError:
+        return None
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         logger.warning(
             "%s: the Hub does not say whether methods of an earlier task left something there (%s); training starts "

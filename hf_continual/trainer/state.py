@@ -114,6 +114,7 @@ def _new_run(checkpoint: Path) -> str:
 def _differences(
     then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], places: Mapping[str, Sequence[str]]
 ) -> list[str]:
+    then = [_by_kind(*pair) for pair in zip(then, now, strict=False)] + list(then[len(now) :])
     names_then, names_now = ([next(iter(m)) for m in side] for side in (then, now))
     if names_then != names_now:
         return [f"{names_then or 'none'} then, {names_now or 'none'} now"]
@@ -127,6 +128,13 @@ def _differences(
             if key not in places.get(name, ()) and old.get(key) != new.get(key)
         ]
     return lines
+
+
+def _by_kind(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A method of a checkpoint by its kind; an older version called it by its instance's name."""
+    (key, options), (kind, given) = *then.items(), *now.items()
+    old = key == options.get("name") == given.get("name")
+    return {kind: options} if old else then
 
 
 def digest_of(rows: Dataset, sample: int = 64) -> str:

@@ -52,6 +52,8 @@ class Stations(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is counted; log, evaluation and checkpoint come next."""
+        if self.trainer.mixer is not None:
+            self.trainer.mixer.settle()
         if self.end and not self.trainer.accelerator.optimizer_step_was_skipped:
             for method in self.end:
                 method.end_step(self.trainer.run)

@@ -15,13 +15,13 @@ import torch
 from accelerate.utils import DynamoBackend, is_compiled_module
 from datasets import Dataset, IterableDataset
 
-from hf_continual.data.collator import ORIGIN, CountTokens
+from hf_continual.data.collator import ORIGIN
 from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
-from hf_continual.trainer.collating import replay_collator
+from hf_continual.trainer.collating import replay_collator, rows_named, tokens_counted
 from hf_continual.trainer.config import ContinualConfig
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.mixer import ReplayMixer
@@ -139,6 +139,7 @@ class ContinualTrainer(SavingTrainer):
         if self.methods:
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
         task_row = checks.first_row(train_dataset) if self.methods else {}
+        left = hand_over.left_with(model, args) if self.methods else None
         start = open_start(model, args, processing_class, peft_config, quantization_config)
         with options_used(args, start.opened):
             super().__init__(
@@ -166,7 +167,7 @@ class ContinualTrainer(SavingTrainer):
         self.row_digests: dict[str, str] = {}
         if self.methods:
             self._set_up_methods(task_row)
-        self.predecessor = hand_over.open_predecessor(self, start.source)
+        self.predecessor = hand_over.open_predecessor(self, start.source, left)
         self.check_push()
 
     def _set_up_methods(self, task_row: dict[str, Any]) -> None:
@@ -180,9 +181,11 @@ class ContinualTrainer(SavingTrainer):
         for method in self.methods:
             method.prepare_model(self.run.model, self.run.task)
         self._given_optimizer = self.optimizer
+        # The loop sets it at each step; a run that is resumed after its last step has none, and methods end the task all the same.
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         if self.optimizer is not None:
             self.check_optimizer()
-        if self.mixer or any(method.reads_forward() for method in self.methods):
+        if self.mixer or any(method.reads_forward() or method.makes_rows() for method in self.methods):
             plugin: Any = self.accelerator.state.dynamo_plugin
             compiled = plugin.backend != DynamoBackend.NO or self.args.torch_compile or is_compiled_module(self.model)
             self.tap = ForwardTap(self.run.model, self.methods.taps, compiled)
@@ -206,6 +209,11 @@ class ContinualTrainer(SavingTrainer):
             seed=self.run.seed,
             ledger=self.ledger,
         )
+
+    def mix_prepared_rows(self) -> None:
+        """Rows that methods have made by now are mixed in with the others."""
+        if any(method.makes_rows() for method in self.methods):
+            self.mixer = self._mixer()
 
     def prepare_rows(self, rows: Dataset, row_type: RowType | str, name: str) -> Dataset:
         """Tokenise rows with the very code that tokenised the task's rows.
@@ -264,15 +272,9 @@ class ContinualTrainer(SavingTrainer):
             check_holds_trained(self.run.model, live, given=live is self._given_optimizer)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """SFTTrainer's, counting tokens on the way when replay needs to know them."""
-        if self.mixer is None or self.args.accelerator_config.dispatch_batches:
+        """SFTTrainer's, counting tokens and naming rows on the way when methods need to know them."""
+        with rows_named(self), tokens_counted(self):
             return super().get_train_dataloader()
-        collate = self.data_collator
-        self.data_collator = CountTokens(collate)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collate
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

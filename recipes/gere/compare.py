@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 
 from hf_continual import train_stream
 from hf_continual.data.rows import load_rows
-from hf_continual.data.states import record
 from hf_continual.methods.gere import activation_states
+from hf_continual.methods.gere.margin import margin
+from hf_continual.methods.gere.states import record
 from hf_continual.stream.models import load_finished
 from hf_continual.stream.read import read_plan
-from hf_continual.tensors.margin import margin
 from hf_continual.tensors.reference import last_hidden
 
 ARMS = {

@@ -97,7 +97,7 @@ def test_collators_that_change_rows_are_refused():
     def shortening(rows):
         return collator()([{k: v[:1] for k, v in row.items()} for row in rows])
 
-    with pytest.raises(ValueError, match="returned 1 tokens for replay rows that hold 5"):
+    with pytest.raises(ValueError, match="returned 1 tokens for the replay rows that hold 5"):
         ReplayCollator(shortening, False, 0).merge(collator()(TASK), [(0, 0, LONG)])
 
 

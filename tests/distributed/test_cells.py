@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_continual import Method
 from hf_continual.methods.table import TABLE
@@ -164,3 +165,15 @@ def test_no_process_waits_for_ever(tmp_path, what, said):
     """Different rows, an error of one process, a process that is gone: all end within a minute, saying what was first."""
     done = start("tests.distributed.faults", [what, str(tmp_path)], timeout=60)
     assert done.returncode != 0 and said in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
+
+
+def test_told_to_stop_all_save_at_the_same_step(tmp_path):
+    """The signal reaches one process; the other hears of it a step later."""
+    for what, code in (("straight", 0), ("stopped", 1), ("stopped", 0)):
+        done = start("tests.distributed.faults", [what, str(tmp_path / what)], timeout=120)
+        assert done.returncode == code, (done.stdout + done.stderr)[-3000:]  # torchrun has no exit code but 1
+    assert (tmp_path / "stopped" / "stopped-1").read_text() == "75 Stopped by SIGTERM at step 4 of 8."
+    told = (tmp_path / "stopped" / "stopped-0").read_text()
+    assert told == "75 Stopped by another process of the run at step 4 of 8."
+    straight, resumed = (load_file(tmp_path / what / "model.safetensors") for what in ("straight", "stopped"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)

@@ -17,7 +17,7 @@ from hf_continual.hub.facts import CardFacts, MethodFacts, TaskFacts
 from hf_continual.hub.folder_facts import evaluation_from, facts_from
 from hf_continual.hub.refs import ModelRef
 from hf_continual.methods.table import method_class
-from hf_continual.trainer.facts import settings_of
+from hf_continual.trainer.facts import settings_of, trl_tags
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -40,6 +40,7 @@ def recipe_facts(recipe: Path) -> CardFacts:
         tasks=(TaskFacts("new-task", started_from=BASE),),
         methods=tuple(MethodFacts(name, options or {}, method_class(name).paper) for name, options in named.items()),
         settings=settings_of(config),
+        tags=trl_tags(),
         chat=True,
     )
 

@@ -60,7 +60,7 @@ class Fault:
     """What to do to a request in place of, or after, answering it.
 
     `kind`: ``status`` answers so; ``cut`` closes the connection after part of the body; ``lost`` does the work and
-    closes the connection without an answer; ``html`` answers with a page.
+    closes the connection without an answer; ``html`` answers with a page; ``none`` answers as always. `before` is called first.
     """
 
     method: str

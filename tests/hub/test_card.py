@@ -420,3 +420,28 @@ def test_a_model_is_called_safe_only_where_it_is(tmp_path, harm):
         assert "does not exist (looked in" in pushed.output and "To push it again" not in pushed.output
     else:
         assert f"When that is mended: hf-continual push {folder} me/x" in pushed.output
+
+
+def test_the_tags_of_trl_and_its_badges(tmp_path, monkeypatch):
+    """What TRL would have written now stands beside our own, so that the Hub finds and counts the model as before."""
+    from hf_continual import ContinualConfig, ContinualTrainer
+    from hf_continual.trainer import facts as module
+    from tests import toy
+
+    page = "https://me-runs.hf.space?project=p&runs=r&sidebar=collapsed"
+    monkeypatch.setenv("JOB_ID", "1")
+    monkeypatch.setattr(module, "get_trackio_space_url", lambda: page)
+    monkeypatch.setattr("trl.trainer.base_trainer.get_trackio_space_url", lambda: page)
+    trainer = ContinualTrainer(
+        toy.model(), ContinualConfig(**toy.settings(tmp_path, max_steps=1)), train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+    )  # fmt: skip
+    trainer.create_model_card()
+    theirs = read_card((tmp_path / "README.md").read_text())[0]["tags"]
+    (tmp_path / "README.md").unlink()
+    trainer.save_model()
+    data, body = read_card((tmp_path / "README.md").read_text())
+    assert set(theirs) == {"generated_from_trainer", "trl", "sft", "hf_jobs", f"trackio:{page}"} <= set(data["tags"])
+    assert {"continual-learning", "hf_continual"} <= set(data["tags"])
+    assert f"]({page})" in body and 'alt="Visualize in Trackio"' in body
+    assert not lint_folder(tmp_path)

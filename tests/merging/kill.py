@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hf_continual import stopping
 from hf_continual.merging import writer
 from hf_continual.merging.linear import merge_linear
 from tests.merging.bytes_of import digest
@@ -29,7 +30,11 @@ def in_child(action: Any) -> int:
     """Do something in a fork; minus the signal that ended it, or its exit code."""
     if (pid := os.fork()) == 0:
         try:
-            action()
+            with stopping.listening("The same command resumes."):
+                action()
+        except SystemExit as stopped:
+            sys.stderr.write(f"{stopped}\n")
+            os._exit(int(stopped.code or 0))
         except BaseException as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             os._exit(1)
@@ -43,8 +48,8 @@ def finished(out: Path) -> int:
     return len(json.loads(journal.read_text())["finished"]) if journal.is_file() else 0
 
 
-def killed_after(nbytes: int, action: Any, settled: Path | None = None) -> Any:
-    """An action that is killed once so many bytes of shards are written; with `settled`, not before one more file of
+def killed_after(nbytes: int, action: Any, settled: Path | None = None, number: int = signal.SIGKILL) -> Any:
+    """An action that gets a signal once so many bytes of shards are written; with `settled`, not before one more file of
     that output is noted as finished, which on a busy disk happens later."""
     written = 0
     append = writer._Open.append
@@ -58,7 +63,8 @@ def killed_after(nbytes: int, action: Any, settled: Path | None = None) -> Any:
             waited = time.monotonic()
             while settled is not None and finished(settled) == before and time.monotonic() < waited + 60:
                 time.sleep(0.005)
-            os.kill(os.getpid(), signal.SIGKILL)
+            writer._Open.append = append
+            os.kill(os.getpid(), number)
 
     def act() -> None:
         writer._Open.append = counted
@@ -88,6 +94,16 @@ def main() -> None:
     while in_child(killed_after(350_000, lambda: merge(world, out), out)) == -signal.SIGKILL:
         deaths += 1
     found["often"] = [deaths, digest(out) == wanted]
+
+    # Told to stop: as after a kill, but it says so.
+    found["stopped"] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        out = world / f"stopped{number}"
+        ended = in_child(killed_after(total // 2, lambda out=out: merge(world, out), out, number))
+        left = finished(out)
+        again = in_child(lambda out=out: merge(world, out))
+        clean = not (world / f".{out.name}.merging").exists()
+        found["stopped"].append([ended, left > 0, again, digest(out) == wanted, clean])
 
     # Another merge over an old output: killed, the old one is whole.
     other = in_child(killed_after(total // 2, lambda: merge(world, world / "often", overwrite=True, dtype="float16")))

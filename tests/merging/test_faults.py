@@ -37,6 +37,7 @@ def test_killed_at_every_tenth_and_resumed_to_the_same_bytes(tmp_path):
         assert (died, early, again, same, clean) == (-9, False, 0, True, True), f"tenth {tenth}: {found['tenths']}"
         assert finished < found["shards"] or tenth == 10
     assert all(found["tenths"][i][2] > 0 for i in (3, 5, 7, 9)), "these were killed only when a file was finished"
+    assert found["stopped"] == [[75, True, 0, True, True]] * 3 and "Stopped by SIGUSR1." in ran.stderr
     deaths, same = found["often"]
     assert deaths >= 2 and same
     assert found["old"] == [-9, True]

@@ -26,7 +26,8 @@ from hf_continual.methods.table import TABLE, build_methods, method_class
 from hf_continual.paper import Paper
 from tests import toy
 from tests.methods import children, covering
-from tests.methods.covering import module
+from tests.methods.covering import example, module, zero
+from tests.trainer.same import same
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = max(covering.groups(len(TABLE)), key=len)  # as many methods as one run can have
@@ -48,13 +49,6 @@ def values(trainer):
     return [{k: v for k, v in entry.items() if k != "num_tokens"} for entry in toy.logs(trainer)]
 
 
-def same(a, b):
-    """Whether two states are equal to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
     changes = {"max_steps": 6, **getattr(module(name), "ZERO_SETTINGS", {})}
@@ -66,11 +60,11 @@ def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
         processing_class=toy.tokenizer(),
     )
     plain.train()
-    ours = build(tmp_path, [module(name).zero(None)], [name], **changes)
+    ours = build(tmp_path, [zero(name)], [name], **changes)
     ours.train()
     far = (toy.flat(plain.model) - toy.flat(ours.model)).abs().max()
     assert far <= module(name).ZERO_TOLERANCE
-    strong = build(tmp_path, [module(name).example(None)], [name], **changes)
+    strong = build(tmp_path, [example(name)], [name], **changes)
     strong.train()
     assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and strength does something
 
@@ -79,7 +73,7 @@ def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
 @pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 32}], ids=["padded", "packed"])
 def test_resumed_is_uninterrupted(tmp_path, names, layout):
     def methods():
-        return [module(name).example(None) for name in names]
+        return [example(name) for name in names]
 
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2, **layout}
     straight = build(tmp_path / "a", methods(), names, **settings)
@@ -111,7 +105,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_forward_per_micro_batch(tmp_path, name):
-    trainer = build(tmp_path, [module(name).example(None)], [name], max_steps=2, gradient_accumulation_steps=2)
+    trainer = build(tmp_path, [example(name)], [name], max_steps=2, gradient_accumulation_steps=2)
     calls = []
     trainer.model.register_forward_hook(lambda *a: calls.append(1))
     trainer.train()
@@ -120,7 +114,7 @@ def test_one_forward_per_micro_batch(tmp_path, name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_state_goes_through_safetensors(tmp_path, name):
-    trainer = build(tmp_path, [module(name).example(None)], [name])
+    trainer = build(tmp_path, [example(name)], [name])
     trainer.train()
     (method,) = trainer.methods
     for state in (method.state_dict(trainer.run), method.task_state(trainer.run)):
@@ -143,7 +137,7 @@ def test_three_folders_are_one_process(tmp_path, names):
             train_dataset=toy.rows(seed=20 + task),
             processing_class=toy.tokenizer(),
             peft_config=covering.lora() if peft else None,
-            methods=[module(name).example(None) for name in names],
+            methods=[example(name) for name in names],
         )
         trainer.train()
         trainer.save_model()
@@ -163,14 +157,15 @@ def test_three_folders_are_one_process(tmp_path, names):
 def test_description_rebuilds_the_method(name, tmp_path):
     """As data and as text, and the data gives the same run as the object."""
     toy.rows(seed=9, low=30, high=59).to_json(tmp_path / "rows.jsonl")
-    example = module(name).example(None)
+    given = example(name)
     described = {
         k: str(tmp_path / "rows.jsonl") if isinstance(v, dict) and "fingerprint" in v else v
-        for k, v in example.describe().items()
+        for k, v in given.describe().items()
     }
     (rebuilt,) = build_methods(yaml.safe_load(yaml.safe_dump({name: described})))
     assert rebuilt.describe() == described and type(rebuilt) is method_class(name)
     assert eval(repr(rebuilt), {type(rebuilt).__name__: type(rebuilt)}) == rebuilt
+    assert Methods([rebuilt]).describe() == [{name: described}]
     described_run = ContinualTrainer(
         **covering.start([name]),
         args=ContinualConfig(**toy.settings(tmp_path), methods={name: described}),
@@ -178,9 +173,9 @@ def test_description_rebuilds_the_method(name, tmp_path):
         processing_class=toy.tokenizer(),
     )
     described_run.train()
-    given = build(tmp_path, [example], [name])
-    given.train()
-    assert torch.equal(toy.flat(described_run.model), toy.flat(given.model))
+    by_object = build(tmp_path, [given], [name])
+    by_object.train()
+    assert torch.equal(toy.flat(described_run.model), toy.flat(by_object.model))
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -193,7 +188,7 @@ def test_it_has_a_paper_a_test_file_and_a_recipe(name):
 
 
 def train_together(folder, names, peft):
-    methods = [module(name).example(None) for name in names]
+    methods = [example(name) for name in names]
     Methods(methods)
     trainer = build(folder, methods, names, peft, max_steps=2)
     trainer.train()

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from hf_continual import KIF, ContinualTrainer, FreezeLayers, GeRe, RecAdam, Replay
+from hf_continual import KIF, ContinualConfig, ContinualTrainer, FreezeLayers, GeRe, RecAdam, Replay
 from hf_continual.tasks import Task
 from hf_continual.tensors.layers import find_blocks, modules_below, towers
 from tests import toy
@@ -409,7 +409,7 @@ def test_two_trainers_one_after_another_on_a_model(tmp_path):
     model = toy.model()
     for i in (1, 2):
         trainer = ContinualTrainer(
-            model, SFTConfig(**toy.settings(tmp_path / str(i))), train_dataset=toy.rows(),
+            model, ContinualConfig(**toy.settings(tmp_path / str(i)), fresh_methods=True), train_dataset=toy.rows(),
             processing_class=toy.tokenizer(),
             methods=[GeRe(toy.rows(seed=3), per_batch=1, cache_dir=str(tmp_path / f"c{i}")), FreezeLayers(bottom=1)],
         )  # fmt: skip

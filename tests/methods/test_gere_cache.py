@@ -14,11 +14,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 
-from hf_continual import ContinualConfig, ContinualTrainer
-from hf_continual.data.lineage import kept_of_base, remember
+from hf_continual import ContinualConfig, ContinualTrainer, FreezeLayers
+from hf_continual.data import handover
+from hf_continual.data.handover import HandOverError
 from hf_continual.data.own_words import kept_texts
-from hf_continual.data.states import open_recorded, record
+from hf_continual.methods.gere.states import open_recorded, record
 from hf_continual.tensors.reference import as_reference, untrained, weights_fingerprint
+from hf_continual.trainer import hand_over
 from tests import toy
 from tests.methods.test_gere import build, gere
 
@@ -35,14 +37,21 @@ def other_tokenizer():
 
 
 def task(tmp_path, index, model, *, tokenizer=None, peft=None, **changes):
-    return ContinualTrainer(
+    """One task as a script has it, with the pass before training made."""
+    trainer = ContinualTrainer(
         model,
-        ContinualConfig(**toy.settings(tmp_path, max_steps=2, learning_rate=1e-2), task_index=index),
+        ContinualConfig(**toy.settings(tmp_path / str(index), max_steps=2, learning_rate=1e-2), task_index=index),
         train_dataset=toy.rows(),
         processing_class=tokenizer or toy.tokenizer(),
         peft_config=peft,
         methods=[gere(tmp_path, **changes)],
     )
+    hand_over.before_training(trainer)
+    return trainer
+
+
+def recorded(trainer):
+    return next(iter(trainer.methods))._recorded
 
 
 def test_what_else_states_depend_on_is_in_the_key(tmp_path):
@@ -67,7 +76,9 @@ def test_what_else_states_depend_on_is_in_the_key(tmp_path):
 def test_another_tokenizer_than_the_first_tasks(tmp_path):
     first = task(tmp_path, 0, toy.model())
     first.train()
-    with pytest.raises(ValueError, match="not one; one was made for .*tokenizer=.* with the same rows and tokenizer"):
+    with pytest.raises(
+        ValueError, match="came with states for other texts?, tokenizer.* with|states for other .*tokenizer"
+    ):
         task(tmp_path, 1, first.model, tokenizer=other_tokenizer())
 
 
@@ -77,38 +88,108 @@ def test_two_bases_in_one_folder_are_not_mixed_up(tmp_path):
     for seed in (0, 1):
         first = task(tmp_path, 0, toy.model(seed=seed))
         first.train()
-        used[seed] = (next(iter(first.methods))._recorded.file, first.model)
+        used[seed] = (recorded(first).file, first.model)
     for seed, (file, model) in used.items():
         for index in (1, 0):
             later = task(tmp_path, index, model)
-            assert next(iter(later.methods))._recorded.file == file, seed
+            assert recorded(later).file == file, seed
     later.train()
     third = task(tmp_path, 2, later.model)
-    assert next(iter(third.methods))._recorded.file == used[1][0]
+    assert recorded(third).file == used[1][0]
     assert len(files(tmp_path)) == 2
-    torch.nn.init.normal_(model.lm_head.weight)
-    with pytest.raises(ValueError, match="holds 2 files for these rows and this model that could be their base's"):
-        task(tmp_path, 1, model)
 
 
-def test_a_base_that_is_not_marked(tmp_path, caplog):
-    (tmp_path / "stem-abc.jsonl").touch()
-    with caplog.at_level(logging.WARNING):
-        assert kept_of_base(tmp_path, "stem", ".jsonl", "fff", True) == (tmp_path / "stem-abc.jsonl", None)
-    assert "is taken for that of the base" in caplog.text
-    assert kept_of_base(tmp_path, "stem", ".jsonl", "fff", False) == (tmp_path / "stem-fff.jsonl", "fff")
-    remember(tmp_path, "fff", "0" * 64)
-    with pytest.raises(ValueError, match="holds 1 files .* not one"):
-        kept_of_base(tmp_path, "stem", ".jsonl", "fff", True)
+def test_weights_that_were_changed_since_are_no_task_of_this_sequence(tmp_path):
+    first = task(tmp_path, 0, toy.model())
+    first.train()
+    torch.nn.init.normal_(first.model.lm_head.weight)
+    with pytest.raises(
+        HandOverError, match="weights of this model were changed since task 'task' ended in this process"
+    ):
+        task(tmp_path, 1, first.model)
+
+
+def test_a_later_task_without_word_of_its_base(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"index 1\) begins with fine-tuned weights, and no GeRe of an earlier task left word"
+    ):
+        task(tmp_path, 1, toy.model())
+    trainer = ContinualTrainer(
+        toy.model(),
+        ContinualConfig(**toy.settings(tmp_path), task_index=1, fresh_methods=True),
+        train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+        methods=[gere(tmp_path)],
+    )
+    trainer.train()
+    assert len(files(tmp_path)) == 1, "the weights of now are the base, on purpose"
+
+
+def test_states_go_with_the_model_to_another_machine(tmp_path):
+    """With full weights nobody can record the base's states again: the folder brings them along, to the byte."""
+    first = task(tmp_path, 0, toy.model())
+    first.train()
+    first.save_model()
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    for gone in (file, file.with_suffix(".sha256")):
+        gone.unlink()
+    second = task(tmp_path, 1, str(tmp_path / "0"))
+    assert recorded(second).file == file and file.read_bytes() == whole
+    file.unlink()
+    with pytest.raises(ValueError, match="came with states for other texts, and the base is not here"):
+        task(tmp_path, 1, str(tmp_path / "0"), rows=toy.rows(seed=3))
+
+
+def test_hidden_states_stay_in_the_cache(tmp_path):
+    first = task(tmp_path, 0, toy.model(), constraint="l2")
+    first.train()
+    first.save_model()
+    assert not list((tmp_path / "0" / "continual").glob("gere.safetensors"))
+    assert recorded(task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")).file == files(tmp_path)[0]
+    files(tmp_path)[0].unlink()
+    with pytest.raises(ValueError, match="the model came without any, and the base is not here"):
+        task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")
+
+
+def test_a_task_may_go_without(tmp_path, caplog):
+    first = task(tmp_path, 0, toy.model())
+    first.train()
+    first.save_model()
+    plain = ContinualTrainer(
+        str(tmp_path / "0"), ContinualConfig(**toy.settings(tmp_path / "1")), train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(), methods=[FreezeLayers(bottom=1)],
+    )  # fmt: skip
+    plain.train()
+    assert "comes with what method 'gere' learned, and this run has no such method: it stays behind" in caplog.text
+
+
+def test_construction_makes_no_pass(tmp_path, monkeypatch):
+    import hf_continual.methods.gere.method as module
+
+    calls = []
+    original = module.last_hidden
+    monkeypatch.setattr(module, "last_hidden", lambda *a: (calls.append(1), original(*a))[1])
+    trainer = ContinualTrainer(
+        toy.model(), ContinualConfig(**toy.settings(tmp_path)), train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(), methods=[gere(tmp_path)],
+    )  # fmt: skip
+    assert not calls and not files(tmp_path)
+    trainer.train()
+    assert len(calls) == 24
+    trainer.train()
+    assert len(calls) == 24 and len(files(tmp_path)) == 1, "a second call of train keeps to the states of the first"
 
 
 def test_a_damaged_file_of_a_base_that_is_gone(tmp_path):
+    """What came with the model mends it."""
     first = task(tmp_path, 0, toy.model())
     first.train()
     (file,) = files(tmp_path)
-    file.write_bytes(file.read_bytes()[:-3] + b"xyz")
-    with pytest.raises(ValueError, match="is damaged and the base weights are gone. Begin with the first task"):
-        task(tmp_path, 1, first.model)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3] + b"xyz")
+    task(tmp_path, 1, first.model)
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("damage", ["", "0" * 64, "abc", None, "bytes"])
@@ -129,29 +210,34 @@ def test_a_damaged_checksum_loses_no_states(tmp_path, caplog, damage):
         second = task(tmp_path, 1, first.model)
     assert f"{sums} is damaged" in caplog.text and "the checksum is written again" in caplog.text
     assert sums.read_text() == before and file.read_bytes() == whole
-    assert next(iter(second.methods))._recorded.file == file
+    assert recorded(second).file == file
     sums.unlink()
     for place in (len(whole) // 2, len(whole) - 1, 12):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=r"\.safetensors is damaged and the base weights are gone"):
-            task(tmp_path, 1, first.model)
+        task(tmp_path, 1, first.model)
+        assert file.read_bytes() == whole, "what came with the model mends it"
 
 
 def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
-    """A fresh adapter on weights that have moved: the base's file, or an error; a trained one is switched off."""
+    """A fresh adapter on weights that have moved: the base's states, or an error; a trained one is switched off."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True)
     first = task(tmp_path, 0, toy.model(), peft=lora)
     first.train()
+    first.save_model()
     assert not untrained(first.model) and untrained(toy.model()) and untrained(get_peft_model(toy.model(), lora))
     (file,) = files(tmp_path)
     again = task(tmp_path, 1, first.model)
-    assert next(iter(again.methods))._recorded.file == file
+    assert recorded(again).file == file
     merged = first.model.merge_and_unload()
-    second = task(tmp_path, 1, merged, peft=lora)
-    assert next(iter(second.methods))._recorded.file == file
+    with pytest.raises(ValueError, match="begins with fine-tuned weights, and no GeRe"):
+        task(tmp_path, 1, merged, peft=lora)
+    merged.save_pretrained(tmp_path / "merged")
+    handover.bring_along(tmp_path / "0", tmp_path / "merged")
+    second = task(tmp_path, 1, str(tmp_path / "merged"), peft=lora)
+    assert recorded(second).file == file
     file.unlink()
-    with pytest.raises(ValueError, match="begins with fine-tuned weights, and .* holds 0 files"):
-        task(tmp_path, 1, toy.model(seed=3), peft=lora)
+    with pytest.raises(ValueError, match="the model came without any"):
+        task(tmp_path, 1, str(tmp_path / "merged"), peft=lora)
 
 
 def test_frozen_adapters_stay_frozen(tmp_path):
@@ -184,7 +270,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_continual.data.states.save_file", full)
+    monkeypatch.setattr("hf_continual.data.recording.save_file", full)
     with pytest.raises(OSError, match="could not be written: .*No space left on device.*Make room or name another"):
         build(tmp_path, gere(tmp_path))
     assert not files(tmp_path, "part") and not files(tmp_path)

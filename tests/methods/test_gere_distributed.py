@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_continual.data import states
-from hf_continual.data.states import record
+from hf_continual.data import recording
+from hf_continual.methods.gere.states import record
 from hf_continual.tensors.reference import last_hidden
 from tests import toy
 
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     made(Path(f"{name}-first.safetensors"), able=not second)
     made(Path(f"{name}-few.safetensors"), ROWS[:1])
     if second:
-        states.save_file = full
+        recording.save_file = full
     with pytest.raises(OSError, match="could not be written: No space left on device"):
         made(Path(f"{name}-full.safetensors"))
     torch.distributed.destroy_process_group()

@@ -79,18 +79,20 @@ def test_what_lasts(tmp_path):
     assert not is_lasting(str(tmp_path / "out" / "checkpoint-3"), None)
 
 
-def test_a_base_that_is_written_over_during_the_run_is_stored_from_then_on(tmp_path, caplog):
+def test_a_base_that_is_written_over_during_the_run_is_stored_from_then_on(tmp_path, caplog, monkeypatch):
     folder = base(tmp_path / "base")
     train(folder, tmp_path / "out", 2)
 
-    class Overwrite(RecAdam):
-        def state_dict(self, run):
-            if run.step == 4:
-                base(folder, seed=7)
-            return super().state_dict(run)
+    state_dict = RecAdam.state_dict
 
-    with caplog.at_level(logging.WARNING, "hf_continual"):
-        straight = train(folder, tmp_path / "out", 6, Overwrite(anneal="none", pull=0.05), resume=True)
+    def overwrite(self, run):
+        if run.step == 4:
+            base(folder, seed=7)
+        return state_dict(self, run)
+
+    with caplog.at_level(logging.WARNING, "hf_continual"), monkeypatch.context() as patched:
+        patched.setattr(RecAdam, "state_dict", overwrite)
+        straight = train(folder, tmp_path / "out", 6, recall(), resume=True)
     assert "was written over; the anchors are stored" in caplog.text
     resumed = train(folder, tmp_path / "out", 6, resume=str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))

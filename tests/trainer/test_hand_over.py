@@ -107,7 +107,8 @@ def test_without_state_no_file_is_written_and_what_lay_there_goes(tmp_path, firs
 def test_another_set_of_methods_is_refused_and_can_begin_afresh(tmp_path, first, caplog):
     replay = Replay(toy.rows(seed=2), ratio=0.2)
     with pytest.raises(
-        HandOverError, match=r"what method 'counting' .* learned in task 'task', and this run has replay"
+        HandOverError,
+        match=r"model of task 'task', comes with what method 'counting' .* learned, and this run has replay",
     ):
         train(str(first), tmp_path / "other", [replay])
     with pytest.raises(HandOverError, match=r"this run has a 'replay' of that name"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,25 @@ def test_faults_that_pass(hub, folder, call, fault, caplog):
         assert 8.0 in hub.waits
     if call == "commit" and fault == "answer lost":
         assert not done.new and len(hub.requests("POST", "/commit/")) == 1
+
+
+@pytest.mark.parametrize("call", ["create", "put", "commit"])
+def test_told_to_stop_the_same_command_resumes(hub, folder, call, monkeypatch, caplog):
+    """In the middle of any call; exit code 75, and no second commit."""
+    from hf_continual import cli
+
+    method, path = CALLS[call]
+    hub.fault(method, path, kind="none", before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["hf-continual", "push", str(folder), "me/m"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 75
+    assert "Stopped by SIGTERM. The same command resumes." in caplog.text
+    hub.faults.clear()
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    complete(folder)
 
 
 LASTING = {

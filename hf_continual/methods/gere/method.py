@@ -15,7 +15,6 @@ w is fixed ("100" in the paper) or "dynamic": CE / TM of the micro-batch, withou
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,33 +26,21 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
-from hf_continual.data.general_rows import general_tokens
-from hf_continual.data.lineage import DIGITS, facts_of, kept_of_base, remember
 from hf_continual.data.own_words import kept_texts, own_words
+from hf_continual.data.recording import DIGITS, key_of
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
-from hf_continual.data.states import Recorded, key_of, open_recorded, open_whole, record
-from hf_continual.data.together import from_first, gathered
-from hf_continual.methods.base import Forward, Method, Run
+from hf_continual.methods.base import AddedRows, Forward, Method, Run
 from hf_continual.methods.bounds import at_least, one_of, whole_number
+from hf_continual.methods.gere import base_states
+from hf_continual.methods.gere.general_rows import general_tokens
+from hf_continual.methods.gere.margin import Reduction, margin, reduced
+from hf_continual.methods.gere.states import States, record
+from hf_continual.methods.gere.ternary import unpack_states
 from hf_continual.paper import Paper
-from hf_continual.tensors.head import finish_of, head_bias, head_tensors, logits_function, recorded_logits
+from hf_continual.tensors.head import head_tensors
 from hf_continual.tensors.imitation import imitation, logit_divergence, mixed_ce
-from hf_continual.tensors.margin import Reduction, margin, reduced, tm_loss
-from hf_continual.tensors.reference import (
-    Reference,
-    as_reference,
-    check_head,
-    last_hidden,
-    most_tokens,
-    numerics,
-    untrained,
-    virtual_tokens,
-    weights_fingerprint,
-)
-from hf_continual.tensors.ternary import activation_states, hidden_statistics, unpack_states
-
-__all__ = ["GeRe", "activation_states", "hidden_statistics", "imitation", "mixed_ce", "tm_loss"]
+from hf_continual.tensors.reference import as_reference, check_head, last_hidden, most_tokens, numerics
 
 Constraint = Literal["tm", "none", "l1", "l2", "kl"]
 
@@ -89,7 +76,7 @@ class GeRe(Method):
         max_length: Tokens of a row that are used, from its beginning; fewer where the model or the trainer takes fewer.
         threshold: Distance of the thresholds from the mean, in standard deviations.
         dead_band: Distances below it count as no violation: what rounding alone moves.
-        cache_dir: Where recorded states are kept; tasks of a sequence must share it.
+        cache_dir: Where recorded states are kept; runs with the same rows and base share them.
         name: Prefix of the logged values.
 
     Raises:
@@ -116,13 +103,20 @@ class GeRe(Method):
     taps: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
     places: ClassVar[tuple[str, ...]] = ("rows", "cache_dir")
     state_with_model: ClassVar[bool] = True
+    leaves: ClassVar[str] = (
+        "which base the weights come from, and with full weights the base's states of the general rows"
+    )
+    droppable: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples Replay",
         "Zhang et al.",
         2025,
         arxiv="2508.04676",
     )
-    _recorded: Recorded | None = field(default=None, init=False, repr=False, compare=False)
+    _texts: list[str] | None = field(default=None, init=False, repr=False, compare=False)
+    _tokens: list[list[int]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _left: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _recorded: States | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         choices = {
@@ -150,9 +144,10 @@ class GeRe(Method):
             raise ValueError('GeRe(ce_weight=...) belongs to ce_mix="tokens"; the official mix has no weights.')
         if self.rows != "self":
             # Reading now: a wrong path must fail before a model is loaded, not after.
-            self._rows = load_rows(self.rows)
-            if "text" not in self._rows.column_names:
-                raise ValueError(f"GeRe needs rows with a column 'text', these have {self._rows.column_names}.")
+            rows = load_rows(self.rows)
+            if "text" not in rows.column_names:
+                raise ValueError(f"GeRe needs rows with a column 'text', these have {rows.column_names}.")
+            self._texts = rows["text"][: self.num_samples]
         self._constrained = self.constraint != "none" and self.weight != 0
 
     def reads_forward(self) -> bool:
@@ -163,96 +158,97 @@ class GeRe(Method):
         """The states are those of the weights before training; so are texts of its own."""
         return self.rows == "self" or self._constrained
 
-    def replay(self, run: Run) -> ReplayRows:
-        """The texts as tokens; their states are recorded here, while the weights are those the task begins with."""
-        texts = self._own_texts(run) if self.rows == "self" else self._rows["text"][: self.num_samples]
-        tokens = general_tokens(texts, run.tokenizer, self.max_length, most_tokens(run.model))
+    def added_rows(self) -> AddedRows:
+        """The share or number of general rows."""
+        return AddedRows(self.ratio, self.per_batch, float(self.ce_weight), self.max_length)
+
+    def makes_rows(self) -> bool:
+        """Texts of its own are written in `prepare`."""
+        return self.rows == "self"
+
+    def replay(self, run: Run) -> ReplayRows | None:
+        """The texts as tokens, once there are any."""
+        if self._texts is None:
+            return None
+        self._tokens = general_tokens(self._texts, run.tokenizer, self.max_length, most_tokens(run.model))
         # States belong to the beginning of a row: cut here, lest the trainer cuts at the other end.
-        rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in (t[: run.max_length] for t in tokens)])
-        if self._constrained and self.constraint == "kl":
-            with run.autocast():
-                check_head(run.model, self.reference, tokens[0], run.is_sharded)
-        self._recorded = self._record(run, tokens) if self._constrained else None
+        rows = Dataset.from_list(
+            [{"input_ids": ids, "labels": ids} for ids in (t[: run.max_length] for t in self._tokens)]
+        )
         return ReplayRows(rows, self.ratio, self.per_batch, float(self.ce_weight), "tokenized")
 
-    def _weights(self, run: Run, reference: Reference) -> tuple[str, bool]:
-        """Fingerprint of process 0's weights, and whether this process holds the same."""
-        own = weights_fingerprint(run.model, reference)
-        first = gathered(own)[0]
-        return first, own == first
+    def load_task_state(self, state: dict[str, Any], run: Run) -> None:
+        """Which base the weights come from, and its states."""
+        self._left = state
+
+    def prepare(self, run: Run) -> None:
+        """One pass over the texts: their states are recorded, while the weights are those the task begins with."""
+        if self._recorded is not None:
+            return  # a second call of train: the weights have moved since
+        if self.rows == "self":
+            self._texts = self._own_texts(run)
+            self.replay(run)
+        if not self._constrained:
+            return
+        if self.constraint == "kl":
+            with run.autocast():
+                check_head(run.model, self.reference, self._tokens[0], run.is_sharded)
+        self._recorded = self._record(run, self._tokens)
 
     def _own_texts(self, run: Run) -> list[str]:
         numbers = {"number": self.num_samples, "length": self.max_length, "seed": run.seed, "version": 2}
         stem = f"own-words-{key_of({**numbers, **numerics(run.model, run.tokenizer)})}"
-        folder, weights = Path(self.cache_dir).expanduser(), self._weights(run, "base")[0]
-        moved = run.task.index > 0 and untrained(run.model)
-        file, here = from_first(lambda: kept_of_base(folder, stem, ".jsonl", weights, moved))
+        weights = base_states.weights_of_first(run, "base")[0]
+        base = self._base = base_states.base_of(run, self._left, weights)
+        file = Path(self.cache_dir).expanduser() / f"{stem}-{base[:DIGITS]}.jsonl"
 
         def write() -> list[str]:
             with as_reference(run.model, "base"), run.autocast():
                 return own_words(run.model, run.tokenizer, self.num_samples, self.max_length, run.seed)
 
-        return kept_texts(file, self.num_samples, None if here is None else write)
+        return kept_texts(file, self.num_samples, write if base == weights else None)
 
-    def _record(self, run: Run, tokens: Sequence[Sequence[int]]) -> Recorded:
-        keep = self.constraint != "tm"
-        facts: dict[str, Any] = {
-            "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
-            "max_length": self.max_length, "threshold": self.threshold, "what": "hidden" if keep else "states",
-            "head": self.constraint == "kl", "layer": "last_hidden_state", "version": 2, "autocast": run.autocast_dtype,
-            **numerics(run.model, run.tokenizer),
-        }  # fmt: skip
-        if self.constraint == "kl" and head_bias(run.model) is not None:
-            facts["head_bias"] = True
-        if self.reference == "task_start" and (virtual := virtual_tokens(run.model)):
-            facts["virtual_tokens"] = virtual
-        folder, (weights, able) = Path(self.cache_dir).expanduser(), self._weights(run, self.reference)
-        file, base = folder / f"{key_of(facts)}-{weights[:DIGITS]}.safetensors", weights
-        if self.reference == "base":
-            moved = run.task.index > 0 and untrained(run.model)
-            file, base = from_first(lambda: kept_of_base(folder, key_of(facts), ".safetensors", weights, moved))
-        self._base = facts["weights"] = base or str(facts_of(file).get("weights"))
-        if base is None:
-            if from_first(lambda: open_recorded(file, facts)) is None:
-                raise ValueError(f"GeRe: {file} is damaged and the base weights are gone. Begin with the first task.")
-            return open_whole(file)
+    def _record(self, run: Run, tokens: Sequence[Sequence[int]]) -> States:
+        keep, head = self.constraint != "tm", self.constraint == "kl"
+        facts = base_states.facts_for(
+            run, tokens, self.reference, keep, head, max_length=self.max_length, threshold=self.threshold
+        )
+        weights, able = base_states.weights_of_first(run, self.reference)
+        base = self._base = base_states.base_of(run, self._left, weights) if self.reference == "base" else weights
+        file = Path(self.cache_dir).expanduser() / f"{key_of(facts)}-{base[:DIGITS]}.safetensors"
+        facts["weights"] = base
+        if base != weights:
+            return base_states.recorded_before(file, facts, self._left)
         with as_reference(run.model, self.reference), run.autocast():
-            hidden, head = partial(last_hidden, run.model), partial(head_tensors, run.model)
-            extra = head if self.constraint == "kl" else dict
+            hidden, extra = partial(last_hidden, run.model), partial(head_tensors, run.model) if head else dict
             return record(file, facts, tokens, hidden, self.threshold, keep, extra, able)
 
-    def end_task(self, run: Run) -> None:
-        """The next task begins with the weights of now: which base they come from is noted."""
-        if self._recorded is None or self.reference != "base" or run.is_sharded or isinstance(run.model, PeftModel):
-            return
-        folder, now = Path(self.cache_dir).expanduser(), weights_fingerprint(run.model, "base")
-        from_first(lambda: remember(folder, now, self._base))
+    def task_state(self, run: Run) -> dict[str, Any]:
+        """Which base the weights come from; with full weights also its states, as nobody can record them any more.
+
+        States take 2 bits per unit. Hidden states, 16 times as large, stay in the cache, and so do texts of its own.
+        """
+        if self.reference != "base" or not self.reads_reference():
+            return {}
+        goes_along = self._recorded is not None and self.constraint == "tm" and not isinstance(run.model, PeftModel)
+        return base_states.left_for(self._base, self._recorded if goes_along else None)
 
     def state_dict(self, run: Run) -> dict[str, Tensor]:
         """The thresholds: a resumed run must have those of the weights that the run began with."""
-        return {} if self._recorded is None else {"low": self._recorded.low_D, "high": self._recorded.high_D}
+        return {} if self._recorded is None else {name: self._recorded.tensor(name) for name in ("low", "high")}
 
     def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
         """Refuse states that were recorded from other weights."""
         if self._recorded is None or not state:
             return
-        width = (state["high"] - state["low"]).abs() + 1e-6
-        if float(((self._recorded.low_D - state["low"]).abs() / width).max()) > 1e-3:
-            raise ValueError(
-                f"GeRe: {self._recorded.file} holds states of other weights than those that the run to be resumed began with. "
-                f"Build the trainer with the same model as then, not with a checkpoint of it."
-            )
+        base_states.check_same_states(self._recorded, state)
 
     def begin_task(self, run: Run) -> None:
         """What is compared with on the device, and where the head is that the KL needs."""
         if self._recorded is not None:
             self._low_D, self._high_D = (t.to(run.device) for t in (self._recorded.low_D, self._recorded.high_D))
         if self.constraint == "kl" and self._recorded is not None:
-            names = ["head"] if head_bias(run.model) is None else ["head", "head_bias"]
-            self._head = logits_function(run.model)
-            self._reference_head = recorded_logits(
-                *(self._recorded.tensor(name).to(run.device) for name in names), finish=finish_of(run.model)
-            )
+            self._head, self._reference_head = base_states.heads(run, self._recorded)
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
         """The mix of the losses, and the constraint."""
@@ -270,24 +266,7 @@ class GeRe(Method):
             for name in (self.constraint, "weight", *(["violations"] if self.constraint == "tm" else [])):
                 forward.note(name, loss_BS.new_zeros(()), 0.0)
             return {**terms, "constraint": loss_BS.new_zeros(())}
-        tokens = sum(length for _, length in drawn)
-        hidden_BSD = forward.taps["last_hidden_state"]
-        where = torch.nonzero_static(forward.mask(self.name).flatten(), size=tokens).squeeze(1)
-        hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, where)
-        what = "states" if self.constraint == "tm" else "hidden"
-        kept = torch.cat([self._recorded.row(row, length, what) for row, length in drawn])
-        kept = kept.to(hidden_TD.device, non_blocking=True)
-        if self.constraint == "kl":
-            value = logit_divergence(hidden_TD, kept, self._head, self._reference_head)
-        elif self.constraint != "tm":
-            value = imitation(hidden_TD, kept, "l1" if self.constraint == "l1" else "l2")
-        else:
-            channels = hidden_TD.shape[1]
-            states = unpack_states(kept, channels)
-            ones = torch.ones(tokens, device=hidden_TD.device)
-            total, count = margin(hidden_TD, states, self._low_D, self._high_D, ones, self.dead_band)
-            value = reduced(total, count, tokens, channels, self.reduction)
-            forward.note("violations", count, tokens * channels)
+        value = self._constraint(forward, self._recorded, drawn)
         weight: Any = self.weight
         if weight == "dynamic":
             ce = mixed_ce(loss_BS.detach(), general, task)
@@ -298,3 +277,17 @@ class GeRe(Method):
         forward.note("weight", weight * counted, counted)
         terms["constraint"] = weight * value
         return terms
+
+    def _constraint(self, forward: Forward, recorded: States, drawn: Sequence[tuple[int, int]]) -> Tensor:
+        """How far the general rows of a micro-batch are from what was recorded of them."""
+        hidden_TD, kept = base_states.side_by_side(forward, self.name, recorded, drawn, self.constraint == "tm")
+        if self.constraint == "kl":
+            return logit_divergence(hidden_TD, kept, self._head, self._reference_head)
+        if self.constraint != "tm":
+            return imitation(hidden_TD, kept, "l1" if self.constraint == "l1" else "l2")
+        tokens, channels = hidden_TD.shape
+        ones = torch.ones(tokens, device=hidden_TD.device)
+        states = unpack_states(kept, channels)
+        total, count = margin(hidden_TD, states, self._low_D, self._high_D, ones, self.dead_band)
+        forward.note("violations", count, tokens * channels)
+        return reduced(total, count, tokens, channels, self.reduction)

@@ -1,0 +1,50 @@
+"""Files that several runs share: one makes them, the others wait, and a full disk is a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from hf_continual.data.together import from_first
+from hf_continual.disk import FULL, CannotWrite, free_space, size
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """While one run makes a file, others that want it wait.
+
+    Args:
+        file: The file; its folder is made.
+
+    Yields:
+        None: While process 0 of this run holds the lock.
+
+    Raises:
+        OSError: If there is no way of writing there.
+    """
+    lock = FileLock(file.with_suffix(".lock"))
+
+    def take() -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise cannot_write(file, error, "states of general samples are kept there") from error
+
+    from_first(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_write(file: Path, error: Exception, why: str) -> OSError:
+    """What to say where a file of the cache cannot be written."""
+    said, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    room = f" ({size(free_space(file))} are free there)" if number in FULL else ""
+    return CannotWrite(
+        number, f"{file} could not be written: {said}{room}. Make room or name another cache_dir; {why}."
+    )

@@ -1,0 +1,131 @@
+"""The unfinished half of a recording pass: values of rows in a file that the pass resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_continual.data.together import world
+
+logger = logging.getLogger(__name__)
+
+HEAD = 128  # bytes before the values: their type and shape
+SYNC = 64  # rows after which the file is put on the disk
+
+
+class Keeping:
+    """What is kept of the values of each row: as they are, unless a subclass says otherwise.
+
+    Class attributes:
+        what: Name of the tensor in the file.
+        small: Further tensors without which the file cannot be used.
+    """
+
+    what = "values"
+    small: tuple[str, ...] = ()
+
+    def see(self, values: Tensor) -> None:
+        """The values of one of this process's rows, in their order; also of rows that an interrupted pass has seen."""
+
+    def seen(self) -> dict[str, Tensor]:
+        """Every process has seen its rows; further tensors of the file, the same on all."""
+        return {}
+
+    def keep(self, values: Tensor) -> Tensor:
+        """What is kept of the values of one row, shape (S, ...)."""
+        return values
+
+
+class Spill:
+    """Values of a process's rows, one after the other, in the type that they were computed in.
+
+    Args:
+        file: Where they are.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.shape: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+
+    def fill(self, rows: Sequence[Sequence[int]], values: Any, keeping: Keeping, title: str) -> None:
+        """Compute the values of rows that are not there yet.
+
+        Args:
+            rows: Tokens of each row.
+            values: Values of a row's tokens.
+            keeping: Sees all of them, in order.
+            title: Of the progress bar.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        done = 0
+        for part in self._there(rows):
+            keeping.see(part)
+            done += 1
+        if done:
+            logger.info("%s: %d of %d rows are there already", title, done, len(rows))
+        with self.file.open("ab") as out:
+            bar = tqdm(
+                rows[done:], desc=title, initial=done, total=len(rows), disable=None if world()[1] == 0 else True
+            )
+            for i, tokens in enumerate(bar, start=1):
+                part = values(tokens).detach()
+                if self.dtype is None:
+                    self.dtype, self.shape = part.dtype, tuple(part.shape[1:])
+                    said = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(self.shape)}
+                    out.write(json.dumps(said).encode().ljust(HEAD))
+                keeping.see(part)
+                out.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+                if i % SYNC == 0:
+                    out.flush()
+                    os.fsync(out.fileno())
+
+    def _there(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Whole rows of an interrupted pass; the file is cut after the last of them."""
+        whole, count = 0, 0
+        if self.file.is_file():
+            with self.file.open("rb") as opened:
+                head, whole = opened.read(HEAD), 0
+                with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+                    said = json.loads(head)
+                    self.dtype, self.shape, whole = getattr(torch, said["dtype"]), tuple(said["shape"]), HEAD
+                room = self.file.stat().st_size - HEAD
+                while whole and count < len(rows) and room >= (need := self._bytes(len(rows[count]))):
+                    room, whole, count = room - need, whole + need, count + 1
+        if count:
+            yield from self.parts([len(row) for row in rows[:count]])
+        elif self.file.is_file():
+            self.dtype, whole = None, 0
+        if self.file.is_file():
+            os.truncate(self.file, whole)
+
+    def _bytes(self, tokens: int) -> int:
+        assert self.dtype is not None
+        return tokens * torch.Size(self.shape).numel() * torch.empty((), dtype=self.dtype).element_size()
+
+    def parts(self, lengths: Sequence[int]) -> Iterable[Tensor]:
+        """The values of each row, read back row by row.
+
+        Args:
+            lengths: Tokens of each row.
+
+        Yields:
+            Tensor: Shape (S, ...).
+        """
+        with self.file.open("rb") as opened:
+            opened.seek(HEAD)
+            for length in lengths:
+                assert self.dtype is not None
+                raw = bytearray(opened.read(self._bytes(length)))
+                yield torch.frombuffer(raw, dtype=self.dtype).view(length, *self.shape)

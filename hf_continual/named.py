@@ -1,0 +1,41 @@
+"""What is called by a name: the nearest known one where it is mistyped, and ``"package.module:attribute"``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(name: Any, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, or None."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return close[0] if close else None
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A sentence with the name that was probably meant, a space before it; empty if none is near."""
+    close = nearest(name, known)
+    return f" Did you mean {close!r}?" if close else ""
+
+
+def imported(target: str) -> Any:
+    """What ``"package.module:attribute"`` names.
+
+    Args:
+        target: The name.
+
+    Returns:
+        The attribute, its module imported now.
+
+    Raises:
+        ImportError: If there is no such module or attribute, or no attribute is named.
+    """
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise ImportError(f"{target!r} does not name an attribute, as 'package.module:attribute' does")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError as error:
+        raise ImportError(str(error)) from error

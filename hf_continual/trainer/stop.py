@@ -1,0 +1,184 @@
+"""Training that is told to stop: it saves at the end of the step, with its task unfinished, and resumes from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_continual import stopping
+from hf_continual.trainer.state import last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from hf_continual.trainer.saving_trainer import SavingTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Agreement:
+    """Whether any process of the run was told to stop; all hear the same answer at the same step.
+
+    What was said at the end of a step is heard at the end of the next: the exchange, of 4 bytes between CPUs, runs beside
+    the step, and no accelerator waits for it. One process hears at once.
+    """
+
+    def __init__(self) -> None:
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        self.group: Any = distributed.new_group(backend="gloo") if several and distributed.is_gloo_available() else None
+        self.said: tuple[Any, torch.Tensor] | None = None
+
+    def stop(self) -> bool:
+        """Whether to stop; all processes ask at each step."""
+        asked = stopping.asked() is not None
+        if self.group is None:
+            return asked
+        heard = self._heard()
+        flag = torch.tensor([float(asked)])
+        self.said = (distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True), flag)
+        return heard
+
+    def _heard(self) -> bool:
+        if self.said is None:
+            return False
+        (work, flag), self.said = self.said, None
+        work.wait()
+        return bool(flag.item())  # on the CPU
+
+    def close(self) -> None:
+        """Nothing is said any more; all processes get here, or the run has failed."""
+        if self.group is not None:
+            self._heard()
+            distributed.destroy_process_group(self.group)
+            self.group = None
+
+
+class StopAtStep(TrainerCallback):
+    """Saves at the end of the step in which the run is told to stop, and ends it.
+
+    Last of the callbacks: the others have ended the step, and logged and evaluated what was due, when the checkpoint is
+    written.
+
+    Args:
+        trainer: The trainer that is told.
+    """
+
+    def __init__(self, trainer: SavingTrainer) -> None:
+        self.trainer = trainer
+        self.deferral = ExitStack()
+        self.agreement: Agreement | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on weights move that are in no file."""
+        self.deferral.close()
+        self.deferral.enter_context(stopping.deferred())
+        if self.agreement is None:
+            self.agreement = Agreement()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The one moment at which a checkpoint holds all there is."""
+        if self.agreement is not None and self.agreement.stop():
+            self.trainer.stopping = True
+            args.save_only_model = False  # nothing resumes from the weights alone
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is whole."""
+        if self.trainer.stopping:
+            stopping.stop(f"at step {state.global_step} of {state.max_steps}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All steps are done; with the last of them saved, the rest can be done again."""
+        if self.agreement is not None:
+            self.agreement.close()
+        self.agreement = None
+        saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if last_complete_checkpoint(args.output_dir) == str(saved):
+            self.deferral.close()
+            stopping.check()
+
+
+@contextmanager
+def after_saving(trainer: SavingTrainer, folder: Path) -> Iterator[None]:
+    """Save a finished model inside, whole; told to stop, end then.
+
+    Args:
+        trainer: The trainer that saves.
+        folder: Where.
+
+    Yields:
+        None: While it saves.
+
+    Raises:
+        Stopped: If the run was told to stop, now or as training ended.
+    """
+    with stopping.listening("The next run of the script need not train it again."):
+        with stopping.deferred():
+            yield
+        why, trainer.told_to_stop = trainer.told_to_stop or stopping.asked(), None
+        if why is not None and stopping.is_outermost():  # a plan has to note that the task is trained
+            stopping.stop(f"with the model saved in {folder}", why)
+
+
+def check_finished(trainer: SavingTrainer) -> None:
+    """Refuse to publish what was stopped before its task had ended.
+
+    Args:
+        trainer: The trainer that publishes.
+
+    Raises:
+        ValueError: If it was stopped.
+    """
+    if trainer.stopping:
+        raise ValueError(
+            f"This run was stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: its task is not finished, and "
+            f"nothing is published. {how_to_resume(trainer)} To publish the model as it is, save it and push the folder: "
+            f"hf_continual.push_to_hub(folder, ...)."
+        )
+
+
+@contextmanager
+def at_steps(trainer: SavingTrainer) -> Iterator[None]:
+    """Train inside: told to stop, the run saves and ends at the end of a step, or where nothing would be lost.
+
+    Args:
+        trainer: The trainer; its `stopping` says afterwards whether it was told to stop.
+
+    Yields:
+        None: While it trains.
+
+    Raises:
+        Stopped: If it was told to stop.
+    """
+    trainer.stopping, trainer.told_to_stop = False, None
+    callback, save_only_model = StopAtStep(trainer), trainer.args.save_only_model
+    try:
+        with stopping.listening(lambda: how_to_resume(trainer), getattr(trainer.args, "max_minutes", None)):
+            trainer.add_callback(callback)
+            try:
+                yield
+            finally:
+                callback.deferral.close()
+                trainer.remove_callback(callback)
+                trainer.args.save_only_model = save_only_model
+            if why := stopping.asked():
+                # All steps are done and not saved: nothing of them may be lost, so the model is saved first.
+                logger.warning("Told to stop by %s as training ended; save_model saves the model and then stops.", why)
+                trainer.told_to_stop = why
+    except stopping.Stopped:
+        trainer.stopping = True
+        raise
+
+
+def how_to_resume(trainer: SavingTrainer) -> str:
+    """What a script does to go on."""
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir, everywhere=False)
+    if checkpoint is None:
+        return "Nothing was trained yet; the same script starts again."
+    return f"The task is unfinished and safe in {checkpoint}; train(resume_from_checkpoint=True) resumes it."
