@@ -10,30 +10,30 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.adapters import Factors
-from hf_continual.merging.average import Average
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.chunks import OutputTensor
-from hf_continual.merging.combine import Rule, combined
+from hf_continual.merging.combine import combined
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.lora import concatenated, truncated
 from hf_continual.merging.members import Member
+from hf_continual.merging.rules import Rule, weights_of
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor
 
 _PREFIX = "base_model.model."
 
 
-def check_adapter_output(members: Sequence[Member], base: Checkpoint | None, rule: Rule) -> str | None:
+def check_adapter_output(members: Sequence[Member], base: Checkpoint | None, linear: bool) -> str | None:
     """Why the merge cannot be an adapter, or None if it can.
 
     Args:
         members: The models, in any order.
         base: The full model that the adapters sit on. It adds nothing, so it may be one of the models.
-        rule: What is done with them.
+        linear: Whether every rule is a weighted sum.
 
     Returns:
         The reason, or None.
     """
-    if not isinstance(rule, Average):
+    if not linear:
         return "this method does not add changes up, so its result has no low rank"
     if not any(m.adapter is not None for m in members):
         return "none of the models is an adapter"
@@ -122,8 +122,9 @@ def adapter_tensors(
     adapters = [(i, m.adapter) for i, m in enumerate(members) if m.adapter is not None]
     for target in sorted({t for _, adapter in adapters for t in adapter.factors}):
         rule = rule_for(target)
-        assert isinstance(rule, Average)
-        parts = [(rule.weights[i], adapter.factors[target]) for i, adapter in adapters if target in adapter.factors]
+        weights = weights_of(rule)
+        assert weights is not None
+        parts = [(weights[i], adapter.factors[target]) for i, adapter in adapters if target in adapter.factors]
         module = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", parts[0][1].a.name)
         ranks[module.removeprefix(_PREFIX)] = 0
         product = Product(parts, rank, lambda e, module=module: errors.__setitem__(module.removeprefix(_PREFIX), e))

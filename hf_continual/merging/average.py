@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,11 +22,12 @@ class Average:
 
     weights: tuple[float, ...]
 
-    def __call__(self, values: Sequence[Tensor]) -> Tensor:
+    def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Average, overwriting the values.
 
         Args:
             values: The models' values of one range, first model first.
+            at: Where they are; of no matter here.
 
         Returns:
             The average, in the memory of the first.
@@ -36,3 +38,26 @@ class Average:
         for weight, difference in zip(self.weights[1:], moved, strict=True):
             first.add_(difference, alpha=weight)
         return first
+
+
+def scales_for(scale: float | Sequence[float], number: int) -> tuple[float, ...]:
+    """One coefficient per model.
+
+    Args:
+        scale: One for all, or one each.
+        number: How many models there are.
+
+    Returns:
+        The coefficients.
+
+    Raises:
+        ValueError: If their number is wrong or one is not finite.
+    """
+    scales = (float(scale),) * number if isinstance(scale, int | float) else tuple(float(s) for s in scale)
+    if len(scales) != number:
+        raise ValueError(
+            f"scale={list(scales)} has {len(scales)} numbers for {number} models. Give one, or one for each."
+        )
+    if not all(abs(s) < float("inf") for s in scales):
+        raise ValueError(f"scale={list(scales)}: all must be finite.")
+    return scales

@@ -6,7 +6,7 @@ chunk when the chunk is there; no adapter is ever put into a whole weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -16,9 +16,9 @@ from hf_continual.merging.adapters import Factors
 from hf_continual.merging.average import Average
 from hf_continual.merging.chunks import CHUNK, Chunk, Part
 from hf_continual.merging.members import View
+from hf_continual.merging.rules import Rule, weights_of
 from hf_continual.merging.stored import Files, StoredTensor
 
-Rule = Callable[[Sequence[Tensor]], Tensor]
 DORA_ROWS = 262_144  # elements that are read at a time for the norms of DoRA
 
 
@@ -42,11 +42,11 @@ def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
     if stored and len(sources) == 1:
         return Part(sources, None if sources[0].dtype == dtype else _first)
     if stored and len(sources) == len(views):
-        return Part(sources, lambda chunk: rule(chunk.values))
+        return Part(sources, lambda chunk: rule(chunk.values, chunk))
     also, scratch = _beside(views)
     plain = all(v.added is None and (v.factors is None or v.factors.magnitude is None) for v in views)
-    if isinstance(rule, Average) and plain:
-        products = _AverageOfProducts(rule.weights, places, [v.factors for v in views])
+    if (weights := weights_of(rule)) is not None and plain:
+        products = _AverageOfProducts(weights, places, [v.factors for v in views])
         return Part(sources, products, scratch, also)
     return Part(sources, _Materialised(rule, places, views), scratch + len(views) * CHUNK * 4, also)
 
@@ -141,7 +141,7 @@ class _Materialised(_Loaded):
                     value.add_(files.load(vector).to(value.dtype)[chunk.start : chunk.stop], alpha=scale)
             values.append(value)
         self.passed(chunk)
-        return self._rule(values)
+        return self._rule(values, chunk)
 
     def _dora(self, key: int, source: StoredTensor, factors: Factors, chunk: Chunk) -> Tensor:
         """DoRA's factor of each element of a chunk: magnitude / norm of the output's adapted weights."""

@@ -1,36 +1,26 @@
-"""From the base to the tuned model and every point between: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903).
-
-    theta(alpha) = theta_base + alpha (theta_tuned - theta_base)
-
-alpha = 0 is the base, alpha = 1 the tuned model. What was learnt and what was there before change at different speeds
-along the line, so a scan with a gauge for each shows where to stop.
-"""
+"""`interpolate` and `scan_alpha`: the line from the base to the tuned model; see `hf_continual.merging.methods.interpolate`."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_continual.durable import read_json, write_json
-from hf_continual.merging.average import Average
-from hf_continual.merging.job import Job
-from hf_continual.merging.members import open_from_base
+from hf_continual.merging.merge import job_of, merge
+from hf_continual.merging.methods.interpolate import Interpolate
 from hf_continual.merging.options import read_output
 from hf_continual.merging.publishing import check_push
-from hf_continual.merging.run import make_plan, run_job
+from hf_continual.merging.run import make_plan
 from hf_continual.merging.workplace import check_free
-from hf_continual.paper import Paper
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from hf_continual.merging.options import OutputOptions
     from hf_continual.merging.result import MergeResult
-
-PAPER = Paper("Robust fine-tuning of zero-shot models", "Wortsman et al.", 2022, "2109.01903", "CVPR 2022")
 
 
 def interpolate(
@@ -60,14 +50,7 @@ def interpolate(
         ValueError: If `alpha` is no finite number.
         MergeError: If the models do not fit.
     """
-    _check(alpha)
-    return run_job(_job(base, tuned, float(alpha), output), Path(output_dir), output)
-
-
-def _job(base: str | os.PathLike[str], tuned: str | os.PathLike[str], alpha: float, output: Mapping[str, Any]) -> Job:
-    members, full = open_from_base([tuned], base, output.get("quantized_base", "original"))
-    rule = Average((1.0 - alpha, alpha))
-    return Job("interpolate", PAPER, members, full, lambda _: rule, {"alpha": alpha})
+    return merge(Interpolate(alpha), [tuned], output_dir, base=base, **output)
 
 
 def scan_alpha(
@@ -106,14 +89,13 @@ def scan_alpha(
     """
     if not alphas:
         raise ValueError("alphas is empty: give the points to try.")
-    for alpha in alphas:
-        _check(alpha)
+    methods = [Interpolate(alpha) for alpha in alphas]
     options = read_output(output)
     target = Path(output_dir)
     if options.dry_run:
         return interpolate(base, tuned, target, alpha=alphas[0], **output), {}
     check_free(target, options.overwrite)
-    checked = _job(base, tuned, float(alphas[0]), output)
+    checked = job_of(methods[0], [tuned], base, options)
     check_push(checked, options, make_plan(checked, target, options)[0].kind)
     trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
     found: dict[float, float] = {}
@@ -141,8 +123,3 @@ def scan_alpha(
     shutil.rmtree(trial, ignore_errors=True)
     measured.unlink(missing_ok=True)
     return result, found
-
-
-def _check(alpha: float) -> None:
-    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
-        raise ValueError(f"alpha={alpha!r}: give a finite number, 0 for the base and 1 for the tuned model.")

@@ -9,9 +9,9 @@ from typing import Any
 
 from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.chunks import OutputTensor
-from hf_continual.merging.combine import Rule
 from hf_continual.merging.members import Member
 from hf_continual.merging.options import Output
+from hf_continual.merging.rules import Rule, weights_of
 from hf_continual.paper import Paper
 
 REPORT = "merge_report.json"
@@ -34,6 +34,7 @@ class Job:
         evidence: Writes further files, told the output folder.
         tensors: Lays the output out itself, told how it is written and where notes go. The models may then be adapters
             that are combined element by element, as tensors of their own and not as what they do to a base.
+        linear: Whether every rule is a weighted sum; None: as the rule of the first tensor is.
         image: Name of the picture of the weights that `evidence` draws, or None.
     """
 
@@ -49,3 +50,11 @@ class Job:
     evidence: Callable[[Path], None] | None = None
     tensors: Callable[[Output, list[str]], list[OutputTensor]] | None = None
     image: str | None = None
+    linear: bool | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the result can be an adapter."""
+        if self.linear is not None:
+            return self.linear
+        return weights_of(self.rule_for(next(n for m in self.members for n in m.names))) is not None

@@ -42,7 +42,7 @@ class Layout:
         self.models, self.notes = models, []
         # The rule is put in later; here only names, types and shapes count.
         self.outputs = model_tensors(
-            models.members, lambda _: lambda values: values[0], options.dtype, options.vocab, self.notes
+            models.members, lambda _: lambda values, at: values[0], options.dtype, options.vocab, self.notes
         )
         self.changed = changed_tensors(models, self.outputs)
         self.shapes = {t.name: t.shape for t in self.outputs if models.sources(t.name)[0].is_float}
@@ -116,7 +116,7 @@ def fuse_job(layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores], o
         return layout.tensors(weighing, sides, str(options["old_from"]))
 
     return Job(
-        "kif", PAPER, models.members, None, lambda _: lambda values: values[0], told, newest=1, report=KIF_REPORT,
+        "kif", PAPER, models.members, None, lambda _: lambda values, at: values[0], told, newest=1, report=KIF_REPORT,
         facts=facts, evidence=draw if layers else None, tensors=tensors, image=HEAT_MAP if layers else None,
     )  # fmt: skip
 

@@ -1,62 +1,19 @@
-"""Weighted averages: model soups (Wortsman et al. 2022), the rule that RECALL and WiSE-FT are made of.
-
-    theta = theta_0 + sum_{q >= 1} w_q (theta_q - theta_0),   sum_q w_q = 1
-
-In this form equal models give their own bytes back, the rounding error is relative to what differs, and the weights
-need not sum to one exactly in fp32.
-"""
+"""`merge_linear`: a weighted average; see `hf_continual.merging.methods.linear`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.average import Average
-from hf_continual.paper import Paper
+from hf_continual.merging.merge import merge
+from hf_continual.merging.methods.linear import Linear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from hf_continual.merging.options import OutputOptions
     from hf_continual.merging.result import MergeResult
-
-PAPER = Paper(
-    "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
-    "Wortsman et al.",
-    2022,
-    "2203.05482",
-    "ICML 2022",
-)
-
-
-def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...]:
-    """Weights that sum to one.
-
-    Args:
-        weights: One per model, or None for equal ones.
-        number: How many models there are.
-
-    Returns:
-        The weights divided by their sum.
-
-    Raises:
-        ValueError: If their number or their sum is wrong.
-    """
-    if weights is None:
-        return (1.0 / number,) * number
-    if len(weights) != number:
-        raise ValueError(
-            f"weights={list(weights)!r} has {len(weights)} numbers for {number} models. Give one for each."
-        )
-    total = float(sum(weights))
-    if not total > 0 or total == float("inf"):
-        raise ValueError(
-            f"weights={list(weights)!r} sum to {total}; an average needs a positive sum. To add or subtract task vectors, "
-            f"use task_arithmetic."
-        )
-    return tuple(float(w) / total for w in weights)
 
 
 def merge_linear(
@@ -87,11 +44,4 @@ def merge_linear(
         ValueError: If an argument does not fit.
         MergeError: If the models cannot be averaged, or a file changes meanwhile.
     """
-    from hf_continual.merging.job import Job
-    from hf_continual.merging.members import open_members
-    from hf_continual.merging.run import run_job
-
-    members, full = open_members(models, base, output.get("quantized_base", "original"))
-    shares = normalised(weights, len(members))
-    job = Job("linear", PAPER, members, full, lambda _: Average(shares), {"weights": list(shares)})
-    return run_job(job, Path(output_dir), output)
+    return merge(Linear(weights), models, output_dir, base=base, **output)

@@ -11,9 +11,10 @@ import torch
 from hf_continual.merging.average import Average
 from hf_continual.merging.checks import check_shapes, tensor_names
 from hf_continual.merging.chunks import OutputTensor, Part, chunks, stream
-from hf_continual.merging.combine import Rule, combined
+from hf_continual.merging.combine import combined
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.members import Member, View
+from hf_continual.merging.rules import Rule, weights_of
 from hf_continual.merging.structure import HEADS, embedding_name, head_name
 
 
@@ -86,7 +87,8 @@ def _extended(
     name: str, kind: str, members: Sequence[Member], views: Sequence[View], rule: Rule, notes: list[str]
 ) -> OutputTensor:
     """Rows that only some models have come from those, with their weights renormalised."""
-    if not isinstance(rule, Average) or not all(v.is_stored for v in views):
+    weighed = weights_of(rule)
+    if weighed is None or not all(v.is_stored for v in views):
         raise MergeError(
             f"vocab='extend' works for averages of stored tensors; {name!r} has {[v.source.shape[0] for v in views]} rows. "
             f"Resize the models to one vocabulary first (resize_token_embeddings)."
@@ -94,7 +96,7 @@ def _extended(
     parts: list[Part] = []
     borders = sorted({v.source.shape[0] for v in views})
     for first, last in zip([0, *borders[:-1]], borders, strict=True):
-        having = [(v, w) for v, w in zip(views, rule.weights, strict=True) if v.source.shape[0] >= last]
+        having = [(v, w) for v, w in zip(views, weighed, strict=True) if v.source.shape[0] >= last]
         total = sum(w for _, w in having)
         weights = tuple(w / total if total > 0 else 1 / len(having) for _, w in having)
         rows = [View(v.source.rows(first, last)) for v, _ in having]

@@ -185,8 +185,7 @@ def finished_already(job: Job, output_dir: Path, options: Output) -> bool:
 
 
 def _kind(job: Job, options: Output) -> str:
-    example = job.rule_for(next(n for m in job.members for n in m.names))
-    why_not = check_adapter_output(job.members, job.base, example)
+    why_not = check_adapter_output(job.members, job.base, job.is_linear)
     if options.output == "adapter" and why_not:
         raise MergeError(f"output='adapter' is not possible: {why_not}. Give output='model'.")
     if options.output is not None:

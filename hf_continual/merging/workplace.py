@@ -23,6 +23,8 @@ from hf_continual.merging.errors import MergeError
 
 logger = logging.getLogger(__name__)
 
+FOUND = "found.json"  # what passes over values have found, before anything is written
+
 
 def check_free(output_dir: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds something, unless it may be replaced.
@@ -149,5 +151,5 @@ def _alone(output_dir: Path) -> Iterator[None]:
     finally:
         lock.release()
         # A refused merge leaves nothing; an interrupted one leaves its journal and goes on later.
-        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", "calibration", "old")):
+        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", "calibration", "old", FOUND)):
             shutil.rmtree(folder, ignore_errors=True)

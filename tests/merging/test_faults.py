@@ -105,11 +105,11 @@ def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch, how):
     old = digest(tmp_path / "out")
     called = Average.__call__
 
-    def rule(self, values):
+    def rule(self, values, at):
         file = b / "model.safetensors"
         if file.exists():
             os.utime(file, ns=(1, 1)) if how == "changed" else file.unlink()
-        return called(self, values)
+        return called(self, values, at)
 
     monkeypatch.setattr(combine.Average, "__call__", rule)
     said = (

@@ -1,0 +1,149 @@
+"""Model Breadcrumbs: changes without their largest and their smallest (Davari and Belilovsky, ECCV 2024, arXiv 2312.06795).
+
+    of each task vector, tensor by tensor: 0 where |tau| is among the `outliers` largest, or not among the next `density` largest
+    theta = theta_base + lambda sum_i tau'_i
+
+The largest changes are outliers that break other tasks, the smallest are noise. The paper drops the smallest 85 to 90 % and
+the largest 1 to 3 %, and tunes one lambda (0.3 to 0.5) for all numbers of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_continual.merging.average import scales_for
+from hf_continual.merging.members import Member
+from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
+from hf_continual.merging.passes import Passes
+from hf_continual.merging.threshold import kth_largest
+from hf_continual.paper import Paper
+
+Band = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AddBand:
+    """The rule on the values of the base and the tuned models.
+
+    Args:
+        bands: Smallest magnitude of each model's change that is kept, and the smallest that is an outlier.
+        scales: lambda of each model.
+    """
+
+    bands: tuple[Band, ...]
+    scales: tuple[float, ...]
+
+    def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
+        """Add what is between, overwriting the values.
+
+        Args:
+            values: Base first, then the models.
+            at: Where they are; of no matter here.
+
+        Returns:
+            The result, in the memory of the base.
+        """
+        base, *others = values
+        changes = [other.sub_(base) for other in others]
+        for change, (low, high), scale in zip(changes, self.bands, self.scales, strict=True):
+            size = change.abs()
+            base.add_(change.masked_fill_((size < low) | (size >= high), 0.0), alpha=scale)
+        return base
+
+
+@dataclass
+class Breadcrumbs(MergeMethod):
+    """Add the middle of several models' changes to their base.
+
+    Args:
+        density: Share of each tensor's changes that is kept.
+        outliers: Share of the largest that are dropped.
+        scale: lambda, one for all models or one each.
+
+    Raises:
+        ValueError: If the shares are none, or leave nothing.
+    """
+
+    density: float = 0.1
+    outliers: float = 0.01
+    scale: float | Sequence[float] = 0.3
+    _bands: dict[str, list[list[float]]] = field(default_factory=dict, init=False, repr=False)
+
+    name: ClassVar[str] = "breadcrumbs"
+    paper: ClassVar[Paper] = Paper(
+        "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
+        "Davari and Belilovsky",
+        2024,
+        "2312.06795",
+        "ECCV 2024",
+    )
+    from_base: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (0 < self.density and 0 <= self.outliers and self.density + self.outliers <= 1):
+            raise ValueError(
+                f"density={self.density} and outliers={self.outliers}: both are shares of the same changes, with a sum of at most 1."
+            )
+
+    def check(self, models: Models) -> None:
+        """One scale, or one per model."""
+        scales_for(self.scale, len(models.named))
+
+    def prepare(self, models: Models, passes: Passes) -> Rules:
+        """Two thresholds for each tensor of each model."""
+        self._bands = passes.once("bands", lambda: self._look(models, passes))
+        scales = scales_for(self.scale, len(models.named))
+        everything = AddBand(((0.0, float("inf")),) * len(scales), scales)
+
+        def rule_for(name: str) -> Rule:
+            found = self._bands.get(name)
+            return everything if found is None else AddBand(tuple((low, high) for low, high in found), scales)
+
+        return rule_for
+
+    def _look(self, models: Models, passes: Passes) -> dict[str, list[list[float]]]:
+        found: dict[str, list[list[float]]] = {}
+        for place, member in enumerate(models.named):
+            for name, band in bands([models.members[0], member], self.density, self.outliers, passes).items():
+                found.setdefault(name, [[0.0, float("inf")] for _ in models.named])[place] = list(band)
+        return found
+
+    def facts(self) -> Mapping[str, Any]:
+        """How many tensors have thresholds; they are many."""
+        return {"tensors_with_bands": len(self._bands)}
+
+    def describe(self, models: Models) -> dict[str, Any]:
+        """Shares and scales."""
+        scales = list(scales_for(self.scale, len(models.named)))
+        return {"density": self.density, "outliers": self.outliers, "scale": scales}
+
+
+def bands(pair: Sequence[Member], density: float, outliers: float, passes: Passes) -> dict[str, Band]:
+    """Between which magnitudes the changes of each tensor are kept.
+
+    Args:
+        pair: Base and model.
+        density: Share that is kept.
+        outliers: Share of the largest that is dropped.
+        passes: Makes the passes.
+
+    Returns:
+        By name, of tensors that differ.
+    """
+    found = {}
+    for tensor in passes.tensors(pair, lambda values, at: values[1].sub_(values[0]).abs_()):
+        total = passes.elements([tensor])
+
+        def once(tensor: Any = tensor) -> Any:
+            return (piece for _, piece in passes.over([tensor]))
+
+        top, last = round(outliers * total), round((density + outliers) * total)
+        high = kth_largest(once, top) if top else float("inf")
+        low = 0.0 if last >= total else kth_largest(once, max(1, last))
+        found[tensor.name] = (low, high)
+    return found

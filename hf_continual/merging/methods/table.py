@@ -1,0 +1,88 @@
+"""The table of merges, and merges built from plain data (YAML, a command line).
+
+Importing this module imports no method. A new one is one row here and one file beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from hf_continual.merging.methods.base import MergeMethod
+from hf_continual.named import did_you_mean, imported
+
+MERGES: dict[str, str] = {
+    "linear": "hf_continual.merging.methods.linear:Linear",
+    "interpolate": "hf_continual.merging.methods.interpolate:Interpolate",
+    "slerp": "hf_continual.merging.methods.slerp:Slerp",
+    "task_arithmetic": "hf_continual.merging.methods.task_arithmetic:TaskArithmetic",
+    "ties": "hf_continual.merging.methods.ties:Ties",
+    "dare": "hf_continual.merging.methods.dare:Dare",
+    "dare_ties": "hf_continual.merging.methods.dare:DareTies",
+    "breadcrumbs": "hf_continual.merging.methods.breadcrumbs:Breadcrumbs",
+    "magnitude_max": "hf_continual.merging.methods.magnitude_max:MagnitudeMax",
+    "model_stock": "hf_continual.merging.methods.model_stock:ModelStock",
+}
+
+
+def merge_class(name: str) -> type[MergeMethod]:
+    """Find a way of merging.
+
+    Args:
+        name: A key of `MERGES`, ``-`` for ``_``, or ``"package.module:Class"`` for one of one's own.
+
+    Returns:
+        The class, imported now.
+
+    Raises:
+        ValueError: If there is none, or it is not a `MergeMethod`.
+    """
+    target = MERGES.get(name.replace("-", "_"), name if ":" in name else None)
+    if target is None:
+        raise ValueError(
+            f"there is no merge {name!r}.{did_you_mean(name, MERGES)} There are {', '.join(MERGES)}, merge_with_recall and "
+            f"kif_fuse; one of your own is named 'package.module:Class'."
+        )
+    try:
+        found = imported(target)
+    except ImportError as error:
+        raise ValueError(f"the merge {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, MergeMethod)):
+        raise ValueError(f"{name!r} is {found!r}, not a subclass of hf_continual.merging.methods.base.MergeMethod.")
+    return found
+
+
+def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeMethod:
+    """Build a way of merging.
+
+    Args:
+        method: A method, which has its options; or a name.
+        options: Its hyper-parameters.
+
+    Returns:
+        The method.
+
+    Raises:
+        TypeError: If it does not take an option, or one has the wrong type.
+        ValueError: If there is none of this name, or an option is out of range.
+    """
+    if isinstance(method, MergeMethod):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method={method!r}: give a name such as 'ties', or a MergeMethod.")
+    cls = merge_class(method)
+    known = [f.name for f in fields(cls)]  # pyrefly: ignore[bad-argument-type]
+    if unknown := [k for k in options if k not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise TypeError(
+            f"merge {method} has no option {unknown[0]!r}.{hint} It takes {', '.join(known) or 'none of its own'}."
+        )
+    return cls(**options)
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """Names and types of the hyper-parameters of a merge."""
+    cls = merge_class(name)
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}  # pyrefly: ignore[bad-argument-type]

@@ -1,0 +1,149 @@
+"""TIES: trim, elect a sign, average what agrees (Yadav et al., NeurIPS 2023, arXiv 2306.01708).
+
+    trim    of each task vector tau_i keep the `density` largest magnitudes, over the whole model; the rest is 0
+    elect   gamma = sign(sum_i tau_i), per element
+    merge   tau = mean of those tau_i that are not 0 and have the sign gamma
+    theta = theta_base + lambda tau
+
+The paper keeps 20 % and uses lambda = 1. The thresholds are found exactly by two passes over the weights, so a merge
+reads its inputs three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_continual.merging.average import scales_for
+from hf_continual.merging.members import Member
+from hf_continual.merging.methods.base import MergeMethod, Models, Rules
+from hf_continual.merging.passes import Passes
+from hf_continual.merging.threshold import kth_largest
+from hf_continual.paper import Paper
+
+
+@dataclass(frozen=True)
+class TrimElectMerge:
+    """The rule on the values of the base and the tuned models.
+
+    Args:
+        thresholds: Smallest magnitude of each model's change that is kept.
+        scale: lambda.
+    """
+
+    thresholds: tuple[float, ...]
+    scale: float = 1.0
+
+    def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
+        """Trim, elect and merge, overwriting the values.
+
+        Args:
+            values: Base first, then the models.
+            at: Where they are; of no matter here.
+
+        Returns:
+            The result, in the memory of the base.
+        """
+        base, *others = values
+        changes = []
+        for other, threshold in zip(others, self.thresholds, strict=True):
+            change = other.sub_(base)
+            changes.append(change.masked_fill_(change.abs() < threshold, 0.0))
+        return elect_and_merge(base, changes, self.scale)
+
+
+def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float) -> Tensor:
+    """Elect a sign per element, average the changes that are not 0 and have it, and add them, overwriting all.
+
+    Args:
+        base: Values of the base.
+        changes: What each model changed of them, trimmed.
+        scale: lambda.
+
+    Returns:
+        The result, in the memory of the base.
+    """
+    total = torch.zeros_like(base)
+    for change in changes:
+        total.add_(change)
+    elected = total.sign()
+    kept, count = total.zero_(), torch.zeros_like(base)
+    for change in changes:
+        agrees = change.sign() == elected
+        agrees &= change != 0
+        kept.add_(change.mul_(agrees))
+        count.add_(agrees)
+    return base.add_(kept.div_(count.clamp_(min=1.0)), alpha=scale)
+
+
+@dataclass
+class Ties(MergeMethod):
+    """Merge models by TIES.
+
+    Args:
+        density: Share of each task vector that is kept. Elements that equal the threshold are kept too.
+        scale: lambda, applied to the merged change.
+
+    Raises:
+        ValueError: If the density is no share.
+    """
+
+    density: float = 0.2
+    scale: float = 1.0
+    _thresholds: tuple[float, ...] = field(default=(), init=False, repr=False)
+
+    name: ClassVar[str] = "ties"
+    paper: ClassVar[Paper] = Paper(
+        "TIES-Merging: Resolving Interference When Merging Models", "Yadav et al.", 2023, "2306.01708", "NeurIPS 2023"
+    )
+    from_base: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density}: it is a share, above 0 and at most 1.")
+        scales_for(self.scale, 1)
+
+    def prepare(self, models: Models, passes: Passes) -> Rules:
+        """Thresholds over the whole of each task vector."""
+        found = passes.once("thresholds", lambda: list(trim_thresholds(models.members, self.density, passes)))
+        self._thresholds = tuple(found)
+        rule = TrimElectMerge(self._thresholds, float(self.scale))
+        return lambda _: rule
+
+    def facts(self) -> Mapping[str, Any]:
+        """The thresholds."""
+        return {"thresholds": list(self._thresholds)}
+
+    def describe(self, models: Models) -> dict[str, Any]:
+        """Density and scale."""
+        return {"density": self.density, "scale": float(self.scale)}
+
+
+def trim_thresholds(members: Sequence[Member], density: float, passes: Passes | None = None) -> tuple[float, ...]:
+    """The magnitude that the `density` largest changes of each model reach.
+
+    A task vector is made of all tensors that are stored anew or adapted; what an adapter shares with its base is none
+    of it.
+
+    Args:
+        members: Base first, then the models.
+        density: Share of elements that is kept.
+        passes: Makes the passes.
+
+    Returns:
+        One threshold per model; 0 keeps all.
+    """
+    passes = passes or Passes()
+    return tuple(_threshold(passes, [members[0], member], density) for member in members[1:])
+
+
+def _threshold(passes: Passes, pair: Sequence[Member], density: float) -> float:
+    tensors = passes.tensors(pair, lambda values, at: values[1].sub_(values[0]).abs_())
+    total = passes.elements(tensors)
+    kth = max(1, round(density * total))
+    return 0.0 if kth >= total else kth_largest(lambda: (found for _, found in passes.over(tensors)), kth)

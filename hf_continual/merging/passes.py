@@ -1,0 +1,64 @@
+"""Passes that only look: values of several models side by side, chunk by chunk, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from hf_continual.merging.chunks import Chunk, OutputTensor, chunks
+from hf_continual.merging.members import Member
+from hf_continual.merging.model_output import model_tensors
+from hf_continual.merging.rules import Rule
+
+
+class Passes:
+    """Makes passes for a method, and keeps what they found.
+
+    Args:
+        kept: What an interrupted merge of the same inputs found before, and what is found now; plain data.
+        keep: Called when something was found.
+    """
+
+    def __init__(self, kept: dict[str, Any] | None = None, keep: Callable[[], None] = lambda: None) -> None:
+        self.kept = {} if kept is None else kept
+        self._keep = keep
+
+    def once(self, key: str, find: Callable[[], Any]) -> Any:
+        """What is found under a key, looked for only where it is not known yet; plain data."""
+        if key not in self.kept:
+            self.kept[key] = find()
+            self._keep()
+        return self.kept[key]
+
+    def tensors(self, members: Sequence[Member], look: Rule) -> list[OutputTensor]:
+        """The tensors of which not all models hold the very same stored values.
+
+        Args:
+            members: The models.
+            look: What is done with a range; its result is what `over` gives.
+
+        Returns:
+            The tensors, in order.
+        """
+        found = model_tensors(members, lambda _: look, None, "strict", [])
+        return [t for t in found if t.parts[0].function is not None]
+
+    def over(self, tensors: Sequence[OutputTensor]) -> Iterator[tuple[Chunk, Tensor]]:
+        """One pass over tensors: each range, and what `look` made of it.
+
+        Args:
+            tensors: From `tensors`.
+
+        Yields:
+            tuple: The range, and the result, valid until the next.
+        """
+        for _, part, chunk in chunks(tensors):
+            assert part.function is not None
+            yield chunk, part.function(chunk)
+
+    def elements(self, tensors: Sequence[OutputTensor]) -> int:
+        """Number of elements of tensors."""
+        return sum(prod(t.shape) for t in tensors)

@@ -1,0 +1,39 @@
+"""What is done with one range of elements of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_continual.merging.chunks import Chunk
+
+
+class Rule(Protocol):
+    """What is done with one range of elements.
+
+    A rule that is a weighted sum says so with an attribute ``weights``, one number per model that sum to one: it can then be an
+    adapter, exactly, and models of different vocabularies can be merged by it.
+    """
+
+    def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
+        """Merge a range.
+
+        Args:
+            values: The range in each model, flat, fp32 (float64 where one model is float64); they may be overwritten.
+            at: Where the range is: tensor, shape, first and last element. Its own values are those.
+
+        Returns:
+            The merged range.
+        """
+        ...
+
+
+Rules = Callable[[str], Rule]
+
+
+def weights_of(rule: Any) -> tuple[float, ...] | None:
+    """The weights of a rule that is a weighted sum, or None."""
+    return getattr(rule, "weights", None)
