@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hf_continual.disk import size
-from hf_continual.named import imported
+from hf_continual.merging.by_name import METHODS, read_set, run_file, run_merge
 
-# Name -> function, and which options beside those of every merge it takes. No registry: this is the list.
-METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "recall": (
-        "hf_continual.merging.with_recall:merge_with_recall",
-        (
-            "weights", "calibration", "calibration_mode", "include_base", "num_typical", "pool_size", "max_length", "bandwidth",
-            "temperature", "reference", "nonblock", "anchor", "seed", "device", "calibration_dtype", "low_memory",
-        ),
-    ),
-    "linear": ("hf_continual.merging.linear:merge_linear", ("weights",)),
-    "interpolate": ("hf_continual.merging.interpolate:interpolate", ("alpha",)),
-    "task-arithmetic": ("hf_continual.merging.task_arithmetic:task_arithmetic", ("scale",)),
-    "ties": ("hf_continual.merging.ties:ties", ("density", "scale")),
-    "magnitude-max": ("hf_continual.merging.magnitude_max:magnitude_max", ("scale",)),
-    "kif": (
-        "hf_continual.merging.kif:kif_fuse",
-        (
-            "importance", "calibration_new", "calibration_old", "rule", "top_share", "scope", "temperature", "old_from",
-            "base_model", "device", "uncertainty", "beta1", "beta2", "order", "batch_size", "max_length", "calibration_dtype",
-        ),
-    ),
-}  # fmt: skip
-
+__all__ = ["METHODS", "merge", "run_merge"]
 
 _recall, _kif, _both, _output, _publish = (
     partial(typer.Option, rich_help_panel=panel)
@@ -47,11 +22,19 @@ _recall, _kif, _both, _output, _publish = (
 
 
 def merge(
-    method: Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")],
+    method: Annotated[
+        str | None, typer.Argument(help=f"One of {', '.join(METHODS)}; or your own, package.module:Class.")
+    ] = None,
     models: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids (id@revision), models or adapters, oldest first.")
-    ],
-    out: Annotated[Path, typer.Option(help="Output folder; complete or absent.")],
+        list[str] | None, typer.Argument(help="Folders or Hub ids (id@revision), models or adapters, oldest first.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; complete or absent.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The merge as a file, with these names as keys, or mergekit's YAML.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE, such as density=0.1.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The full model that adapters sit on, or that was tuned.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="linear: numbers such as 0.7,0.3. recall: a recall_report.json to repeat.")
@@ -154,57 +137,13 @@ def merge(
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
         logging.getLogger(other).setLevel(logging.ERROR)
-    run_merge(method, models, out, base, {k: v for k, v in given.items() if v is not None}, written)
-
-
-def run_merge(
-    method: str, models: list[str], out: Path, base: str | None, given: dict[str, Any], written: dict[str, Any]
-) -> None:
-    """Call the method's function with what was given, and say what came out.
-
-    Args:
-        method: Its name.
-        models: The models.
-        out: The output folder.
-        base: The base, or None.
-        given: Options of the method.
-        written: Options of every merge.
-
-    Raises:
-        ValueError: If there is no such method, or it does not take an option.
-    """
-    if method not in METHODS:
-        raise ValueError(f"there is no merge {method!r}; there are {', '.join(METHODS)}.")
-    where, known = METHODS[method]
-    if strange := [k for k in given if k not in known]:
-        takes = ", ".join("--" + k.replace("_", "-") for k in known)
-        raise ValueError(f"merge {method} does not take --{strange[0].replace('_', '-')}; it takes {takes}.")
-    if method == "recall" or any(k.startswith("calibration") for k in given):
-        _quiet_transformers()
-    function = imported(where)
-    options = {
-        **{k: _value(method, k, v) for k, v in given.items()},
-        **{k: v for k, v in written.items() if v is not None},
-    }
-    if method == "interpolate":
-        if base is None or len(models) != 1 or "alpha" not in options:
-            raise ValueError(f"merge interpolate needs one model (got {len(models)}), --base and --alpha.")
-        result = function(base, models[0], out, **options)
-    elif method == "kif":
-        if base is None or len(models) not in (1, 2):
-            raise ValueError(
-                f"merge kif needs [OLD] NEW (got {len(models)} models) and --base, which both started from."
-            )
-        old = models[0] if len(models) == 2 else None
-        result = function(base, models[-1], out, old=old, **options)
-    elif base is None and method in ("task-arithmetic", "ties", "magnitude-max"):
-        raise ValueError(f"merge {method} needs --base, the model that the others were tuned from.")
-    else:
-        result = function(models, out, base=base, **options)
-    if not written["dry_run"]:
-        seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
-        form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
-        typer.echo(f"{form} in {result.output_dir}  ({size(result.bytes_written)}; {seconds})")
+    chosen = {k: v for k, v in given.items() if v is not None}
+    if config is not None:
+        run_file(config, method, models, out, base, {**chosen, **read_set(set_)}, written)
+        return
+    if method is None or not models or out is None:
+        raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
+    run_merge(method, models, out, base, {**chosen, **read_set(set_)}, written)
 
 
 def _choice(quantized_base: str | None) -> Any:
@@ -217,41 +156,3 @@ def _choice(quantized_base: str | None) -> Any:
             f"--quantized-base {quantized_base!r} is no JSON: {error}. Write for example "
             '--quantized-base \'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}\'.'
         ) from None
-
-
-def _quiet_transformers() -> None:
-    import datasets
-    from transformers.utils import logging as hf_logging
-
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
-    datasets.disable_progress_bars()
-    hf_logging.disable_progress_bar()
-
-
-def _value(method: str, key: str, value: Any) -> Any:
-    if key == "calibration":
-        from hf_continual.data.rows import load_rows
-
-        return load_rows(str(value))
-    if key == "weights":
-        if method == "recall":
-            text = str(value).lstrip()
-            return json.loads(text) if text.startswith("{") else value
-        return _numbers(key, value)
-    if key == "anchor":
-        return int(value) if re.fullmatch(r"-?\d+", value) else value
-    if key == "scale":
-        found = _numbers(key, value)
-        return found[0] if len(found) == 1 else found
-    if key == "importance" and "," in value:
-        return tuple(value.split(","))
-    if key == "bandwidth" and value not in ("anchor_spread", "dim"):
-        return _numbers(key, value)[0]
-    return value
-
-
-def _numbers(key: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ValueError(f"--{key}={text!r}: give numbers separated by commas, such as 0.7,0.3.") from None

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hf_continual import merge_linear, train_stream
 from hf_continual.cli import app
+from hf_continual.merging.by_name import FUNCTIONS
 from hf_continual.merging.command import METHODS, run_merge
 from hf_continual.merging.options import Output
 from tests.merging.world import adapter, build, digest, save
@@ -43,6 +44,11 @@ def test_every_method_runs(world):
         ("task-arithmetic", (a1, a2), ("--scale", "0.5,-0.2", "--adapter-rank", "3")),
         ("ties", (a1, a2), ("--density", "0.3")),
         ("magnitude-max", (a1, a2), ()),
+        ("dare", (a1, a2), ("--set", "density=0.2", "--set", "scale=[0.5, 0.1]")),
+        ("dare-ties", (a1, a2), ("--density", "0.2", "--seed", "3")),
+        ("breadcrumbs", (a1, a2), ("--set", "outliers=0.05")),
+        ("slerp", (a1, a2), ("--set", "t=0.4")),
+        ("model-stock", (a1, a2), ()),
     ):
         done = run(method, *models, "--out", tmp / method, *base, *options)
         assert done.exit_code == 0, (method, done.output, done.exception)
@@ -62,7 +68,7 @@ def test_every_method_runs(world):
 def test_wrong_calls_say_what_is_right(world):
     tmp, a1, a2 = world
     for method, models, options, said in (
-        ("slerp", [a1], {}, "there is no merge 'slerp'; there are recall, linear"),
+        ("slurp", [a1], {}, "there is no merge 'slurp'. Did you mean 'slerp'. There are recall, kif, linear"),
         ("ties", [a1, a2], {"alpha": 1.0}, "merge ties does not take --alpha; it takes --density, --scale"),
         ("interpolate", [a1, a2], {"alpha": 1.0}, r"needs one model \(got 2\), --base and --alpha"),
         ("linear", [a1, a2], {"weights": "half"}, "--weights='half': give numbers separated by commas"),
@@ -76,7 +82,7 @@ def test_wrong_calls_say_what_is_right(world):
 def test_the_command_knows_the_options_of_the_functions():
     import importlib
 
-    for name, (where, known) in METHODS.items():
+    for name, (where, known) in FUNCTIONS.items():
         module, _, attribute = where.partition(":")
         parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
         assert set(known) <= set(parameters), name
