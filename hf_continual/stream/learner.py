@@ -19,6 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from hf_continual.data.handover import bring_along
 from hf_continual.durable import write_lines
 from hf_continual.evaluation.result import Scored
+from hf_continual.merging.merge import merge
+from hf_continual.merging.methods.base import MergeMethod
+from hf_continual.merging.methods.table import merge_class
 from hf_continual.named import imported
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
@@ -172,10 +175,10 @@ class PlanLearner:
 
 
 def find_function(name: Any) -> Callable[..., Any]:
-    """A merge: a function, or ``package.module:function``.
+    """A merge: a function, ``package.module:function``, or a name of the table of merges or a `MergeMethod` of one's own.
 
     Args:
-        name: Either.
+        name: One of these.
 
     Returns:
         The function.
@@ -183,14 +186,23 @@ def find_function(name: Any) -> Callable[..., Any]:
     Raises:
         ValueError: If it cannot be imported.
     """
-    if callable(name):
-        return name
-    if ":" in str(name):
+    found = name
+    if ":" in str(name) and not callable(name):
         try:
-            return imported(str(name))
+            found = imported(str(name))
         except ImportError as error:
             raise ValueError(f"the merge {name!r} cannot be imported: {error}.") from error
-    raise ValueError(f"the merge {name!r} must be named 'package.module:function'.")
+    if isinstance(found, type) and issubclass(found, MergeMethod):
+        found = f"{found.__module__}:{found.__qualname__}"
+    if not isinstance(found, str):
+        return found
+    merge_class(found)
+    method = found
+
+    def run(models: Sequence[str], output_dir: str, base: str | None = None, **options: Any) -> Any:
+        return merge(method, models, output_dir, base=base, **options)
+
+    return run
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -247,3 +247,22 @@ def test_thin_functions_are_the_pipeline(tmp_path):
     report = json.loads((tmp_path / "1" / "merge_report.json").read_text())
     assert report["options"] == {"density": 0.3, "scale": [0.5, 0.5], "seed": 4}
     assert make_plan and kif_fuse and merge_with_recall and scan_alpha
+
+
+def test_between_the_tasks_of_a_plan_by_name(tmp_path):
+    from hf_continual import train_stream
+    from tests.stream.world import make
+
+    for i, name in enumerate(("dare_ties", "tests.merging.test_rules:Median")):
+        options = {"density": 0.5} if not i else {"shift": 1.0}
+        merged = {"merge": {"function": name, "options": options, "start": "merged" if not i else "base"}}
+        plan = make(tmp_path, between_tasks=merged, output_dir=str(tmp_path / str(i)))
+        plan["evaluation"] = {"base": False, "bootstrap": 0}
+        plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"]]
+        if i:  # two models have no middle one, which the plan is told
+            with pytest.raises(ValueError, match="takes 3 or more models, and 2 were given"):
+                train_stream(plan)
+            continue
+        train_stream(plan)
+        report = json.loads((tmp_path / str(i) / "task-02-t2" / "merge_report.json").read_text())
+        assert report["method"] == name and report["options"]["density"] == 0.5
