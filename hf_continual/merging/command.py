@@ -41,7 +41,9 @@ def merge(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="interpolate: share of the way from base to tuned.")] = None,
     scale: Annotated[str | None, typer.Option(help="lambda of task vectors, one number or one per model.")] = None,
-    density: Annotated[float | None, typer.Option(help="ties: share of each task vector that is kept.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="ties, dare, breadcrumbs: share of each task vector that is kept.")
+    ] = None,
     calibration: Annotated[Path | None, _recall(help="Texts of the newest task, .jsonl or .txt.")] = None,
     self_calibration: Annotated[bool, _recall("--self-calibration", help="The newest model writes the texts.")] = False,
     include_base: Annotated[
@@ -68,7 +70,7 @@ def merge(
     beta2: Annotated[float | None, _kif(help="Decay of its uncertainty.")] = None,
     order: Annotated[str | None, _kif(help="Taylor terms: first, second or mixed.")] = None,
     batch_size: Annotated[int | None, _kif(help="Rows per batch of calibration.")] = None,
-    seed: Annotated[int | None, _recall(help="Seed of the clustering.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of recall's clustering; of what dare drops.")] = None,
     device: Annotated[str | None, _both(help="Where models run for calibration.")] = None,
     importance: Annotated[
         str | None,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.merge import job_of, merge
 from hf_continual.merging.methods.interpolate import Interpolate
-from hf_continual.merging.options import read_output
+from hf_continual.merging.options import Output, read_output
 from hf_continual.merging.publishing import check_push
-from hf_continual.merging.run import make_plan
+from hf_continual.merging.run import finished_already, make_plan
 from hf_continual.merging.workplace import check_free
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from hf_continual.merging.options import OutputOptions
     from hf_continual.merging.result import MergeResult
+
+
+SCAN = "alpha_scan.json"  # in the output of `scan_alpha`: what was measured where
 
 
 def interpolate(
@@ -66,7 +69,8 @@ def scan_alpha(
     """Try several points of the line with a gauge and keep the best.
 
     One candidate is on the disk at a time. What was measured is kept beside the output while the scan runs, so an
-    interrupted scan goes on.
+    interrupted scan resumes. Called again when it is finished, it returns what it found; for another gauge say overwrite=True
+    and resume=False.
 
     Example:
         >>> best, scores = scan_alpha(base, "law", "law-best", gauge=lambda folder: score(folder))
@@ -94,6 +98,8 @@ def scan_alpha(
     target = Path(output_dir)
     if options.dry_run:
         return interpolate(base, tuned, target, alpha=alphas[0], **output), {}
+    if (done := _finished(methods, [tuned], base, target, options, lower_is_better)) is not None:
+        return interpolate(base, tuned, target, alpha=done[0], **output), done[1]
     check_free(target, options.overwrite)
     checked = job_of(methods[0], [tuned], base, options)
     check_push(checked, options, make_plan(checked, target, options)[0].kind)
@@ -120,6 +126,21 @@ def scan_alpha(
         raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")
     best = min(numbers, key=lambda a: (numbers[a] if lower_is_better else -numbers[a], a))
     result = interpolate(base, tuned, target, alpha=best, **output)
+    write_json(target / SCAN, {"best": best, "lower_is_better": lower_is_better, "found": sorted(found.items())})
     shutil.rmtree(trial, ignore_errors=True)
     measured.unlink(missing_ok=True)
     return result, found
+
+
+def _finished(
+    methods: Sequence[Interpolate], models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str], target: Path,
+    options: Output, lower_is_better: bool,
+) -> tuple[float, dict[float, float]] | None:  # fmt: skip
+    """The best point and all values of a scan of the same models and points that is finished."""
+    if not options.resume or not (target / SCAN).is_file():
+        return None
+    old = read_json(target / SCAN)
+    found = {float(a): float(v) for a, v in old["found"]}
+    same = set(found) == {float(m.alpha) for m in methods} and old["lower_is_better"] == lower_is_better
+    job = job_of(Interpolate(old["best"]), models, base, options)
+    return (old["best"], found) if same and finished_already(job, target, options) else None

@@ -35,6 +35,8 @@ class Job:
         tensors: Lays the output out itself, told how it is written and where notes go. The models may then be adapters
             that are combined element by element, as tensors of their own and not as what they do to a base.
         linear: Whether every rule is a weighted sum; None: as the rule of the first tensor is.
+        asked: What was asked for, where `options` also tell what was found; plain data. The same models, asked for the same,
+            are the same merge.
         image: Name of the picture of the weights that `evidence` draws, or None.
     """
 
@@ -51,6 +53,7 @@ class Job:
     tensors: Callable[[Output, list[str]], list[OutputTensor]] | None = None
     image: str | None = None
     linear: bool | None = None
+    asked: Mapping[str, Any] | None = None
 
     @property
     def is_linear(self) -> bool:

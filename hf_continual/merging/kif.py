@@ -30,7 +30,7 @@ from hf_continual.merging.kif_models import open_models
 from hf_continual.merging.kif_rule import FUSE_RULES, Choice, FuseRule, Weighing, weigh
 from hf_continual.merging.options import Output, read_output
 from hf_continual.merging.publishing import check_push
-from hf_continual.merging.run import make_plan, run_job
+from hf_continual.merging.run import digest_of, finished_as_asked, make_plan, run_job
 from hf_continual.merging.workplace import check_free, folder_beside, locked
 from hf_continual.tensors.fusion import WEIGHTS
 from hf_continual.tensors.importance import share_rank
@@ -128,7 +128,6 @@ def kif_fuse(
     files, rows = given_sources(importance, calibration_new, calibration_old)
     models = open_models(base, new, old)
     _check_output(options, models.are_adapters)
-    check_free(target, options.overwrite)
     if rows:  # a wrong path or an empty file fails before anything is computed
         from hf_continual.data.rows import load_rows
 
@@ -144,9 +143,15 @@ def kif_fuse(
     names = list(next(iter(sides.values())).tensors) if sides else layout.changed
     wanted = {n: layout.shapes[n] for n in names}
     later: dict[Side, Scores] = {s: expected_scores(wanted, 1 + (uncertainty is not False)) for s in SIDES if s in rows}
-    checked = fuse_job(layout, Weighing(choice), {**sides, **later}, told)
+    measured = [beta1, beta2, order, batch_size, max_length, calibration_dtype] if rows else None
+    scored = {side: [dict(found.facts), _state(found)] for side, found in sides.items()}
+    asked = {**told, "measured": measured, "scores": scored, "rows": {s: digest_of(r) for s, r in rows.items()}}
+    checked = fuse_job(layout, Weighing(choice), {**sides, **later}, told, asked)
     if options.dry_run:
         return run_job(checked, target, output)
+    if (done := finished_as_asked(checked, target, options)) is not None:
+        return done
+    check_free(target, options.overwrite)
     # Every check comes before the gradients and the passes that look for thresholds.
     plan, _ = make_plan(checked, target, options)
     check_push(checked, options, plan.kind)
@@ -162,10 +167,16 @@ def kif_fuse(
                 setting = Setting(device, calibration_dtype)
                 sides[side] = calibrated(side, member, names, rows[side], measure, setting, cache, uncertainty)
     weighing = weigh(choice, sides)
-    result = run_job(fuse_job(layout, weighing, sides, told), target, output)
+    result = run_job(fuse_job(layout, weighing, sides, told, asked), target, output)
     streamed = sum(t.read_bytes for t in layout.tensors(weighing, sides, old_from))
-    scored = sum(t.nbytes for s in sides.values() for both in s.tensors.values() for t in both)
-    return replace(result, bytes_read=streamed + scored * (3 if rule in WEIGHTS else 2))
+    of_scores = sum(t.nbytes for s in sides.values() for both in s.tensors.values() for t in both)
+    return replace(result, bytes_read=streamed + of_scores * (3 if rule in WEIGHTS else 2))
+
+
+def _state(scores: Scores) -> list[Any]:
+    """What tells files of scores apart, also where their headers are the same."""
+    files = {t.file for both in scores.tensors.values() for t in both}
+    return sorted([f.header_sha256, f.size, f.mtime_ns] for f in files)
 
 
 def _plain(source: Any) -> Any:

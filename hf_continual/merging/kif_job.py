@@ -70,7 +70,13 @@ class Layout:
         return laid_out
 
 
-def fuse_job(layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores], options: Mapping[str, Any]) -> Job:
+def fuse_job(
+    layout: Layout,
+    weighing: Weighing,
+    sides: Mapping[Side, Scores],
+    options: Mapping[str, Any],
+    asked: Mapping[str, Any] | None = None,
+) -> Job:
     """What the engine writes.
 
     Args:
@@ -78,6 +84,7 @@ def fuse_job(layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores], o
         weighing: What the passes over the scores found.
         sides: The scores.
         options: The options of the fusion, for the report.
+        asked: What the fusion was asked for, see `Job`.
 
     Returns:
         The job.
@@ -117,7 +124,7 @@ def fuse_job(layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores], o
 
     return Job(
         "kif", PAPER, models.members, None, lambda _: lambda values, at: values[0], told, newest=1, report=KIF_REPORT,
-        facts=facts, evidence=draw if layers else None, tensors=tensors, image=HEAT_MAP if layers else None,
+        facts=facts, evidence=draw if layers else None, tensors=tensors, image=HEAT_MAP if layers else None, asked=asked,
     )  # fmt: skip
 
 

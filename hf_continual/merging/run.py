@@ -172,16 +172,57 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
         "layout": [[s.file, s.header.decode("utf-8", "replace")] for s in shards],
         "sources": sorted([f.header_sha256, f.size, f.mtime_ns] for f in sources),
     }
-    identity = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+    identity = _hash(decisive)
     facts["plan"] = identity
+    told = {k: v for k, v in decisive["facts"].items() if k not in ("weights", "options")}
+    own = sorted([f.header_sha256, f.size, f.mtime_ns] for m in job.members for f in m.own.files)
+    asked = facts["options"] if job.asked is None else job.asked
+    facts["asked"] = _hash({**decisive, "facts": told, "sources": own, "asked": asked})
     files = side_files(reference, newest, kind == "model")
     return MergePlan(kind, rank, tuple(shards), config, config_file, files, facts, identity, tuple(notes)), errors
+
+
+def digest_of(rows: Any) -> str | None:
+    """What tells texts or rows apart."""
+    if rows is None:
+        return None
+    seen = hashlib.sha256()
+    for row in rows:
+        seen.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return seen.hexdigest()[:32]
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def finished_already(job: Job, output_dir: Path, options: Output) -> bool:
     """Whether the output folder holds this very merge, whole; it makes every check of `make_plan`."""
     plan, _ = make_plan(job, output_dir, options)
     return options.resume and not options.dry_run and _finished(output_dir, job.report, plan.identity) is not None
+
+
+def finished_as_asked(job: Job, output_dir: Path, options: Output) -> MergeResult | None:
+    """The result of a finished merge of these models that was asked for the same, whatever it found then.
+
+    Args:
+        job: The merge, before anything was looked for.
+        output_dir: Where the result goes.
+        options: How it is written.
+
+    Returns:
+        The result, or None.
+    """
+    if not options.resume or options.dry_run:
+        return None
+    plan, _ = make_plan(job, output_dir, options)
+    with locked(output_dir):
+        done = _finished(output_dir, job.report, plan.facts["asked"], "asked")
+    if done is None:
+        return None
+    logger.info("%s: this merge is finished already", output_dir)
+    result = _result(job, plan, output_dir, {"plan": 0.0}, done)
+    return replace(result, url=push(output_dir, options))
 
 
 def _kind(job: Job, options: Output) -> str:
@@ -193,12 +234,12 @@ def _kind(job: Job, options: Output) -> str:
     return "model" if why_not else "adapter"
 
 
-def _finished(output_dir: Path, report: str, identity: str) -> dict[str, Any] | None:
+def _finished(output_dir: Path, report: str, identity: str, key: str = "plan") -> dict[str, Any] | None:
     file = output_dir / report
     if not file.is_file():
         return None
     found = read_json(file)
-    whole = found.get("plan") == identity and all(
+    whole = found.get(key) == identity and all(
         (output_dir / name).is_file() and (output_dir / name).stat().st_size == facts["size"]
         for name, facts in found.get("files", {}).items()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from hf_continual.merging.quantized import QuantizedBase
 from hf_continual.merging.recall import PAPER, Bandwidth
 from hf_continual.merging.recall_weights import calibrated, check_choices
 from hf_continual.merging.result import MergeResult, RecallMergeResult
-from hf_continual.merging.run import make_plan, run_job
+from hf_continual.merging.run import digest_of, finished_as_asked, make_plan, run_job
 from hf_continual.merging.structure import groups_of, ordered
 from hf_continual.merging.workplace import check_free, locked
 
@@ -143,6 +144,7 @@ def merge_with_recall(
     }  # fmt: skip
     target = Path(output_dir)
     options = read_output(given)
+    asked: dict[str, Any] | None = None
     try:
         members, place, full = _members(models, base, include_base, anchor, quantized_base)
         if full is not None and full.seen_as is not None and low_memory and weights is None:
@@ -160,10 +162,23 @@ def merge_with_recall(
         else:
             groups = groups_of(names, members[0].checkpoint.config)
             check_choices(calibration, choices, with_base, dry_run)
+            asked = {**choices, "anchor": place, "calibration": digest_of(calibration)}
+            equal_weights = Average((1 / len(members),) * len(members))
             checked = Job(
-                "recall", PAPER, members, full, lambda _: Average((1 / len(members),) * len(members)), choices
+                "recall",
+                PAPER,
+                members,
+                full,
+                lambda _: equal_weights,
+                choices,
+                newest=place,
+                report=RECALL_REPORT,
+                asked=asked,
             )
             plan, _ = make_plan(checked, target, options)
+            if (done := finished_as_asked(checked, target, options)) is not None:
+                found = done.report["weights"]
+                return _recall_result(done, found, done.report, members, place)
             if dry_run:
                 equal = {g: [1 / len(members)] * len(members) for g in ordered(groups.values())}
                 found, facts = equal, {}
@@ -175,9 +190,17 @@ def merge_with_recall(
                         members, place, with_base, calibration, choices, target, (device, calibration_dtype, low_memory)
                     )
         job = _job(members, place, full, groups, found, facts, choices if weights is None else {})
+        if weights is None and not dry_run:
+            job = replace(job, asked=asked)
         result = run_job(job, target, given)
     except MergeError as error:
         raise RecallMergeError(*error.args) from error
+    return _recall_result(result, found, facts, members, place)
+
+
+def _recall_result(
+    result: MergeResult, found: Mapping[str, Any], facts: Mapping[str, Any], members: Sequence[Member], place: int
+) -> RecallMergeResult:
     order = tuple(found)
     return RecallMergeResult(
         **{name: getattr(result, name) for name in MergeResult.__dataclass_fields__},

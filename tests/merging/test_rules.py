@@ -22,7 +22,6 @@ from hf_continual.merging.methods.dare import DropAndAdd, DropElectMerge, kept_a
 from hf_continual.merging.methods.model_stock import share
 from hf_continual.merging.methods.slerp import arc, cosine
 from hf_continual.merging.methods.table import MERGES, merge_class
-from hf_continual.merging.run import make_plan
 from tests.merging.world import adapter, build, digest, family, save
 
 
@@ -246,7 +245,6 @@ def test_thin_functions_are_the_pipeline(tmp_path):
     assert digest(tmp_path / "5") != digest(tmp_path / "1")
     report = json.loads((tmp_path / "1" / "merge_report.json").read_text())
     assert report["options"] == {"density": 0.3, "scale": [0.5, 0.5], "seed": 4}
-    assert make_plan and kif_fuse and merge_with_recall and scan_alpha
 
 
 def test_between_the_tasks_of_a_plan_by_name(tmp_path):
@@ -266,3 +264,59 @@ def test_between_the_tasks_of_a_plan_by_name(tmp_path):
         train_stream(plan)
         report = json.loads((tmp_path / str(i) / "task-02-t2" / "merge_report.json").read_text())
         assert report["method"] == name and report["options"]["density"] == 0.5
+
+
+class TestTheSameCallAgain:
+    """Finished, it returns what is there; asked for something else, it refuses; no pass is made twice."""
+
+    def test_recall(self, tmp_path, monkeypatch):
+        from hf_continual.merging import with_recall
+
+        _, a, b = family(tmp_path)
+        toy_rows = [f"w{i} w{i + 1} w{i + 2} w3" for i in range(12)]
+        call = dict(calibration=toy_rows, num_typical=3, progress=False)
+        first = merge_with_recall([a, b], tmp_path / "out", **call)
+        before = digest(tmp_path / "out")
+
+        def refused(*args):
+            raise AssertionError("calibrated again")
+
+        monkeypatch.setattr(with_recall, "calibrated", refused)
+        again = merge_with_recall([a, b], tmp_path / "out", **call)
+        assert digest(tmp_path / "out") == before and again.report == first.report
+        assert np.array_equal(again.weights, first.weights) and again.model_names == first.model_names
+        for other in ({"calibration": toy_rows[1:]}, {"num_typical": 2}, {"temperature": 2.0}):
+            with pytest.raises(FileExistsError):
+                merge_with_recall([a, b], tmp_path / "out", **{**call, **other})
+
+    def test_scan_alpha(self, tmp_path):
+        base, a, _ = family(tmp_path)
+        measured = []
+        call = dict(gauge=lambda folder: (measured.append(1), -float(len(measured)))[1], alphas=(0.0, 0.5, 1.0))
+        first, scores = scan_alpha(base, a, tmp_path / "out", **call)
+        before = digest(tmp_path / "out")
+        again, same = scan_alpha(base, a, tmp_path / "out", **call)
+        assert len(measured) == 3 and same == scores and digest(tmp_path / "out") == before
+        assert again.report["options"] == first.report["options"] == {"alpha": 0.0}
+        with pytest.raises(FileExistsError):
+            scan_alpha(base, a, tmp_path / "out", **{**call, "alphas": (0.0, 0.25)})
+
+    def test_kif_fuse(self, tmp_path):
+        from tests.merging.test_kif_fuse import write_scores
+        from tests.merging.world import tensors as all_tensors
+
+        base, a, b = family(tmp_path)
+        like = all_tensors(base)
+        files = [tmp_path / "new.safetensors", tmp_path / "old.safetensors"]
+        for i, file in enumerate(files):
+            write_scores(file, like, i)
+        call = dict(old=b, importance=tuple(files))
+        first = kif_fuse(base, a, tmp_path / "out", **call)
+        before = digest(tmp_path / "out")
+        again = kif_fuse(base, a, tmp_path / "out", **call)
+        assert digest(tmp_path / "out") == before and again.report == first.report
+        with pytest.raises(FileExistsError):
+            kif_fuse(base, a, tmp_path / "out", top_share=0.3, **call)
+        write_scores(files[0], like, 5)  # other scores under the same header
+        with pytest.raises(FileExistsError):
+            kif_fuse(base, a, tmp_path / "out", **call)
