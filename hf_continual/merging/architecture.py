@@ -21,8 +21,8 @@ _CODE = (
     "import json, sys\n"
     "data = json.load(sys.stdin)\n"
     "sys.path[:] = data['path']\n"
-    "from hf_continual.merging.architecture_probe import probe\n"
-    "answer = probe(data['question'])\n"
+    "from hf_continual.merging import architecture_probe\n"
+    "answer = getattr(architecture_probe, data['function'])(data['question'])\n"
     "print()\n"
     "print(json.dumps(answer))\n"
 )
@@ -138,11 +138,28 @@ def _digest(question: dict[str, Any]) -> str:
 
 
 def _probe(question: dict[str, Any]) -> dict[str, Any]:
-    if "transformers" in sys.modules:
-        from hf_continual.merging.architecture_probe import probe
+    return _call("probe", question)
 
-        return probe(question)
-    told = json.dumps({"path": sys.path, "question": question})
+
+def understood(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers makes of configurations, whatever version wrote them.
+
+    Args:
+        configs: What the files hold.
+
+    Returns:
+        For each what `architecture_probe.understand` says of it.
+    """
+    return _call("understand", [dict(c) for c in configs])
+
+
+def _call(function: str, question: Any) -> Any:
+    """Ask a function of `architecture_probe`, in a process of its own if transformers is not loaded here."""
+    if "transformers" in sys.modules:
+        from hf_continual.merging import architecture_probe
+
+        return getattr(architecture_probe, function)(question)
+    told = json.dumps({"path": sys.path, "function": function, "question": question})
     done = subprocess.run([sys.executable, "-c", _CODE], input=told, text=True, capture_output=True)
     if done.returncode != 0:
         raise RuntimeError(f"the architecture could not be compared: {done.stderr.strip()[-500:]}")
