@@ -35,11 +35,13 @@ class Architecture:
     Args:
         unknown: Why nothing is known of it, or None.
         transposed: Module -> whether its weight is stored ``(in, out)``; only modules that adapters have factors of.
+        names: Name of a tensor in the loaded model -> its name in the files, where the two differ.
         adapters: For each adapter what PEFT makes of it: ``refused``, ``unknown``, ``missing``, ``unexpected``.
     """
 
     unknown: str | None
     transposed: Mapping[str, bool]
+    names: Mapping[str, str]
     adapters: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -92,7 +94,7 @@ def read_architecture(model: Checkpoint, adapters: Sequence[tuple[Checkpoint, It
             f"{model.name}: {name!r} is {have} in its files and {want} by its config.json ({len(wrong)} such tensors). The two "
             f"do not belong together; download or save the model again."
         )
-    return Architecture(answer["unknown"], answer["transposed"], tuple(answer["adapters"]))
+    return Architecture(answer["unknown"], answer["transposed"], answer["names"], tuple(answer["adapters"]))
 
 
 def _layout(model: Checkpoint) -> dict[str, list[Any]]:

@@ -32,12 +32,13 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``unknown`` or ``refused``: why the model could not be built, or None; ``missing``: tensors that loading would
-        draw at random; ``mismatched``: name, shape stored, shape needed; ``transposed``: module -> whether its weight is
+        draw at random; ``mismatched``: name, shape stored, shape needed; ``names``: name in the loaded model -> name in
+        the file, where the two differ; ``transposed``: module -> whether its weight is
         stored ``(in, out)``; ``adapters``: for each, why PEFT would refuse it or could not be asked, and the factors
         that are ``missing`` or ``unexpected``.
     """
     answer: dict[str, Any] = {"unknown": None, "refused": None, "missing": [], "mismatched": [], "transposed": {}}
-    answer["adapters"] = []
+    answer |= {"names": {}, "adapters": []}
     with _quiet():
         try:
             model_class, config = _class_of(dict(question["config"]))
@@ -60,6 +61,8 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
             return {**answer, "refused": f"{type(error).__name__}: {error}"}
         answer["missing"] = sorted(info["missing_keys"])
         answer["mismatched"] = sorted([n, list(have), list(want)] for n, have, want in info["mismatched_keys"])
+        names = private.loaded_names(model, stored)
+        answer["names"] = {loaded: name for name, loaded in names.items() if loaded != name}
         answer["transposed"] = _transposed(model, {m for a in question["adapters"] for m in a["modules"]})
         for adapter in question["adapters"]:
             with torch.device("meta"):
