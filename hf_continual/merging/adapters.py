@@ -104,21 +104,21 @@ def _matched(
     for name, tensor in parts.others.items():
         if name.endswith(".base_layer.weight"):
             # PEFT stores an adapted embedding's own weights beside its adapter, and loads them in place of the base's.
-            target = _find(name.replace(".base_layer", ""), base, checkpoint)
+            target = _find(name.replace(".base_layer", ""), base, checkpoint, known)
             if not _same(base.tensors[target], tensor):
                 saved[target] = tensor
         else:
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            saved[_find(name, base, checkpoint, may_be_head=True)] = tensor
+            saved[_find(name, base, checkpoint, known, may_be_head=True)] = tensor
     factors: dict[str, Factors] = {}
     added = {}
     for module, own in parts.factors.items():
-        target = _find(f"{module}.weight", base, checkpoint, may_be_head=True)
+        target = _find(f"{module}.weight", base, checkpoint, known, may_be_head=True)
         scale = scaling(checkpoint.config, PREFIX + module)
         shape = saved[target].shape if target in saved else _shape(base, target)
         factors[target] = _fitting(checkpoint, target, shape, own, scale, known.transposed.get(module))
         if "lora_B.bias" in own:
-            added[_find(f"{module}.bias", base, checkpoint)] = (own["lora_B.bias"], scale)
+            added[_find(f"{module}.bias", base, checkpoint, known)] = (own["lora_B.bias"], scale)
     notes = _check_complete(checkpoint, base, told)
     return Adapter(replace(checkpoint, notes=(*checkpoint.notes, *notes)), factors, added, saved)
 
@@ -155,17 +155,18 @@ def _same(base: StoredTensor, stored: StoredTensor) -> bool:
         return all(torch.equal(one.to(kind), two) for one, two in pieces_of([base, stored], files))
 
 
-def _find(name: str, base: Checkpoint, adapter: Checkpoint, may_be_head: bool = False) -> str:
-    """The base's name of an adapter's tensor; some base checkpoints leave the prefix of the inner model away."""
-    for candidate in (name, name.partition(".")[2]):
+def _find(name: str, base: Checkpoint, adapter: Checkpoint, known: Architecture, may_be_head: bool = False) -> str:
+    """The name in the base's files of an adapter's tensor, which has the name that it has in the loaded model."""
+    # Where the architecture is not known: some base checkpoints leave the prefix of the inner model away.
+    for candidate in (known.names.get(name, name), name.partition(".")[2]):
         if candidate in base.tensors:
             return candidate
     if may_be_head and name in HEADS and base.config.get("tie_word_embeddings", True):
         return name  # a tied head is not stored; it is the embedding until the adapter changes it
     raise MergeError(
         f"{adapter.name} adapts {name!r}, and {base.name} has no such tensor (it has {next(iter(base.tensors))!r}, ...). The "
-        f"adapter belongs to another base ({adapter.config.get('base_model_name_or_path')!r}), or the base stores its weights "
-        f"under other names than the loaded model: load it and save_pretrained it first."
+        f"adapter belongs to another base ({adapter.config.get('base_model_name_or_path')!r}), or the loaded model makes this "
+        f"tensor of others: then put the adapter into its base first (merge_and_unload, save_pretrained) and merge that model."
     )
 
 

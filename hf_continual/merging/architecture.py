@@ -21,8 +21,8 @@ _CODE = (
     "import json, sys\n"
     "data = json.load(sys.stdin)\n"
     "sys.path[:] = data['path']\n"
-    "from hf_continual.merging.architecture_probe import probe\n"
-    "answer = probe(data['question'])\n"
+    "from hf_continual.merging import architecture_probe\n"
+    "answer = getattr(architecture_probe, data['function'])(data['question'])\n"
     "print()\n"
     "print(json.dumps(answer))\n"
 )
@@ -35,11 +35,13 @@ class Architecture:
     Args:
         unknown: Why nothing is known of it, or None.
         transposed: Module -> whether its weight is stored ``(in, out)``; only modules that adapters have factors of.
+        names: Name of a tensor in the loaded model -> its name in the files, where the two differ.
         adapters: For each adapter what PEFT makes of it: ``refused``, ``unknown``, ``missing``, ``unexpected``.
     """
 
     unknown: str | None
     transposed: Mapping[str, bool]
+    names: Mapping[str, str]
     adapters: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -92,7 +94,7 @@ def read_architecture(model: Checkpoint, adapters: Sequence[tuple[Checkpoint, It
             f"{model.name}: {name!r} is {have} in its files and {want} by its config.json ({len(wrong)} such tensors). The two "
             f"do not belong together; download or save the model again."
         )
-    return Architecture(answer["unknown"], answer["transposed"], tuple(answer["adapters"]))
+    return Architecture(answer["unknown"], answer["transposed"], answer["names"], tuple(answer["adapters"]))
 
 
 def _layout(model: Checkpoint) -> dict[str, list[Any]]:
@@ -138,11 +140,28 @@ def _digest(question: dict[str, Any]) -> str:
 
 
 def _probe(question: dict[str, Any]) -> dict[str, Any]:
-    if "transformers" in sys.modules:
-        from hf_continual.merging.architecture_probe import probe
+    return _call("probe", question)
 
-        return probe(question)
-    told = json.dumps({"path": sys.path, "question": question})
+
+def understood(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers makes of configurations, whatever version wrote them.
+
+    Args:
+        configs: What the files hold.
+
+    Returns:
+        For each what `architecture_probe.understand` says of it.
+    """
+    return _call("understand", [dict(c) for c in configs])
+
+
+def _call(function: str, question: Any) -> Any:
+    """Ask a function of `architecture_probe`, in a process of its own if transformers is not loaded here."""
+    if "transformers" in sys.modules:
+        from hf_continual.merging import architecture_probe
+
+        return getattr(architecture_probe, function)(question)
+    told = json.dumps({"path": sys.path, "function": function, "question": question})
     done = subprocess.run([sys.executable, "-c", _CODE], input=told, text=True, capture_output=True)
     if done.returncode != 0:
         raise RuntimeError(f"the architecture could not be compared: {done.stderr.strip()[-500:]}")

@@ -7,8 +7,11 @@ this in a process of its own where transformers is not loaded yet.
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -29,12 +32,13 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``unknown`` or ``refused``: why the model could not be built, or None; ``missing``: tensors that loading would
-        draw at random; ``mismatched``: name, shape stored, shape needed; ``transposed``: module -> whether its weight is
+        draw at random; ``mismatched``: name, shape stored, shape needed; ``names``: name in the loaded model -> name in
+        the file, where the two differ; ``transposed``: module -> whether its weight is
         stored ``(in, out)``; ``adapters``: for each, why PEFT would refuse it or could not be asked, and the factors
         that are ``missing`` or ``unexpected``.
     """
     answer: dict[str, Any] = {"unknown": None, "refused": None, "missing": [], "mismatched": [], "transposed": {}}
-    answer["adapters"] = []
+    answer |= {"names": {}, "adapters": []}
     with _quiet():
         try:
             model_class, config = _class_of(dict(question["config"]))
@@ -57,12 +61,71 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
             return {**answer, "refused": f"{type(error).__name__}: {error}"}
         answer["missing"] = sorted(info["missing_keys"])
         answer["mismatched"] = sorted([n, list(have), list(want)] for n, have, want in info["mismatched_keys"])
+        names = private.loaded_names(model, stored)
+        answer["names"] = {loaded: name for name, loaded in names.items() if loaded != name}
         answer["transposed"] = _transposed(model, {m for a in question["adapters"] for m in a["modules"]})
         for adapter in question["adapters"]:
             with torch.device("meta"):
                 fresh = model_class(config)
             answer["adapters"].append(_put_on(fresh, adapter))
     return answer
+
+
+def understand(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Read configurations as transformers does, whatever version wrote them.
+
+    Args:
+        configs: What the files hold.
+
+    Returns:
+        For each ``unknown``: why transformers makes nothing of it, or None; ``meaning``: what its class reads, with all
+        defaults; ``rest``: what else is there.
+    """
+    with _quiet():
+        return [_understood(dict(config)) for config in configs]
+
+
+def _understood(config: dict[str, Any]) -> dict[str, Any]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    nothing: dict[str, Any] = {"meaning": {}, "rest": {}}
+    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
+        return {**nothing, "unknown": f"the installed transformers does not know model_type={kind!r}"}
+    try:
+        read = CONFIG_MAPPING[kind].from_dict(copy.deepcopy({k: v for k, v in config.items() if k not in _IDLE}))
+        meaning, rest = _meaning(read)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:300]
+        return {**nothing, "unknown": f"the installed transformers cannot read one: {said}"}
+    return json.loads(json.dumps({"unknown": None, "meaning": meaning, "rest": rest}, default=str))
+
+
+def _meaning(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a configuration says to its model, and what else stands in it."""
+    from transformers import PreTrainedConfig
+
+    whole = config.to_dict()
+    read = {f.name for f in fields(config)} if is_dataclass(config) else set(whole)
+    meaning = {k: v for k, v in whole.items() if k in read | {"head_dim"}}
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            meaning[key] = _meaning(value)[0]
+        elif key == "rope_parameters" and isinstance(value, dict):
+            meaning[key] = _rotation(value)
+    heads = getattr(config, "num_attention_heads", None)
+    # A model whose class knows no other size divides the width by the number of heads.
+    width = getattr(config, "hidden_size", None)
+    if meaning.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
+        meaning["head_dim"] = width // heads
+    return meaning, {k: v for k, v in whole.items() if k not in meaning and v is not None}
+
+
+def _rotation(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of rotary positions without what stands there twice or says nothing."""
+    told = {k: _rotation(v) if isinstance(v, dict) else v for k, v in parameters.items() if v is not None}
+    if "rope_type" in told:
+        told.pop("type", None)
+    return told
 
 
 def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -104,8 +167,6 @@ def _transposed(model: torch.nn.Module, wanted: set[str]) -> dict[str, bool]:
 
 def _put_on(model: torch.nn.Module, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """What PEFT would leave untrained, and what it would pass over, when it loads an adapter."""
-    from dataclasses import fields
-
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     told: dict[str, Any] = {"refused": None, "unknown": None, "missing": [], "unexpected": []}

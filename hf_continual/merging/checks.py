@@ -1,81 +1,18 @@
-"""Whether models can be merged at all: names, shapes, configurations, tokenizers. Only headers and JSON are read."""
+"""Whether models can be merged at all: names, shapes, tokenizers. Only headers and JSON are read."""
 
 from __future__ import annotations
 
 import filecmp
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.members import Member, View
 from hf_continual.merging.structure import HEADS, embedding_name
-
-# Under these keys a difference means that the same weights compute something else.
-_DECISIVE = (
-    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
-    "head_dim", "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps",
-    "layer_norm_epsilon", "hidden_act", "hidden_activation", "activation_function", "sliding_window", "layer_types",
-    "num_local_experts", "num_experts", "num_experts_per_tok", "tie_word_embeddings",
-)  # fmt: skip
-# Under these they mean nothing for a merge.
-_HARMLESS = (
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "vocab_size",
-    "architectures",
-)
-
-
-def check_configs(members: Sequence[Member]) -> list[str]:
-    """Compare what the models compute with their weights.
-
-    Args:
-        members: The models.
-
-    Returns:
-        Differences that do not matter for the weights, as sentences.
-
-    Raises:
-        MergeError: If they are different architectures, or a decisive number differs.
-    """
-    first, notes = members[0], []
-    for other in members[1:]:
-        one, two = first.checkpoint.config, other.checkpoint.config
-        for key in ("model_type", "architectures"):
-            if one.get(key) != two.get(key):
-                raise MergeError(
-                    f"architecture mismatch: {first.name} has {key}={one.get(key)!r} and {other.name} {two.get(key)!r}. Only "
-                    f"models of one architecture can be merged, fine-tuned from the same weights."
-                )
-        for key, (a, b) in _differences(one, two).items():
-            last = key.rpartition(".")[2]
-            if last in _DECISIVE and not (last == "tie_word_embeddings"):
-                raise MergeError(
-                    f"architecture mismatch: {key} is {a!r} in {first.name} and {b!r} in {other.name}, so the same weights "
-                    f"compute different things. Merge models with the same {last}."
-                )
-            if last not in _HARMLESS:
-                notes.append(f"config.{key}: {a!r} in {first.name}, {b!r} in {other.name}; the first's is kept.")
-    return notes
-
-
-def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(one.keys() | two.keys()):
-        a, b = one.get(key), two.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and key not in _DECISIVE:
-            found |= _differences(a, b, f"{path}{key}.")
-        elif a != b:
-            found[path + key] = (a, b)
-    return found
 
 
 def tensor_names(members: Sequence[Member]) -> list[str]:

@@ -16,7 +16,8 @@ from hf_continual.merging.adapter_output import adapter_config, adapter_tensors,
 from hf_continual.merging.architecture import check_whole
 from hf_continual.merging.card import write_merge_card
 from hf_continual.merging.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, INDEX
-from hf_continual.merging.checks import check_configs, check_tokenizers, warn_identical
+from hf_continual.merging.checks import check_tokenizers, warn_identical
+from hf_continual.merging.configs import check_configs
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.job import Job
 from hf_continual.merging.model_output import model_config, model_tensors
