@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 import hf_continual
 from hf_continual.hub import tables
+from hf_continual.hub.card_yaml import dump_metadata
 from hf_continual.hub.facts import CONFIG, CardFacts
 from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
@@ -53,7 +53,7 @@ def render_card(
         facts = replace(facts, repo_id=repo_id)
     metadata = card_metadata(facts)
     metadata |= foreign_metadata(existing, metadata)
-    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+    head = dump_metadata(metadata)
     return f"---\n{head}---\n\n{_body(facts, kept_text(existing))}"
 
 

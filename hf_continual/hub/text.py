@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import yaml
+from hf_continual.hub.card_yaml import dump_metadata, load_metadata
 
 KEEP, KEEP_END = "<!-- hf_continual:keep -->", "<!-- /hf_continual:keep -->"
 GENERATED = "<!-- written by hf_continual"
@@ -20,21 +20,6 @@ PATH = re.compile(
 )
 _SECRET = re.compile(r"(^|_)(token|password|secret|api_key|apikey|credentials?)$", re.IGNORECASE)
 _BLOCK = re.compile(rf"{re.escape(KEEP)}\n?(.*?)\n?(?:{re.escape(KEEP_END)}|{re.escape(KEEP)})", re.DOTALL)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, as the Hub does."""
-
-
-def _unique(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
-    twice = [k for k in keys if keys.count(k) > 1]
-    if twice:
-        raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
 
 
 def read_card(text: str) -> tuple[dict[str, Any], str]:
@@ -55,10 +40,7 @@ def read_card(text: str) -> tuple[dict[str, Any], str]:
     head, found, body = text[4:].partition("\n---")
     if not found:
         raise ValueError("the metadata begins with '---' and does not end with it")
-    try:
-        data = yaml.load(head, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the metadata cannot be read: {error}") from error
+    data = load_metadata(head)
     if data is None:
         return {}, body.lstrip("\n")
     if not isinstance(data, dict):
@@ -141,7 +123,7 @@ def merged_author(mine: str, theirs: str, recorded: str | None) -> str:
         kept = here if there in here else f"{there}\n\n{here}"
     data = {**foreign_metadata(theirs, {}), **foreign_metadata(mine, {})}
     data = {k: v for k, v in data.items() if k not in OWN_KEYS}
-    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True) if data else "{}\n"
+    head = dump_metadata(data) if data else "{}\n"
     return f"---\n{head}---\n{GENERATED} -->\n{KEEP}\n{kept}\n{KEEP_END}\n"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_continual.merging.checkpoints import ADAPTER_CONFIG, Checkpoint
-from hf_continual.merging.errors import MergeError, some
+from hf_continual.merging.errors import MergeError
 from hf_continual.merging.stored import StoredTensor
 from hf_continual.tensors.concatenate import rank_of
 
@@ -41,7 +41,7 @@ def split(adapter: Checkpoint) -> Parts:
         Its parts.
 
     Raises:
-        MergeError: If a product lacks a part, or the configuration says another rank, or parts that are not there.
+        MergeError: If a product lacks a part, or the configuration says another rank or other parts.
     """
     factors: dict[str, dict[str, StoredTensor]] = {}
     others: dict[str, StoredTensor] = {}
@@ -57,7 +57,6 @@ def split(adapter: Checkpoint) -> Parts:
         raise MergeError(f"{adapter.name} holds no tensors at all: nothing was learnt, or its file was cut. {_AGAIN}")
     for module, own in factors.items():
         _check_product(adapter, module, own)
-    _check_saved(adapter, others)
     return Parts(factors, others)
 
 
@@ -79,14 +78,3 @@ def _check_product(adapter: Checkpoint, module: str, own: Mapping[str, StoredTen
                 f"{adapter.name}: {ADAPTER_CONFIG} says {option}={adapter.config.get(option)!r}, and of {part} for {module!r} "
                 f"{there}. One of the two files is of another adapter; put it back."
             )
-
-
-def _check_saved(adapter: Checkpoint, others: Mapping[str, StoredTensor]) -> None:
-    inside = {part for name in others for part in name.split(".")}
-    announced = adapter.config.get("modules_to_save") or []
-    lost = [m for m in announced if not set(m.split(".")) <= inside]
-    if lost:
-        raise MergeError(
-            f"{adapter.name}: {ADAPTER_CONFIG} says modules_to_save={announced!r}, and its file holds nothing of "
-            f"{some(lost)}. It is incomplete. {_AGAIN}"
-        )

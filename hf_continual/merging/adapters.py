@@ -11,12 +11,11 @@ from torch import Tensor
 
 from hf_continual.merging.adapter_options import check_options
 from hf_continual.merging.adapter_parts import PREFIX, Parts, split
+from hf_continual.merging.adapter_saved import base_shape, check_announced, find, saved_tensors
 from hf_continual.merging.architecture import Architecture, read_architecture
 from hf_continual.merging.checkpoints import ADAPTER_CONFIG, Checkpoint
 from hf_continual.merging.errors import MergeError, some
-from hf_continual.merging.pieces import pieces_of
-from hf_continual.merging.stored import DTYPES, Files, StoredTensor
-from hf_continual.merging.structure import HEADS
+from hf_continual.merging.stored import Files, StoredTensor
 from hf_continual.tensors.concatenate import scaling
 
 
@@ -100,25 +99,19 @@ def read_adapters(adapters: Sequence[Checkpoint], base: Checkpoint) -> list[Adap
 def _matched(
     checkpoint: Checkpoint, parts: Parts, base: Checkpoint, known: Architecture, told: Mapping[str, Any]
 ) -> Adapter:
-    saved: dict[str, StoredTensor] = {}
-    for name, tensor in parts.others.items():
-        if name.endswith(".base_layer.weight"):
-            # PEFT stores an adapted embedding's own weights beside its adapter, and loads them in place of the base's.
-            target = _find(name.replace(".base_layer", ""), base, checkpoint, known)
-            if not _same(base.tensors[target], tensor):
-                saved[target] = tensor
-        else:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            saved[_find(name, base, checkpoint, known, may_be_head=True)] = tensor
+    check_announced(checkpoint, parts.others, base)
+    saved = saved_tensors(parts, base, checkpoint, known.names)
     factors: dict[str, Factors] = {}
     added = {}
     for module, own in parts.factors.items():
-        target = _find(f"{module}.weight", base, checkpoint, known, may_be_head=True)
+        target = find(f"{module}.weight", base, checkpoint, known.names)
         scale = scaling(checkpoint.config, PREFIX + module)
-        shape = saved[target].shape if target in saved else _shape(base, target)
-        factors[target] = _fitting(checkpoint, target, shape, own, scale, known.transposed.get(module))
+        shape = saved[target].shape if target in saved else base_shape(base, target)
+        # A head that is not stored is the embedding, which lies as a linear layer's weight does.
+        transposed = known.transposed.get(module) if target in base.tensors else False
+        factors[target] = _fitting(checkpoint, target, shape, own, scale, transposed)
         if "lora_B.bias" in own:
-            added[_find(f"{module}.bias", base, checkpoint, known)] = (own["lora_B.bias"], scale)
+            added[find(f"{module}.bias", base, checkpoint, known.names)] = (own["lora_B.bias"], scale)
     notes = _check_complete(checkpoint, base, told)
     return Adapter(replace(checkpoint, notes=(*checkpoint.notes, *notes)), factors, added, saved)
 
@@ -146,34 +139,6 @@ def _check_complete(adapter: Checkpoint, base: Checkpoint, told: Mapping[str, An
     return []
 
 
-def _same(base: StoredTensor, stored: StoredTensor) -> bool:
-    """Whether an adapter's copy of a weight is the base's, in the type that the adapter has it in."""
-    if base.shape != stored.shape:
-        return False
-    with Files() as files:
-        kind = DTYPES[stored.dtype]
-        return all(torch.equal(one.to(kind), two) for one, two in pieces_of([base, stored], files))
-
-
-def _find(name: str, base: Checkpoint, adapter: Checkpoint, known: Architecture, may_be_head: bool = False) -> str:
-    """The name in the base's files of an adapter's tensor, which has the name that it has in the loaded model."""
-    # Where the architecture is not known: some base checkpoints leave the prefix of the inner model away.
-    for candidate in (known.names.get(name, name), name.partition(".")[2]):
-        if candidate in base.tensors:
-            return candidate
-    if may_be_head and name in HEADS and base.config.get("tie_word_embeddings", True):
-        return name  # a tied head is not stored; it is the embedding until the adapter changes it
-    raise MergeError(
-        f"{adapter.name} adapts {name!r}, and {base.name} has no such tensor (it has {next(iter(base.tensors))!r}, ...). The "
-        f"adapter belongs to another base ({adapter.config.get('base_model_name_or_path')!r}), or the loaded model makes this "
-        f"tensor of others: then put the adapter into its base first (merge_and_unload, save_pretrained) and merge that model."
-    )
-
-
-def _shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    return base.tensors[name].shape if name in base.tensors else None
-
-
 def _fitting(
     checkpoint: Checkpoint,
     name: str,
@@ -198,5 +163,4 @@ def _fitting(
             f"{list(shape or ())} in the base{' and stored transposed' if transposed else ''}. Give the base that it was "
             f"trained on ({checkpoint.config.get('base_model_name_or_path')!r}); convolutions cannot be merged."
         )
-    # A head that is not stored is the embedding, which lies as a linear layer's weight does.
-    return Factors(a, b, scale, bool(transposed) and shape is not None, own.get("lora_magnitude_vector"))
+    return Factors(a, b, scale, bool(transposed), own.get("lora_magnitude_vector"))

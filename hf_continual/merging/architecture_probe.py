@@ -67,6 +67,7 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
         for adapter in question["adapters"]:
             with torch.device("meta"):
                 fresh = model_class(config)
+                _resize(fresh, adapter["tensors"])
             answer["adapters"].append(_put_on(fresh, adapter))
     return answer
 
@@ -163,6 +164,23 @@ def _transposed(model: torch.nn.Module, wanted: set[str]) -> dict[str, bool]:
 
     modules = dict(model.named_modules())
     return {n: isinstance(modules[n], Conv1D | torch.nn.Embedding) for n in sorted(wanted & modules.keys())}
+
+
+def _resize(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Give a model the vocabulary that an adapter's file brings, as PEFT wants it done before it loads the adapter."""
+    places = {id(module): name for name, module in model.named_modules()}
+    endings = {
+        "weight": 0,
+        "base_layer.weight": 0,
+        "modules_to_save.weight": 0,
+        "lora_embedding_A": 1,
+        "lora_B.weight": 0,
+    }
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for ending, axis in endings.items() if module is not None else ():
+            _, shape = tensors.get(f"base_model.model.{places[id(module)]}.{ending}", (None, ()))
+            if len(shape) == 2 and shape[axis] != module.weight.shape[0]:
+                return model.resize_token_embeddings(shape[axis], mean_resizing=False)
 
 
 def _put_on(model: torch.nn.Module, adapter: Mapping[str, Any]) -> dict[str, Any]:

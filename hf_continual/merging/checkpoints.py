@@ -84,7 +84,9 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     adapter = (folder / ADAPTER_CONFIG).is_file()
     config_file = folder / (ADAPTER_CONFIG if adapter else CONFIG)
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}: it is no model and no adapter.")
+        raise FileNotFoundError(
+            f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}: it is no model and no adapter.{_inside(folder, hub_id)}"
+        )
     with as_merge_error():
         config = read_object(config_file)
         paths = [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder)
@@ -97,6 +99,10 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
             raise MergeError(f"{folder} stores {twice[0]!r} in two files. Save the model again.")
         tensors |= header
     notes = []
+    if adapter and (others := [p for p in _models_in(folder) if (p / ADAPTER_CONFIG).is_file() and not _is_step(p)]):
+        notes.append(
+            f"{name} holds further adapters in {', '.join(p.name for p in others)}, which were not read; give {others[0]} to merge that one."
+        )
     if not adapter:
         _check_not_quantised(name, config)
         if elsewhere := config.get("transformers_weights"):
@@ -107,6 +113,30 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         notes = _compare_index(name, folder, paths, tensors)
     files = {t.file.path: t.file for t in tensors.values()}
     return Checkpoint(name, folder, config, tensors, adapter, hub_id, revision, tuple(files.values()), tuple(notes))
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """The folders below that hold a model or an adapter, such as an adapter that PEFT saved under a name of its own."""
+    below = [file.parent for name in (CONFIG, ADAPTER_CONFIG) for file in folder.glob(f"*/{name}")]
+    return sorted(set(below), key=lambda p: (len(p.name), p.name))
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.name.startswith("checkpoint-")
+
+
+def _inside(folder: Path, hub_id: str | None) -> str:
+    """Where a model may be that is not in the folder itself."""
+    if found := _models_in(folder):
+        kind = "an adapter" if (found[-1] / ADAPTER_CONFIG).is_file() else "a model"
+        listed = ", ".join(str(p) for p in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        return f" It holds {kind} below ({listed}): give {found[-1]}."
+    if hub_id is not None:
+        return (
+            f" If it lies in a folder of the repository, as an adapter does that was saved under a name of its own: "
+            f"hf download {hub_id} --local-dir DIR, and give DIR/FOLDER."
+        )
+    return ""
 
 
 def _compare_index(name: str, folder: Path, paths: Sequence[Path], tensors: Mapping[str, StoredTensor]) -> list[str]:

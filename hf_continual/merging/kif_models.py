@@ -13,6 +13,7 @@ import torch
 
 from hf_continual.merging.adapter_options import check_numbers
 from hf_continual.merging.adapter_parts import split
+from hf_continual.merging.adapter_saved import check_announced
 from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.checks import tensor_names
 from hf_continual.merging.chunks import OutputTensor
@@ -93,7 +94,7 @@ def open_models(
         for adapter in found:
             if adapter.config.get("peft_type") == "LORA":
                 check_numbers(adapter)
-                split(adapter)
+                check_announced(adapter, split(adapter).others)
         _check_bases(found)
         _warn_far(models)
     return models

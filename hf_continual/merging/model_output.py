@@ -88,9 +88,10 @@ def _extended(
 ) -> OutputTensor:
     """Rows that only some models have come from those, with their weights renormalised."""
     weighed = weights_of(rule)
-    if weighed is None or not all(v.is_stored for v in views):
+    summed = all(v.added is None and (v.factors is None or v.factors.magnitude is None) for v in views)
+    if weighed is None or not summed:
         raise MergeError(
-            f"vocab='extend' works for averages of stored tensors; {name!r} has {[v.source.shape[0] for v in views]} rows. "
+            f"vocab='extend' works for averages, and without DoRA; {name!r} has {[v.source.shape[0] for v in views]} rows. "
             f"Resize the models to one vocabulary first (resize_token_embeddings)."
         )
     parts: list[Part] = []
@@ -99,7 +100,8 @@ def _extended(
         having = [(v, w) for v, w in zip(views, weighed, strict=True) if v.source.shape[0] >= last]
         total = sum(w for _, w in having)
         weights = tuple(w / total if total > 0 else 1 / len(having) for _, w in having)
-        rows = [View(v.source.rows(first, last)) for v, _ in having]
+        # A chunk knows its place in the whole tensor, so that a product is taken at these rows.
+        rows = [View(v.source.rows(first, last), v.factors) for v, _ in having]
         parts.append(combined(rows, kind, Average(weights)))
         if first:
             who = [m.name for m, v in zip(members, views, strict=True) if v.source.shape[0] >= last]

@@ -445,3 +445,37 @@ def test_the_tags_of_trl_and_its_badges(tmp_path, monkeypatch):
     assert {"continual-learning", "hf_continual"} <= set(data["tags"])
     assert f"]({page})" in body and 'alt="Visualize in Trackio"' in body
     assert not lint_folder(tmp_path)
+
+
+WRITTEN = {
+    "language:\n- no\n- en": "language:\n- 'no'\n- en",
+    "language: no": "language: 'no'",
+    "on: push\noff: Yes": "'on': push\n'off': 'Yes'",
+    "version: 1.10": None,
+    "parts: 007": None,
+    "digits: 1_000": None,
+    "inference:\n  parameters:\n    temperature: 0.70\n    rate: 1e-5": None,
+    "start: 12:30": None,
+    "day: 2024-01-05": None,
+    "moment: 2024-01-05 10:00:00+02:00": None,
+    "commit: '12e4567'": None,
+    "verified: true\nsize: 3\nshare: 0.5": None,
+}
+
+
+@pytest.mark.parametrize("mine", WRITTEN)
+def test_metadata_survives_as_the_author_wrote_it(tmp_path, mine):
+    """In the card that is rendered anew, again, and in what is kept of two cards; the Hub's reader takes it for the same."""
+    wanted = WRITTEN[mine] or mine
+    write_card(tmp_path, CardFacts("small"))
+    text = (tmp_path / "README.md").read_text().replace("---\n", f"---\n{mine}\n", 1)
+    once = render_card(CardFacts("small"), text)
+    for card in (once, render_card(CardFacts("small"), once), merged_author(once, "", None)):
+        assert f"\n{wanted}\n" in card.split("\n---", 1)[0] + "\n"
+    (tmp_path / "README.md").write_text(once)
+    assert not lint_folder(tmp_path)
+
+
+def test_a_number_in_place_of_a_name_is_still_found():
+    said = [str(f) for f in lint_card("---\ntags:\n- 1.10\n---\n# x\n")]
+    assert said and "tags holds 1.1, which is no name" in said[0]

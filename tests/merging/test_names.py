@@ -82,7 +82,9 @@ def test_an_adapter_on_a_model_whose_files_have_other_names(tmp_path, kind, sett
     load = AutoModelForImageTextToText.from_pretrained
     want = said(PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "a"))
     interpolate(tmp_path / "base", tmp_path / "a", tmp_path / "out", alpha=1.0, output="model")
-    assert tensors(tmp_path / "out").keys() - {"lm_head.weight"} == tensors(tmp_path / "base").keys() - {"lm_head.weight"}
+    assert tensors(tmp_path / "out").keys() - {"lm_head.weight"} == tensors(tmp_path / "base").keys() - {
+        "lm_head.weight"
+    }
     assert torch.allclose(said(load(tmp_path / "out")), want, atol=1e-5)
 
 
