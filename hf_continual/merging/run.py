@@ -27,7 +27,7 @@ from hf_continual.merging.publishing import check_push, push
 from hf_continual.merging.report import describe_job
 from hf_continual.merging.result import MergeResult
 from hf_continual.merging.shards import index_of, make_shards
-from hf_continual.merging.side_files import side_files, write_side_files
+from hf_continual.merging.side_files import SideFiles, write_side_files
 from hf_continual.merging.workplace import Workplace, check_free, folder_beside, locked
 from hf_continual.merging.writer import write_shards
 
@@ -127,7 +127,6 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     if job.base is not None and kind == "model" and not elements:
         notes += job.base.notes
-    newest = job.members[job.newest]
     reference = job.members[0].checkpoint
     if kind == "adapter":
         if job.base is not None and job.base.seen_as is not None:
@@ -156,6 +155,9 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
             config, config_file = reference.config, reference.folder / ADAPTER_CONFIG
     # After the models were compared with each other, which says more where they do not fit.
     notes += check_whole([m.checkpoint for m in job.members])
+    beside = SideFiles(job.members, job.newest, options.vocab)
+    files = beside.files(kind == "model")
+    notes += beside.notes
     for note in notes:
         logger.info("%s", note)
     facts = describe_job(job, kind, rank, notes, options)
@@ -174,7 +176,6 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     }
     identity = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     facts["plan"] = identity
-    files = side_files(reference, newest, kind == "model")
     return MergePlan(kind, rank, tuple(shards), config, config_file, files, facts, identity, tuple(notes)), errors
 
 
