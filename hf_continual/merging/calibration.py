@@ -19,9 +19,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_continual.evaluation.prompts import decoder, evaluating
-from hf_continual.merging.checks import tokenizer_folder
 from hf_continual.merging.dequantized import put_into
 from hf_continual.merging.members import Member
+from hf_continual.merging.tokenizer_files import tokenizer_folder
 from hf_continual.tensors.layers import find_blocks
 
 logger = logging.getLogger(__name__)

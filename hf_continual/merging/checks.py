@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.members import Member, View
 from hf_continual.merging.structure import HEADS, embedding_name
+from hf_continual.merging.tokenizer_files import tokenizer_folder, vocabulary
 
 
 def tensor_names(members: Sequence[Member]) -> list[str]:
@@ -103,7 +102,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
         for m in members
         if m not in [x for x, _ in found]
     ]
-    read = cache(_vocabulary)
+    read = cache(lambda file: vocabulary(file.parent) or {})
     # Every pair: of three vocabularies the shortest may agree with two that contradict each other behind its end.
     for (first, reference), (member, file) in combinations(found, 2):
         if filecmp.cmp(reference, file, shallow=False):
@@ -124,31 +123,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
             )
         if first is found[0][0]:
             notes.append(f"tokenizer.json of {member.name} differs from {first.name}'s, with the same ids.")
-    templates = {m.name: _template(tokenizer_folder(m)) for m in members}
-    if len({t for t in templates.values() if t}) > 1:
-        notes.append("The chat templates differ; the output has the newest model's.")
     return notes
-
-
-def tokenizer_folder(member: Member) -> Path:
-    """Where a model's tokenizer lies: with an adapter if it brings one, else with its base."""
-    own = member.own.folder
-    has = (own / "tokenizer_config.json").is_file() or (own / "tokenizer.json").is_file()
-    return own if has else member.checkpoint.folder
-
-
-def _vocabulary(file: Path) -> dict[int, str]:
-    data = json.loads(file.read_text(encoding="utf-8"))
-    vocab = data["model"].get("vocab") or {}
-    entries = enumerate(entry[0] for entry in vocab) if isinstance(vocab, list) else ((i, t) for t, i in vocab.items())
-    return dict(entries) | {added["id"]: added["content"] for added in data.get("added_tokens") or []}
-
-
-def _template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    return str(json.loads(config.read_text(encoding="utf-8")).get("chat_template") or "") if config.is_file() else None
 
 
 def warn_identical(members: Sequence[Member]) -> None:

@@ -7,8 +7,31 @@ import re
 from pathlib import Path
 
 _ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md"]
-_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights, kept beside them
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.codes",
+    "*.py",
+    "README.md",
+]
+# Other formats of the same weights, kept beside them; of folders only that of further chat templates.
+_UNWANTED = [
+    "*/*.safetensors",
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+    "*/*.tiktoken",
+    "*/*.spm",
+    "*/*.codes",
+    "*/*.py",
+    "*/README.md",
+    "consolidated*",
+]
 
 
 def fetch(model: str | os.PathLike[str]) -> tuple[Path, str | None, str | None]:

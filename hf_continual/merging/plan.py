@@ -27,7 +27,7 @@ class MergePlan:
         shards: Files of weights with what their tensors are made of.
         config: The output's configuration.
         config_file: File that says just that and is copied, or None.
-        files: Other files, name in the output -> source.
+        files: Other files, name in the output -> source, or its text.
         facts: The report, as far as it is known.
         identity: Hash of what decides the output's bytes.
         notes: What the user should know.
@@ -38,7 +38,7 @@ class MergePlan:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     config_file: Path | None
-    files: Mapping[str, Path]
+    files: Mapping[str, Path | str]
     facts: dict[str, Any]
     identity: str
     notes: tuple[str, ...]

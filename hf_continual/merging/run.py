@@ -28,7 +28,7 @@ from hf_continual.merging.publishing import check_push, push
 from hf_continual.merging.report import describe_job
 from hf_continual.merging.result import MergeResult
 from hf_continual.merging.shards import index_of, make_shards
-from hf_continual.merging.side_files import side_files, write_side_files
+from hf_continual.merging.side_files import SideFiles, write_side_files
 from hf_continual.merging.workplace import Workplace, check_free, folder_beside, locked
 from hf_continual.merging.writer import write_shards
 
@@ -128,7 +128,6 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     if job.base is not None and kind == "model" and not elements:
         notes += job.base.notes
-    newest = job.members[job.newest]
     reference = job.members[0].checkpoint
     if kind == "adapter":
         if job.base is not None and job.base.seen_as is not None:
@@ -157,6 +156,9 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
             config, config_file = reference.config, reference.folder / ADAPTER_CONFIG
     # After the models were compared with each other, which says more where they do not fit.
     notes += check_whole([m.checkpoint for m in job.members])
+    beside = SideFiles(job.members, job.newest, options.vocab)
+    files = beside.files(kind == "model")
+    notes += beside.notes
     for note in notes:
         logger.info("%s", note)
     facts = describe_job(job, kind, rank, notes, options)
@@ -179,7 +181,6 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
     own = sorted([f.header_sha256, f.size, f.mtime_ns] for m in job.members for f in m.own.files)
     asked = facts["options"] if job.asked is None else job.asked
     facts["asked"] = _hash({**decisive, "facts": told, "sources": own, "asked": asked})
-    files = side_files(reference, newest, kind == "model")
     return MergePlan(kind, rank, tuple(shards), config, config_file, files, facts, identity, tuple(notes)), errors
 
 
