@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hf_continual import private
+from hf_continual.merging.loaded_names import loaded_names
 from hf_continual.merging.stored import DTYPES
 
 # How attention is computed does not decide which weights there are, and may need a library or a download.
@@ -61,7 +62,7 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
             return {**answer, "refused": f"{type(error).__name__}: {error}"}
         answer["missing"] = sorted(info["missing_keys"])
         answer["mismatched"] = sorted([n, list(have), list(want)] for n, have, want in info["mismatched_keys"])
-        names = private.loaded_names(model, stored)
+        names = loaded_names(model, stored)
         answer["names"] = {loaded: name for name, loaded in names.items() if loaded != name}
         answer["transposed"] = _transposed(model, {m for a in question["adapters"] for m in a["modules"]})
         for adapter in question["adapters"]:
