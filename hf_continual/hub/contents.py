@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hf_continual.data import handover
+from hf_continual.hub.pictures import KINDS, linked_pictures
 from hf_continual.hub.text import TOKEN
 from hf_continual.tensors.weight_files import WEIGHTS as SINGLE
 from hf_continual.tensors.weight_files import unused_index, weight_map
@@ -39,7 +40,8 @@ WEIGHTS = (
     "adapter_config.json", "training_args.bin",
 )  # fmt: skip
 # What may be asked for by name beside these; no pickles, which run code when they are loaded.
-BY_NAME = (".jsonl", ".json", ".safetensors", ".csv", ".tsv", ".parquet", ".txt", ".md", ".yaml", ".png")
+BY_NAME = (".jsonl", ".json", ".safetensors", ".csv", ".tsv", ".parquet", ".txt", ".md", ".yaml", *KINDS)
+_PIXELS = tuple(kind for kind in KINDS if kind != ".svg")
 _LARGE_TEXT = 10 * 2**20
 
 
@@ -126,11 +128,11 @@ def collect(
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
         raise IncompleteFolder(f"{folder} {state}. Name the folder of a saved model.")
-    files, left_out = {}, []
+    files, left_out, pictures = {}, [], linked_pictures(folder)
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         wanted = any(_match(name, pattern) for pattern in WANTED)
-        if wanted and not any(fnmatch.fnmatch(file.name, pattern) for pattern in UNWANTED):
+        if name in pictures or (wanted and not any(fnmatch.fnmatch(file.name, pattern) for pattern in UNWANTED)):
             files[name] = file
         elif name.count("/") == 0:
             left_out.append(name)
@@ -228,7 +230,7 @@ def _check_secrets(files: dict[str, Path], secrets: list[str]) -> None:
             continue
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = any(data.find(secret.encode()) >= 0 for secret in secrets)
-            if not found and not name.endswith((".safetensors", ".png")) and len(data) < _LARGE_TEXT:
+            if not found and not name.lower().endswith((".safetensors", *_PIXELS)) and len(data) < _LARGE_TEXT:
                 found = re.search(TOKEN, data[:].decode("utf-8", "replace")) is not None
         if found:
             raise IncompleteFolder(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from hf_continual.hub.lint_metadata import check_metadata
 from hf_continual.hub.lint_numbers import check_claims, check_numbers
+from hf_continual.hub.pictures import problem, shown
 from hf_continual.hub.text import PATH, PLACEHOLDER, TOKEN, read_card
 
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)[^)]*\)|<img[^>]+src=[\"']([^\"']+)[\"']")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _RESULTS, _CONFIG = "continual_results.json", "continual_config.json"
@@ -107,10 +107,9 @@ def _snippets(text: str, body: str) -> Iterator[Finding]:
 
 
 def _files(body: str, folder: Path) -> Iterator[Finding]:
-    for match in _IMAGE.finditer(body):
-        target = match[1] or match[2]
-        if "://" not in target and not target.startswith("data:") and not (folder / target).is_file():
-            yield Finding("image", f"the picture {target} is not in the folder. Draw it, or take it out of the card.")
+    for target in shown(body):
+        if (said := problem(target, folder)) is not None:
+            yield Finding("image", said)
     for target in dict.fromkeys(_LINK.findall(body)):
         file = target.partition("#")[0]
         if file and "://" not in target and not target.startswith("mailto:") and not (folder / file).exists():

@@ -9,17 +9,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from hf_continual import AccuracyMatrix, Paper, render_card
+from hf_continual.hub.contents import collect
 from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, MethodFacts, TaskFacts
 from hf_continual.hub.files import write_card
 from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.licences import License, LicenseConflict, hub_licenses, inherit
 from hf_continual.hub.lint import lint_card, lint_folder
 from hf_continual.hub.refs import ModelRef, is_hub_id, model_ref
-from hf_continual.hub.text import kept_text, merged_author, read_card, safe
+from hf_continual.hub.text import KEEP, kept_text, merged_author, read_card, safe
 from hf_continual.methods.recadam import RecAdam
 from tests.hub.cards import OUT, cards
 
@@ -479,3 +482,67 @@ def test_metadata_survives_as_the_author_wrote_it(tmp_path, mine):
 def test_a_number_in_place_of_a_name_is_still_found():
     said = [str(f) for f in lint_card("---\ntags:\n- 1.10\n---\n# x\n")]
     assert said and "tags holds 1.1, which is no name" in said[0]
+
+
+SHOWN = {
+    "![chart](figures/chart.png)": "figures/chart.png",
+    "![chart](./figures/chart.JPG 'after task 2')": "figures/chart.JPG",
+    "![two words](<figures/two words.webp>)": "figures/two words.webp",
+    "![two words](figures/two%20words.gif)": "figures/two words.gif",
+    "![chart](figures/a/b/chart.svg?raw=true)": "figures/a/b/chart.svg",
+    '<img width="20" src="figures/chart.jpeg">': "figures/chart.jpeg",
+    "<img src='logo.jpg' alt='logo'/>": "logo.jpg",
+    '<picture><source media="(dark)" srcset="figures/dark.png"></picture>': "figures/dark.png",
+    '<img srcset="figures/small.png 1x">': "figures/small.png",
+    "![chart][one]\n\n[one]: figures/chart.png": "figures/chart.png",
+    "[![small](figures/small.png)](figures/small.png)": "figures/small.png",
+}
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_pictures_of_the_authors_text_are_pushed_or_missed(tmp_path, line):
+    name = SHOWN[line]
+    write_card(tmp_path, CardFacts("small"))
+    save_file({"w": np.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(card.replace(KEEP, f"{KEEP}\n{line}\n", 1))
+    assert any("the picture" in f and "is not in the folder" in f for _, f in findings(tmp_path))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"picture")
+    (tmp_path / "other.jpg").write_bytes(b"nobody shows it")
+    contents = collect(tmp_path)
+    assert not findings(tmp_path) and name in contents.files and name not in contents.left_out
+    assert contents.left_out == ("other.jpg",)
+
+
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("../chart.png", "outside of the folder"),
+        ("figures/chart.tiff", "is not pushed: that is done with .png"),
+        (".figures/chart.png", "is not pushed"),
+        ("elsewhere/chart.png", "is not pushed"),
+    ],
+)
+def test_pictures_that_cannot_be_pushed_are_said(tmp_path, target, said):
+    folder = tmp_path / "model"
+    write_card(folder, CardFacts("small"))
+    save_file({"w": np.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "aside").mkdir()
+    (folder / "elsewhere").symlink_to(tmp_path / "aside")
+    (folder / target).parent.mkdir(exist_ok=True)
+    (folder / target).write_bytes(b"picture")
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace(KEEP, f"{KEEP}\n![it]({target})\n", 1))
+    assert any(said in f for _, f in findings(folder))
+    assert not [n for n in collect(folder).files if "chart" in n]
+
+
+def test_pictures_on_servers_and_in_code_are_no_files(tmp_path):
+    write_card(tmp_path, CardFacts("small"))
+    card = (tmp_path / "README.md").read_text()
+    text = "![a](https://x.org/a.png) ![b](//x.org/b.png) `![c](c.png)`\n\n```\n![d](d.png)\n```\n"
+    (tmp_path / "README.md").write_text(card.replace(KEEP, f"{KEEP}\n{text}\n", 1))
+    assert not findings(tmp_path)

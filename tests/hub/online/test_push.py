@@ -291,6 +291,20 @@ def test_the_authors_text_and_metadata_stay(hub, folder):
     assert "Not for legal use." in card and "medical" not in card
 
 
+def test_pictures_and_words_of_the_author_arrive(hub, folder):
+    (folder / "figures").mkdir()
+    (folder / "figures" / "chart.jpg").write_bytes(b"picture")
+    card = (folder / "README.md").read_text().replace("---\n", "---\nlanguage: no\nversion: 1.10\n", 1)
+    keep = "<!-- hf_continual:keep -->"
+    (folder / "README.md").write_text(card.replace(keep, f"{keep}\n![chart](figures/chart.jpg)"))
+    for _ in range(2):
+        push_to_hub(folder, "me/m")
+        head = published()["README.md"].decode().split("\n---")[0]
+        assert "language: 'no'" in head and "version: 1.10\n" in head
+        assert published()["figures/chart.jpg"] == b"picture"
+    assert len(HUB.repos["me/m"].content_commits()) == 1
+
+
 def test_other_weights_in_the_repository_leave_it(hub, folder):
     HUB.put(
         "me/m",
