@@ -6,7 +6,7 @@ Members that are overridden, or called on ``self``, are where the classes are; t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,32 +72,6 @@ def loaded_from(config: Any) -> tuple[str, str | None]:
 def class_for(auto: Any, config: Any) -> Any:
     """The class that an auto class would build for a configuration, or None."""
     return auto._model_mapping.get(type(config), None)
-
-
-def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Which tensor of a loaded model a stored one becomes; one that is made of several, or made over, is left out.
-
-    Args:
-        model: The loaded model.
-        stored: Names in its files.
-
-    Returns:
-        Stored name -> name in the model.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    steps, there = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [s for s in steps if isinstance(s, WeightRenaming)]
-    converters = [s for s in steps if isinstance(s, WeightConverter)]
-    names = {}
-    for name in sorted(stored, key=dot_natural_key):
-        new, made = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
-        if new not in there and name in there:
-            new, made = name, None
-        if made is None and new in there:
-            names[name] = new
-    return names
 
 
 def fingerprint_of(rows: Any) -> str:

@@ -16,7 +16,7 @@ from hf_continual.merging.checkpoints import ADAPTER_CONFIG, Checkpoint
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.pieces import pieces_of
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor
-from hf_continual.merging.structure import HEADS
+from hf_continual.merging.structure import is_head
 from hf_continual.tensors.concatenate import scaling
 
 
@@ -161,7 +161,7 @@ def _find(name: str, base: Checkpoint, adapter: Checkpoint, known: Architecture,
     for candidate in (known.names.get(name, name), name.partition(".")[2]):
         if candidate in base.tensors:
             return candidate
-    if may_be_head and name in HEADS and base.config.get("tie_word_embeddings", True):
+    if may_be_head and is_head(name) and base.config.get("tie_word_embeddings", True):
         return name  # a tied head is not stored; it is the embedding until the adapter changes it
     raise MergeError(
         f"{adapter.name} adapts {name!r}, and {base.name} has no such tensor (it has {next(iter(base.tensors))!r}, ...). The "
