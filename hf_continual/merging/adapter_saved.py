@@ -12,7 +12,7 @@ from hf_continual.merging.checkpoints import ADAPTER_CONFIG, Checkpoint
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.pieces import pieces_of
 from hf_continual.merging.stored import DTYPES, Files, StoredTensor
-from hf_continual.merging.structure import HEADS, embedding_name, head_name
+from hf_continual.merging.structure import HEAD, embedding_name, head_name, is_head
 
 # Tasks whose models have another head than a language model's, and how transformers calls these models.
 _TASKS = {
@@ -86,7 +86,7 @@ def find(name: str, base: Checkpoint, adapter: Checkpoint, names: Mapping[str, s
     for candidate in (names.get(name, name), name.partition(".")[2]):
         if candidate in base.tensors:
             return candidate
-    if name in HEADS and _is_tied(base):
+    if is_head(name) and _is_tied(base):
         return name  # a tied head is not stored; it is the embedding until the adapter changes it
     if saved and _is_module_of_its_own(name, adapter):
         raise MergeError(
@@ -137,7 +137,7 @@ def check_announced(adapter: Checkpoint, others: Iterable[str], base: Checkpoint
     announced = list(adapter.config.get("modules_to_save") or ())
     lost = [m for m in announced if not any(set(m.split(".")) <= i for i in inside)]
     if base is not None:
-        there = [set(n.split(".")) for n in (*base.tensors, *(HEADS if _is_tied(base) else ()))]
+        there = [set(n.split(".")) for n in (*base.tensors, *((HEAD,) if _is_tied(base) else ()))]
         lost = [m for m in lost if any(set(m.split(".")) <= t for t in there)]
     elif any(len(i & set(_CLASSIFIERS)) for i in inside):
         lost = [m for m in lost if m not in _CLASSIFIERS]
@@ -162,7 +162,7 @@ def _tied_with(target: str, base: Checkpoint) -> list[str]:
     embedding = embedding_name(base)
     if not _is_tied(base) or embedding is None:
         return []
-    return [embedding] if target not in base.tensors else [HEADS[0]] if target == embedding else []
+    return [embedding] if target not in base.tensors else [HEAD] if target == embedding else []
 
 
 def _loaded_name(name: str, modules: Iterable[str], base: Checkpoint) -> str:
@@ -189,7 +189,7 @@ def base_shape(base: Checkpoint, target: str) -> tuple[int, ...] | None:
 def _check_shape(target: str, tensor: StoredTensor, base: Checkpoint, adapter: Checkpoint) -> None:
     """Only rows of a vocabulary may be more or fewer than the base's."""
     shape = base_shape(base, target)
-    vocabulary = target in HEADS or target == embedding_name(base)
+    vocabulary = is_head(target) or target == embedding_name(base)
     if shape is None or shape == tensor.shape or (vocabulary and shape[1:] == tensor.shape[1:]):
         return
     raise MergeError(
@@ -200,7 +200,7 @@ def _check_shape(target: str, tensor: StoredTensor, base: Checkpoint, adapter: C
 
 def _check_rows(saved: Mapping[str, StoredTensor], base: Checkpoint, adapter: Checkpoint) -> None:
     """Refuse a vocabulary of another length that only one of embedding and head has."""
-    embedding, head = embedding_name(base), head_name(base) or HEADS[0]
+    embedding, head = embedding_name(base), head_name(base) or HEAD
     if embedding is None or (head not in base.tensors and not _is_tied(base)):
         return
     rows = {n: (saved[n].shape if n in saved else base_shape(base, n) or (0,))[0] for n in (embedding, head)}

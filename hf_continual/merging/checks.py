@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import filecmp
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
-from hf_continual.merging.errors import MergeError, some
+from hf_continual.durable import read_object
+from hf_continual.merging.errors import MergeError, as_merge_error, some
 from hf_continual.merging.members import Member, View
-from hf_continual.merging.structure import HEADS, embedding_name
+from hf_continual.merging.structure import embedding_name, is_head
 from hf_continual.merging.tokenizer_files import tokenizer_folder, vocabulary
 
 
@@ -67,7 +69,7 @@ def check_shapes(name: str, members: Sequence[Member], views: Sequence[View], vo
                 )
             continue
         rows = len(shape) == len(first) and shape[1:] == first[1:] and len(shape) > 0
-        vocabulary = name == embedding_name(member.checkpoint) or name in HEADS
+        vocabulary = name == embedding_name(member.checkpoint) or is_head(name)
         if rows and vocabulary and vocab == "extend":
             continue
         hint = ""
@@ -103,6 +105,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
         if m not in [x for x, _ in found]
     ]
     read = cache(lambda file: vocabulary(file.parent) or {})
+    notes += [n for m, file in found for n in _without_rows(m, read(file))]
     # Every pair: of three vocabularies the shortest may agree with two that contradict each other behind its end.
     for (first, reference), (member, file) in combinations(found, 2):
         if filecmp.cmp(reference, file, shallow=False):
@@ -124,6 +127,34 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
         if first is found[0][0]:
             notes.append(f"tokenizer.json of {member.name} differs from {first.name}'s, with the same ids.")
     return notes
+
+
+def _without_rows(member: Member, vocabulary: Mapping[int, str]) -> list[str]:
+    """A sentence for a model whose tokenizer has ids that its embedding has no rows for."""
+    name = embedding_name(member.checkpoint)
+    view = None if name is None else member.view(name)
+    if name is None or view is None:
+        return []
+    tokens, rows = {**_added(tokenizer_folder(member)), **vocabulary}, view.source.shape[0]
+    if not (beyond := sorted(i for i in tokens if i >= rows)):
+        return []
+    return [
+        f"The tokenizer of {member.name} has {max(tokens) + 1} tokens and {name} {rows} rows: id {beyond[0]} "
+        f"({tokens[beyond[0]]!r}) has none, and a text with it fails. Load the result and "
+        f"resize_token_embeddings({max(tokens) + 1}), or take the token out of the tokenizer."
+    ]
+
+
+def _added(folder: Path) -> dict[int, str]:
+    """Tokens that stand beside tokenizer.json, in the two forms that transformers reads."""
+    added: dict[int, str] = {}
+    with as_merge_error():
+        if (file := folder / "added_tokens.json").is_file():
+            added |= {i: t for t, i in read_object(file).items() if isinstance(i, int)}
+        if (file := folder / "tokenizer_config.json").is_file():
+            listed = read_object(file).get("added_tokens_decoder") or {}
+            added |= {int(i): str(t.get("content")) for i, t in listed.items() if i.isdecimal() and isinstance(t, dict)}
+    return added
 
 
 def warn_identical(members: Sequence[Member]) -> None:

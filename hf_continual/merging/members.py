@@ -14,7 +14,7 @@ from hf_continual.merging.checkpoints import Checkpoint, open_checkpoint
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.quantized import QuantizedBase, read_quantized_base
 from hf_continual.merging.stored import StoredTensor
-from hf_continual.merging.structure import HEADS, embedding_name, head_name
+from hf_continual.merging.structure import HEAD, embedding_name, head_name, is_head
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Member:
         """
         base, adapter = self.checkpoint, self.adapter
         stored = base.tensors.get(name)
-        if stored is None and name in HEADS:
+        if stored is None and name.endswith(".weight") and is_head(name):
             embedding = embedding_name(base)
             if self.tied and embedding != name:
                 return self.view(embedding) if embedding else None
@@ -101,7 +101,7 @@ class Member:
             return stored
         assert self.adapter is not None
         changed = [*self.adapter.factors, *self.adapter.saved]
-        return [*stored, next((n for n in changed if n not in self.checkpoint.tensors), HEADS[0])]
+        return [*stored, next((n for n in changed if n not in self.checkpoint.tensors), HEAD)]
 
 
 def open_members(

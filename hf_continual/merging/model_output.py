@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 
 from hf_continual.merging.average import Average
+from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.checks import check_shapes, tensor_names
 from hf_continual.merging.chunks import OutputTensor, Part, chunks, stream
 from hf_continual.merging.combine import combined
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.members import Member, View
 from hf_continual.merging.rules import Rule, weights_of
-from hf_continual.merging.structure import HEADS, embedding_name, head_name
+from hf_continual.merging.structure import TEXT_PARTS, embedding_name, find_embedding, head_name, is_head
 
 
 def model_tensors(
@@ -111,27 +112,49 @@ def _extended(
     return OutputTensor(name, kind, (borders[-1], *views[0].source.shape[1:]), tuple(parts))
 
 
-def model_config(reference: Mapping[str, Any], outputs: Sequence[OutputTensor], dtype: str | None) -> dict[str, Any]:
+def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: str | None) -> dict[str, Any]:
     """``config.json`` of the output: the reference's, corrected where the output differs.
 
     Args:
-        reference: The first model's configuration.
+        reference: The first model.
         outputs: The output's tensors.
         dtype: Name of the output's type as transformers spells it, or None if it was not changed.
 
     Returns:
         The configuration; equal to the reference where nothing has to be said.
     """
-    config = dict(reference)
-    names = {t.name: t for t in outputs}
+    config = dict(reference.config)
+    shapes = {t.name: t.shape for t in outputs}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = dtype
-    has_head = any(head in names for head in HEADS)
-    # Where the key is missing, an architecture's own default decides; it is corrected only if it says what is not so.
-    if has_head and config.get("tie_word_embeddings", True) and "tie_word_embeddings" in config:
-        config["tie_word_embeddings"] = False
-    embedding = next((t for n, t in names.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if embedding is not None and prod(embedding.shape) and config.get("vocab_size") not in (None, embedding.shape[0]):
-        config["vocab_size"] = embedding.shape[0]
+    if any(is_head(name) and name.endswith(".weight") for name in shapes):
+        # Where the key is missing, an architecture's own default decides, and it ties if the reference has no head.
+        config = _with(config, "tie_word_embeddings", False, add_to=() if head_name(reference) else ("",))
+    embedding, before = find_embedding(shapes), embedding_name(reference)
+    if embedding is not None and prod(shapes[embedding]):
+        rows = shapes[embedding][0]
+        changed = before is not None and reference.tensors[before].shape[0] != rows
+        add_to = [k for k in TEXT_PARTS if k in config][:1] or [""]
+        config = _with(config, "vocab_size", rows, add_to=add_to if changed else ())
     return config
+
+
+def _with(config: dict[str, Any], key: str, value: Any, add_to: Sequence[str]) -> dict[str, Any]:
+    """Correct what a configuration says of the language model, at the top and where it holds the text model's.
+
+    Args:
+        config: The configuration.
+        key: The key.
+        value: What it has to say.
+        add_to: Parts that get the key if they lack it; ``""`` is the top.
+
+    Returns:
+        The configuration, with ``value`` wherever the key said something else.
+    """
+    parts = {"": config, **{k: part for k in TEXT_PARTS if isinstance(part := config.get(k), dict)}}
+    wrong = [
+        k for k, part in parts.items() if part.get(key) not in (None, value) or (k in add_to and part.get(key) is None)
+    ]
+    inner = {k: {**parts[k], key: value} for k in wrong if k}
+    return {**config, **inner, **({key: value} if "" in wrong else {})}

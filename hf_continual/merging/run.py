@@ -149,7 +149,7 @@ def make_plan(job: Job, output_dir: Path, options: Output) -> tuple[MergePlan, d
             outputs = model_tensors(job.members, job.rule_for, options.dtype, options.vocab, notes)
         shards = make_shards(outputs, options.max_shard_size)
         named = None if options.dtype is None else transformers_name(options.dtype)
-        config, rank = model_config(reference.config, outputs, named), None
+        config, rank = model_config(reference, outputs, named), None
         config_file = reference.folder / CONFIG if config == reference.config else None
         if elements:  # an adapter is one file, and the configuration is the one that all have
             kind, rank, shards = "adapter", reference.config.get("r"), make_shards(outputs, 2**62, _ADAPTER_STEM)

@@ -11,20 +11,28 @@ from hf_continual.merging.errors import MergeError, some
 
 EMBED, FINAL = "embed", "final"
 _INDEX = re.compile(r"(?:^|\.)(\d+)\.")
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embed_in.weight",
+HEAD = "lm_head.weight"  # the name of a head that no file has
+# Modules of heads, wherever a model that holds a language model has them, and such as are heads at the top only.
+_HEAD = re.compile(
+    r"(?:(?:.*\.)?(?:lm_head|embed_out|lm_head\.decoder|lm_head\.out_proj)|output|output_projection|proj_out|head)"
+    r"\.(?:weight|bias)"
 )
+_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|shared|embeddings)\.weight"
+)
+_TOWERS = ("vision", "visual", "audio", "image")
+TEXT_PARTS = ("text_config", "llm_config", "language_config")  # where a configuration of several models has the text's
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def text_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configurations of a text model that one of several models holds."""
+    return [part for key in TEXT_PARTS if isinstance(part := config.get(key), Mapping)]
 
 
 def number_of_blocks(config: Mapping[str, Any]) -> int | None:
     """Blocks of the text model, as its configuration says."""
-    for part in (config.get("text_config") or {}, config):
+    for part in (*text_parts(config), config):
         for key in _LAYERS:
             if isinstance(part.get(key), int):
                 return part[key]
@@ -46,8 +54,7 @@ def block_prefix(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
             size[prefix] = size.get(prefix, 0) + 1
     wanted = number_of_blocks(config)
     fitting = [p for p, numbers in families.items() if numbers == set(range(wanted or 0)) and wanted]
-    tower = ("vision", "visual", "audio", "image")
-    return max(fitting, key=lambda p: (not any(t in p for t in tower), size[p]), default=None)
+    return max(fitting, key=lambda p: (not any(t in p for t in _TOWERS), size[p]), default=None)
 
 
 def groups_of(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -79,7 +86,7 @@ def groups_of(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]
             groups[name] = f"layer.{name[len(prefix) :].partition('.')[0]}"
         else:
             module = name.rpartition(".")[0].rpartition(".")[2]
-            before = ("emb" in name and not name.endswith(HEADS)) or module in ("wte", "wpe", "project_in")
+            before = ("emb" in name and not is_head(name)) or module in ("wte", "wpe", "project_in")
             groups[name] = EMBED if before else FINAL
     return groups
 
@@ -90,11 +97,23 @@ def ordered(groups: Iterable[str]) -> list[str]:
     return sorted(set(groups), key=lambda g: place.get(g, int(g.rpartition(".")[2]) if g.startswith("layer.") else 0))
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight or the bias of a language-model head."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def find_embedding(names: Iterable[str]) -> str | None:
+    """Name of the token embedding among tensors, or None if there is no known one."""
+    found = [n for n in names if _EMBEDDING.fullmatch(n) and not any(t in n for t in _TOWERS)]
+    # Blocks that predict further tokens may have one of their own.
+    return min(found, key=lambda n: bool(_INDEX.search(n)), default=None)
+
+
 def embedding_name(model: Checkpoint) -> str | None:
-    """Name of the token embedding, or None if there is no known one."""
-    return next((n for n in model.tensors if n.endswith(_EMBEDDINGS)), None)
+    """Name of the token embedding of a model, or None if there is no known one."""
+    return find_embedding(model.tensors)
 
 
 def head_name(model: Checkpoint) -> str | None:
     """Name of the stored language-model head, or None."""
-    return next((n for n in model.tensors if n in HEADS), None)
+    return next((n for n in model.tensors if n.endswith(".weight") and is_head(n)), None)
