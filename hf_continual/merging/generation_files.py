@@ -45,25 +45,36 @@ def generation_file(
             notes.append(
                 f"{member.name} has no {GENERATION_CONFIG}; {_told(said)} of its configuration is taken.{rest}"
             )
-    elif wanted.get("eos_token_id") is None and _token(config, "eos_token_id") != _token(reference, "eos_token_id"):
-        wanted["eos_token_id"] = said.get("eos_token_id")
-    ends = ids(said.get("eos_token_id") if wanted.get("eos_token_id") is None else wanted["eos_token_id"])
-    last = None if tokenizer is None else eos_id(tokenizer)
-    if last is not None and ends and last not in ends:
-        if tokenizer == member.own.folder and (file is None or file.parent != tokenizer):
-            # The tokenizer came to be after the configuration: the model was trained to end its answers like that.
-            wanted = {**said, **wanted, "eos_token_id": [*ends, last]}
-            notes.append(
-                f"{GENERATION_CONFIG} stops at {[*ends, last]}: at {ends} as {member.checkpoint.name} does, and at {last}, the "
-                f"eos_token of {member.name}'s tokenizer."
-            )
-        else:
-            notes.append(f"{GENERATION_CONFIG} stops at {ends}, and the eos_token of the output's tokenizer is {last}.")
+    elif wanted.get("eos_token_id") is None and said.get("eos_token_id") not in (
+        None,
+        _token(reference, "eos_token_id"),
+    ):
+        wanted["eos_token_id"] = said["eos_token_id"]
+    if tokenizer is not None:
+        learnt = file is None or file.parent != member.own.folder
+        notes += _end_of_tokenizer(member, tokenizer, said, wanted, learnt)
     if wanted == data:
         return file, notes
     # It would tell transformers to look into config.json, which says something else.
     wanted.pop("_from_model_config", None)
     return json.dumps(wanted, indent=2, sort_keys=True) + "\n", notes
+
+
+def _end_of_tokenizer(
+    member: Member, tokenizer: Path, said: Mapping[str, Any], wanted: dict[str, Any], learnt: bool
+) -> list[str]:
+    """Add the end that a model's own tokenizer names, if it came to be after the configuration; say what differs."""
+    ends = ids(said.get("eos_token_id") if wanted.get("eos_token_id") is None else wanted["eos_token_id"])
+    last, taught = (eos_id(f, tokenizer) for f in (tokenizer, member.own.folder))
+    if learnt and ends and taught is not None and taught not in ends:
+        wanted |= {**said, **wanted, "eos_token_id": [*ends, taught]}
+        return [
+            f"{GENERATION_CONFIG} stops at {[*ends, taught]}: at {ends} as {member.checkpoint.name} does, and at {taught}, the "
+            f"eos_token of {member.name}'s tokenizer."
+        ]
+    if ends and last is not None and last not in ends:
+        return [f"{GENERATION_CONFIG} stops at {ends}, and the eos_token of the output's tokenizer is {last}."]
+    return []
 
 
 def _told(said: Mapping[str, Any]) -> str:

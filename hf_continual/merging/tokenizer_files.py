@@ -143,16 +143,25 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
         return read_object(file) if file.is_file() else {}
 
 
-def eos_id(folder: Path) -> int | None:
-    """The id of the token at which a folder's tokenizer ends a text, or None if that is unknown."""
+def eos_id(folder: Path, tokenizer: Path) -> int | None:
+    """The id of the token at which a folder says that a text ends.
+
+    Args:
+        folder: The folder; it need not hold a whole tokenizer.
+        tokenizer: The folder that knows the tokens.
+
+    Returns:
+        The id, or None if it is unknown.
+    """
     config, special = tokenizer_config(folder), folder / "special_tokens_map.json"
     with as_merge_error():
         named = config.get("eos_token") or (read_object(special).get("eos_token") if special.is_file() else None)
     token = named.get("content") if isinstance(named, dict) else named
     if token is None:
         return None
-    listed = vocabulary(folder) or {}
-    added = {int(i): t.get("content") for i, t in (config.get("added_tokens_decoder") or {}).items()}
+    listed = vocabulary(tokenizer) or {}
+    decoder = tokenizer_config(tokenizer)
+    added = {int(i): t.get("content") for i, t in (decoder.get("added_tokens_decoder") or {}).items()}
     return next((i for i, t in (listed | added).items() if t == token), None)
 
 

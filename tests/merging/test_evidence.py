@@ -274,21 +274,27 @@ def test_a_head_that_left_its_embedding_is_kept(tmp_path):
 
 
 def test_a_hub_id_is_fetched_at_its_revision_and_named_in_the_report(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
     _, a, b = family(tmp_path)
     snapshot = tmp_path / "cache" / "0123abc"
     snapshot.parent.mkdir()
     a.rename(snapshot)
-    asked = []
+    asked, wanted = [], set()
+    kept = ["model.safetensors", "tokenizer.json", "additional_chat_templates/rag.jinja", "tokenization_own.py"]
+    left = ["onnx/config.json", "original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"]
+    there = [*kept, *left]
 
     def download(repo_id, revision=None, **options):
-        asked.append((repo_id, revision, options["ignore_patterns"]))
+        asked.append((repo_id, revision))
+        wanted.update(filter_repo_objects(there, **options))
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     result = merge_linear(["me/model@v2", b], tmp_path / "out")
-    assert asked == [("me/model", "v2", ["*/*", "consolidated*"])]
+    assert asked == [("me/model", "v2")] and wanted == set(kept)
     first, second = result.report["models"]
     assert (first["name"], first["hub_id"], first["revision"]) == ("me/model", "me/model", "0123abc")
     assert (second["name"], second["hub_id"]) == ("m2", None)
     merge_linear(["me/model", b], tmp_path / "main")
-    assert asked[-1][:2] == ("me/model", None) and digest(tmp_path / "main") == digest(tmp_path / "out")
+    assert asked[-1] == ("me/model", None) and digest(tmp_path / "main") == digest(tmp_path / "out")

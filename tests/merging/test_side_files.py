@@ -138,6 +138,15 @@ def test_part_of_a_tokenizer_beside_an_adapter_does_not_hide_the_base_s(base, tm
         assert tokenizer.chat_template == (SAID if "chat_template.jinja" in kept else None)
 
 
+@pytest.mark.parametrize("more", [(), ("[PAD]",)])
+def test_an_end_that_an_adapter_s_unused_tokenizer_names_is_kept(base, tmp_path, more):
+    tokens(adapter(base, tmp_path / "a", 1), SAID, more, eos="w9")
+    if not more:
+        (tmp_path / "a" / "tokenizer.json").unlink()
+    interpolate(tmp_path / "base", tmp_path / "a", tmp_path / "out", alpha=1.0, output="model")
+    assert ends(tmp_path / "out") == [1, 13] and len(AutoTokenizer.from_pretrained(tmp_path / "out")) == WORDS
+
+
 def test_a_template_inside_a_part_of_a_tokenizer_goes_with_the_adapter(base, tmp_path):
     folder = adapter(base, tmp_path / "a", 1)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": SAID}))
