@@ -300,7 +300,7 @@ def test_pictures_and_words_of_the_author_arrive(hub, folder):
     for _ in range(2):
         push_to_hub(folder, "me/m")
         head = published()["README.md"].decode().split("\n---")[0]
-        assert "language: 'no'" in head and "version: 1.10\n" in head
+        assert "language: 'no'" in head and "\nversion: 1.10" in head
         assert published()["figures/chart.jpg"] == b"picture"
     assert len(HUB.repos["me/m"].content_commits()) == 1
 
