@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_continual import interpolate, merge_linear
 from hf_continual.merging.errors import MergeError
 from tests import toy
-from tests.merging.world import adapter, build, logits, save
+from tests.merging.world import adapter, build, cells, logits, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LONGER = len(toy.VOCABULARY) + 5
@@ -52,9 +52,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("rows", [None, LONGER])
-@pytest.mark.parametrize("family", ["llama tied", "gpt2"])
-@pytest.mark.parametrize("form", HEADS)
+@pytest.mark.parametrize(("form", "family", "rows"), cells(HEADS, ["llama tied", "gpt2"], [None, LONGER]))
 def test_an_adapter_of_a_tied_head(tmp_path, form, family, rows):
     config = HEADS[form]
     if family == "gpt2":
@@ -81,8 +79,7 @@ TOKENS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "llama tied"])
-@pytest.mark.parametrize("form", TOKENS)
+@pytest.mark.parametrize(("form", "family"), cells(TOKENS, ["llama", "llama tied"]))
 def test_new_tokens(tmp_path, form, family):
     save(build(family), tmp_path / "base")
     live = trained(tmp_path / "base", tmp_path / "a", rows=LONGER, **TOKENS[form])

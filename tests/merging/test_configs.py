@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_continual import merge_linear
 from hf_continual.merging.architecture import understood
 from hf_continual.merging.errors import MergeError
-from tests.merging.world import build, logits, save, tensors, tuned
+from tests.merging.world import build, cells, logits, save, tensors, tuned
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5000.0}
 # Family, how it is built, and what transformers 4 writes in place of what transformers 5 does (None: the key is absent).
@@ -58,8 +58,7 @@ def as_version_4(folder, changes):
     rewrite(folder, {"torch_dtype": "float32", "transformers_version": "4.40.1", "pretraining_tp": 1, **given}, drop)
 
 
-@pytest.mark.parametrize("case", OLD_WORDS)
-@pytest.mark.parametrize("old_first", [True, False])
+@pytest.mark.parametrize(("case", "old_first"), cells(OLD_WORDS, [True, False]))
 def test_the_same_in_old_and_new_words(tmp_path, case, old_first):
     name, how, changes = OLD_WORDS[case]
     base = build(name, **how)

@@ -30,7 +30,7 @@ from hf_continual.merging.checkpoints import open_checkpoint
 from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.model_output import model_config
 from tests import toy
-from tests.merging.world import build, save, tensors
+from tests.merging.world import build, cells, save, tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*embedding layers:UserWarning", "ignore:.*fan_in_fan_out:UserWarning", "ignore:.*tie:UserWarning"
@@ -148,8 +148,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("short_first", [True, False])
-@pytest.mark.parametrize("kind", [*FAMILIES, *SEEING])
+@pytest.mark.parametrize(("kind", "short_first"), cells([*FAMILIES, *SEEING], [True, False]))
 def test_the_longer_of_two_vocabularies_is_in_the_configuration_too(tmp_path, kind, short_first):
     auto = AutoModelForCausalLM if kind in FAMILIES else AutoModelForImageTextToText
     for seed, (name, vocab) in enumerate((("short", 40), ("long", 43))):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -35,6 +37,16 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "gpt2": lambda **c: GPT2Config(**{**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **c}),
     "mixtral": lambda **c: MixtralConfig(**{**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, **c}),
 }
+
+
+def cells(*axes: Any) -> list[Any]:
+    """Every combination for `make test-all`; for `make test` few in which each value is met."""
+    axes = tuple(list(axis) for axis in axes)
+    few = {
+        tuple(axis[(i + k * (i // len(axis))) % len(axis)] for k, axis in enumerate(axes))
+        for i in range(max(map(len, axes)))
+    }
+    return [pytest.param(*c, marks=[] if c in few else pytest.mark.exhaustive) for c in itertools.product(*axes)]
 
 
 def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:

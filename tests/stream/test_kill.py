@@ -28,6 +28,7 @@ def quiet(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@chosen("handing over")
 @pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_random_moments(quiet, tmp_path, trials):
     """One random moment in each of so many equal parts of the run; every new run of the tests tries others."""

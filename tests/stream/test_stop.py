@@ -29,6 +29,7 @@ def quiet(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@chosen("handing over")
 @pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_random_moments(quiet, tmp_path, trials):
     plan, straight, seconds = quiet
