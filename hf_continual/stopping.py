@@ -62,14 +62,22 @@ class _Process:
                 self.before[number] = signal.signal(number, self.on_signal)
 
     def give_back(self) -> None:
+        """Restore the handlers that were there before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
 
     def on_signal(self, number: int, frame: Any) -> None:
+        """Note the request, and stop where that loses nothing."""
         if os.getpid() != self.pid:  # a worker that was forked meanwhile: it ends when its parent wants it to
             if number == signal.SIGTERM:
                 _die_of(number)
+            return
+        if (
+            not self.listeners
+        ):  # the listener has just left, or was interrupted as it did: the signal is whoever's it was
+            self.give_back()
+            signal.raise_signal(number)
             return
         if self.by_clock:
             self.by_clock = False

@@ -23,7 +23,7 @@ def locked(file: Path) -> Iterator[None]:
         None: While process 0 of this run holds the lock.
 
     Raises:
-        OSError: If there is no way of writing there.
+        OSError: If it cannot be written.
     """
     lock = FileLock(file.with_suffix(".lock"))
 

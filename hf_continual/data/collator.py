@@ -60,7 +60,7 @@ class NameRows:
         """Collate; the maps ``source``, ``row`` and ``offset`` of shape (B, S) stand under the key ``replay_origin``."""
         plain = [{key: value for key, value in row.items() if key != ROW} for row in rows]
         batch = {**self.collate(plain)}
-        flattened = batch["input_ids"].shape[0] == 1
+        flattened = batch["input_ids"].shape[0] == 1 and len(rows) > 1  # one row is one row either way
         named = [(-1, int(row[ROW]), tokens) for row, tokens in zip(rows, plain, strict=True)]
         return {**batch, ORIGIN: token_maps(batch, named, flattened, "the task's rows")}
 

@@ -87,12 +87,12 @@ def facts_of(file: Path) -> dict[str, Any]:
 def open_recorded(file: Path, facts: Mapping[str, Any], small: Sequence[str] = ()) -> Recorded | None:
     """Open a file if it is whole and was made for these facts; say why it is not used otherwise.
 
-    A file that is whole by its own digest is kept where only the checksum beside it is damaged, and that is repaired.
+    Where only the checksum beside a file is damaged, and the file is whole by its own digest, the checksum is repaired.
 
     Args:
         file: The file.
         facts: What it must have been made for.
-        small: Tensors that it must hold beside the rows.
+        small: Further tensors that it must hold.
 
     Returns:
         The open file, or None.
@@ -201,7 +201,7 @@ def _make(file: Path, facts: Any, rows: Any, values: Any, keeping: Keeping, extr
     rank = world()[1]
     workers = [r for r, holds in enumerate(gathered(able)) if holds]
     mine = range(workers.index(rank), len(rows), len(workers)) if able else range(0)
-    # How rows are shared out is in the name: another number of processes begins anew.
+    # The number of processes is part of the name: another number shares out the rows differently, and starts again.
     spill = Spill(file.parent / f"{file.stem}.{rank}.{len(workers)}.spill.part")
     problem = None
     try:
@@ -228,7 +228,7 @@ def _make(file: Path, facts: Any, rows: Any, values: Any, keeping: Keeping, extr
 
 
 def write_recorded(file: Path, facts: Any, tensors: dict[str, Tensor]) -> None:
-    """Write a file whole or not at all, with its checksum beside it.
+    """Write a file completely or not at all, and its checksum beside it.
 
     Args:
         file: Where it goes.

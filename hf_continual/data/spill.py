@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from hf_continual.data.together import world
 logger = logging.getLogger(__name__)
 
 HEAD = 128  # bytes before the values: their type and shape
+SUM = 8  # bytes after the values of each row: their checksum, as a power cut may leave rows of zeros
 SYNC = 64  # rows after which the file is put on the disk
 
 
@@ -86,29 +88,30 @@ class Spill:
                     said = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(self.shape)}
                     out.write(json.dumps(said).encode().ljust(HEAD))
                 keeping.see(part)
-                out.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+                raw = part.cpu().contiguous().view(torch.uint8).numpy().data
+                out.write(raw)
+                out.write(xxhash.xxh3_64_digest(raw))
                 if i % SYNC == 0:
                     out.flush()
                     os.fsync(out.fileno())
 
     def _there(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Whole rows of an interrupted pass; the file is cut after the last of them."""
-        whole, count = 0, 0
-        if self.file.is_file():
-            with self.file.open("rb") as opened:
-                head, whole = opened.read(HEAD), 0
-                with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
-                    said = json.loads(head)
-                    self.dtype, self.shape, whole = getattr(torch, said["dtype"]), tuple(said["shape"]), HEAD
-                room = self.file.stat().st_size - HEAD
-                while whole and count < len(rows) and room >= (need := self._bytes(len(rows[count]))):
-                    room, whole, count = room - need, whole + need, count + 1
-        if count:
-            yield from self.parts([len(row) for row in rows[:count]])
-        elif self.file.is_file():
-            self.dtype, whole = None, 0
-        if self.file.is_file():
-            os.truncate(self.file, whole)
+        if not self.file.is_file():
+            return
+        whole = 0
+        with self.file.open("rb") as opened, contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+            said = json.loads(opened.read(HEAD))
+            self.dtype, self.shape = getattr(torch, said["dtype"]), tuple(said["shape"])
+            for row in rows:
+                raw = opened.read(self._bytes(len(row)))
+                if len(raw) < self._bytes(len(row)) or opened.read(SUM) != xxhash.xxh3_64_digest(raw):
+                    break
+                yield self._part(raw, len(row))
+                whole = opened.tell()
+        if not whole:
+            self.dtype = None
+        os.truncate(self.file, whole)
 
     def _bytes(self, tokens: int) -> int:
         assert self.dtype is not None
@@ -126,6 +129,9 @@ class Spill:
         with self.file.open("rb") as opened:
             opened.seek(HEAD)
             for length in lengths:
-                assert self.dtype is not None
-                raw = bytearray(opened.read(self._bytes(length)))
-                yield torch.frombuffer(raw, dtype=self.dtype).view(length, *self.shape)
+                yield self._part(opened.read(self._bytes(length)), length)
+                opened.seek(SUM, os.SEEK_CUR)
+
+    def _part(self, raw: bytes, tokens: int) -> Tensor:
+        assert self.dtype is not None
+        return torch.frombuffer(bytearray(raw), dtype=self.dtype).view(tokens, *self.shape)

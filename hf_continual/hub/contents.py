@@ -138,7 +138,7 @@ def collect(
             left_out.append(name)
     learned = _learned(folder)
     files |= learned if method_state else {}
-    files |= {name: _named(folder, name) for name in include}
+    files |= {file.relative_to(folder).as_posix(): file for file in (_named(folder, name) for name in include)}
     kept_back = [folder / "continual" / "memory.jsonl", *learned.values()]
     left_out += [n for f in kept_back if (n := f.relative_to(folder).as_posix()) not in files and f.is_file()]
     _check_model(folder, files)
@@ -164,8 +164,8 @@ def _learned(folder: Path) -> dict[str, Path]:
 
 def _named(folder: Path, name: str) -> Path:
     """A file that was asked for by name."""
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+    file = Path(os.path.normpath(folder / name))
+    if not file.is_relative_to(folder) or not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
         raise IncompleteFolder(f"include: {name!r} is not a file in {folder}. Name its path in the folder.")
     if file.suffix not in BY_NAME:
         raise IncompleteFolder(

@@ -124,7 +124,9 @@ def check_whole(models: Iterable[Checkpoint]) -> list[str]:
     return list(notes)
 
 
+# A merge asks again whenever it makes a plan, and an answer may take a process that imports transformers.
 _answers: dict[str, dict[str, Any]] = {}
+_meanings: dict[str, list[dict[str, Any]]] = {}
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
     return _answers[key]
 
 
-def _digest(question: dict[str, Any]) -> str:
+def _digest(question: Any) -> str:
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
@@ -152,7 +154,11 @@ def understood(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         For each what `architecture_probe.understand` says of it.
     """
-    return _call("understand", [dict(c) for c in configs])
+    question = [dict(c) for c in configs]
+    key = _digest(question)
+    if key not in _meanings:
+        _meanings[key] = _call("understand", question)
+    return _meanings[key]
 
 
 def _call(function: str, question: Any) -> Any:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -158,32 +158,6 @@ def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise KeyError(f"the installed transformers has no architecture {named or kind!r}")
     return found, understood
-
-
-def _loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Which tensor of a loaded model a stored one becomes; one that is made of several, or made over, is left out.
-
-    Args:
-        model: The loaded model.
-        stored: Names in its files.
-
-    Returns:
-        Stored name -> name in the model.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    steps, there = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [s for s in steps if isinstance(s, WeightRenaming)]
-    converters = [s for s in steps if isinstance(s, WeightConverter)]
-    names = {}
-    for name in sorted(stored, key=dot_natural_key):
-        new, made = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
-        if new not in there and name in there:
-            new, made = name, None
-        if made is None and new in there:
-            names[name] = new
-    return names
 
 
 def _transposed(model: torch.nn.Module, wanted: set[str]) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from hf_continual.merging.options import Output, read_output
 from hf_continual.merging.passes import Passes
 from hf_continual.merging.publishing import check_push
 from hf_continual.merging.result import MergeResult
-from hf_continual.merging.run import finished_already, make_plan, run_job
+from hf_continual.merging.run import is_finished, make_plan, run_job
 from hf_continual.merging.workplace import FOUND, check_free, folder_beside, locked
 
 
@@ -67,9 +67,11 @@ def merge(
     if not chosen.looks:
         return run_job(_job(chosen, opened, chosen.prepare(opened, Passes())), target, given)
     planned = _job(chosen, opened, _not_looked_yet(chosen, opened))
-    if output.dry_run or finished_already(planned, target, output):
+    if output.dry_run:
         return run_job(planned, target, given)
     plan, _ = make_plan(planned, target, output)
+    if is_finished(planned, plan, target, output):
+        return run_job(planned, target, given)
     check_free(target, output.overwrite)
     check_push(planned, output, plan.kind)
     with locked(target):

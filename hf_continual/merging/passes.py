@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
@@ -58,6 +59,26 @@ class Passes:
         for _, part, chunk in chunks(tensors):
             assert part.function is not None
             yield chunk, part.function(chunk)
+
+    def sums(self, members: Sequence[Member], of: Callable[[Sequence[Tensor]], Tensor]) -> dict[str, Tensor]:
+        """Sums over the ranges of each tensor of which not all models hold the very same stored values, in one pass.
+
+        Args:
+            members: The models.
+            of: A small tensor of the values of a range, such as their products; it must not change them.
+
+        Returns:
+            The sums by name.
+        """
+        found: dict[str, Tensor] = {}
+
+        def look(values: Sequence[Tensor], at: Chunk) -> Tensor:
+            part = of(values)
+            found[at.name] = found[at.name] + part if at.name in found else part
+            return values[0]
+
+        deque(self.over(self.tensors(members, look)), maxlen=0)
+        return found
 
     def elements(self, tensors: Sequence[OutputTensor]) -> int:
         """Number of elements of tensors."""

@@ -200,7 +200,11 @@ def _hash(data: Any) -> str:
 
 def finished_already(job: Job, output_dir: Path, options: Output) -> bool:
     """Whether the output folder holds this very merge, whole; it makes every check of `make_plan`."""
-    plan, _ = make_plan(job, output_dir, options)
+    return is_finished(job, make_plan(job, output_dir, options)[0], output_dir, options)
+
+
+def is_finished(job: Job, plan: MergePlan, output_dir: Path, options: Output) -> bool:
+    """As `finished_already`, of a merge whose plan is made."""
     return options.resume and not options.dry_run and _finished(output_dir, job.report, plan.identity) is not None
 
 
@@ -217,13 +221,14 @@ def finished_as_asked(job: Job, output_dir: Path, options: Output) -> MergeResul
     """
     if not options.resume or options.dry_run:
         return None
+    started = time.perf_counter()
     plan, _ = make_plan(job, output_dir, options)
     with locked(output_dir):
         done = _finished(output_dir, job.report, plan.facts["asked"], "asked")
     if done is None:
         return None
     logger.info("%s: this merge is finished already", output_dir)
-    result = _result(job, plan, output_dir, {"plan": 0.0}, done)
+    result = _result(job, plan, output_dir, {"plan": time.perf_counter() - started}, done)
     return replace(result, url=push(output_dir, options))
 
 

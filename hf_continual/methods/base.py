@@ -243,6 +243,16 @@ class Method:
     def end_task(self, run: Run) -> None:
         """Station 7: training of this task is over."""
 
+    def renew(self) -> None:
+        """Be as it was built: a method that is given to another trainer takes nothing along that it learned in the last."""
+        built = self.__dict__.get("_built")
+        if built is None:
+            self.__dict__["_built"] = dict(self.__dict__)
+            return
+        self.release()
+        self.__dict__.clear()
+        self.__dict__.update(built, _built=built)
+
     def release(self) -> None:
         """Take every hook off the model: `train` has ended, in whatever way; called after an error too."""
 

@@ -37,8 +37,7 @@ class SavingTrainer(PublishingTrainer):
     told_to_stop: str | None = None
 
     def mix_prepared_rows(self) -> None:
-        """See `ContinualTrainer`."""
-        raise NotImplementedError
+        """Rows that methods have made by now are mixed in; there is no mixer here."""
 
     def replay_totals(self) -> np.ndarray | None:
         """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""

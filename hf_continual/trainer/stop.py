@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_continual import stopping
-from hf_continual.trainer.state import last_complete_checkpoint
+from hf_continual.data.together import from_first
+from hf_continual.trainer.state import is_complete, last_complete_checkpoint
 
 if TYPE_CHECKING:
     from hf_continual.trainer.saving_trainer import SavingTrainer
@@ -99,7 +100,7 @@ class StopAtStep(TrainerCallback):
             self.agreement.close()
         self.agreement = None
         saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if last_complete_checkpoint(args.output_dir) == str(saved):
+        if from_first(lambda: saved.is_dir() and is_complete(saved)):
             self.deferral.close()
             stopping.check()
 
@@ -118,7 +119,7 @@ def after_saving(trainer: SavingTrainer, folder: Path) -> Iterator[None]:
     Raises:
         Stopped: If the run was told to stop, now or as training ended.
     """
-    with stopping.listening("The next run of the script need not train it again."):
+    with stopping.listening("The task is finished; nothing of it is lost."):
         with stopping.deferred():
             yield
         why, trainer.told_to_stop = trainer.told_to_stop or stopping.asked(), None

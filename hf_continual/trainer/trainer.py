@@ -175,6 +175,8 @@ class ContinualTrainer(SavingTrainer):
         if isinstance(self.args, ContinualConfig):
             name, index = self.args.task_name, self.args.task_index
         self._task_row = task_row
+        for method in self.methods:
+            method.renew()
         self.run = TrainerRun(self, Task(name, index))
         checks.check_trainer(self)
         self.mixer = self._mixer()

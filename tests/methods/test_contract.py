@@ -154,6 +154,22 @@ def test_three_folders_are_one_process(tmp_path, names):
 
 
 @pytest.mark.parametrize("name", TABLE)
+def test_a_method_in_a_second_trainer_is_as_new(tmp_path, name):
+    """A list of methods made once, outside a loop over runs: the second run must know nothing of the first."""
+    used, runs = example(name), []
+    build(tmp_path / "first", [used], [name], max_steps=3).train()
+    for i, method in enumerate((used, example(name))):
+        trainer = ContinualTrainer(  # of another model, that has learned no task before
+            toy.model(seed=3), SFTConfig(**toy.settings(tmp_path / str(i), max_steps=3)), train_dataset=toy.rows(seed=6),
+            processing_class=toy.tokenizer(), methods=[method],
+            peft_config=covering.lora() if covering.adapters_only([name]) else None,
+        )  # fmt: skip
+        trainer.train()
+        runs.append((toy.flat(trainer.model), trainer.task_states))
+    assert torch.equal(runs[0][0], runs[1][0]) and same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_description_rebuilds_the_method(name, tmp_path):
     """As data and as text, and the data gives the same run as the object."""
     toy.rows(seed=9, low=30, high=59).to_json(tmp_path / "rows.jsonl")

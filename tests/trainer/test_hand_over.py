@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -290,3 +291,15 @@ def test_what_a_method_froze_stays_frozen_under_a_stack_that_is_resumed(tmp_path
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     trained = [n for n, p in resumed.model.named_parameters() if p.requires_grad]
     assert trained and not [n for n in trained if ".layers.0." in n or ".layers.1." in n or ".earlier." in n]
+
+
+def test_what_a_list_names_is_not_imported(tmp_path, first):
+    """The list may be somebody else's: a kind that is no method of the table names a module of their choice."""
+    file = first / "continual" / "methods.json"
+    listed = json.loads(file.read_text())
+    listed["methods"][0]["kind"] = "this:Class"  # a module of Python that prints when it is imported
+    file.write_text(json.dumps(listed))
+    sys.modules.pop("this", None)
+    with pytest.raises(HandOverError, match="(a 'this:Class'"[1:]):
+        train(str(first), tmp_path / "second", [FreezeLayers(bottom=1)])
+    assert "this" not in sys.modules

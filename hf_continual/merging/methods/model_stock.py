@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.average import Average
-from hf_continual.merging.chunks import Chunk
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.merging.methods.slerp import cosine
 from hf_continual.merging.passes import Passes
@@ -88,18 +87,14 @@ def shares(models: Models, passes: Passes) -> dict[str, float]:
     Returns:
         The shares.
     """
-    sums: dict[str, Tensor] = {}
     number = len(models.named)
 
-    def look(values: Sequence[Tensor], at: Chunk) -> Tensor:
+    def products(values: Sequence[Tensor]) -> Tensor:
         base, *others = values
         changes = torch.stack([other.double() - base for other in others])
-        found = changes @ changes.T
-        sums[at.name] = sums[at.name] + found if at.name in sums else found
-        return base
+        return changes @ changes.T
 
-    for _ in passes.over(passes.tensors(models.members, look)):
-        pass
+    sums = passes.sums(models.members, products)
     return {
         name: share([cosine(float(g[i, j]), float(g[i, i]), float(g[j, j])) for i, j in pairs(number)], number)
         for name, g in sums.items()

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from hf_continual.merging.average import Average
-from hf_continual.merging.chunks import Chunk
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.merging.passes import Passes
 from hf_continual.paper import Paper
@@ -120,16 +119,12 @@ def cosines(models: Models, passes: Passes) -> dict[str, float]:
     Returns:
         Of tensors that differ; 1 where one is zero.
     """
-    sums: dict[str, Tensor] = {}
 
-    def look(values: Sequence[Tensor], at: Chunk) -> Tensor:
+    def products(values: Sequence[Tensor]) -> Tensor:
         a, b = values[0].double(), values[1].double()
-        found = torch.stack([a @ b, a @ a, b @ b])
-        sums[at.name] = sums[at.name] + found if at.name in sums else found
-        return values[0]
+        return torch.stack([a @ b, a @ a, b @ b])
 
-    for _ in passes.over(passes.tensors(models.members, look)):
-        pass
+    sums = passes.sums(models.members, products)
     return {name: cosine(*map(float, found)) for name, found in sums.items()}
 
 

@@ -102,7 +102,7 @@ def test_it_can_stay_at_home_and_rows_can_be_asked_for(base, tmp_path):
     task(base, tmp_path / "t0", 0, tmp_path)
     (tmp_path / "t0" / "continual" / "memory.jsonl").write_text('{"text": "w1"}\n')
     push_to_hub(tmp_path / "t0", "me/m")
-    done = push_to_hub(tmp_path / "t0", "me/m", method_state=False, include=["continual/memory.jsonl"])
+    done = push_to_hub(tmp_path / "t0", "me/m", method_state=False, include=["./continual/../continual/memory.jsonl"])
     there = HUB.repos["me/m"].head().tree
     assert [n for n in there if n.startswith("continual/")] == ["continual/memory.jsonl"], "the old state is stale"
     assert "continual/methods.json" in done.left_out
