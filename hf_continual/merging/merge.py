@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def merge(
     chosen.check(opened)
     if not chosen.looks:
         return run_job(_job(chosen, opened, chosen.prepare(opened, Passes())), target, given)
-    planned = _job(chosen, opened, _not_looked_yet(chosen, opened))
+    # Without facts: those of an object that has merged before are of other models.
+    planned = replace(_job(chosen, opened, _not_looked_yet(chosen, opened)), facts={})
     if output.dry_run:
         return run_job(planned, target, given)
     plan, _ = make_plan(planned, target, output)

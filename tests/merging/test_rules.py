@@ -195,6 +195,15 @@ class Median(MergeMethod):
         return lambda name: rule
 
 
+def test_a_dry_run_tells_nothing_of_an_earlier_merge(tmp_path):
+    base, a, b = family(tmp_path)
+    method = merge_class("slerp")(t=0.5)
+    assert merge(method, [a, b], tmp_path / "1").report["cosines"]
+    assert "cosines" not in merge(method, [base, a], tmp_path / "2", dry_run=True).report
+    fresh = merge("slerp", [base, a], tmp_path / "3", t=0.5).report["cosines"]
+    assert merge(method, [base, a], tmp_path / "2").report["cosines"] == fresh
+
+
 def test_a_rule_of_ones_own(tmp_path):
     base, a, b = family(tmp_path)
     name = "tests.merging.test_rules:Median"
@@ -215,7 +224,12 @@ def test_a_rule_of_ones_own(tmp_path):
     ("method", "options", "said"),
     [
         ("tees", {}, "there is no merge 'tees'. Did you mean 'ties'"),
-        ("ties", {"densty": 0.2}, "merge ties has no option 'densty'. Did you mean 'density'"),
+        (
+            "ties",
+            {"densty": 0.2},
+            r"merge ties has no option 'densty'. Did you mean 'density'\? It takes density, scale\.$",
+        ),
+        ("model_stock", {"_shares": {}}, "merge model_stock has no option '_shares'. It takes none of its own"),
         ("ties", {"density": 0}, "density=0: it is a share"),
         ("dare", {"density": 1.5}, "density=1.5: it is a share"),
         ("slerp", {"t": 2}, "t=2: it is a share of the way"),

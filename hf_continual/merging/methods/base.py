@@ -78,4 +78,4 @@ class MergeMethod:
 
     def describe(self, models: Models) -> dict[str, Any]:
         """Hyper-parameters as they act on these models, plain data: with the inputs they decide the output's bytes."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # pyrefly: ignore[bad-argument-type]
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # pyrefly: ignore[bad-argument-type]

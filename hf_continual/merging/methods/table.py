@@ -72,7 +72,7 @@ def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeM
     if not isinstance(method, str):
         raise TypeError(f"method={method!r}: give a name such as 'ties', or a MergeMethod.")
     cls = merge_class(method)
-    known = [f.name for f in fields(cls)]  # pyrefly: ignore[bad-argument-type]
+    known = [f.name for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
     if unknown := [k for k in options if k not in known]:
         hint = did_you_mean(unknown[0], known)
         raise TypeError(
@@ -85,4 +85,4 @@ def option_types(name: str) -> dict[str, Any]:
     """Names and types of the hyper-parameters of a merge."""
     cls = merge_class(name)
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}  # pyrefly: ignore[bad-argument-type]
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}  # pyrefly: ignore[bad-argument-type]
