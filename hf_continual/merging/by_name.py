@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
-import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,12 @@ import yaml
 
 from hf_continual.disk import size
 from hf_continual.merging.config_file import read_merge_file
-from hf_continual.merging.methods.table import MERGES, merge_class, option_types
+from hf_continual.merging.method_options import MethodOption, options_of
+from hf_continual.merging.methods.table import MERGES, merge_class
 from hf_continual.named import did_you_mean, imported
 
-# The two that are no `MergeMethod`: name -> function, and which options beside those of every merge it takes. All others are
-# those of the table, with the options that their fields are.
-FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "recall": (
-        "hf_continual.merging.with_recall:merge_with_recall",
-        (
-            "weights", "calibration", "calibration_mode", "include_base", "num_typical", "pool_size", "max_length", "bandwidth",
-            "temperature", "reference", "nonblock", "anchor", "seed", "device", "calibration_dtype", "low_memory",
-        ),
-    ),
-    "kif": (
-        "hf_continual.merging.kif:kif_fuse",
-        (
-            "importance", "calibration_new", "calibration_old", "rule", "top_share", "scope", "temperature", "old_from",
-            "base_model", "device", "uncertainty", "beta1", "beta2", "order", "batch_size", "max_length", "calibration_dtype",
-        ),
-    ),
-}  # fmt: skip
-METHODS = ("recall", "kif", *(name.replace("_", "-") for name in MERGES))
+METHODS = tuple(name.replace("_", "-") for name in MERGES)
+NUMBERS = {1: "one model", 2: "two models"}
 
 
 def read_set(pairs: list[str] | None) -> dict[str, Any]:
@@ -104,32 +87,14 @@ def run_merge(
         raise ValueError(
             f"there is no merge {method!r}.{did_you_mean(method, METHODS)} There are {', '.join(METHODS)}."
         )
-    own = method in FUNCTIONS
-    known = FUNCTIONS[method][1] if own else tuple(option_types(method))
+    known = options_of(method)
     if strange := [k for k in given if k not in known]:
-        takes = ", ".join("--" + k.replace("_", "-") for k in known) or "none of its own"
-        raise ValueError(f"merge {method} does not take --{strange[0].replace('_', '-')}; it takes {takes}.")
-    if method == "recall" or any(k.startswith("calibration") for k in given):
+        raise ValueError(f"merge {method} does not take {_spelled(strange[0])}; it takes {taken(known)}.")
+    _check_given(method, known, models, base, given)
+    if any(k.startswith("calibration") for k in known):
         _quiet_transformers()
-    options = {
-        **{k: _value(method, k, v) for k, v in given.items()},
-        **{k: v for k, v in written.items() if v is not None},
-    }
-    if method == "kif":
-        if base is None or len(models) not in (1, 2):
-            raise ValueError(
-                f"merge kif needs [OLD] NEW (got {len(models)} models) and --base, which both started from."
-            )
-        old = models[0] if len(models) == 2 else None
-        result = imported(FUNCTIONS[method][0])(base, models[-1], out, old=old, **options)
-    elif own:
-        result = imported(FUNCTIONS[method][0])(models, out, base=base, **options)
-    else:
-        if method == "interpolate" and (base is None or len(models) != 1 or "alpha" not in options):
-            raise ValueError(f"merge interpolate needs one model (got {len(models)}), --base and --alpha.")
-        if base is None and merge_class(method).from_base:
-            raise ValueError(f"merge {method} needs --base, the model that the others were tuned from.")
-        result = imported("hf_continual.merging.merge:merge")(method, models, out, base=base, **options)
+    options = {**{k: known[k].read(v) for k, v in given.items()}, **{k: v for k, v in written.items() if v is not None}}
+    result = imported("hf_continual.merging.merge:merge")(method, models, out, base=base, **options)
     if not written["dry_run"]:
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
@@ -145,30 +110,31 @@ def _quiet_transformers() -> None:
     hf_logging.disable_progress_bar()
 
 
-def _value(method: str, key: str, value: Any) -> Any:
-    if key == "calibration":
-        from hf_continual.data.rows import load_rows
-
-        return load_rows(str(value))
-    if key == "weights":
-        if method == "recall":
-            text = str(value).lstrip()
-            return json.loads(text) if text.startswith("{") else value
-        return _numbers(key, value) if isinstance(value, str) else value
-    if key == "anchor":
-        return int(value) if re.fullmatch(r"-?\d+", value) else value
-    if key == "scale" and isinstance(value, str):
-        found = _numbers(key, value)
-        return found[0] if len(found) == 1 else found
-    if key == "importance" and "," in value:
-        return tuple(value.split(","))
-    if key == "bandwidth" and value not in ("anchor_spread", "dim"):
-        return _numbers(key, value)[0]
-    return value
+def taken(known: Mapping[str, MethodOption]) -> str:
+    """The options of a method as they are written."""
+    return ", ".join(option.spelling for option in known.values()) or "none of its own"
 
 
-def _numbers(key: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ValueError(f"--{key}={text!r}: give numbers separated by commas, such as 0.7,0.3.") from None
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_given(
+    method: str, known: Mapping[str, MethodOption], models: list[str], base: str | None, given: Mapping[str, Any]
+) -> None:
+    """Say at once all that a method needs, if something is missing."""
+    cls = merge_class(method)
+    least, most = cls.models
+    fits = least <= len(models) <= (most or len(models))
+    required = [option.spelling for name, option in known.items() if option.required]
+    lacking = any(option.required and name not in given for name, option in known.items())
+    if fits and not lacking and not (cls.from_base and base is None):
+        return
+    count = f"{least} to {most} models" if most and most > least else NUMBERS.get(least, f"{least} models")
+    needs = [f"{count} (got {len(models)})"] if most or not fits else []
+    needs += ["--base"] if cls.from_base else []
+    needs += required
+    raise ValueError(
+        f"merge {method} needs {', '.join(needs[:-1])}{' and ' if len(needs) > 1 else ''}{needs[-1]}."
+        + (" The base is the model that the others were tuned from." if cls.from_base and base is None else "")
+    )

@@ -40,10 +40,10 @@ def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> Ca
     merge = MergeFacts(
         job.method,
         inputs,
-        dict(job.options),
+        dict(report["options"]),
         job.paper,
         weights if isinstance(weights, Mapping) else None,
-        job.image,
+        job.image if job.image is not None and (out / job.image).is_file() else None,
         job.report,
         notes=tuple(report.get("notes", ())),
     )

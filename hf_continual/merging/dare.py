@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.dare import Dare
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,4 +47,4 @@ def dare(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(Dare(density, scale, seed), models, output_dir, base=base, **output)
+    return merge_by(Dare(density, scale, seed), models, output_dir, base=base, **output)

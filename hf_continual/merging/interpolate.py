@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_continual.durable import read_json, write_json
-from hf_continual.merging.merge import job_of, merge
 from hf_continual.merging.methods.interpolate import Interpolate
-from hf_continual.merging.options import Output, read_output
-from hf_continual.merging.publishing import check_push
-from hf_continual.merging.run import finished_already, make_plan
-from hf_continual.merging.workplace import check_free
+from hf_continual.merging.run import Planned, merge_by, planned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +50,7 @@ def interpolate(
         ValueError: If `alpha` is no finite number.
         MergeError: If the models do not fit.
     """
-    return merge(Interpolate(alpha), [tuned], output_dir, base=base, **output)
+    return merge_by(Interpolate(alpha), [tuned], output_dir, base=base, **output)
 
 
 def scan_alpha(
@@ -93,54 +90,73 @@ def scan_alpha(
     """
     if not alphas:
         raise ValueError("alphas is empty: give the points to try.")
-    methods = [Interpolate(alpha) for alpha in alphas]
-    options = read_output(output)
-    target = Path(output_dir)
-    if options.dry_run:
+    target, points = Path(output_dir), sorted({float(a) for a in alphas})
+    ready = planned(Interpolate(alphas[0]), [tuned], target, base=base, **output)
+    if ready.options.dry_run:
         return interpolate(base, tuned, target, alpha=alphas[0], **output), {}
-    if (done := _finished(methods, [tuned], base, target, options, lower_is_better)) is not None:
+    if (done := _finished(ready, base, tuned, points, lower_is_better)) is not None:
         return interpolate(base, tuned, target, alpha=done[0], **output), done[1]
-    check_free(target, options.overwrite)
-    checked = job_of(methods[0], [tuned], base, options)
-    check_push(checked, options, make_plan(checked, target, options)[0].kind)
-    trial, measured = target.parent / f".{target.name}.trial", target.parent / f".{target.name}.scan.json"
+    ready.check()
+    found = _measured(base, tuned, target, gauge, points, ready.options.resume, output)
+    numbers = {a: found[a] for a in points if found[a] == found[a]}
+    if not numbers:
+        raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")
+    best = min(numbers, key=lambda a: (numbers[a] if lower_is_better else -numbers[a], a))
+    result = interpolate(base, tuned, target, alpha=best, **output)
+    write_json(target / SCAN, {"best": best, "lower_is_better": lower_is_better, "found": sorted(found.items())})
+    shutil.rmtree(_trial(target), ignore_errors=True)
+    _notes(target).unlink(missing_ok=True)
+    return result, found
+
+
+def _measured(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], target: Path, gauge: Callable[[Path], float],
+    points: Sequence[float], resume: bool, output: OutputOptions,
+) -> dict[float, float]:  # fmt: skip
+    """The gauge's value at each point."""
+    trial, notes = _trial(target), _notes(target)
     found: dict[float, float] = {}
     # Only the best is published, and candidates are replaced.
     candidate = output.copy()
     candidate["overwrite"] = True
     for key in ("push_to_hub", "private", "token"):
         candidate.pop(key, None)
-    for alpha in sorted({float(a) for a in alphas}):
+    for alpha in points:
         if alpha in found:
             continue
         made = interpolate(base, tuned, trial, alpha=alpha, **candidate)
         # What an interrupted scan has measured counts only for these very models.
         models = [made.kind, made.report["models"], made.report["output_options"]]
-        if not found and options.resume and measured.is_file() and (old := read_json(measured))["models"] == models:
+        if not found and resume and notes.is_file() and (old := read_json(notes))["models"] == models:
             found = dict(map(tuple, old["found"]))
         if alpha not in found:
             found[alpha] = float(gauge(trial))
-        write_json(measured, {"models": models, "found": sorted(found.items())})
-    numbers = {a: found[a] for a in sorted(float(a) for a in alphas) if found[a] == found[a]}
-    if not numbers:
-        raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")
-    best = min(numbers, key=lambda a: (numbers[a] if lower_is_better else -numbers[a], a))
-    result = interpolate(base, tuned, target, alpha=best, **output)
-    write_json(target / SCAN, {"best": best, "lower_is_better": lower_is_better, "found": sorted(found.items())})
-    shutil.rmtree(trial, ignore_errors=True)
-    measured.unlink(missing_ok=True)
-    return result, found
+        write_json(notes, {"models": models, "found": sorted(found.items())})
+    return found
+
+
+def _trial(target: Path) -> Path:
+    return target.parent / f".{target.name}.trial"
+
+
+def _notes(target: Path) -> Path:
+    return target.parent / f".{target.name}.scan.json"
 
 
 def _finished(
-    methods: Sequence[Interpolate], models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str], target: Path,
-    options: Output, lower_is_better: bool,
-) -> tuple[float, dict[float, float]] | None:  # fmt: skip
+    ready: Planned,
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    points: Sequence[float],
+    lower_is_better: bool,
+) -> tuple[float, dict[float, float]] | None:
     """The best point and all values of a scan of the same models and points that is finished."""
-    if not options.resume or not (target / SCAN).is_file():
+    if not ready.options.resume or not (ready.target / SCAN).is_file():
         return None
-    old = read_json(target / SCAN)
+    old = read_json(ready.target / SCAN)
     found = {float(a): float(v) for a, v in old["found"]}
-    same = set(found) == {float(m.alpha) for m in methods} and old["lower_is_better"] == lower_is_better
-    job = job_of(Interpolate(old["best"]), models, base, options)
-    return (old["best"], found) if same and finished_already(job, target, options) else None
+    if set(found) != set(points) or old["lower_is_better"] != lower_is_better:
+        return None
+    output = {f.name: getattr(ready.options, f.name) for f in fields(ready.options)}
+    best = planned(Interpolate(old["best"]), [tuned], ready.target, base=base, **output)
+    return None if best.finished() is None else (old["best"], found)

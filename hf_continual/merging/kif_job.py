@@ -1,33 +1,22 @@
-"""The engine's job of a fusion: what each output tensor is made of, what the report says, and the picture."""
+"""What each output tensor of a fusion is made of, and what the report says."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from hf_continual.merging.checkpoints import Checkpoint
 from hf_continual.merging.chunks import OutputTensor, Part
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.job import Job
 from hf_continual.merging.kif_importance import SIDES, Scores, Side
-from hf_continual.merging.kif_models import Models, changed_tensors
+from hf_continual.merging.kif_models import FusedModels, changed_tensors
 from hf_continual.merging.kif_rule import GROUPS, SCRATCH, FuseChunk, Weighing
 from hf_continual.merging.model_output import model_tensors
 from hf_continual.merging.options import Output
 from hf_continual.merging.report import describe_checkpoint
 from hf_continual.merging.structure import EMBED, groups_of
-from hf_continual.paper import Paper
 from hf_continual.tensors.fusion import WEIGHTS
-
-KIF_REPORT, HEAT_MAP = "kif_report.json", "kif_sides.png"
-PAPER = Paper(
-    "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning",
-    "Feng et al.",
-    2025,
-    "2502.17510",
-    "ACL 2025",
-)
 
 
 class Layout:
@@ -38,7 +27,7 @@ class Layout:
         options: How it is written.
     """
 
-    def __init__(self, models: Models, options: Output) -> None:
+    def __init__(self, models: FusedModels, options: Output) -> None:
         self.models, self.notes = models, []
         # The rule is put in later; here only names, types and shapes count.
         self.outputs = model_tensors(
@@ -70,62 +59,45 @@ class Layout:
         return laid_out
 
 
-def fuse_job(
-    layout: Layout,
-    weighing: Weighing,
-    sides: Mapping[Side, Scores],
-    options: Mapping[str, Any],
-    asked: Mapping[str, Any] | None = None,
-) -> Job:
-    """What the engine writes.
+def told_of(models: FusedModels, layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores]) -> dict[str, Any]:
+    """What the passes over the scores found, for the report.
 
     Args:
+        models: The models.
         layout: The output's tensors.
-        weighing: What the passes over the scores found.
+        weighing: Thresholds and counts.
         sides: The scores.
-        options: The options of the fusion, for the report.
-        asked: What the fusion was asked for, see `Job`.
 
     Returns:
-        The job.
+        How many elements went to which side, of all tensors, by layer and by tensor; and what decided it.
     """
-    models, choice = layout.models, weighing.choice
-    told = {**options, **{f"importance_{side}": dict(sides[side].facts) for side in SIDES}}
-    facts: dict[str, Any] = {"models": [_described(role, m.checkpoint) for role, m in models.roles]}
+    whole = weighing.choice.rule in WEIGHTS
+    keys = ("elements", *(GROUPS if whole else ("new_weight",)))
+    groups = layers_of(list(weighing.counts), models.start.checkpoint.config)
+    everything: dict[str, float] = {}
     layers: dict[str, dict[str, float]] = {}
-    if weighing.counts:
-        sizes = {n: t[0].numel for n, t in sides["new"].tensors.items()}
-        groups = layers_of(list(weighing.counts), models.base.checkpoint.config)
-        keys = GROUPS if choice.rule in WEIGHTS else ("new_weight",)
-        totals: dict[str, dict[str, float]] = {"all": {}}
-        for name, counts in weighing.counts.items():
-            for summed in (totals["all"], layers.setdefault(groups[name], {})):
-                for key, value in zip(("elements", *keys), (sizes[name], *counts), strict=True):
-                    summed[key] = summed.get(key, 0) + value
-        whole = choice.rule in WEIGHTS
-        facts["all"] = _shown(totals["all"], whole)
-        facts["layers"] = {g: _shown(layers[g], whole) for g in sorted(layers, key=_from_the_input)}
-        facts["tensors"] = {
-            n: _shown(dict(zip(("elements", *keys), (sizes[n], *c), strict=True)), whole) | _threshold_of(weighing, n)
-            for n, c in weighing.counts.items()
-        }
-        facts |= _found(weighing)
-        facts["copied"] = [t.name for t in layout.outputs if t.name not in weighing.counts]
+    tensors: dict[str, Any] = {}
+    for name, counts in weighing.counts.items():
+        found = dict(zip(keys, (sides["new"].tensors[name][0].numel, *counts), strict=True))
+        tensors[name] = _shown(found, whole) | _threshold_of(weighing, name)
+        for summed in (everything, layers.setdefault(groups[name], {})):
+            for key, value in found.items():
+                summed[key] = summed.get(key, 0) + value
+    return {
+        "all": _shown(everything, whole),
+        "layers": {g: _shown(layers[g], whole) for g in sorted(layers, key=_from_the_input)},
+        "tensors": tensors,
+        **_found(weighing),
+        "copied": [t.name for t in layout.outputs if t.name not in weighing.counts],
+    }
 
-    def draw(out: Path) -> None:
-        # matplotlib is imported when the buffers are gone, so that the two do not add up.
-        from hf_continual.plots import plot_sides
 
-        plot_sides(facts["layers"]).savefig(out / HEAT_MAP, dpi=120)
-
-    def tensors(_: Output, notes: list[str]) -> list[OutputTensor]:
-        notes.extend(layout.notes)
-        return layout.tensors(weighing, sides, str(options["old_from"]))
-
-    return Job(
-        "kif", PAPER, models.members, None, lambda _: lambda values, at: values[0], told, newest=1, report=KIF_REPORT,
-        facts=facts, evidence=draw if layers else None, tensors=tensors, image=HEAT_MAP if layers else None, asked=asked,
-    )  # fmt: skip
+def described(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """One model of the report."""
+    facts = {**describe_checkpoint(checkpoint), "role": role}
+    if checkpoint.is_adapter:
+        facts |= {"rank": checkpoint.config.get("r"), "alpha": checkpoint.config.get("lora_alpha")}
+    return facts
 
 
 def layers_of(names: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -141,13 +113,6 @@ def _from_the_input(layer: str) -> tuple[int, str, int]:
     """Sorts embeddings first, blocks by number, and what stands behind them last."""
     prefix, _, number = layer.rpartition(".")
     return (0 if layer == EMBED else 1 if number.isdigit() else 2, prefix, int(number) if number.isdigit() else 0)
-
-
-def _described(role: str, checkpoint: Any) -> dict[str, Any]:
-    facts = {**describe_checkpoint(checkpoint), "role": role}
-    if checkpoint.is_adapter:
-        facts |= {"rank": checkpoint.config.get("r"), "alpha": checkpoint.config.get("lora_alpha")}
-    return facts
 
 
 def _shown(counts: Mapping[str, float], whole: bool) -> dict[str, Any]:

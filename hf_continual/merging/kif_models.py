@@ -19,6 +19,7 @@ from hf_continual.merging.checks import tensor_names
 from hf_continual.merging.chunks import OutputTensor
 from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.members import Member, check_one_base
+from hf_continual.merging.methods.base import Models
 from hf_continual.merging.pieces import pieces_of
 from hf_continual.merging.stored import Files, StoredTensor
 
@@ -32,33 +33,38 @@ FAR = 1.0  # of a factor A's own norm; two independent initialisations are 1.4 a
 
 
 @dataclass(frozen=True)
-class Models:
-    """The models of a fusion, all full or all adapters.
-
-    Args:
-        base: What both movements are counted from.
-        new: What learnt the new task.
-        old: What repaired the old ones, or None: it did not move.
-    """
-
-    base: Member
-    new: Member
-    old: Member | None
+class FusedModels(Models):
+    """The models of a fusion, all full or all adapters: what both movements are counted from, what learnt the new task, and
+    what repaired the old ones, unless that did not move."""
 
     @property
-    def members(self) -> list[Member]:
-        """The models in the order of the rule's values."""
-        return [self.base, self.new, *([] if self.old is None else [self.old])]
+    def start(self) -> Member:
+        """What both movements are counted from."""
+        return self.members[0]
+
+    @property
+    def new(self) -> Member:
+        """What learnt the new task."""
+        return self.members[1]
+
+    @property
+    def old(self) -> Member | None:
+        """What repaired the old ones, or None: it did not move."""
+        return self.members[2] if len(self.members) > 2 else None
 
     @property
     def roles(self) -> list[tuple[str, Member]]:
         """The models with what they are called in reports."""
         return list(zip(("base", "new", "old"), self.members, strict=False))
 
+    def of(self, side: str) -> Member:
+        """What a side's importance is measured on: the model of that side, or the base where the old one did not move."""
+        return self.new if side == "new" else self.old or self.start
+
     @property
     def are_adapters(self) -> bool:
         """Whether factors are fused."""
-        return self.base.checkpoint.is_adapter
+        return self.start.checkpoint.is_adapter
 
     def sources(self, name: str) -> list[StoredTensor]:
         """What a tensor is in each model."""
@@ -66,9 +72,9 @@ class Models:
         return [v.source for v in views if v is not None]
 
 
-def open_models(
+def open_fused(
     base: str | os.PathLike[str], new: str | os.PathLike[str], old: str | os.PathLike[str] | None
-) -> Models:
+) -> FusedModels:
     """Open the models and compare names, shapes, ranks and bases.
 
     Args:
@@ -87,7 +93,7 @@ def open_models(
     if len(found) == 3 and found[2].folder.resolve() == found[0].folder.resolve():
         found.pop()  # it did not move, which is said by its absence
     _check_kinds(found)
-    models = Models(Member(found[0]), Member(found[1]), Member(found[2]) if len(found) == 3 else None)
+    models = FusedModels(tuple(map(Member, found)), None, from_base=True, newest=1)
     _check_shapes(models)
     if models.are_adapters:
         _check_settings(found)
@@ -118,7 +124,7 @@ def _check_kinds(found: Sequence[Checkpoint]) -> None:
     raise ValueError(f"{told}. Give adapters only, or full models only.")
 
 
-def _check_shapes(models: Models) -> None:
+def _check_shapes(models: FusedModels) -> None:
     if models.are_adapters:
         everywhere = {m.name: m.checkpoint.tensors.keys() for m in models.members}
         union = set().union(*everywhere.values())
@@ -128,7 +134,7 @@ def _check_shapes(models: Models) -> None:
                     f"{name} lacks {len(missing)} tensors that the others have ({some(missing)}): the adapters are on "
                     f"different modules. Only adapters with the same target_modules can be fused."
                 )
-    names = list(models.base.checkpoint.tensors) if models.are_adapters else tensor_names(models.members)
+    names = list(models.start.checkpoint.tensors) if models.are_adapters else tensor_names(models.members)
     wrong: dict[str, list[str]] = {}
     for name in names:
         shapes = [s.shape for s in models.sources(name)]
@@ -174,26 +180,26 @@ def _check_bases(found: Sequence[Checkpoint]) -> None:
             )
 
 
-def _warn_far(models: Models) -> None:
-    factors = [n for n in models.base.checkpoint.tensors if ".lora_A" in n]
+def _warn_far(models: FusedModels) -> None:
+    factors = [n for n in models.start.checkpoint.tensors if ".lora_A" in n]
     with Files() as files:
         for role, member in models.roles[1:]:
             moved = size = 0.0
             for name in factors:
-                anchor = files.load(models.base.checkpoint.tensors[name]).double()
+                anchor = files.load(models.start.checkpoint.tensors[name]).double()
                 moved += float((files.load(member.checkpoint.tensors[name]).double() - anchor).square().sum())
                 size += float(anchor.square().sum())
             if size and (distance := (moved / size) ** 0.5) > FAR:
                 warnings.warn(
                     f"The factors A of {role} ({member.name}) are {distance:.1f} times their norm away from those of base "
-                    f"({models.base.name}): it probably did not go on from that adapter, and then elements have nothing to do "
+                    f"({models.start.name}): it probably did not go on from that adapter, and then elements have nothing to do "
                     f"with each other. Give base=, the adapter that both were trained from.",
                     UserWarning,
                     stacklevel=4,
                 )
 
 
-def changed_tensors(models: Models, outputs: Sequence[OutputTensor]) -> list[str]:
+def changed_tensors(models: FusedModels, outputs: Sequence[OutputTensor]) -> list[str]:
     """Tensors that are not the same in all models; of one that changed, little is read.
 
     Args:

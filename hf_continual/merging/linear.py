@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.linear import Linear
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,4 +44,4 @@ def merge_linear(
         ValueError: If an argument does not fit.
         MergeError: If the models cannot be averaged, or a file changes meanwhile.
     """
-    return merge(Linear(weights), models, output_dir, base=base, **output)
+    return merge_by(Linear(weights), models, output_dir, base=base, **output)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.magnitude_max import MagnitudeMax
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,4 +40,4 @@ def magnitude_max(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(MagnitudeMax(scale), models, output_dir, base=base, **output)
+    return merge_by(MagnitudeMax(scale), models, output_dir, base=base, **output)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 from hf_continual.merging.adapter_base import base_as_asked
 from hf_continual.merging.adapters import Adapter, Factors, read_adapters
@@ -104,6 +105,12 @@ class Member:
         return [*stored, next((n for n in changed if n not in self.checkpoint.tensors), HEAD)]
 
 
+def check_list(models: Any) -> None:
+    """Refuse what is no list of models."""
+    if isinstance(models, str | os.PathLike) or not models:
+        raise ValueError(f"models={models!r}: give a list of at least one folder or Hub id.")
+
+
 def open_members(
     models: Sequence[str | os.PathLike[str]],
     base: str | os.PathLike[str] | None,
@@ -123,8 +130,7 @@ def open_members(
         ValueError: If there is none, or an adapter without a base.
         MergeError: If an adapter does not fit, or two were trained on different bases.
     """
-    if isinstance(models, str | os.PathLike) or not models:
-        raise ValueError(f"models={models!r}: give a list of at least one folder or Hub id.")
+    check_list(models)
     full = None if base is None else open_checkpoint(base)
     if full is not None and full.is_adapter:
         raise ValueError(f"base={str(base)!r} is an adapter; the base is the full model that adapters were trained on.")
@@ -147,15 +153,6 @@ def open_members(
             members.append(Member(full, next(adapters)))
     check_one_base([m.adapter.checkpoint for m in members if m.adapter is not None])
     return members, full
-
-
-def open_from_base(
-    models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str], quantized_base: QuantizedBase = "original"
-) -> tuple[list[Member], Checkpoint]:
-    """As `open_members`, for rules that count from the base: it is the first of the models."""
-    members, full = open_members(models, base, quantized_base)
-    assert full is not None
-    return [Member(full), *members], full
 
 
 def check_one_base(adapters: Sequence[Checkpoint]) -> None:

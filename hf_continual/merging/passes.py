@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +22,13 @@ class Passes:
     Args:
         kept: What an interrupted merge of the same inputs found before, and what is found now; plain data.
         keep: Called when something was found.
+        folder: Where a method may keep files of its own, which are gone when the output is published.
     """
 
-    def __init__(self, kept: dict[str, Any] | None = None, keep: Callable[[], None] = lambda: None) -> None:
-        self.kept = {} if kept is None else kept
+    def __init__(
+        self, kept: dict[str, Any] | None = None, keep: Callable[[], None] = lambda: None, folder: Path = Path()
+    ) -> None:
+        self.kept, self.folder = {} if kept is None else kept, folder
         self._keep = keep
 
     def once(self, key: str, find: Callable[[], Any]) -> Any:

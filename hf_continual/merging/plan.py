@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_continual.disk import CannotWrite, free_space, size
-from hf_continual.merging.shards import Shard, memory_bound
+from hf_continual.merging.layout import Layout
+from hf_continual.merging.shards import memory_bound
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,31 @@ class MergePlan:
     """A merge that passed every check.
 
     Args:
-        kind: ``"model"`` or ``"adapter"``.
-        rank: Highest rank of an adapter.
-        shards: Files of weights with what their tensors are made of.
-        config: The output's configuration.
-        config_file: File that says just that and is copied, or None.
+        layout: What will be written.
         files: Other files, name in the output -> source, or its text.
         facts: The report, as far as it is known.
-        identity: Hash of what decides the output's bytes.
         notes: What the user should know.
     """
 
-    kind: str
-    rank: int | None
-    shards: tuple[Shard, ...]
-    config: Mapping[str, Any]
-    config_file: Path | None
+    layout: Layout
     files: Mapping[str, Path | str]
     facts: dict[str, Any]
-    identity: str
     notes: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """Hash of what decides the output's bytes."""
+        return self.facts["plan"]
+
+    @property
+    def asked(self) -> str:
+        """Hash of what was asked for: of the models and of what the caller chose, not of what passes over values find."""
+        return self.facts["asked"]
 
     @property
     def bytes_streamed(self) -> int:
         """Bytes of weights that are read in chunks, without the factors of adapters."""
-        return sum(t.read_bytes for s in self.shards for t in s.tensors)
+        return sum(t.read_bytes for s in self.layout.shards for t in s.tensors)
 
     @property
     def bytes_read(self) -> int:
@@ -56,12 +57,12 @@ class MergePlan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the weight files."""
-        return sum(s.size for s in self.shards)
+        return sum(s.size for s in self.layout.shards)
 
     @property
     def memory(self) -> int:
         """Bytes of buffers at most, beside what importing torch takes."""
-        return memory_bound(self.shards)
+        return memory_bound(self.layout.shards)
 
 
 def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
@@ -91,9 +92,11 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
     table.add_column(overflow="fold")
     for model in plan.facts["models"]:
         table.add_row(model["role"], f"{model['name']}  ({model['kind']}, {size(model['bytes'])})")
-    tensors = [t for s in plan.shards for t in s.tensors]
+    tensors = [t for s in plan.layout.shards for t in s.tensors]
     copied = sum(1 for t in tensors if t.parts and all(p.function is None for p in t.parts))
-    table.add_row("output", f"{plan.kind}" + ("" if plan.rank is None else f" of rank {plan.rank}"))
+    table.add_row(
+        "output", f"{plan.layout.kind}" + ("" if plan.layout.rank is None else f" of rank {plan.layout.rank}")
+    )
     table.add_row(
         "tensors", f"{len(tensors)}, {sum(prod(t.shape) for t in tensors):,} elements; {copied} copied as they are"
     )
@@ -101,7 +104,7 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
         table.add_row(option, str(value))
     table.add_row("read", size(plan.bytes_read))
     table.add_row(
-        "write", f"{size(plan.bytes_written)} in {len(plan.shards)} files and {len(plan.files) + 1} small ones"
+        "write", f"{size(plan.bytes_written)} in {len(plan.layout.shards)} files and {len(plan.files) + 1} small ones"
     )
     lens = any(s.lens is not None for t in tensors for p in t.parts for s in p.sources)
     imports = "330 MB of imports, transformers and bitsandbytes among them" if lens else "150 MB of imports"

@@ -15,7 +15,6 @@ import numpy as np
 from hf_continual.merging.members import Member
 from hf_continual.merging.recall import layer_weights
 from hf_continual.merging.structure import EMBED, FINAL
-from hf_continual.merging.workplace import folder_beside
 
 
 def check_choices(calibration: Any, choices: Mapping[str, Any], with_base: bool, dry_run: bool) -> None:
@@ -53,7 +52,7 @@ def calibrated(
     with_base: bool,
     calibration: Any,
     choices: Mapping[str, Any],
-    target: Path,
+    cache: Path,
     run: tuple[Any, ...],
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Find the weights.
@@ -64,7 +63,7 @@ def calibrated(
         with_base: Whether the base is the first of the models.
         calibration: Texts or rows of its task.
         choices: The options of `merge_with_recall`.
-        target: The output folder; beside it representations are kept until the merge is published.
+        cache: Where representations are kept until the merge is published.
         run: Device, type and whether memory is low, see `calibration.Setting`.
 
     Returns:
@@ -75,7 +74,7 @@ def calibrated(
     from hf_continual.merging.typical_texts import typical_texts
 
     started = time.perf_counter()
-    setting, cache = Setting(*run), folder_beside(target) / "calibration"
+    setting = Setting(*run)
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(members[anchor])
     texts, places = typical_texts(members[anchor], tokenizer, calibration, choices, setting, cache)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_continual.paper import Paper
 
 
@@ -39,24 +37,3 @@ class MergeResult:
     bytes_written: int
     seconds: Mapping[str, float]
     url: str | None = None
-
-
-@dataclass(frozen=True)
-class RecallMergeResult(MergeResult):
-    """The outcome of `merge_with_recall`; beside `MergeResult`:
-
-    Args:
-        groups: ``embed``, ``layer.0`` ..., ``final``; or what given weights name.
-        weights: ``[N, G]``, float64.
-        similarity: ``[N, G]``, or None for given weights.
-        sigma2: ``[G]``, or None for given weights.
-        model_names: The models in the order of the weights.
-        anchor: Place of the newest model among them.
-    """
-
-    groups: tuple[str, ...] = ()
-    weights: np.ndarray | None = None
-    similarity: np.ndarray | None = None
-    sigma2: np.ndarray | None = None
-    model_names: tuple[str, ...] = ()
-    anchor: int = -1

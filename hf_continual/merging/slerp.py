@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.slerp import Slerp
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,4 +44,4 @@ def slerp(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(Slerp(t), [first, second], output_dir, base=base, **output)
+    return merge_by(Slerp(t), [first, second], output_dir, base=base, **output)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.task_arithmetic import TaskArithmetic
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,4 +43,4 @@ def task_arithmetic(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(TaskArithmetic(scale), models, output_dir, base=base, **output)
+    return merge_by(TaskArithmetic(scale), models, output_dir, base=base, **output)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.dare import DareTies
 from hf_continual.merging.methods.ties import Ties
+from hf_continual.merging.run import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +43,7 @@ def ties(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(Ties(density, scale), models, output_dir, base=base, **output)
+    return merge_by(Ties(density, scale), models, output_dir, base=base, **output)
 
 
 def dare_ties(
@@ -74,4 +74,4 @@ def dare_ties(
         ValueError: If an argument does not fit.
         MergeError: If the models do not.
     """
-    return merge(DareTies(density, scale, seed), models, output_dir, base=base, **output)
+    return merge_by(DareTies(density, scale, seed), models, output_dir, base=base, **output)

@@ -24,6 +24,7 @@ from hf_continual.merging.errors import MergeError
 logger = logging.getLogger(__name__)
 
 FOUND = "found.json"  # what passes over values have found, before anything is written
+CACHE = "calibration"  # files of a method, such as representations
 
 
 def check_free(output_dir: Path, overwrite: bool) -> None:
@@ -151,5 +152,5 @@ def _alone(output_dir: Path) -> Iterator[None]:
     finally:
         lock.release()
         # A refused merge leaves nothing; an interrupted one leaves its journal and goes on later.
-        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", "calibration", "old", FOUND)):
+        if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", CACHE, "old", FOUND)):
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,8 @@ import inspect
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +126,10 @@ class PlanLearner:
         if merged.is_dir():
             shutil.rmtree(merged)
         logger.info("%s: merging %s", task.name, ", ".join(str(m) for m in [*models, trained]))
-        function = find_function(merge.function)
+        function, wanted = find_merge(merge.function)
         offered = {"base": self.plan.model.path, "task": task, "calibration": task.train}
-        wanted = inspect.signature(function).parameters
+        if "importance" not in merge.options:  # which says what matters to the new task too
+            offered["calibration_new"] = task.train
         given = {k: v for k, v in offered.items() if k in wanted and k not in merge.options}
         function([str(m) for m in [*models, trained]], str(merged), **given, **merge.options)
         if not any(merged.glob("*.safetensors")):
@@ -174,14 +177,14 @@ class PlanLearner:
         return Scored(rows, own.protocol, own.lower_is_better)
 
 
-def find_function(name: Any) -> Callable[..., Any]:
+def find_merge(name: Any) -> tuple[Callable[..., Any], set[str]]:
     """A merge: a function, ``package.module:function``, or a name of the table of merges or a `MergeMethod` of one's own.
 
     Args:
         name: One of these.
 
     Returns:
-        The function.
+        A function of models and output folder, and what else it takes by name.
 
     Raises:
         ValueError: If it cannot be imported.
@@ -195,14 +198,8 @@ def find_function(name: Any) -> Callable[..., Any]:
     if isinstance(found, type) and issubclass(found, MergeMethod):
         found = f"{found.__module__}:{found.__qualname__}"
     if not isinstance(found, str):
-        return found
-    merge_class(found)
-    method = found
-
-    def run(models: Sequence[str], output_dir: str, base: str | None = None, **options: Any) -> Any:
-        return merge(method, models, output_dir, base=base, **options)
-
-    return run
+        return found, set(inspect.signature(found).parameters)
+    return partial(merge, found), {"base", *(f.name for f in fields(merge_class(found)) if f.init)}
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from hf_continual import stopping
 from hf_continual.disk import writing
 from hf_continual.durable import DamagedFile, read_lines, write_json, write_lines
 from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
-from hf_continual.stream.learner import PlanLearner, find_function
+from hf_continual.stream.learner import PlanLearner, find_merge
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.publish import write_stage_card
@@ -127,7 +127,7 @@ def check_merge(plan: Plan, where: Where) -> None:
     if plan.merge is None:
         return
     try:
-        find_function(plan.merge.function)
+        find_merge(plan.merge.function)
     except ValueError as error:
         raise where.error(("between_tasks", "merge"), str(error)) from error
 

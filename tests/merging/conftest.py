@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_continual.merging import heat_map, with_recall
+from hf_continual.merging import heat_map, recall_method
 
 
 @pytest.fixture
@@ -20,4 +20,4 @@ def _drawn_here(request, monkeypatch):
     def save(weights, models, file):
         heat_map.draw({"weights": weights, "models": models, "file": str(file)})
 
-    monkeypatch.setattr(with_recall, "save_heat_map", save)
+    monkeypatch.setattr(recall_method, "save_heat_map", save)

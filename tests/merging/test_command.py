@@ -8,10 +8,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import hf_continual
 from hf_continual import merge_linear, train_stream
 from hf_continual.cli import app
-from hf_continual.merging.by_name import FUNCTIONS
 from hf_continual.merging.command import METHODS, run_merge
+from hf_continual.merging.method_options import options_of
+from hf_continual.merging.methods.table import MERGES, merge_class
 from hf_continual.merging.options import Output
 from tests.merging.world import adapter, build, digest, save
 from tests.stream.world import make
@@ -79,17 +81,19 @@ def test_wrong_calls_say_what_is_right(world):
             run_merge(method, list(map(str, models)), tmp / "out", base, options, {"dry_run": False})
 
 
-def test_the_command_knows_the_options_of_the_functions():
-    import importlib
-
-    for name, (where, known) in FUNCTIONS.items():
-        module, _, attribute = where.partition(":")
-        parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
-        assert set(known) <= set(parameters), name
-        # What the command leaves to Python: what all merges share is listed apart, and rows are given as files.
-        own = {p for p, q in parameters.items() if q.kind is q.KEYWORD_ONLY} - set(Output.__dataclass_fields__)
-        assert own - set(known) <= {"base", "old"}, f"{name}: {own - set(known)}"
-        assert "push_to_hub" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()), name
+def test_a_function_takes_what_its_method_takes():
+    """Each public function is its method: the same options with the same defaults."""
+    named = {"linear": "merge_linear", "recall": "merge_with_recall", "kif": "kif_fuse"}
+    for name in MERGES:
+        function = getattr(hf_continual, named.get(name, name), None)
+        if function is None:
+            continue
+        parameters = inspect.signature(function).parameters
+        assert any(p.kind is p.VAR_KEYWORD for p in parameters.values()), name
+        own = {p: q.default for p, q in parameters.items() if q.kind is q.KEYWORD_ONLY and p not in ("base", "old")}
+        fields = merge_class(name).__dataclass_fields__
+        assert set(own) == set(options_of(name)) and not set(own) & set(Output.__dataclass_fields__), name
+        assert all(default in (fields[p].default, inspect.Parameter.empty) for p, default in own.items()), name
 
 
 def test_between_the_tasks_of_a_plan(tmp_path):
@@ -97,7 +101,8 @@ def test_between_the_tasks_of_a_plan(tmp_path):
     options = {"num_typical": 3, "progress": False}
     peft = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     for start in ("base", "merged"):
-        merge = {"merge": {"function": "hf_continual:merge_with_recall", "start": start, "options": options}}
+        name = "hf_continual:merge_with_recall" if start == "base" else "recall"
+        merge = {"merge": {"function": name, "start": start, "options": options}}
         plan = make(tmp_path, peft=peft, between_tasks=merge, output_dir=str(tmp_path / start))
         plan["evaluation"] = {"base": False, "bootstrap": 0}
         plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"]]
@@ -109,9 +114,19 @@ def test_between_the_tasks_of_a_plan(tmp_path):
 
 
 def test_full_models_of_a_plan(tmp_path):
-    merge = {"merge": {"function": "hf_continual:merge_linear"}}
-    plan = make(tmp_path, between_tasks=merge)
-    plan["evaluation"] = {"base": False, "bootstrap": 0}
-    plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"][:2]]
-    train_stream(plan)
-    assert (tmp_path / "out" / "task-01-t1" / "merge_report.json").is_file()
+    old = {"calibration_old": [{"text": "w1 w2 w3"}]}
+    for name, options, report in (
+        ("hf_continual:merge_linear", {}, "merge_report.json"),
+        ("kif", old, "kif_report.json"),
+    ):
+        merge = {"merge": {"function": name, "options": options}}
+        plan = make(tmp_path, between_tasks=merge, output_dir=str(tmp_path / report))
+        plan["evaluation"] = {"base": False, "bootstrap": 0}
+        plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"][:2]]
+        train_stream(plan)
+        told = json.loads((tmp_path / report / "task-01-t1" / report).read_text())
+        assert [m["name"] for m in told["models"]] == [
+            "model",
+            "trained" if name == "kif" else "task-00-t0",
+            "task-00-t0" if name == "kif" else "trained",
+        ]

@@ -370,23 +370,24 @@ import json, sys
 import matplotlib.figure, matplotlib.backends.backend_agg
 import torch
 torch.set_num_threads(1)
-from hf_continual.merging import kif, job
+from hf_continual.merging import run
+from hf_continual.merging.kif import kif_fuse
 from hf_continual.plots import plot_sides
 from tests.merging.synthetic import Watch, anonymous
 
 bounds = []
-plan = kif.make_plan
+plan = run._plan
 def noted(*a):
     made = plan(*a)
-    bounds.append(made[0].memory)
+    bounds.append(made.memory)
     return made
-kif.make_plan = noted
+run._plan = noted
 plot_sides({"layer.0": {"elements": 1, "both": 0, "new_only": 0, "old_only": 0, "neither": 1}}).savefig(sys.argv[2])
 # What is stated are buffers; code of libraries that is used for the first time is mapped, not held.
 before, watch = anonymous(), Watch()
 watch.start()
 folder = sys.argv[1]
-kif.kif_fuse(f"{folder}/base", f"{folder}/new", f"{folder}/out", old=f"{folder}/old", importance=f"{folder}/state")
+kif_fuse(f"{folder}/base", f"{folder}/new", f"{folder}/out", old=f"{folder}/old", importance=f"{folder}/state")
 grown = watch.stop() - before
 heavy = [m for m in ("transformers", "peft", "trl", "datasets", "accelerate") if m in sys.modules]
 print(json.dumps({"grown": grown, "bound": bounds[0], "heavy": heavy}))

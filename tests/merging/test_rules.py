@@ -138,19 +138,20 @@ def test_whatever_it_is_cut_into_it_gives_the_same_bytes(tmp_path, monkeypatch, 
     assert all(torch.equal(whole[n], pieces[n]) if exact else torch.allclose(whole[n], pieces[n]) for n in whole)
 
 
-@pytest.mark.parametrize("name", [n for n in MERGES if n not in ("interpolate",)])
+@pytest.mark.parametrize("name", [n for n in MERGES if n not in ("interpolate", "kif")])
 def test_adapters_full_models_and_the_same_call_again(tmp_path, name):
     base = build()
     save(base, tmp_path / "base")
     models = [adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)]
-    result = merge(name, models, tmp_path / "out", base=tmp_path / "base")
+    call = {"base": tmp_path / "base", **({"calibration": ["w1 w2 w3", "w4 w5"]} if name == "recall" else {})}
+    result = merge(name, models, tmp_path / "out", **call)
     assert result.kind == ("adapter" if merge_class(name).linear else "model")
     before = digest(tmp_path / "out")
-    again = merge(name, models, tmp_path / "out", base=tmp_path / "base")
+    again = merge(name, models, tmp_path / "out", **call)
     assert digest(tmp_path / "out") == before and again.report["plan"] == result.report["plan"]
     with pytest.raises(FileExistsError):
         merge("linear", models[:1], tmp_path / "out", base=tmp_path / "base")
-    dry = merge(name, models, tmp_path / "dry", base=tmp_path / "base", dry_run=True)
+    dry = merge(name, models, tmp_path / "dry", **call, dry_run=True)
     assert dry.kind == result.kind and not (tmp_path / "dry").exists()
 
 
@@ -284,7 +285,7 @@ class TestTheSameCallAgain:
     """Finished, it returns what is there; asked for something else, it refuses; no pass is made twice."""
 
     def test_recall(self, tmp_path, monkeypatch):
-        from hf_continual.merging import with_recall
+        from hf_continual.merging import recall_method
 
         _, a, b = family(tmp_path)
         toy_rows = [f"w{i} w{i + 1} w{i + 2} w3" for i in range(12)]
@@ -295,10 +296,12 @@ class TestTheSameCallAgain:
         def refused(*args):
             raise AssertionError("calibrated again")
 
-        monkeypatch.setattr(with_recall, "calibrated", refused)
+        monkeypatch.setattr(recall_method, "calibrated", refused)
         again = merge_with_recall([a, b], tmp_path / "out", **call)
         assert digest(tmp_path / "out") == before and again.report == first.report
         assert np.array_equal(again.weights, first.weights) and again.model_names == first.model_names
+        named = merge("recall", [a, b], tmp_path / "out", **call)
+        assert named.report == first.report and np.array_equal(named.weights, first.weights)
         for other in ({"calibration": toy_rows[1:]}, {"num_typical": 2}, {"temperature": 2.0}):
             with pytest.raises(FileExistsError):
                 merge_with_recall([a, b], tmp_path / "out", **{**call, **other})
@@ -329,6 +332,10 @@ class TestTheSameCallAgain:
         before = digest(tmp_path / "out")
         again = kif_fuse(base, a, tmp_path / "out", **call)
         assert digest(tmp_path / "out") == before and again.report == first.report
+        named = merge("kif", [b, a], tmp_path / "out", base=base, importance=tuple(files))
+        assert named.report == first.report and named.bytes_read == first.bytes_read
+        with pytest.raises(ValueError, match="merge kif takes 1 to 2 models, and 3 were given"):
+            merge("kif", [b, a, b], tmp_path / "no", base=base, importance=tuple(files))
         with pytest.raises(FileExistsError):
             kif_fuse(base, a, tmp_path / "out", top_share=0.3, **call)
         write_scores(files[0], like, 5)  # other scores under the same header

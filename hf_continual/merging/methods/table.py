@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.named import did_you_mean, imported
 
 MERGES: dict[str, str] = {
+    "recall": "hf_continual.merging.recall_method:Recall",
+    "kif": "hf_continual.merging.kif_method:Kif",
     "linear": "hf_continual.merging.methods.linear:Linear",
     "interpolate": "hf_continual.merging.methods.interpolate:Interpolate",
     "slerp": "hf_continual.merging.methods.slerp:Slerp",
@@ -41,8 +43,8 @@ def merge_class(name: str) -> type[MergeMethod]:
     target = MERGES.get(name.replace("-", "_"), name if ":" in name else None)
     if target is None:
         raise ValueError(
-            f"there is no merge {name!r}.{did_you_mean(name, MERGES)} There are {', '.join(MERGES)}, merge_with_recall and "
-            f"kif_fuse; one of your own is named 'package.module:Class'."
+            f"there is no merge {name!r}.{did_you_mean(name, MERGES)} There are {', '.join(MERGES)}; one of your own is named "
+            f"'package.module:Class'."
         )
     try:
         found = imported(target)
@@ -72,17 +74,10 @@ def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeM
     if not isinstance(method, str):
         raise TypeError(f"method={method!r}: give a name such as 'ties', or a MergeMethod.")
     cls = merge_class(method)
-    known = [f.name for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
+    known = [f.name for f in fields(cls) if f.init]
     if unknown := [k for k in options if k not in known]:
         hint = did_you_mean(unknown[0], known)
         raise TypeError(
             f"merge {method} has no option {unknown[0]!r}.{hint} It takes {', '.join(known) or 'none of its own'}."
         )
     return cls(**options)
-
-
-def option_types(name: str) -> dict[str, Any]:
-    """Names and types of the hyper-parameters of a merge."""
-    cls = merge_class(name)
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls) if f.init}  # pyrefly: ignore[bad-argument-type]

@@ -1,0 +1,138 @@
+"""The options of a merge method, read from its dataclass: names, types, help, and what a word of the command line means."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hf_continual.merging.methods.base import MergeMethod
+from hf_continual.merging.methods.table import merge_class
+
+
+@dataclass(frozen=True)
+class MethodOption:
+    """A hyper-parameter of a method as an option.
+
+    Args:
+        name: The field's name.
+        kinds: What its type allows: classes, and the values of a `Literal`.
+        help: What the method's docstring says about it.
+        required: Whether it has no default.
+        rows: Whether it takes rows, which a file holds on the command line.
+        flags: Words of the command line that stand for one of its values, such as ``--self-calibration`` for ``"self"``.
+    """
+
+    name: str
+    kinds: frozenset[Any]
+    help: str
+    required: bool
+    rows: bool
+    flags: Mapping[str, Any]
+
+    @property
+    def spelling(self) -> str:
+        """Such as ``--num-typical``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def type(self) -> type:
+        """What the command line reads: a truth, a number, or a word for `read`."""
+        if bool in self.kinds:
+            return bool
+        plain = self.kinds - {type(None)}
+        return next((kind for kind in (int, float) if plain == {kind}), str)
+
+    def read(self, value: Any) -> Any:
+        """A value of the command line or of a file, as the method takes it.
+
+        Args:
+            value: A word, or what is no word any more.
+
+        Returns:
+            The value.
+
+        Raises:
+            ValueError: If numbers are wanted and the word is none.
+        """
+        if self.rows and isinstance(value, str | os.PathLike):
+            from hf_continual.data.rows import load_rows
+
+            return load_rows(str(value))
+        if not isinstance(value, str) or value in self.kinds:
+            return value
+        if Mapping in self.kinds and value.lstrip().startswith("{"):
+            return json.loads(value)
+        if tuple in self.kinds and "," in value:
+            return tuple(value.split(","))
+        if not self.kinds & {int, float, Sequence}:
+            return value
+        if (found := self._numbers(value)) is not None:
+            return found
+        if any(kind is str or isinstance(kind, str) for kind in self.kinds):
+            return value
+        raise ValueError(f"{self.spelling}={value!r}: give numbers separated by commas, such as 0.7,0.3.")
+
+    def _numbers(self, word: str) -> Any:
+        """The number or the list of numbers that a word says, or None."""
+        if int in self.kinds and re.fullmatch(r"-?\d+", word):
+            return int(word)
+        if not self.kinds & {float, Sequence}:
+            return None
+        try:
+            found = [float(part) for part in word.split(",")]
+        except ValueError:
+            return None
+        if len(found) == 1 and float in self.kinds:
+            return found[0]
+        return found if Sequence in self.kinds else None
+
+
+def options_of(name: str) -> dict[str, MethodOption]:
+    """The options of a method, by name.
+
+    Args:
+        name: A key of the table of merges, or ``"package.module:Class"``.
+
+    Returns:
+        The options; the method is imported.
+    """
+    cls = merge_class(name)
+    hints, said = get_type_hints(cls), _said(cls)
+    return {
+        f.name: MethodOption(
+            f.name,
+            frozenset(_kinds(hints[f.name])),
+            said.get(f.name, ""),
+            f.default is MISSING and f.default_factory is MISSING,
+            bool(f.metadata.get("rows")),
+            f.metadata.get("flags", {}),
+        )
+        for f in fields(cls)
+        if f.init
+    }
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """A type taken apart: the classes of a union, the values of a `Literal`."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return list(get_args(hint))
+    if origin is None or (isinstance(origin, type) and origin.__module__ not in ("types", "typing")):
+        return [origin or hint]
+    return [kind for part in get_args(hint) for kind in _kinds(part)]
+
+
+def _said(cls: type[MergeMethod]) -> dict[str, str]:
+    """The first sentence about each argument in the docstrings of a class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
+        listed = re.split(r"\n(?=\S)", listed)[0]
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE):
+            found[name] = " ".join(text.split()).replace("`", "")
+    return found
