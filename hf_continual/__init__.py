@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_continual.versions import check_versions
+from hf_continual.versions import VERSION, check_versions
 
 if TYPE_CHECKING:
     from hf_continual.data.collator import ReplayCollator
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hf_continual.trainer.config import ContinualConfig
     from hf_continual.trainer.trainer import ContinualTrainer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 check_versions()
 

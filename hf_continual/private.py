@@ -89,6 +89,16 @@ def has_images(trainer: Any) -> bool:
     return trainer._is_vision_dataset
 
 
+def formatting_of(trainer: Any) -> Any:
+    """The function that makes a text of each of the task's rows, or None."""
+    return trainer._formatting_func
+
+
+def tokenised(trainer: Any, rows: Any, args: Any, formatting: Any, name: str) -> Any:
+    """Rows as the trainer tokenises those of the task, one by one."""
+    return trainer._prepare_dataset(rows, trainer.processing_class, args, False, formatting, name)
+
+
 def tags_of(trainer: Any) -> list[str]:
     """Tags that TRL gives the models of a trainer class."""
     return trainer._tag_names

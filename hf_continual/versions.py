@@ -1,10 +1,12 @@
-"""The libraries underneath, in the versions that were checked."""
+"""This library's version, and the versions of the libraries underneath that were checked."""
 
 from __future__ import annotations
 
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
+
+VERSION = "0.1.0"
 
 # The trainer overrides private members of TRL and transformers, so these ranges are narrow on purpose.
 SUPPORTED = {"trl": ">=1.16,<2", "transformers": ">=5.23,<6", "peft": ">=0.21"}

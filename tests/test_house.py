@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -74,7 +76,24 @@ def test_files_can_be_held_in_the_head():
         for p in (ROOT / "hf_continual").rglob("*.py")
         if (n := len(p.read_text().splitlines())) > 300
     }
-    assert set(long) <= {"hf_continual/trainer/trainer.py"}, long  # every private seam of HF in one place
+    assert not long
+
+
+def test_no_import_loops_not_even_for_types():
+    """Also under TYPE_CHECKING and inside functions: whoever reads a file can read what it rests on first."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "hf_continual").rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    rests_on = {}
+    for name, path in files.items():
+        found = {
+            module
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for module in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        }
+        # The packages' own files hold the face only, which names what is below them.
+        rests_on[name] = {m for m in found if m in files and m != name and files[m].name != "__init__.py"}
+    tuple(TopologicalSorter(rests_on).static_order())  # raises a CycleError that names the loop
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -170,3 +189,17 @@ def test_every_module_imports():
     for path in (ROOT / "hf_continual").rglob("*.py"):
         if path.name != "__main__.py":
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("hf_continual.tensors.recadam", "hf_continual.methods.recadam", "RecAdamOptimizer"),
+        ("hf_continual.tensors.recadam", "hf_continual.methods.recadam", "recall_share"),
+        ("hf_continual.tensors.flat_adam", "hf_continual.methods.kif.flat_adam", "FlatAdam"),
+    ],
+)
+def test_former_places_still_give_the_same_object(old, new, name):
+    with pytest.warns(DeprecationWarning, match=f"is now {new}"):
+        found = getattr(importlib.import_module(old), name)
+    assert found is getattr(importlib.import_module(new), name)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jinja2
 
-import hf_continual
 from hf_continual.hub import tables
 from hf_continual.hub.card_yaml import dump_metadata
 from hf_continual.hub.facts import CONFIG, CardFacts
@@ -16,6 +15,7 @@ from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
 from hf_continual.hub.summary import summary
 from hf_continual.hub.text import GENERATED, KEEP, KEEP_END, foreign_metadata, kept_text, safe
+from hf_continual.versions import VERSION
 
 LIBRARY_BIBTEX = "@software{hf_continual,\n  title = {{hf_continual}},\n  note = {version VERSION}\n}"
 
@@ -66,7 +66,7 @@ def _body(facts: CardFacts, kept: str) -> str:
     values: dict[str, Any] = {
         "title": (facts.repo_id or facts.name).split("/")[-1],
         "generated": GENERATED,
-        "version": facts.versions.get("hf-continual", hf_continual.__version__),
+        "version": facts.versions.get("hf-continual", VERSION),
         "summary": summary(facts),
         "snippet": snippet(facts),
         "tasks": facts.tasks,
@@ -91,9 +91,7 @@ def _body(facts: CardFacts, kept: str) -> str:
         "keep_end": KEEP_END,
         "license_text": _license_text(facts),
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version),
-        "bibtex": "\n\n".join(
-            [LIBRARY_BIBTEX.replace("VERSION", hf_continual.__version__), *(p.bibtex for p in facts.papers)]
-        ),
+        "bibtex": "\n\n".join([LIBRARY_BIBTEX.replace("VERSION", VERSION), *(p.bibtex for p in facts.papers)]),
     }
     return environment.get_template("card.md.jinja").render(values).strip() + "\n"
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from hf_continual.hub.refs import UNKNOWN, ModelRef
 from hf_continual.metrics import AccuracyMatrix, Cell, mean
 from hf_continual.paper import Paper
+from hf_continual.plain import as_plain
 
 Relation = Literal["adapter", "finetune", "merge"]
 
@@ -271,12 +272,8 @@ class CardFacts:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``continual_config.json``: all but what other files say, and empty fields left out."""
         said = ("evaluation", "learned")
-        return {k: v for k, v in _plain(asdict(self)).items() if k not in said and v not in (None, {}, [])}
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(k): _plain(v) for k, v in data.items()}
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return [_plain(v) for v in data]
-    return data
+        return {
+            k: v
+            for k, v in as_plain(asdict(self), other=lambda value: value).items()
+            if k not in said and v not in (None, {}, [])
+        }

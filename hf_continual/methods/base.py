@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
+from hf_continual.plain import as_plain
 from hf_continual.private import fingerprint_of
 
 if TYPE_CHECKING:
@@ -36,17 +37,9 @@ __all__ = ["PADDING", "TASK", "AddedRows", "Batch", "Forward", "Method", "Optimi
 TASK, PADDING = -1, -100
 
 
-def _plain(value: Any) -> Any:
-    """A value as data that JSON holds; a dataset becomes its fingerprint and length."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Dataset):
-        return {"rows": len(value), "fingerprint": fingerprint_of(value)}
-    return repr(value)
+def _named(value: Any) -> Any:
+    """What stands for a value that is not plain data; a dataset becomes its fingerprint and length."""
+    return {"rows": len(value), "fingerprint": fingerprint_of(value)} if isinstance(value, Dataset) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -277,7 +270,7 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}  # pyrefly: ignore[bad-argument-type]
+        return {f.name: as_plain(getattr(self, f.name), _named) for f in fields(self) if f.init}  # pyrefly: ignore[bad-argument-type]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hf_continual.bounds import plain_name
 from hf_continual.methods.base import Method
-from hf_continual.methods.bounds import plain_name
 from hf_continual.methods.table import TABLE, method_class
 
 logger = logging.getLogger(__name__)

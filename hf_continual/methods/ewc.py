@@ -34,8 +34,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.methods.base import Method, Run, State
-from hf_continual.methods.bounds import between, one_of, whole_number
 from hf_continual.paper import Paper
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import sharded_as, whole
@@ -181,7 +181,7 @@ class EWC(Method):
             between("EWC", "weight", self.weight, 0, float("inf"))
         one_of("EWC", "fisher", self.fisher, ("batch", "sample"))
         one_of("EWC", "over_tasks", self.over_tasks, ("mean", "sum", "online"))
-        between("EWC", "decay", self.decay, 0, 1, closed=True)
+        between("EWC", "decay", self.decay, 0, 1, closed="]")
         for key in ("rows", "batch_rows"):
             if getattr(self, key) is not None:
                 whole_number("EWC", key, getattr(self, key))

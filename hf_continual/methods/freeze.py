@@ -30,6 +30,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_continual.bounds import one_of, whole_number
 from hf_continual.data.together import from_first
 from hf_continual.methods.base import Method, Run
 from hf_continual.paper import Paper
@@ -134,16 +135,9 @@ class FreezeLayers(Method):
 
     def __post_init__(self) -> None:
         for what, value in (("bottom", self.bottom), ("from_task", self.from_task)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"FreezeLayers({what}={value!r}) must be an int, got {type(value).__name__}.")
-            if value < 0:
-                raise ValueError(f"FreezeLayers({what}={value}) must be 0 or more.")
-        if not isinstance(self.embeddings, bool) and self.embeddings != "untie":
-            raise TypeError(f"FreezeLayers(embeddings={self.embeddings!r}) must be True, False or 'untie'.")
-        if self.compatibility not in ("exact", "official-substring"):
-            raise ValueError(
-                f"FreezeLayers(compatibility={self.compatibility!r}) must be 'exact' or 'official-substring'."
-            )
+            whole_number("FreezeLayers", what, value, least=0)
+        one_of("FreezeLayers", "embeddings", self.embeddings, (True, False, "untie"))
+        one_of("FreezeLayers", "compatibility", self.compatibility, ("exact", "official-substring"))
         if self.bottom == 0 and not self.embeddings:
             raise ValueError(
                 "FreezeLayers(bottom=0, embeddings=False) freezes nothing. Give bottom=1 or more, or drop the method."

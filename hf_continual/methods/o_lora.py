@@ -34,8 +34,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_continual.bounds import between
 from hf_continual.methods.base import Method, Run, State
-from hf_continual.methods.bounds import between
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
 from hf_continual.tensors.whole import whole

@@ -19,12 +19,16 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from hf_continual.bounds import at_least, between, plain_name, whole_number
 from hf_continual.data.replay import ReplayRows, RowType
 from hf_continual.data.row_values import TEXTUAL
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import AddedRows, Method, Run
-from hf_continual.methods.bounds import plain_name
 from hf_continual.paper import Paper
+
+RATIO = (
+    "It is the share of the mix's tokens that are replayed: 0.1 means one token in ten. Without replay drop the method."
+)
 
 
 @dataclass
@@ -78,21 +82,11 @@ class Replay(Method):
                 f"Replay needs either ratio (share of tokens) or per_batch (rows per micro-batch), got "
                 f"ratio={self.ratio!r} and per_batch={self.per_batch!r}."
             )
-        for field, value in (("ratio", self.ratio), ("weight", self.weight)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"Replay({field}={value!r}) must be a number, got {type(value).__name__}.")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(
-                f"Replay(ratio={self.ratio!r}) must lie strictly between 0 and 1: it is the share of the "
-                f"mix's tokens that are replayed. 0.1 means one token in ten; without replay drop the method."
-            )
+        if self.ratio is not None:
+            between("Replay", "ratio", self.ratio, 0, 1, note=RATIO)
         if self.per_batch is not None:
-            if isinstance(self.per_batch, bool) or not isinstance(self.per_batch, int):
-                raise TypeError(f"Replay(per_batch={self.per_batch!r}) must be an int (rows per micro-batch).")
-            if self.per_batch < 1:
-                raise ValueError(f"Replay(per_batch={self.per_batch}) must be at least 1 row.")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"Replay(weight={self.weight!r}) must be a finite number of at least 0.")
+            whole_number("Replay", "per_batch", self.per_batch, note=" of rows per micro-batch")
+        at_least("Replay", "weight", self.weight, 0)
         plain_name("Replay", self.name)
         # Reading now: a wrong path must fail before a model is loaded, not after.
         self._rows = load_rows(self.rows, checked=TEXTUAL)

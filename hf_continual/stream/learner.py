@@ -25,6 +25,7 @@ from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import merge_class
 from hf_continual.named import imported
+from hf_continual.plain import is_plain
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
 from hf_continual.stream.models import is_adapter, load_finished, load_for_training
@@ -96,7 +97,7 @@ class PlanLearner:
             "index": task.index,
             "parent": None if parent is None else parent.name,
             "steps": trainer.state.global_step,
-            "methods": trainer.methods.describe() if all(_plain(m.describe()) for m in trainer.methods) else None,
+            "methods": trainer.methods.describe() if all(is_plain(m.describe()) for m in trainer.methods) else None,
         }
         trainer.save_model(str(goal))
         wait()
@@ -208,14 +209,6 @@ def _copy_files(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file():
             shutil.copy2(file, target / file.name)
-
-
-def _plain(data: Any) -> bool:
-    if isinstance(data, dict):
-        return all(_plain(v) for v in data.values())
-    if isinstance(data, list):
-        return all(_plain(v) for v in data)
-    return data is None or isinstance(data, str | int | float | bool)
 
 
 def _free() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from hf_continual.durable import DamagedFile, checksum, read_checked, write_checked
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import kind_of
+from hf_continual.plain import as_plain
 from hf_continual.stream.earlier import row_options
 from hf_continual.stream.prepare import Prepared, fingerprint
 from hf_continual.stream.saved import saved_files
@@ -31,20 +32,20 @@ SHOWN = re.compile(
 def plain_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as plain data; rows by their number and hash, so that a changed file is a changed plan."""
     plan = prepared.plan
-    data = _plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir", "max_minutes"}))
+    data = as_plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir", "max_minutes"}), _named)
     if (base := Path(plan.model.path)).is_dir():
         data["model"]["files"] = saved_files(base)
     data["model"]["vocabulary"] = _vocabulary(prepared.tokenizer)
     data["methods"] = _with_rows(data["methods"])
     data["tasks"] = []
     for task, planned in zip(prepared.stream, plan.tasks, strict=True):
-        entry = _plain(planned.model_dump(exclude={"train", "test"}))
+        entry = as_plain(planned.model_dump(exclude={"train", "test"}), _named)
         entry["methods"] = _with_rows(entry["methods"])
         for which, source, rows in (("train", planned.train, task.train), ("test", planned.test, task.test)):
             named = (
                 source
                 if isinstance(source, str)
-                else _plain(source)
+                else as_plain(source, _named)
                 if isinstance(source, Mapping)
                 else "rows in Python"
             )
@@ -79,18 +80,11 @@ def _with_rows(methods: Any) -> Any:
     return found
 
 
-def _plain(data: Any) -> Any:
-    if isinstance(data, Method):
-        return {kind_of(type(data)): data.describe()}
-    if isinstance(data, Mapping):
-        return {str(k): _plain(v) for k, v in data.items()}
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return [_plain(v) for v in data]
-    if data is None or isinstance(data, str | int | float | bool):
-        return data
-    if callable(data):
-        return f"{data.__module__}:{data.__qualname__}"
-    return repr(data)
+def _named(value: Any) -> Any:
+    """What stands in a plan for a value that is not plain data."""
+    if isinstance(value, Method):
+        return {kind_of(type(value)): value.describe()}
+    return f"{value.__module__}:{value.__qualname__}" if callable(value) else repr(value)
 
 
 def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:

@@ -1,49 +1,19 @@
-"""Adam over all trainable weights with float32 moments, whatever type the weights have."""
+"""The former place of `hf_continual.methods.kif.flat_adam`; scripts that import from here go on working."""
 
 from __future__ import annotations
 
-import torch
+import warnings
+from typing import Any
 
-from hf_continual.tensors.flat import Flat
+from hf_continual.named import imported
 
 
-class FlatAdam:
-    """A second learner of weights that have an optimizer already: two float32 buffers, torch's fused kernel.
-
-    Args:
-        flat: Layout of the weights.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-    """
-
-    def __init__(self, flat: Flat, betas: tuple[float, float], eps: float) -> None:
-        self.flat, self.betas, self.eps, self.t = flat, betas, eps, 0
-        self.moments = [flat.zeros(), flat.zeros()]
-
-    def kept(self) -> list[torch.Tensor]:
-        """Every tensor that is kept."""
-        return self.moments
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move the weights along their gradients.
-
-        Args:
-            lr: Learning rate of this step.
-        """
-        self.t += 1
-        # The kernel keeps count in float32 on the device; a fresh tensor spares keeping one for each bucket.
-        count = torch.full((), float(self.t), device=self.flat.device)
-        for bucket in self.flat.buckets:
-            if bucket.stop == bucket.start:
-                continue
-            weights, (m, v) = self.flat.weights(bucket), (bucket.of(b) for b in self.moments)
-            torch._fused_adamw_(
-                [weights], [self.flat.gradients(bucket)], [m], [v], [], [count],
-                lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps,
-                amsgrad=False, maximize=False,
-            )  # fmt: skip
-            self.flat.write(bucket, weights)
-
-    def __repr__(self) -> str:
-        return f"FlatAdam({self.flat.size} weights, betas={self.betas}, eps={self.eps:g}, step {self.t})"
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    warnings.warn(
+        "hf_continual.tensors.flat_adam is now hf_continual.methods.kif.flat_adam: import from there.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return imported(f"hf_continual.methods.kif.flat_adam:{name}")

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_continual.methods.base import Batch
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 
 @contextmanager
-def aside(trainer: ContinualTrainer, micro_batches: int) -> Iterator[None]:
+def aside(trainer: LiveTrainer, micro_batches: int) -> Iterator[None]:
     """Losses computed inside are in no metric and no method sees their forward passes."""
     kept = trainer.tap, trainer.current_gradient_accumulation_steps
     trainer.tap, trainer.current_gradient_accumulation_steps = None, micro_batches
@@ -30,7 +30,7 @@ def aside(trainer: ContinualTrainer, micro_batches: int) -> Iterator[None]:
 
 
 def gradients(
-    trainer: ContinualTrainer,
+    trainer: LiveTrainer,
     batches: Sequence[Batch],
     scale: float = 1.0,
     clip: bool = True,
@@ -67,7 +67,7 @@ def gradients(
             with together:
                 with trainer.compute_loss_context_manager():
                     with _counted_here(trainer, alone):
-                        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+                        loss: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
                 if items is None:
                     loss = loss / len(batches)
                 accelerator.backward(loss * scale if scale != 1 else loss)
@@ -78,7 +78,7 @@ def gradients(
 
 
 @contextmanager
-def _counted_here(trainer: ContinualTrainer, alone: bool) -> Iterator[None]:
+def _counted_here(trainer: LiveTrainer, alone: bool) -> Iterator[None]:
     """Tokens are counted on this process only, and the loss is not multiplied with the number of processes."""
     before = trainer.args.average_tokens_across_devices
     if alone:
@@ -89,7 +89,7 @@ def _counted_here(trainer: ContinualTrainer, alone: bool) -> Iterator[None]:
         trainer.args.average_tokens_across_devices = before
 
 
-def step(trainer: ContinualTrainer, update: Any) -> bool:
+def step(trainer: LiveTrainer, update: Any) -> bool:
     """Step the trainer's optimizer, or call `update` in its place, unless gradients overflowed under a scaler.
 
     Args:

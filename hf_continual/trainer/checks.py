@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_continual.data.replay import ReplayRows
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 # With any of these the choice of the optimizer was left to the defaults, so a method may make it.
 PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
@@ -97,7 +97,7 @@ def check_arguments(
             )
 
 
-def check_trainer(trainer: ContinualTrainer) -> None:
+def check_trainer(trainer: LiveTrainer) -> None:
     """Conflicts between the methods and the way of training.
 
     Args:
@@ -152,7 +152,7 @@ def check_trainable(model: nn.Module) -> None:
     )
 
 
-def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> None:
+def check_replay(trainer: LiveTrainer, sources: dict[str, ReplayRows]) -> None:
     """Ways of training that replay rows cannot join.
 
     Args:
@@ -172,7 +172,7 @@ def check_replay(trainer: ContinualTrainer, sources: dict[str, ReplayRows]) -> N
         )
 
 
-def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
+def check_extra_rows(trainer: LiveTrainer, name: str) -> None:
     """Ways of training that rows beside the task's cannot join.
 
     Args:
@@ -199,7 +199,7 @@ def check_extra_rows(trainer: ContinualTrainer, name: str) -> None:
         raise ValueError(f"{name} supports text only, and the training rows hold images. Train without {name}.")
 
 
-def check_token_ids(trainer: ContinualTrainer, rows: dict[str, Dataset]) -> None:
+def check_token_ids(trainer: LiveTrainer, rows: dict[str, Dataset]) -> None:
     """Replay rows must speak the model's language, and fit into it.
 
     Args:

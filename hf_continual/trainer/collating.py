@@ -15,7 +15,7 @@ from hf_continual import private
 from hf_continual.data.collator import ROW, CountTokens, NameRows, ReplayCollator
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def same_randomness() -> Iterator[None]:
         np.random.set_state(numbers)
 
 
-def check_collates(trainer: ContinualTrainer, prepared: Dataset, name: str) -> bool:
+def check_collates(trainer: LiveTrainer, prepared: Dataset, name: str) -> bool:
     """Refuse a data collator that cannot take the tokenised rows of a method.
 
     Args:
@@ -48,7 +48,7 @@ def check_collates(trainer: ContinualTrainer, prepared: Dataset, name: str) -> b
         return _flattens(trainer.data_collator, [prepared[i % len(prepared)] for i in range(2)], name)
 
 
-def replay_collator(trainer: ContinualTrainer, prepared: Dataset, name: str) -> ReplayCollator:
+def replay_collator(trainer: LiveTrainer, prepared: Dataset, name: str) -> ReplayCollator:
     """A collator for batches of the task with rows of a method in them, tried on two rows of each.
 
     Args:
@@ -77,7 +77,7 @@ def replay_collator(trainer: ContinualTrainer, prepared: Dataset, name: str) -> 
 
 
 @contextmanager
-def tokens_counted(trainer: ContinualTrainer) -> Iterator[None]:
+def tokens_counted(trainer: LiveTrainer) -> Iterator[None]:
     """A data loader that is made inside counts the tokens of its batches, where replay must know them.
 
     Args:
@@ -96,7 +96,7 @@ def tokens_counted(trainer: ContinualTrainer) -> Iterator[None]:
 
 
 @contextmanager
-def rows_named(trainer: ContinualTrainer) -> Iterator[None]:
+def rows_named(trainer: LiveTrainer) -> Iterator[None]:
     """A data loader that is made inside says of each token which of the task's rows it is from, where a method asks.
 
     Args:
@@ -152,7 +152,7 @@ def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:
     return shape[0] == 1
 
 
-def _task_batch(trainer: ContinualTrainer) -> dict[str, Any] | None:
+def _task_batch(trainer: LiveTrainer) -> dict[str, Any] | None:
     """Two rows of the task as a batch, or None for a stream, or where SFTTrainer will fail by itself."""
     rows: Any = trainer.train_dataset
     if not isinstance(rows, Dataset):

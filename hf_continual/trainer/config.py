@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from trl import SFTConfig
 
 from hf_continual.methods.table import build_methods
 from hf_continual.trainer.old_names import CONFIG, explains_old_names
 
+if TYPE_CHECKING:
+    from hf_continual.methods.base import Method
+
 
 @dataclass
 class ContinualConfig(SFTConfig):
-    """Training arguments of `ContinualTrainer`: all of `trl.SFTConfig`, and what is learnt against forgetting.
+    """Training arguments of `ContinualTrainer`: everything in `trl.SFTConfig`, plus the methods
+    against forgetting.
 
     With the fields below left alone it is an SFTConfig in every respect.
 
@@ -78,3 +84,25 @@ class ContinualConfig(SFTConfig):
 
 
 ContinualConfig.__init__ = explains_old_names(CONFIG)(ContinualConfig.__init__)  # pyrefly: ignore[bad-assignment]
+
+
+def methods_of(args: Any, given: Iterable[Method] | None) -> Iterable[Method]:
+    """The methods of a run.
+
+    Args:
+        args: Training arguments, or None.
+        given: ``ContinualTrainer(methods=...)``.
+
+    Returns:
+        Those that were given, or those that the arguments describe, built.
+
+    Raises:
+        ValueError: If both name methods.
+    """
+    described = args.methods if isinstance(args, ContinualConfig) else None
+    if given is not None and described is not None:
+        raise ValueError(
+            "methods are given twice: as ContinualTrainer(methods=...) and as ContinualConfig(methods=...). "
+            "Keep one of the two."
+        )
+    return build_methods(described) if given is None else given

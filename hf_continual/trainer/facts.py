@@ -23,7 +23,7 @@ from hf_continual.methods.base import Method
 from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.publishing_trainer import PublishingTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 # What a reader needs to train again; shown on the card where it is not the default, or is one of the first four.
 SETTINGS = (
@@ -40,12 +40,13 @@ QUANTIZATION = (
 )  # fmt: skip
 
 
-def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) -> CardFacts:
+def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_rows: int | None = None) -> CardFacts:
     """The facts of a run, as far as it has come.
 
     Args:
         trainer: The trainer.
         evaluation: What was measured, or None.
+        train_rows: Number of the task's rows; None for a stream.
 
     Returns:
         The facts; they hold no path.
@@ -57,7 +58,7 @@ def run_facts(trainer: PublishingTrainer, evaluation: Evaluation | None = None) 
     named = getattr(args, "hub_base_model", None)
     start = ModelRef(named, license=None) if named else loaded_ref(path, revision)
     earlier = read_facts(Path(path)) if path and Path(path).is_dir() and has_facts(Path(path)) else None
-    this = TaskFacts(getattr(args, "task_name", "task"), train_rows=trainer.train_rows, started_from=start)
+    this = TaskFacts(getattr(args, "task_name", "task"), train_rows=train_rows, started_from=start)
     tasks: tuple[TaskFacts, ...] = (this,)
     base, parent = start, None
     if earlier is not None and earlier.tasks:
@@ -146,7 +147,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     return found
 
 
-def _live_settings(trainer: PublishingTrainer) -> dict[str, Any]:
+def _live_settings(trainer: LiveTrainer) -> dict[str, Any]:
     """What was trained with where that is not what the arguments say: a given optimizer's rate, the batch that fitted."""
     found: dict[str, Any] = {}
     if (optimizer := trainer.optimizer) is not None:

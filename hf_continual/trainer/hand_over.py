@@ -15,10 +15,11 @@ from hf_continual.data.together import from_first
 from hf_continual.hub.text import safe
 from hf_continual.methods.compose import check_heirs, overrides
 from hf_continual.tensors.identity import base_sample
+from hf_continual.trainer.method_rows import mix_prepared_rows
 from hf_continual.trainer.start import find_predecessor, is_unfinished
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.saving_trainer import SavingTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Left:
     weights: tuple[int, ...]
 
 
-def leave_with_model(trainer: SavingTrainer) -> None:
+def leave_with_model(trainer: LiveTrainer) -> None:
     """Let what methods left go with the model in this process, too."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     states = {name: state for name, state in (trainer.task_states or {}).items() if state}
@@ -85,7 +86,7 @@ def left_with(model: Any, args: Any) -> Left | None:
     return left
 
 
-def open_predecessor(trainer: SavingTrainer, source: str | None, left: Left | None = None) -> handover.HandOver | None:
+def open_predecessor(trainer: LiveTrainer, source: str | None, left: Left | None = None) -> handover.HandOver | None:
     """What the task before left for this run's methods.
 
     Args:
@@ -123,7 +124,7 @@ def open_predecessor(trainer: SavingTrainer, source: str | None, left: Left | No
     return _checked(trainer, find_predecessor(source, revision, check=False))
 
 
-def _checked(trainer: SavingTrainer, found: handover.HandOver | None) -> handover.HandOver | None:
+def _checked(trainer: LiveTrainer, found: handover.HandOver | None) -> handover.HandOver | None:
     if found is not None:
         _check_methods(trainer, found)
         _check_base(trainer, found)
@@ -134,7 +135,7 @@ def _checked(trainer: SavingTrainer, found: handover.HandOver | None) -> handove
     return found
 
 
-def _check_methods(trainer: SavingTrainer, found: handover.HandOver) -> None:
+def _check_methods(trainer: LiveTrainer, found: handover.HandOver) -> None:
     left = [(kept.name, kept.kind, f", {kept.bytes:,} bytes") for kept in found.methods]
     try:
         check_heirs(left, trainer.methods, f"{found.folder}, the model of task {found.task.get('name')!r},")
@@ -142,7 +143,7 @@ def _check_methods(trainer: SavingTrainer, found: handover.HandOver) -> None:
         raise handover.HandOverError(str(error)) from None
 
 
-def _check_base(trainer: SavingTrainer, found: handover.HandOver) -> None:
+def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
     then, now = found.base.get("sample"), base_facts(trainer).get("sample")
     if then is not None and now is not None and then != now:
         raise handover.HandOverError(
@@ -152,7 +153,7 @@ def _check_base(trainer: SavingTrainer, found: handover.HandOver) -> None:
         )
 
 
-def base_facts(trainer: SavingTrainer) -> dict[str, Any]:
+def base_facts(trainer: LiveTrainer) -> dict[str, Any]:
     """Name and a few values of the weights below an adapter; nothing for a full model, which is its own base."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
@@ -161,7 +162,7 @@ def base_facts(trainer: SavingTrainer) -> dict[str, Any]:
     return {"name": Path(name).name if name and Path(name).is_dir() else name, "sample": base_sample(model)}
 
 
-def before_training(trainer: SavingTrainer) -> None:
+def before_training(trainer: LiveTrainer) -> None:
     """Hand the methods what the task before left, let them prepare, and edit the task's rows."""
     run, methods = trainer.run, trainer.methods
     if (found := trainer.predecessor) is not None:
@@ -170,7 +171,7 @@ def before_training(trainer: SavingTrainer) -> None:
                 method.load_task_state(state, run)
     for method in methods.at("prepare"):
         method.prepare(run)
-    trainer.mix_prepared_rows()
+    mix_prepared_rows(trainer)
     if editing := methods.at("edit_rows"):
         trainer.rows_as_given = trainer.rows_as_given or trainer.train_dataset
         rows = trainer.rows_as_given
@@ -195,12 +196,12 @@ def _edited(method: Any, run: Any, rows: Any) -> Dataset:
     return edited
 
 
-def task_states(trainer: SavingTrainer) -> dict[str, dict[str, Any]]:
+def task_states(trainer: LiveTrainer) -> dict[str, dict[str, Any]]:
     """What each method leaves, after its `end_task`; all processes must ask together."""
     return {m.name: dict(m.task_state(trainer.run)) for m in trainer.methods if overrides(type(m), "task_state")}
 
 
-def stage(trainer: SavingTrainer, folder: Path) -> bool:
+def stage(trainer: LiveTrainer, folder: Path) -> bool:
     """Write aside what methods leave, before the model is saved into the folder.
 
     Args:

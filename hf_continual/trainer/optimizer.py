@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_continual.methods.base import OptimizerChoice
+    from hf_continual.trainer.live import LiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +94,12 @@ def check_holds_trained(model: nn.Module, optimizer: Any, given: bool) -> None:
             "%d parameters of the optimizer (%s) are not part of the model, or no longer: they get no gradient from it.",
             left, type(optimizer).__name__,
         )  # fmt: skip
+
+
+def check_live_optimizer(trainer: LiveTrainer) -> None:
+    """Refuse an optimizer that lacks a trainable parameter; DeepSpeed and FSDP1 flatten parameters, so not there."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    flattened = trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1)
+    if not flattened:
+        live = trainer.run.optimizer
+        check_holds_trained(trainer.run.model, live, given=live is trainer.given_optimizer)

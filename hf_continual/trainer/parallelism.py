@@ -17,7 +17,7 @@ from hf_continual.methods.table import TABLE
 
 if TYPE_CHECKING:
     from hf_continual.methods.base import Method
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 ONE = "one process"
 ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
@@ -42,7 +42,7 @@ REFUSED: Mapping[str, Mapping[str, tuple[str, str]]] = {
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
 
 
-def mode_of(trainer: ContinualTrainer) -> str:
+def mode_of(trainer: LiveTrainer) -> str:
     """The way of training: a name of `MODES`, or another such as ``"FSDP1"`` that is none of the table's."""
     state: Any = trainer.accelerator.state
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -78,7 +78,7 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
     return None
 
 
-def check_parallelism(trainer: ContinualTrainer) -> None:
+def check_parallelism(trainer: LiveTrainer) -> None:
     """Refuse methods that cannot run in this way of training, and processes that have different numbers of rows.
 
     Args:
@@ -95,7 +95,7 @@ def check_parallelism(trainer: ContinualTrainer) -> None:
         check_same_rows(trainer)
 
 
-def check_same_rows(trainer: ContinualTrainer) -> None:
+def check_same_rows(trainer: LiveTrainer) -> None:
     """Every process must be given the same rows; the trainer shares them out itself."""
     rows: Any = trainer.train_dataset
     counts = gathered(len(rows) if hasattr(rows, "__len__") else None)

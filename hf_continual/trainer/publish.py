@@ -17,7 +17,7 @@ from hf_continual.hub.adapters import WAYS_OUT
 from hf_continual.hub.card import render_card
 from hf_continual.hub.contents import WANTED
 from hf_continual.hub.errors import HubPushError
-from hf_continual.hub.facts import Evaluation
+from hf_continual.hub.facts import CardFacts, Evaluation
 from hf_continual.hub.files import write_card
 from hf_continual.hub.licences import with_license
 from hf_continual.hub.lint import lint_card
@@ -27,7 +27,7 @@ from hf_continual.hub.reload import check_same
 from hf_continual.trainer.facts import run_facts
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.publishing_trainer import PublishingTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class CheckpointPushes:
         return all(future.done() for _, future in self.running)
 
     def start(self, step: int, call: Callable[[], Any]) -> None:
-        """Push a checkpoint behind those that are on their way."""
+        """Push a checkpoint after those that are on their way."""
         self.running.append((step, self.pool.submit(call)))
 
     def collect(self) -> None:
@@ -73,149 +73,155 @@ class CheckpointPushes:
         self.running.clear()
 
 
-def open_repository(trainer: PublishingTrainer, token: str | None, private: bool | None) -> str:
-    """Check token, rights and visibility; make the repository.
+class Publisher:
+    """The pushes of one trainer.
 
     Args:
-        trainer: A trainer in construction, or one that pushes later.
-        token: In place of ``hub_token``.
-        private: In place of ``hub_private_repo``.
-
-    Returns:
-        The repository's whole id.
-
-    Raises:
-        ValueError: If the strategy pushes pickles.
-        HubPushError: If a push cannot succeed.
+        trainer: The trainer, which may be in construction still.
+        train_rows: Number of the task's rows; None for a stream.
     """
-    args = trainer.args
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise ValueError(
-            f"hub_strategy={args.hub_strategy.value!r} publishes optimizer and random states, which are pickles that run code "
-            f"when they are loaded. Take 'every_save' or 'end', and resume from the checkpoints on the disk."
-        )
-    return preflight(
-        args.hub_model_id or Path(args.output_dir).absolute().name,
-        private=args.hub_private_repo if private is None else private, revision=args.hub_revision,
-        token=token or args.hub_token,
-    ).repo_id  # fmt: skip
 
+    def __init__(self, trainer: LiveTrainer, train_rows: int | None) -> None:
+        self.trainer = trainer
+        self.train_rows = train_rows
+        self.evaluation = Evaluation()
+        self.pushes = CheckpointPushes()
 
-def check_before_training(trainer: PublishingTrainer) -> None:
-    """Lint the card as it will be, and look its base up, before the first step.
+    def facts(self, evaluation: Evaluation | None = None) -> CardFacts:
+        """The facts of the run as far as it has come, see `run_facts`."""
+        return run_facts(self.trainer, evaluation, self.train_rows)
 
-    Args:
-        trainer: The trainer, set up.
+    def open_repository(self, token: str | None, private: bool | None) -> str:
+        """Check token, rights and visibility; make the repository.
 
-    Raises:
-        HubPushError: If the push after training would be refused.
-    """
-    args, facts = trainer.args, run_facts(trainer)
-    target = preflight(
-        trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token
-    )  # fmt: skip
-    if facts.kind == "adapter" and facts.base.hub_id is None:
-        raise target.error(
-            f"it will be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load it. "
-            f"{WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
-        )
-    known = check_bases(target, facts)
-    try:
-        facts = with_license(facts, getattr(args, "hub_license", None), known)
-    except ValueError as error:
-        raise target.error(f"{error} Here: ContinualConfig(hub_license='...').") from error
-    if findings := lint_card(render_card(facts)):
-        raise target.error("its card would have findings:\n  " + "\n  ".join(map(str, findings)))
+        Args:
+            token: In place of ``hub_token``.
+            private: In place of ``hub_private_repo``.
 
+        Returns:
+            The repository's whole id.
 
-def write_run_card(
-    trainer: PublishingTrainer, folder: Path, evaluation: Evaluation | None = None, **changes: Any
-) -> None:
-    """Write card, configuration and results beside a saved model. On the main process."""
-    facts = run_facts(trainer, evaluation or trainer.evaluation)
-    write_card(folder, replace(facts, **changes) if changes else facts)
+        Raises:
+            ValueError: If the strategy pushes pickles.
+            HubPushError: If a push cannot succeed.
+        """
+        args = self.trainer.args
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={args.hub_strategy.value!r} publishes optimizer and random states, which are pickles that run "
+                f"code when they are loaded. Take 'every_save' or 'end', and resume from the checkpoints on the disk."
+            )
+        return preflight(
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            private=args.hub_private_repo if private is None else private, revision=args.hub_revision,
+            token=token or args.hub_token,
+        ).repo_id  # fmt: skip
 
+    def check_before_training(self) -> None:
+        """Lint the card as it will be, and look its base up, before the first step.
 
-def push_run(
-    trainer: PublishingTrainer, folder: Path, message: str, *, token: str | None, revision: str | None,
-    private: bool | None, blocking: bool, **options: Any,
-) -> Pushed | Future[Any] | None:  # fmt: skip
-    """Push a saved run; see `ContinualTrainer.push_to_hub`."""
-    args = trainer.args
-    ignored = {key: options.pop(key) for key in CARD_WORDS if key in options}
-    if any(value for key, value in ignored.items() if key != "model_name"):
-        logger.info("not read, because the card is made from facts: %s", ", ".join(ignored))
-    language, evaluation = options.pop("language", None), options.pop("evaluation", None)
-    trainer.evaluation = evaluation or trainer.evaluation
-    changes: dict[str, Any] = (
-        {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
-    )
-    write_run_card(trainer, folder, **changes)
-    known = ("tag", "license", "base_model", "create_pr", "dry_run", "method_state", "include")
-    if unknown := [key for key in options if key not in known]:
-        raise TypeError(
-            f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}."
-        )
-    options.setdefault("license", getattr(args, "hub_license", None))
-    options.setdefault("base_model", getattr(args, "hub_base_model", None))
-    token, revision = token or args.hub_token, revision or args.hub_revision
-    private = args.hub_private_repo if private is None else private
-    try:
-        _compare(trainer, folder)
-    except ValueError as error:
-        raise HubPushError(str(error), trainer.hub_model_id, folder) from error
-
-    def push() -> Pushed | None:
-        return push_to_hub(
-            folder, trainer.hub_model_id, private=private, revision=revision, token=token, message=message, **options
+        Raises:
+            HubPushError: If the push after training would be refused.
+        """
+        args, facts = self.trainer.args, self.facts()
+        target = preflight(
+            self.trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token
         )  # fmt: skip
-
-    if blocking:
-        return push()
-    trainer.push_in_progress.start(trainer.state.global_step, push)
-    return trainer.push_in_progress.running[-1][1]
-
-
-def _compare(trainer: PublishingTrainer, folder: Path) -> None:
-    """The model on the disk against the live one, where one process holds all of it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False):
-        logger.info("weights are spread or quantised: the saved model was not compared with the live one")
-        return
-    check_same(folder, model)
-
-
-def push_checkpoint(trainer: PublishingTrainer, checkpoint: Path) -> None:
-    """Push a checkpoint in the background, from links that outlive its rotation.
-
-    Args:
-        trainer: The trainer.
-        checkpoint: What was saved.
-    """
-    step, args = trainer.state.global_step, trainer.args
-    staged = Path(args.output_dir) / f".push-{step}"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    for pattern in WANTED:
-        for file in checkpoint.glob(pattern):
-            if file.is_file() and not (staged / file.name).exists() and file.name != "README.md":
-                _link(file, staged / file.name)
-    (staged / "trainer_state.json").unlink(missing_ok=True)
-    write_run_card(trainer, staged)
-
-    def push() -> Pushed | None:
+        if facts.kind == "adapter" and facts.base.hub_id is None:
+            raise target.error(
+                f"it will be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load "
+                f"it. {WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
+            )
+        known = check_bases(target, facts)
         try:
-            return push_to_hub(
-                staged, trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision,
-                token=args.hub_token, license=getattr(args, "hub_license", None),
-                base_model=getattr(args, "hub_base_model", None), message=f"Training in progress, step {step}",
-            )  # fmt: skip
-        except HubPushError as error:
-            raise HubPushError(error.problem, error.repo_id, checkpoint) from error
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            facts = with_license(facts, getattr(args, "hub_license", None), known)
+        except ValueError as error:
+            raise target.error(f"{error} Here: ContinualConfig(hub_license='...').") from error
+        if findings := lint_card(render_card(facts)):
+            raise target.error("its card would have findings:\n  " + "\n  ".join(map(str, findings)))
 
-    trainer.push_in_progress.start(step, push)
+    def write_run_card(self, folder: Path, evaluation: Evaluation | None = None, **changes: Any) -> None:
+        """Write card, configuration and results beside a saved model. On the main process."""
+        facts = self.facts(evaluation or self.evaluation)
+        write_card(folder, replace(facts, **changes) if changes else facts)
+
+    def push_run(
+        self, folder: Path, message: str, *, token: str | None, revision: str | None, private: bool | None, blocking: bool,
+        **options: Any,
+    ) -> Pushed | Future[Any] | None:  # fmt: skip
+        """Push a saved run; see `ContinualTrainer.push_to_hub`."""
+        trainer, args = self.trainer, self.trainer.args
+        ignored = {key: options.pop(key) for key in CARD_WORDS if key in options}
+        if any(value for key, value in ignored.items() if key != "model_name"):
+            logger.info("not read, because the card is made from facts: %s", ", ".join(ignored))
+        language, evaluation = options.pop("language", None), options.pop("evaluation", None)
+        self.evaluation = evaluation or self.evaluation
+        changes: dict[str, Any] = (
+            {"languages": (language,) if isinstance(language, str) else tuple(language)} if language else {}
+        )
+        self.write_run_card(folder, **changes)
+        known = ("tag", "license", "base_model", "create_pr", "dry_run", "method_state", "include")
+        if unknown := [key for key in options if key not in known]:
+            raise TypeError(
+                f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(('evaluation', 'language', *known))}."
+            )
+        options.setdefault("license", getattr(args, "hub_license", None))
+        options.setdefault("base_model", getattr(args, "hub_base_model", None))
+        token, revision = token or args.hub_token, revision or args.hub_revision
+        private = args.hub_private_repo if private is None else private
+        try:
+            self._compare(folder)
+        except ValueError as error:
+            raise HubPushError(str(error), trainer.hub_model_id, folder) from error
+
+        def push() -> Pushed | None:
+            return push_to_hub(
+                folder, trainer.hub_model_id, private=private, revision=revision, token=token, message=message, **options
+            )  # fmt: skip
+
+        if blocking:
+            return push()
+        self.pushes.start(trainer.state.global_step, push)
+        return self.pushes.running[-1][1]
+
+    def _compare(self, folder: Path) -> None:
+        """The model on the disk against the live one, where one process holds all of it."""
+        model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False):
+            logger.info("weights are spread or quantised: the saved model was not compared with the live one")
+            return
+        check_same(folder, model)
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Push a checkpoint in the background, from links that outlive its rotation.
+
+        Args:
+            checkpoint: What was saved.
+        """
+        trainer, args, step = self.trainer, self.trainer.args, self.trainer.state.global_step
+        staged = Path(args.output_dir) / f".push-{step}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        for pattern in WANTED:
+            for file in checkpoint.glob(pattern):
+                if file.is_file() and not (staged / file.name).exists() and file.name != "README.md":
+                    _link(file, staged / file.name)
+        (staged / "trainer_state.json").unlink(missing_ok=True)
+        self.write_run_card(staged)
+
+        def push() -> Pushed | None:
+            try:
+                return push_to_hub(
+                    staged, trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision,
+                    token=args.hub_token, license=getattr(args, "hub_license", None),
+                    base_model=getattr(args, "hub_base_model", None), message=f"Training in progress, step {step}",
+                )  # fmt: skip
+            except HubPushError as error:
+                raise HubPushError(error.problem, error.repo_id, checkpoint) from error
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+        self.pushes.start(step, push)
 
 
 def _link(file: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
 from hf_continual.trainer import aside, checks
 from hf_continual.trainer.collating import check_collates
+from hf_continual.trainer.method_rows import prepare_rows
 from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_continual.tasks import Task
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -34,7 +35,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 class TrainerRun:
     """Implements `hf_continual.methods.base.Run` over a ContinualTrainer; documented there."""
 
-    def __init__(self, trainer: ContinualTrainer, task: Task) -> None:
+    def __init__(self, trainer: LiveTrainer, task: Task) -> None:
         self._trainer = trainer
         self.task = task
 
@@ -168,7 +169,7 @@ class TrainerRun:
 
     def prepare(self, rows: Dataset, row_type: str = "same", name: str = "method") -> Dataset:
         checks.check_extra_rows(self._trainer, name)
-        prepared = self._trainer.prepare_rows(rows, row_type, name)
+        prepared = prepare_rows(self._trainer, rows, row_type, name)
         checks.check_token_ids(self._trainer, {name: prepared})
         check_collates(self._trainer, prepared, name)
         return prepared

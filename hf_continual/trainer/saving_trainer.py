@@ -1,4 +1,4 @@
-"""What a trainer writes into its checkpoints, which of them it resumes from, and that it is alone in its folder."""
+"""SFTTrainer whose checkpoints hold its methods' state, and whose pushes carry their card."""
 
 from __future__ import annotations
 
@@ -10,41 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from hf_continual.data import handover
 from hf_continual.disk import writing
+from hf_continual.hub.text import kept_text
 from hf_continual.methods.compose import kind_of
 from hf_continual.trainer import adapters, hand_over, run_lock, state, stop, whole
-from hf_continual.trainer.publishing_trainer import PublishingTrainer
+from hf_continual.trainer.live import LiveTrainer
+from hf_continual.trainer.method_rows import replay_totals
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.mixer import ReplayMixer
-    from hf_continual.trainer.tap import ForwardTap
+    from hf_continual.trainer.publish import Publisher
 
 
-class SavingTrainer(PublishingTrainer):
-    """The part of `ContinualTrainer` that saves and resumes."""
+class SavingTrainer(LiveTrainer):
+    """The part of `ContinualTrainer` that saves, resumes and pushes."""
 
-    mixer: ReplayMixer | None
-    tap: ForwardTap | None
-    row_digests: dict[str, str]
-    run: Any
-    task_states: dict[str, dict[str, Any]] | None
-    predecessor: handover.HandOver | None
-    rows_as_given: Any
-    stopping = False
-    told_to_stop: str | None = None
-
-    def mix_prepared_rows(self) -> None:
-        """Rows that methods have made by now are mixed in; there is no mixer here."""
+    publisher: Publisher
 
     def replay_totals(self) -> np.ndarray | None:
-        """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes."""
-        if self.mixer is None:
-            return None
-        counters = torch.from_numpy(self.mixer.counters()).to(self.accelerator.device)
-        return self.accelerator.reduce(counters, reduction="sum").cpu().numpy()
+        """See `hf_continual.trainer.method_rows.replay_totals`."""
+        return replay_totals(self)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.methods:
@@ -80,41 +67,37 @@ class SavingTrainer(PublishingTrainer):
             self._complete(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """SFTTrainer's; says what to do where it cannot be written. Told to stop, it ends once the model is saved."""
+        """SFTTrainer's, with a card of what is known; pushes it with ``push_to_hub=True``.
+
+        Says what to do where it cannot be written. Told to stop, it ends once the model is saved.
+        """
         if _internal_call:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
         way_out = (
             "The trained model is still in this process: make room there, or call save_model with a folder elsewhere."
         )
         with stop.after_saving(self, folder), writing(folder, way_out) if self.methods else nullcontext():
-            super().save_model(output_dir, _internal_call)
+            self.save_finished(str(folder))
+            if self.args.should_save:
+                self.publisher.write_run_card(folder)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_finished(self, folder: str) -> None:
         """Save the model with what its methods leave for the next task; adapters that act together become one."""
         target, main = Path(folder), self.args.should_save
         staged = main and hand_over.stage(self, target)
         if adapters.is_stacked(self.accelerator.unwrap_model(self.model)):
-            super().save_finished(str(target / adapters.PARTS))
+            super().save_model(str(target / adapters.PARTS), _internal_call=True)
             if main:
                 adapters.join(target)
         else:
-            super().save_finished(folder)
+            super().save_model(folder, _internal_call=True)
         if staged:
             handover.commit(target)
         self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.stopping:  # whoever told it to stop does not wait for an upload
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As of `PublishingTrainer`; a run that was stopped is not published."""
-        stop.check_finished(self)
-        return super().push_to_hub(*args, **kwargs)
-
-    push_to_hub.__doc__ = PublishingTrainer.push_to_hub.__doc__
 
     def _after_a_full_disk(self, folder: Path) -> str:
         """What is safe, and what to do."""
@@ -173,6 +156,7 @@ class SavingTrainer(PublishingTrainer):
                 if self.methods:
                     hand_over.before_training(self)
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
+                self._push_last_save()
                 hand_over.leave_with_model(self)
                 return result
             finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
@@ -180,3 +164,83 @@ class SavingTrainer(PublishingTrainer):
                     method.release()
                 if self.tap is not None:
                     self.tap.remove()
+
+    def _push_last_save(self) -> None:
+        saves = self.args.save_strategy != SaveStrategy.NO
+        if self.args.push_to_hub and saves and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self.push_to_hub()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's draft, unless the folder holds a card with an author's text."""
+        card = Path(self.args.output_dir) / "README.md"
+        if not card.is_file() or not kept_text(card.read_text(encoding="utf-8", errors="replace")):
+            super().create_model_card(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Token, rights and visibility are checked and the repository is made, before anything is trained."""
+        if self.is_world_process_zero():
+            self.hub_model_id = self.publisher.open_repository(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and publish it with card, configuration, results and pictures, in one commit.
+
+        What failed can be called again: nothing is uploaded twice.
+
+        Example:
+            >>> trainer.push_to_hub(evaluation=Evaluation(("law",), ((0.8,),), metric="exact match"), tag="task-1")
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: False pushes in a thread; the future is returned, and read at the next push.
+            token: In place of ``hub_token``.
+            revision: In place of ``hub_revision``.
+            private: In place of ``hub_private_repo``.
+            **kwargs: `evaluation` (what was measured), `language`, and `tag`, `license`, `base_model`, `create_pr`,
+                `dry_run`, `method_state` and `include` of `hf_continual.push_to_hub`.
+
+        Returns:
+            What was pushed; None on all processes but the first.
+
+        Raises:
+            HubPushError: If it was not pushed. The model is in ``output_dir``.
+            ValueError: If the run was told to stop, and its task is not finished.
+        """
+        stop.check_finished(self)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_finished(self.args.output_dir)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self.publisher.push_run(
+            Path(self.args.output_dir),
+            commit_message or "End of training",
+            token=token,
+            revision=revision,
+            private=private,
+            blocking=blocking,
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.stopping:  # whoever told it to stop does not wait for an upload
+            return
+        # The last checkpoint is the model, which `train` pushes with all that is known then.
+        last = self.state.global_step >= self.state.max_steps
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or last:
+            return
+        if self.args.hub_always_push or self.publisher.pushes.is_done():
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.publisher.push_checkpoint(Path(checkpoint_folder))
+
+    def _finish_current_push(self) -> None:
+        self.publisher.pushes.collect()

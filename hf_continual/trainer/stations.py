@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_continual.trainer.hand_over import task_states
+from hf_continual.trainer.method_rows import replay_totals
+from hf_continual.trainer.optimizer import check_live_optimizer
 from hf_continual.trainer.rates import remember_peaks
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.trainer import ContinualTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 
 class Stations(TrainerCallback):
@@ -22,7 +24,7 @@ class Stations(TrainerCallback):
         trainer: The trainer whose methods are called.
     """
 
-    def __init__(self, trainer: ContinualTrainer) -> None:
+    def __init__(self, trainer: LiveTrainer) -> None:
         self.trainer = trainer
         self.editing = trainer.methods.at("edit_gradients")
         self.after = trainer.methods.at("after_step")
@@ -36,7 +38,7 @@ class Stations(TrainerCallback):
         remember_peaks(self.trainer.run.optimizer)
         for method in self.trainer.methods:
             method.begin_task(self.trainer.run)
-        self.trainer.check_optimizer()
+        check_live_optimizer(self.trainer)
         self.params = self.trainer.run.named_parameters() if self.editing else {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,8 +65,8 @@ class Stations(TrainerCallback):
             apply()  # before the last checkpoint
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The task is learnt."""
-        totals = self.trainer.replay_totals()
+        """The task is learned."""
+        totals = replay_totals(self.trainer)
         if self.trainer.mixer is not None and totals is not None:
             self.trainer.mixer.report(totals.sum(axis=1))
         for method in self.trainer.methods:

@@ -18,7 +18,7 @@ from hf_continual.data.together import from_first
 from hf_continual.trainer.state import is_complete, last_complete_checkpoint
 
 if TYPE_CHECKING:
-    from hf_continual.trainer.saving_trainer import SavingTrainer
+    from hf_continual.trainer.live import LiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class StopAtStep(TrainerCallback):
         trainer: The trainer that is told.
     """
 
-    def __init__(self, trainer: SavingTrainer) -> None:
+    def __init__(self, trainer: LiveTrainer) -> None:
         self.trainer = trainer
         self.deferral = ExitStack()
         self.agreement: Agreement | None = None
@@ -106,7 +106,7 @@ class StopAtStep(TrainerCallback):
 
 
 @contextmanager
-def after_saving(trainer: SavingTrainer, folder: Path) -> Iterator[None]:
+def after_saving(trainer: LiveTrainer, folder: Path) -> Iterator[None]:
     """Save a finished model inside, whole; told to stop, end then.
 
     Args:
@@ -127,7 +127,7 @@ def after_saving(trainer: SavingTrainer, folder: Path) -> Iterator[None]:
             stopping.stop(f"with the model saved in {folder}", why)
 
 
-def check_finished(trainer: SavingTrainer) -> None:
+def check_finished(trainer: LiveTrainer) -> None:
     """Refuse to publish what was stopped before its task had ended.
 
     Args:
@@ -145,7 +145,7 @@ def check_finished(trainer: SavingTrainer) -> None:
 
 
 @contextmanager
-def at_steps(trainer: SavingTrainer) -> Iterator[None]:
+def at_steps(trainer: LiveTrainer) -> Iterator[None]:
     """Train inside: told to stop, the run saves and ends at the end of a step, or where nothing would be lost.
 
     Args:
@@ -177,7 +177,7 @@ def at_steps(trainer: SavingTrainer) -> Iterator[None]:
         raise
 
 
-def how_to_resume(trainer: SavingTrainer) -> str:
+def how_to_resume(trainer: LiveTrainer) -> str:
     """What a script does to go on."""
     checkpoint = last_complete_checkpoint(trainer.args.output_dir, everywhere=False)
     if checkpoint is None:

@@ -1,5 +1,5 @@
-"""ContinualTrainer: TRL's SFTTrainer with methods. With its bases in `saving_trainer.py` and
-`publishing_trainer.py` the only file that overrides HF's trainers.
+"""ContinualTrainer: TRL's SFTTrainer with methods. With its base in `saving_trainer.py` the only
+file that overrides HF's trainers.
 
 Each override begins by handing over to SFTTrainer when no method needs it, so that a trainer without
 methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
@@ -18,20 +18,18 @@ from datasets import Dataset, IterableDataset
 from hf_continual.data.collator import ORIGIN
 from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
-from hf_continual.methods.table import build_methods
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
-from hf_continual.trainer.collating import replay_collator, rows_named, tokens_counted
-from hf_continual.trainer.config import ContinualConfig
+from hf_continual.trainer.collating import rows_named, tokens_counted
+from hf_continual.trainer.config import ContinualConfig, methods_of
 from hf_continual.trainer.ledger import Ledger
-from hf_continual.trainer.mixer import ReplayMixer
+from hf_continual.trainer.method_rows import mixer_of
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
-from hf_continual.trainer.optimizer import check_holds_trained, parameter_groups
-from hf_continual.trainer.rows import check_row_type, check_rows, report_dropped, same_order, says_completion
+from hf_continual.trainer.optimizer import check_live_optimizer, parameter_groups
+from hf_continual.trainer.publish import Publisher
 from hf_continual.trainer.run import TrainerRun
 from hf_continual.trainer.saving_trainer import SavingTrainer
 from hf_continual.trainer.start import open_start, options_used
-from hf_continual.trainer.state import digest_of
 from hf_continual.trainer.stations import Stations
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
 
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
     )
     from trl import SFTConfig
 
-    from hf_continual.data.replay import RowType
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +91,6 @@ class ContinualTrainer(SavingTrainer):
         ValueError: If methods do not fit each other, the data, or the way of training.
     """
 
-    # HF declares these more narrowly, or more widely, than what SFTTrainer really holds.
-    args: Any
-    model: Any
-    model_wrapped: Any
-    data_collator: Any
-    optimizer: Any
-    processing_class: Any
-
     @explains_old_names(TRAINER)
     def __init__(
         self,
@@ -128,19 +117,14 @@ class ContinualTrainer(SavingTrainer):
         *,
         methods: Iterable[Method] | None = None,
     ) -> None:
-        described = args.methods if isinstance(args, ContinualConfig) else None
-        if methods is not None and described is not None:
-            raise ValueError(
-                "methods are given twice: as ContinualTrainer(methods=...) and as ContinualConfig(methods=...). "
-                "Keep one of the two."
-            )
-        self.methods = Methods(build_methods(described) if methods is None else methods)
+        self.methods = Methods(methods_of(args, methods))
         checks.check_train_dataset(train_dataset)
         if self.methods:
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
         task_row = checks.first_row(train_dataset) if self.methods else {}
         left = hand_over.left_with(model, args) if self.methods else None
         start = open_start(model, args, processing_class, peft_config, quantization_config)
+        self.publisher = Publisher(self, len(train_dataset) if isinstance(train_dataset, Dataset) else None)
         with options_used(args, start.opened):
             super().__init__(
                 model=start.model,
@@ -159,100 +143,38 @@ class ContinualTrainer(SavingTrainer):
                 peft_config=start.peft_config,
                 formatting_func=formatting_func,
             )
-        self.task_states: dict[str, dict[str, Any]] | None = None
-        self.rows_as_given: Any = None
-        self.mixer: ReplayMixer | None = None
-        self.tap: ForwardTap | None = None
+        self.task_states, self.rows_as_given = None, None
+        self.mixer, self.tap = None, None
         self.ledger = Ledger()
-        self.row_digests: dict[str, str] = {}
+        self.row_digests = {}
         if self.methods:
             self._set_up_methods(task_row)
         self.predecessor = hand_over.open_predecessor(self, start.source, left)
-        self.check_push()
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self.publisher.check_before_training()
 
     def _set_up_methods(self, task_row: dict[str, Any]) -> None:
         name, index = "task", 0
         if isinstance(self.args, ContinualConfig):
             name, index = self.args.task_name, self.args.task_index
-        self._task_row = task_row
+        self.task_row = task_row
         for method in self.methods:
             method.renew()
         self.run = TrainerRun(self, Task(name, index))
         checks.check_trainer(self)
-        self.mixer = self._mixer()
+        self.mixer = mixer_of(self)
         for method in self.methods:
             method.prepare_model(self.run.model, self.run.task)
-        self._given_optimizer = self.optimizer
+        self.given_optimizer = self.optimizer
         # The loop sets it at each step; a run that is resumed after its last step has none, and methods end the task all the same.
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         if self.optimizer is not None:
-            self.check_optimizer()
+            check_live_optimizer(self)
         if self.mixer or any(method.reads_forward() or method.makes_rows() for method in self.methods):
             plugin: Any = self.accelerator.state.dynamo_plugin
             compiled = plugin.backend != DynamoBackend.NO or self.args.torch_compile or is_compiled_module(self.model)
             self.tap = ForwardTap(self.run.model, self.methods.taps, compiled)
         self.add_callback(Stations(self))
-
-    def _mixer(self) -> ReplayMixer | None:
-        sources = {m.name: rows for m in self.methods if (rows := m.replay(self.run)) is not None}
-        if not sources:
-            return None
-        checks.check_replay(self, sources)
-        prepared = [self.prepare_rows(s.rows, s.row_type, name) for name, s in sources.items()]
-        checks.check_token_ids(self, dict(zip(sources, prepared, strict=True)))
-        collators = [replay_collator(self, rows, name) for name, rows in zip(sources, prepared, strict=True)]
-        return ReplayMixer(
-            sources,
-            prepared,
-            collators[0],
-            accumulation=self.args.gradient_accumulation_steps,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.run.seed,
-            ledger=self.ledger,
-        )
-
-    def mix_prepared_rows(self) -> None:
-        """Rows that methods have made by now are mixed in with the others."""
-        if any(method.makes_rows() for method in self.methods):
-            self.mixer = self._mixer()
-
-    def prepare_rows(self, rows: Dataset, row_type: RowType | str, name: str) -> Dataset:
-        """Tokenise rows with the very code that tokenised the task's rows.
-
-        Args:
-            rows: Raw or tokenised rows.
-            row_type: ``"same"`` as the task's, or the type that the rows have on purpose.
-            name: Who asks, for messages and progress bars.
-
-        Returns:
-            Rows with `input_ids` and `labels`, at least one, none longer than `max_length`.
-
-        Raises:
-            ValueError: If the rows are of another type, one of them does not hold what it should, or truncation leaves
-                no trainable token in any.
-        """
-        text = self.args.dataset_text_field
-        if rows.format["type"] != "custom":  # rows under a transform are refused below, by SFTTrainer
-            rows = rows.with_format(None)
-        found = check_row_type(rows[0], self._task_row, row_type, text, name)  # pyrefly: ignore[bad-argument-type]
-        formatting = self._formatting_func if row_type == "same" and found != "tokenized" else None
-        if formatting is None:
-            check_rows(rows, found, text, name)
-        completion_only = self.completion_only_loss
-        if (row_type != "same" and found.startswith("prompt_completion")) or (
-            found == "tokenized" and says_completion(rows, self._task_row, self.args.completion_only_loss, name)
-        ):
-            self.completion_only_loss = True
-        try:
-            args = same_order(self.args)
-            prepared: Any = self._prepare_dataset(rows, self.processing_class, args, False, formatting, name)
-        finally:
-            self.completion_only_loss = completion_only
-        report_dropped(len(rows), len(prepared), self.args.max_length, name)
-        prepared = prepared.select_columns(["input_ids", "labels"])
-        self.row_digests[name] = digest_of(prepared)
-        return prepared
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the method that brings one, else SFTTrainer's."""
@@ -264,14 +186,6 @@ class ContinualTrainer(SavingTrainer):
         groups = parameter_groups(model, choice, self.get_decay_parameter_names(model), self.args.weight_decay)
         self.optimizer = choice.cls(groups, **choice.kwargs)
         return self.optimizer
-
-    def check_optimizer(self) -> None:
-        """Refuse an optimizer that lacks a trainable parameter; DeepSpeed and FSDP1 flatten parameters, so not there."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        flattened = self.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1)
-        if not flattened:
-            live = self.run.optimizer
-            check_holds_trained(self.run.model, live, given=live is self._given_optimizer)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """SFTTrainer's, counting tokens and naming rows on the way when methods need to know them."""

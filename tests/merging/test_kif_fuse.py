@@ -20,9 +20,9 @@ from hf_continual import KIF, ContinualTrainer, kif_fuse
 from hf_continual.merging import kif_calibration
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.kif_importance import stored_name
+from hf_continual.methods.kif.two_sides import TwoSides
 from hf_continual.tensors.fusion import adaptive_weights, blend, fuse
 from hf_continual.tensors.importance import scores, top_share_masks, update_importance_
-from hf_continual.tensors.two_sides import TwoSides
 from tests import toy
 from tests.merging.world import adapter, build, digest, family, logits, save, tensors
 

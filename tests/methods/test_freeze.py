@@ -246,11 +246,11 @@ def test_quantised_base(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"bottom": -1}, ValueError, "must be 0 or more"),
-        ({"bottom": True}, TypeError, "must be an int, got bool"),
-        ({"bottom": "3"}, TypeError, "must be an int, got str"),
+        ({"bottom": -1}, ValueError, "at least 0"),
+        ({"bottom": True}, TypeError, "must be a whole number, got bool"),
+        ({"bottom": "3"}, TypeError, "must be a whole number, got str"),
         ({"bottom": 0, "embeddings": False}, ValueError, "freezes nothing"),
-        ({"bottom": 1, "embeddings": "both"}, TypeError, "True, False or 'untie'"),
+        ({"bottom": 1, "embeddings": "both"}, ValueError, "one of True, False, untie"),
         ({"bottom": 1, "compatibility": "x"}, ValueError, "official-substring"),
     ],
 )

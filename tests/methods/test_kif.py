@@ -17,12 +17,12 @@ from trl import SFTConfig, SFTTrainer
 from hf_continual import KIF, ContinualTrainer, FreezeLayers
 from hf_continual.methods.base import Method
 from hf_continual.methods.kif import PUBLISHED, fuse, top_share_masks, update_importance_
+from hf_continual.methods.kif.two_sides import TwoSides
 from hf_continual.paper import Paper
 from hf_continual.tensors.flat import Flat
 from hf_continual.tensors.fusion import adaptive_weights, mask_weights
 from hf_continual.tensors.importance import scores, sensitivity, share_threshold
 from hf_continual.tensors.selection import key_value, kth_smallest, ordered_keys
-from hf_continual.tensors.two_sides import TwoSides
 from tests import toy
 from tests.methods.fake_run import FakeRun
 

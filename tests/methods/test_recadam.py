@@ -267,11 +267,11 @@ def test_options_per_group_and_their_checks():
         ({"pull": 0.1, "anchor_strength": 2.0}, ValueError, "Give one"),
         ({"pull": 1.5}, ValueError, r"must lie in \[0, 1\]"),
         ({"floor": 2.0}, ValueError, "floor"),
-        ({"anneal": "cosine"}, ValueError, "there are sigmoid, linear"),
+        ({"anneal": "cosine"}, ValueError, "one of sigmoid, linear, constant, none"),
         ({"t0": -1}, ValueError, "t0"),
         ({"k": "fast"}, TypeError, "must be a number, got str"),
         ({"groups": {"head": {"strength": 1}}}, ValueError, "no option 'strength'"),
-        ({"out_of_range": "ignore"}, ValueError, "'error' or 'clamp'"),
+        ({"out_of_range": "ignore"}, ValueError, "one of error, clamp"),
     ],
 )
 def test_sentences(options, error, said):

@@ -15,9 +15,9 @@ from transformers import EarlyStoppingCallback
 
 from hf_continual import KIF, ContinualConfig, ContinualTrainer, RecAdam
 from hf_continual.methods.base import Method
+from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
 from hf_continual.paper import Paper
 from hf_continual.tensors.flat import Flat
-from hf_continual.tensors.recadam import RecAdamOptimizer
 from tests import toy
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_continual.methods.kif.two_sides import Fusion, TwoSides
 from hf_continual.tensors import importance, selection
 from hf_continual.tensors.flat import Flat
 from hf_continual.tensors.importance import share_rank, share_threshold, top_share_masks
-from hf_continual.tensors.two_sides import Fusion, TwoSides
 
 MIB = 1 << 20
 

@@ -11,8 +11,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from hf_continual import KIF, ContinualConfig, ContinualTrainer, RecAdam
-from hf_continual.tensors.flat_adam import FlatAdam
-from hf_continual.tensors.recadam import recall_share
+from hf_continual.methods.kif.flat_adam import FlatAdam
+from hf_continual.methods.recadam.optimizer import recall_share
 from hf_continual.trainer.facts import run_facts
 from hf_continual.trainer.rates import peak_and_factor, remember_peaks
 from tests import toy

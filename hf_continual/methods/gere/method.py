@@ -26,12 +26,12 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
+from hf_continual.bounds import at_least, one_of, whole_number
 from hf_continual.data.own_words import kept_texts, own_words
 from hf_continual.data.recording import DIGITS, key_of
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import AddedRows, Forward, Method, Run
-from hf_continual.methods.bounds import at_least, one_of, whole_number
 from hf_continual.methods.gere import base_states
 from hf_continual.methods.gere.general_rows import general_tokens
 from hf_continual.methods.gere.margin import Reduction, margin, reduced

@@ -239,7 +239,7 @@ def test_checkpoints(base, tmp_path, caplog):
     messages = [c.message for c in content()]
     assert messages[-1] == "End of training" and 2 <= len(messages) <= 4
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(pulled(tmp_path))), logits(t.model))
-    assert not list((tmp_path / "out").glob(".push-*")) and not t.push_in_progress.failures
+    assert not list((tmp_path / "out").glob(".push-*")) and not t.publisher.pushes.failures
     t.push_to_hub()
     assert len(content()) == len(messages)
     nothing_leaked()
@@ -251,7 +251,7 @@ def test_failed_checkpoint_pushes_are_told(base, tmp_path, caplog):
     with pytest.raises(HubPushError, match="403.*protected"):
         t.train()
     assert t.state.global_step == 4 and "the push of step 2 failed: me/m was not pushed: 403" in caplog.text
-    assert [step for step, _ in t.push_in_progress.failures] == [2] and not content()
+    assert [step for step, _ in t.publisher.pushes.failures] == [2] and not content()
     broken.times = 0
     t.push_to_hub()
     assert len(content()) == 1

@@ -40,14 +40,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from hf_continual.bounds import between, number
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
+from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
+from hf_continual.methods.recadam.schedule import Anneal, check_options, recall_schedule
 from hf_continual.paper import Paper
 from hf_continual.tensors.anchors import base_of, fingerprint, like, read_again, read_named, recorded_base, state_of
 from hf_continual.tensors.flat import local
-from hf_continual.tensors.recadam import RecAdamOptimizer
-from hf_continual.tensors.recall import Anneal, check_options, recall_schedule, recall_share
-
-__all__ = ["RecAdam", "RecAdamOptimizer", "recall_schedule", "recall_share"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,17 +122,15 @@ class RecAdam(Method):
             value = getattr(self, what)
             if value is None and what in ("anchor_strength", "pull"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"RecAdam({what}={value!r}) must be a number, got {type(value).__name__}.")
+            number("RecAdam", what, value)
         if self.pull is not None and self.anchor_strength is not None:
             raise ValueError(
                 f"RecAdam: pull={self.pull} and anchor_strength={self.anchor_strength} say the same thing twice "
                 f"(r = pull = lr * anchor_strength). Give one."
             )
-        if self.pull is not None and not 0 <= self.pull <= 1:
-            raise ValueError(f"RecAdam(pull={self.pull}) is a share of the way back and must lie in [0, 1].")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"RecAdam(floor={self.floor}) is a weight and must lie in [0, 1].")
+        if self.pull is not None:
+            between("RecAdam", "pull", self.pull, 0, 1, "[]", "It is a share of the way back.")
+        between("RecAdam", "floor", self.floor, 0, 1, "[]")
         if self.t0 < 0 or (self.t0 == 0 and self.anneal == "linear"):
             raise ValueError(f"RecAdam(t0={self.t0}) must be steps above 0, or a share of the run between 0 and 1.")
         options = {"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.9), **self._options(1000, 1.0)}

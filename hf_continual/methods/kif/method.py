@@ -22,18 +22,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from datasets import Dataset
 
+from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.data.replay import RowType
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, Run, State
-from hf_continual.methods.bounds import between, one_of, whole_number
+from hf_continual.methods.kif.flat_adam import FlatAdam
+from hf_continual.methods.kif.two_sides import RULES, Fusion, Rule, TwoSides
 from hf_continual.paper import Paper
 from hf_continual.tensors.flat import Flat, bytes_of
-from hf_continual.tensors.flat_adam import FlatAdam
-from hf_continual.tensors.fusion import fuse
-from hf_continual.tensors.importance import Order, Scope, top_share_masks, update_importance_
-from hf_continual.tensors.two_sides import RULES, Fusion, Rule, TwoSides
-
-__all__ = ["KIF", "PUBLISHED", "fuse", "top_share_masks", "update_importance_"]
+from hf_continual.tensors.importance import Order, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +137,7 @@ class KIF(Method):
         for key in ("inner_steps", "outer_steps", "importance_every", "memory_batch"):
             if getattr(self, key) is not None:
                 whole_number("KIF", key, getattr(self, key))
-        between("KIF", "top_share", self.top_share, 0, 1, closed=True)
+        between("KIF", "top_share", self.top_share, 0, 1, closed="]")
         for key in ("beta1", "beta2"):
             between("KIF", key, getattr(self, key), 0, 1)
         for key in ("temperature", "outer_loss_scale", "outer_learning_rate"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from hf_continual.bounds import at_least, between, one_of, whole_number
+
 Anneal = Literal["sigmoid", "linear", "constant", "none"]
 ANNEALS = ("sigmoid", "linear", "constant", "none")
 
@@ -58,20 +60,17 @@ def owed_share(owed: float, share: float) -> float:
 
 def check_options(options: dict[str, Any]) -> None:
     """Refuse options of a parameter group that make no sense."""
-    if options["anneal"] not in ANNEALS:
-        raise ValueError(f"RecAdam: anneal={options['anneal']!r} is not known; there are {', '.join(ANNEALS)}.")
+    if options["lr"] < 0:  # a number or a tensor
+        raise ValueError(f"RecAdam: lr={options['lr']!r} must be 0 or more.")
+    one_of("RecAdam", "anneal", options["anneal"], ANNEALS)
     if options["anneal"] == "linear" and options["t0"] <= 0:
         raise ValueError(f"RecAdam: anneal='linear' reaches its end at t0, so t0={options['t0']!r} must be above 0.")
-    for name in ("lr", "eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
-        if options[name] < 0:
-            raise ValueError(f"RecAdam: {name}={options[name]!r} must be 0 or more.")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"RecAdam: betas={options['betas']!r} must lie in [0, 1).")
-    every = options["pull_every"]
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"RecAdam: pull_every={every!r} must be a whole number of updates, 1 or more.")
-    if options["out_of_range"] not in ("error", "clamp"):
-        raise ValueError(f"RecAdam: out_of_range={options['out_of_range']!r} must be 'error' or 'clamp'.")
+    for name in ("eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
+        at_least("RecAdam", name, options[name], 0)
+    for beta in options["betas"]:
+        between("RecAdam", "betas", beta, 0, 1, "[")
+    whole_number("RecAdam", "pull_every", options["pull_every"], note=" of updates")
+    one_of("RecAdam", "out_of_range", options["out_of_range"], ("error", "clamp"))
     if "anchors" in options and len(options["anchors"]) != len(options["params"]):
         raise ValueError(
             f"RecAdam: a group has {len(options['params'])} params and {len(options['anchors'])} anchors; the lists are "

@@ -1,0 +1,70 @@
+"""Checks of hyper-parameters, with the sentence that names the method, the option and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def one_of(owner: str, key: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuse a value that is not among the known ones."""
+    if not any(value is k or (isinstance(k, str) and value == k) for k in known):
+        raise ValueError(f"{owner}({key}={value!r}) must be one of {', '.join(map(str, known))}.")
+
+
+def number(owner: str, key: str, value: Any) -> None:
+    """Refuse what is not an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
+
+
+def whole_number(owner: str, key: str, value: Any, least: int = 1, note: str = "") -> None:
+    """Refuse what is not an int, or below `least`; the note says what it counts."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}({key}={value!r}) must be a whole number{note}, got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{owner}({key}={value}) must be a whole number{note} of at least {least}.")
+
+
+def between(owner: str, key: str, value: Any, low: float, high: float, closed: str = "", note: str = "") -> None:
+    """Refuse what is not a number between two.
+
+    Args:
+        owner: The class or function.
+        key: The option.
+        value: Its value.
+        low: Lower end.
+        high: Upper end.
+        closed: Which ends are allowed: ``"["`` the lower, ``"]"`` the upper, ``"[]"`` both.
+        note: A sentence on what the value means.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    number(owner, key, value)
+    if not (low < value < high or ("[" in closed and value == low) or ("]" in closed and value == high)):
+        ends = f"{'[' if '[' in closed else '('}{low:g}, {high:g}{']' if ']' in closed else ')'}"
+        raise ValueError(f"{owner}({key}={value!r}) must lie in {ends}.{note and ' ' + note}")
+
+
+def at_least(owner: str, key: str, value: Any, least: float) -> None:
+    """Refuse what is not a finite number of at least `least`."""
+    number(owner, key, value)
+    if not least <= value < float("inf"):
+        raise ValueError(f"{owner}({key}={value!r}) must be a finite number of at least {least:g}.")
+
+
+# Files of a task's folder, and prefixes of the log, that are not a method's.
+RESERVED = ("complete", "eval", "memory", "methods", "published", "run", "scores", "task", "test", "train", "trained")
+
+
+def plain_name(method: str, name: Any) -> None:
+    """Refuse a name under which a method's log, rows or files would be taken for something else."""
+    plain = isinstance(name, str) and name and not set(name) & set("/\\\0\n") and not name.startswith(".")
+    if not plain:
+        raise ValueError(f"{method}(name={name!r}): a name is a word without '/', as it is the name of files.")
+    if name.lower() in RESERVED:
+        raise ValueError(
+            f"{method}(name={name!r}): this name is taken by the library's own files and logs ({', '.join(RESERVED)}). Choose another."
+        )

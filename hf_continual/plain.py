@@ -1,0 +1,34 @@
+"""Plain data: what JSON and YAML hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def as_plain(data: Any, other: Callable[[Any], Any] = repr) -> Any:
+    """Data of dictionaries, lists, strings, numbers, booleans and None only.
+
+    Args:
+        data: Any data; keys become strings, other sequences become lists.
+        other: What stands for a value that is none of these.
+
+    Returns:
+        The same as plain data.
+    """
+    if data is None or isinstance(data, bool | int | float | str):
+        return data
+    if isinstance(data, Mapping):
+        return {str(key): as_plain(value, other) for key, value in data.items()}
+    if isinstance(data, Sequence) and not isinstance(data, bytes):
+        return [as_plain(value, other) for value in data]
+    return other(data)
+
+
+def is_plain(data: Any) -> bool:
+    """Whether JSON gives the same data back."""
+    if isinstance(data, dict):
+        return all(isinstance(key, str) and is_plain(value) for key, value in data.items())
+    if isinstance(data, list):
+        return all(is_plain(value) for value in data)
+    return data is None or isinstance(data, bool | int | float | str)

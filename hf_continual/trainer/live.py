@@ -1,0 +1,58 @@
+"""What the parts of `ContinualTrainer` know of it: SFTTrainer, and the state that its methods share.
+
+The parts import this class and `ContinualTrainer` imports the parts, so that arrows point one way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trl import SFTTrainer
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_continual.data.handover import HandOver
+    from hf_continual.methods.compose import Methods
+    from hf_continual.methods.run import Run
+    from hf_continual.trainer.ledger import Ledger
+    from hf_continual.trainer.mixer import ReplayMixer
+    from hf_continual.trainer.tap import ForwardTap
+
+
+class LiveTrainer(SFTTrainer):
+    """SFTTrainer with the attributes of a run with methods; no behaviour."""
+
+    # HF declares these more narrowly, or more widely, than what SFTTrainer really holds.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    optimizer: Any
+    processing_class: Any
+    hub_model_id: Any
+
+    methods: Methods
+    run: Run
+    mixer: ReplayMixer | None
+    """Draws replay rows; None without any."""
+    tap: ForwardTap | None
+    """Hears the forward pass; None if no method reads it."""
+    ledger: Ledger
+    """Values of the methods that go into the next log."""
+    task_row: dict[str, Any]
+    """The first raw row of the task, whose type replay rows are compared with."""
+    row_digests: dict[str, str]
+    """What tells the rows of each method apart, by its name."""
+    task_states: dict[str, dict[str, Any]] | None
+    """What methods leave for the next task; None until the task has ended."""
+    predecessor: HandOver | None
+    """What methods of the task before left."""
+    rows_as_given: Any
+    """The task's rows before methods edited them."""
+    given_optimizer: torch.optim.Optimizer | None
+    """The optimizer that came as an object."""
+    stopping: bool = False
+    """Whether the run was told to stop before its task ended."""
+    told_to_stop: str | None = None
+    """By what, where it was told as its last step ended."""
