@@ -9,7 +9,7 @@ chunk's place in it. `chunks` iterates without writing, for passes that only cou
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from queue import Queue
@@ -65,12 +65,18 @@ class Part:
             other sources hold the same bytes.
         scratch: Bytes that the function needs for a chunk beside its values, where they are more than a few numbers.
         also: What the function reads beside its sources, whole: factors of adapters.
+        row: Elements that no chunk cuts: chunks begin and end at multiples of it.
     """
 
     sources: tuple[StoredTensor, ...]
     function: ChunkFunction | None = None
     scratch: int = 0
     also: tuple[StoredTensor, ...] = ()
+    row: int = 1
+
+    def whole(self, elements: int) -> int:
+        """The multiple of `row` that is nearest below a number of elements; at least one row."""
+        return max(self.row, elements // self.row * self.row)
 
 
 @dataclass(frozen=True)
@@ -150,13 +156,15 @@ def operand_bytes(part: Part) -> int:
     return sum(wide for s in part.sources if s.itemsize != wide)
 
 
-def sizes_for(outputs: Iterable[OutputTensor]) -> Sizes:
+def sizes_for(outputs: Sequence[OutputTensor]) -> Sizes:
     """Sizes with which all buffers stay within `BUFFERS`, however many sources there are."""
     ahead = operands = 0  # bytes per element
     for part in (p for output in outputs for p in output.parts):
         ahead = max(ahead, SLOTS * sum(s.itemsize for s in part.sources))
         operands = max(operands, operand_bytes(part))
     chunk = max(_STEP, min(CHUNK, BUFFERS // max(ahead + operands, 1) // _STEP * _STEP))
+    # A row that is not to be cut and is longer than a chunk is one.
+    chunk = max([chunk, *(part.row for output in outputs for part in output.parts)])
     block = (BUFFERS - chunk * operands) // max(ahead, 1) // chunk * chunk
     return Sizes(chunk, max(chunk, min(BLOCK // chunk * chunk, block)))
 
@@ -171,6 +179,7 @@ class _Block:
     slot: list[Tensor]
 
     def cut(self, elements: int) -> Iterator[Chunk]:
+        elements = self.part.whole(elements)
         for at in range(self.first, self.last, elements):
             stop, values = min(at + elements, self.last), []
             for source, buffer in zip(self.part.sources, self.slot, strict=False):
@@ -224,9 +233,9 @@ def _ranges(outputs: list[OutputTensor], elements: int) -> Iterator[tuple[Output
     for output in outputs:
         begin = 0
         for part in output.parts:
-            numel = part.sources[0].numel
-            for start in range(0, numel, elements):
-                yield output, part, begin, start, min(start + elements, numel)
+            numel, step = part.sources[0].numel, part.whole(elements)
+            for start in range(0, numel, step):
+                yield output, part, begin, start, min(start + step, numel)
             begin += numel
 
 

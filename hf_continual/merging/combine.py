@@ -16,7 +16,7 @@ from hf_continual.merging.adapters import Factors
 from hf_continual.merging.average import Average
 from hf_continual.merging.chunks import CHUNK, Chunk, Part
 from hf_continual.merging.members import View
-from hf_continual.merging.rules import Rule, weights_of
+from hf_continual.merging.rules import Rule, row_of, weights_of
 from hf_continual.merging.stored import Files, StoredTensor
 
 DORA_ROWS = 262_144  # elements that are read at a time for the norms of DoRA
@@ -41,14 +41,15 @@ def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
     stored = all(v.is_stored for v in views)
     if stored and len(sources) == 1:
         return Part(sources, None if sources[0].dtype == dtype else _first)
+    row = row_of(rule, sources[0].shape)
     if stored and len(sources) == len(views):
-        return Part(sources, lambda chunk: rule(chunk.values, chunk))
+        return Part(sources, lambda chunk: rule(chunk.values, chunk), row=row)
     also, scratch = _beside(views)
     plain = all(v.added is None and (v.factors is None or v.factors.magnitude is None) for v in views)
     if (weights := weights_of(rule)) is not None and plain:
         products = _AverageOfProducts(weights, places, [v.factors for v in views])
         return Part(sources, products, scratch, also)
-    return Part(sources, _Materialised(rule, places, views), scratch + len(views) * CHUNK * 4, also)
+    return Part(sources, _Materialised(rule, places, views), scratch + len(views) * CHUNK * 4, also, row)
 
 
 def _beside(views: Sequence[View]) -> tuple[tuple[StoredTensor, ...], int]:

@@ -33,7 +33,8 @@ def merge(
 
     Args:
         method: A name: ``recall``, ``kif``, ``linear``, ``interpolate``, ``slerp``, ``task_arithmetic``, ``ties``, ``dare``,
-            ``dare_ties``, ``breadcrumbs``, ``magnitude_max``, ``model_stock``, or ``"package.module:Class"``; or a `MergeMethod`.
+            ``dare_ties``, ``della``, ``breadcrumbs``, ``consensus``, ``fapm``, ``magnitude_max``, ``model_stock``, or
+            ``"package.module:Class"``; or a `MergeMethod`.
         models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``), oldest first.
         output_dir: Where the result goes; complete or absent.
         base: The full model that adapters sit on, or that changes are counted from.

@@ -15,7 +15,8 @@ class Rule(Protocol):
     """What is done with one range of elements.
 
     A rule that is a weighted sum says so with an attribute ``weights``, one number per model that sum to one: it can then be an
-    adapter, exactly, and models of different vocabularies can be merged by it.
+    adapter, exactly, and models of different vocabularies can be merged by it. A rule that compares the elements of a row says
+    so with ``whole_rows = True``: its ranges are then whole rows, along the tensor's last dimension.
     """
 
     def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
@@ -32,6 +33,11 @@ class Rule(Protocol):
 
 
 Rules = Callable[[str], Rule]
+
+
+def row_of(rule: Any, shape: Sequence[int]) -> int:
+    """Elements that a rule must see together: those of a row, or 1."""
+    return max(1, shape[-1]) if getattr(rule, "whole_rows", False) and shape else 1
 
 
 def weights_of(rule: Any) -> tuple[float, ...] | None:

@@ -36,8 +36,8 @@ PAPER = Paper(
 )
 
 
-def kept_at(seed: int, place: int, name: str, start: int, stop: int, density: float) -> np.ndarray:
-    """Which elements of a range are kept.
+def bits_at(seed: int, place: int, name: str, start: int, stop: int) -> np.ndarray:
+    """Random bits of a range of elements: a function of its arguments alone, whatever ranges they are asked for in.
 
     Args:
         seed: The merge's seed.
@@ -45,10 +45,9 @@ def kept_at(seed: int, place: int, name: str, start: int, stop: int, density: fl
         name: The tensor.
         start: First element of the flattened tensor.
         stop: Behind the last.
-        density: Probability that an element is kept.
 
     Returns:
-        bool of (stop - start).
+        uint32 of (stop - start).
     """
     key = hashlib.blake2b(f"{seed}/{place}/{name}".encode(), digest_size=16).digest()
     keys = np.frombuffer(key, np.uint32)
@@ -64,7 +63,24 @@ def kept_at(seed: int, place: int, name: str, start: int, stop: int, density: fl
             bits ^= bits >> np.uint32(15)
             bits *= np.uint32(0x846CA68B)
             bits ^= bits >> np.uint32(16)
-    return bits < np.uint32(min(round(density * 2**32), 2**32 - 1))
+    return bits
+
+
+def kept_at(seed: int, place: int, name: str, start: int, stop: int, density: float) -> np.ndarray:
+    """Which elements of a range are kept.
+
+    Args:
+        seed: The merge's seed.
+        place: Which model.
+        name: The tensor.
+        start: First element of the flattened tensor.
+        stop: Behind the last.
+        density: Probability that an element is kept.
+
+    Returns:
+        bool of (stop - start).
+    """
+    return bits_at(seed, place, name, start, stop) < np.uint32(min(round(density * 2**32), 2**32 - 1))
 
 
 def dropped(change: Tensor, seed: int, place: int, at: Chunk, density: float) -> Tensor:

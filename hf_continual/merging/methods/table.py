@@ -22,9 +22,12 @@ MERGES: dict[str, str] = {
     "ties": "hf_continual.merging.methods.ties:Ties",
     "dare": "hf_continual.merging.methods.dare:Dare",
     "dare_ties": "hf_continual.merging.methods.dare:DareTies",
+    "della": "hf_continual.merging.methods.della:Della",
     "breadcrumbs": "hf_continual.merging.methods.breadcrumbs:Breadcrumbs",
+    "consensus": "hf_continual.merging.methods.consensus:Consensus",
     "magnitude_max": "hf_continual.merging.methods.magnitude_max:MagnitudeMax",
     "model_stock": "hf_continual.merging.methods.model_stock:ModelStock",
+    "fapm": "hf_continual.merging.methods.fapm:FAPM",
 }
 
 

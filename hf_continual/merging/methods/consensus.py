@@ -1,0 +1,125 @@
+r"""Consensus Merging: keep what matters to several models (Wang et al., ICML 2024, arXiv 2405.07813).
+
+    tau = sum_i tau_i                                       the multi-task vector
+    m_i = |tau_i| > selectivity |tau - tau_i|               TALL-mask of model i, per element
+    theta = theta_base + lambda tau  where  sum_i m_i >= agree,  theta_base elsewhere
+
+Elements that matter to one model only are selfish, those that matter to none are catastrophic: they arise where changes add
+up to what nobody had. Without either, task arithmetic keeps more of its tasks. The paper uses agree = 2, chooses the
+selectivity of each task among 0.2 to 0.6 on validation data and tunes one lambda. A mask for each task, which the paper compresses
+models with, is no merged model and is not made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_continual.merging.average import scales_for
+from hf_continual.merging.methods.base import MergeMethod, Models, Rules
+from hf_continual.merging.passes import Passes
+from hf_continual.paper import Paper
+
+
+@dataclass(frozen=True)
+class AddConsensus:
+    """The rule on the values of the base and the tuned models.
+
+    Args:
+        scale: lambda.
+        selectivity: Of each model's mask.
+        agree: To how many models an element must matter.
+    """
+
+    scale: float
+    selectivity: tuple[float, ...]
+    agree: int = 2
+
+    def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
+        """Add what several models agree on, overwriting the values.
+
+        Args:
+            values: Base first, then the models.
+            at: Where they are; of no matter here.
+
+        Returns:
+            The result, in the memory of the base.
+        """
+        base, *others = values
+        changes = [other.sub_(base) for other in others]
+        total = changes[0].clone()
+        for change in changes[1:]:
+            total.add_(change)
+        count = torch.zeros(total.shape, dtype=torch.uint8)
+        for change, selectivity in zip(changes, self.selectivity, strict=True):
+            left = torch.sub(total, change).abs_().mul_(selectivity)
+            count += change.abs_() > left
+        return base.add_(total.masked_fill_(count < self.agree, 0.0), alpha=self.scale)
+
+
+@dataclass
+class Consensus(MergeMethod):
+    """Task arithmetic on the elements that matter to several models.
+
+    Args:
+        scale: lambda, applied to the sum of the changes.
+        selectivity: How much larger a model's change must be than the sum of the others', one number or one per model; larger
+            masks hold fewer elements.
+        agree: To how many models an element must matter; 1 drops only what matters to none.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    scale: float = 0.3
+    selectivity: float | Sequence[float] = 0.4
+    agree: int = 2
+
+    name: ClassVar[str] = "consensus"
+    paper: ClassVar[Paper] = Paper(
+        "Localizing Task Information for Improved Model Merging and Compression",
+        "Wang et al.",
+        2024,
+        "2405.07813",
+        "ICML 2024",
+    )
+    from_base: ClassVar[bool] = True
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+
+    def __post_init__(self) -> None:
+        scales_for(self.scale, 1)
+        if isinstance(self.agree, bool) or not isinstance(self.agree, int) or self.agree < 1:
+            raise ValueError(f"agree={self.agree!r}: it is a number of models, 1 or more.")
+
+    def check(self, models: Models) -> None:
+        """A selectivity per model, and not more models that must agree than there are."""
+        number = len(models.named)
+        if min(found := self._selectivity(number)) <= 0:
+            raise ValueError(f"selectivity={list(found)}: it must be above 0, and the paper uses 0.2 to 0.6.")
+        if self.agree > min(number, 255):
+            raise ValueError(
+                f"agree={self.agree} of {number} models: nothing would be kept. Give at most {min(number, 255)}."
+            )
+
+    def _selectivity(self, number: int) -> tuple[float, ...]:
+        try:
+            return scales_for(self.selectivity, number)
+        except ValueError as error:
+            raise ValueError(str(error).replace("scale=", "selectivity=", 1)) from None
+
+    def prepare(self, models: Models, passes: Passes) -> Rules:
+        """The same rule for every tensor."""
+        rule = AddConsensus(float(self.scale), self._selectivity(len(models.named)), self.agree)
+        return lambda _: rule
+
+    def describe(self, models: Models) -> dict[str, Any]:
+        """Scale, one selectivity per model, how many must agree."""
+        return {
+            "scale": float(self.scale),
+            "selectivity": list(self._selectivity(len(models.named))),
+            "agree": self.agree,
+        }

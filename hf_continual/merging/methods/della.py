@@ -1,0 +1,175 @@
+r"""DELLA: drop small changes more often than large ones, then elect and average (Deep et al. 2024, arXiv 2406.11617).
+
+    MAGPRUNE  in each row of a change, rank r = 0 for the smallest magnitude to n - 1 for the largest;
+              kept with probability q_r = density - epsilon / 2 + epsilon r / (n - 1), and then divided by q_r
+    elect     gamma = sign(sum_i delta'_i), per element
+    fuse      tau = mean of those delta'_i that are not 0 and have the sign gamma;    theta = theta_base + lambda tau
+
+With epsilon = 0 it is DARE-TIES. The paper names the probability to drop, p = 1 - q; epsilon is the width of all
+probabilities (its authors' code calls it the window, mergekit's epsilon is half of it). A row is the last dimension; a vector
+is one row. Of equal magnitudes, which bfloat16 models have many of, the later element has the higher rank.
+
+What is kept is a function of the seed, the model's place, the tensor's name and the element's index and rank, as in DARE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_continual.merging.average import scales_for
+from hf_continual.merging.chunks import Chunk
+from hf_continual.merging.methods.base import MergeMethod, Models, Rules
+from hf_continual.merging.methods.dare import bits_at
+from hf_continual.merging.methods.ties import elect_and_merge
+from hf_continual.merging.passes import Passes
+from hf_continual.paper import Paper
+
+
+def ranks(change: Tensor, columns: int) -> np.ndarray:
+    """The rank of each element's magnitude in its row.
+
+    Args:
+        change: Whole rows, flat.
+        columns: Elements of a row.
+
+    Returns:
+        int64 of (rows * columns), flat: 0 for the smallest of a row.
+    """
+    # The bits of a magnitude order as it does. With the column below them every key is another one, so that any sort gives the
+    # same order, and the column can be read off the sorted keys: several times faster than sorting indices.
+    keys = change.float().abs().view(torch.int32).numpy().astype(np.uint64).reshape(-1, columns)
+    keys <<= np.uint64(32)
+    keys |= np.arange(columns, dtype=np.uint64)
+    keys.sort(axis=1)
+    keys &= np.uint64(0xFFFFFFFF)
+    keys += (np.arange(len(keys), dtype=np.uint64) * np.uint64(columns))[:, None]
+    found = np.empty(keys.size, np.int64)
+    found[keys.ravel().view(np.int64)] = np.tile(np.arange(columns), len(keys))
+    return found
+
+
+def chances(columns: int, density: float, epsilon: float) -> np.ndarray:
+    """q_r: with which probability the element of each rank is kept.
+
+    Args:
+        columns: Elements of a row.
+        density: Mean of the probabilities.
+        epsilon: Their width.
+
+    Returns:
+        float64 of (columns), rising.
+    """
+    place = np.arange(columns) / (columns - 1) if columns > 1 else np.full(columns, 0.5)
+    return density + epsilon * (place - 0.5)
+
+
+def pruned(change: Tensor, density: float, epsilon: float, seed: int, place: int, at: Chunk) -> Tensor:
+    """MAGPRUNE: a change with most of it dropped and the rest rescaled, overwritten.
+
+    Args:
+        change: What a model changed of the base in whole rows, flat.
+        density: Mean probability that an element is kept.
+        epsilon: Width of the probabilities.
+        seed: The merge's seed.
+        place: Which model.
+        at: Where the range is.
+
+    Returns:
+        The change.
+    """
+    columns = at.shape[-1] if at.shape else 1
+    chance = chances(columns, density, epsilon)
+    limits = np.minimum(np.rint(chance * 2**32), 2**32 - 1).astype(np.uint32)
+    rank = ranks(change, columns)
+    kept = bits_at(seed, place, at.name, at.start, at.stop) < limits[rank]
+    factors = torch.from_numpy(np.where(kept, (1 / chance)[rank], 0.0).astype(np.float32))
+    return change.mul_(factors)
+
+
+@dataclass(frozen=True)
+class PruneElectFuse:
+    """The rule on the values of the base and the tuned models.
+
+    Args:
+        density: Mean share of each change that is kept.
+        epsilon: Width of the probabilities.
+        scale: lambda.
+        seed: What decides which elements are kept.
+    """
+
+    density: float
+    epsilon: float
+    scale: float = 1.0
+    seed: int = 0
+
+    whole_rows: ClassVar[bool] = True
+
+    def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
+        """Prune, elect and fuse, overwriting the values.
+
+        Args:
+            values: Base first, then the models.
+            at: Where they are.
+
+        Returns:
+            The result, in the memory of the base.
+        """
+        base, *others = values
+        changes = [other.sub_(base) for other in others]
+        for place, change in enumerate(changes):
+            pruned(change, self.density, self.epsilon, self.seed, place, at)
+        return elect_and_merge(base, changes, self.scale)
+
+
+@dataclass
+class Della(MergeMethod):
+    """Merge models by TIES on changes of which the smaller ones were dropped more often.
+
+    Args:
+        density: Mean share of each change that is kept.
+        epsilon: Width of the probabilities: the smallest change of a row is kept with ``density - epsilon / 2``, the largest
+            with ``density + epsilon / 2``.
+        scale: lambda, applied to the merged change.
+        seed: Which elements are kept.
+
+    Raises:
+        ValueError: If a probability is none.
+    """
+
+    density: float = 0.3
+    epsilon: float = 0.14
+    scale: float = 1.0
+    seed: int = 0
+
+    name: ClassVar[str] = "della"
+    paper: ClassVar[Paper] = Paper(
+        "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+        "Deep et al.",
+        2024,
+        "2406.11617",
+    )
+    from_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        least, most = self.density - self.epsilon / 2, self.density + self.epsilon / 2
+        if not (self.epsilon >= 0 and 0 < least and most <= 1):
+            raise ValueError(
+                f"density={self.density} and epsilon={self.epsilon}: elements would be kept with probabilities from {least} to "
+                f"{most}; they must be above 0 and at most 1. Give a smaller epsilon."
+            )
+        scales_for(self.scale, 1)
+
+    def prepare(self, models: Models, passes: Passes) -> Rules:
+        """The same rule for every tensor; it sees whole rows."""
+        rule = PruneElectFuse(self.density, self.epsilon, float(self.scale), self.seed)
+        return lambda _: rule
+
+    def describe(self, models: Models) -> dict[str, Any]:
+        """Density, epsilon, scale, seed."""
+        return {"density": self.density, "epsilon": self.epsilon, "scale": float(self.scale), "seed": self.seed}

@@ -1,0 +1,208 @@
+r"""FAPM: keep the changes that are large, and not large for their weight (Huang et al., EMNLP 2025, arXiv 2509.08255).
+
+    S = |delta| - mean(|theta_base|) |delta| / |theta_base|         per element; the mean is the tensor's
+    theta = theta_base + sum_i lambda_i delta_i  where S is among the `density` largest of its tensor
+
+A small weight that changed much is forgetting rather than learning: S > 0 only where the weight is larger than the mean of its
+tensor. The paper prunes one fine-tuned model, keeps 10 % of every tensor, and needs neither data nor training. A weight of exactly
+zero is the last to be kept. S is computed in fp32 here; the authors' code has it in bf16, where many scores are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_continual.merging.average import scales_for
+from hf_continual.merging.chunks import OutputTensor
+from hf_continual.merging.members import Member
+from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
+from hf_continual.merging.passes import Passes
+from hf_continual.merging.threshold import kth_largest
+from hf_continual.paper import Paper
+
+PIECE = (
+    4096  # elements summed at a time: every chunk begins at a multiple of it, so that all sums are of the same pieces
+)
+
+
+def scores(change: Tensor, base: Tensor, mean: float) -> Tensor:
+    """S of each element.
+
+    Args:
+        change: What a model changed.
+        base: Values of the base.
+        mean: Of the magnitudes of the base's tensor.
+
+    Returns:
+        The scores, -inf where the base is zero; fp32.
+    """
+    # |delta| (1 - mean / |base|); 0 of 0 is no number, and no change is worth a place.
+    found = base.float().abs().reciprocal_().mul_(-mean).add_(1.0).mul_(change.float().abs())
+    return found.masked_fill_(base == 0, -math.inf)
+
+
+@dataclass(frozen=True)
+class AddBest:
+    """The rule on the values of the base and the tuned models.
+
+    Args:
+        mean: Of the magnitudes of the base's tensor.
+        thresholds: Smallest score of each model's change that is kept.
+        scales: lambda of each model.
+    """
+
+    mean: float
+    thresholds: tuple[float, ...]
+    scales: tuple[float, ...]
+
+    def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
+        """Add what scores best, overwriting the values.
+
+        Args:
+            values: Base first, then the models.
+            at: Where they are; of no matter here.
+
+        Returns:
+            The result, in the memory of the base.
+        """
+        base, *others = values
+        changes = [other.sub_(base) for other in others]
+        dropped = [
+            scores(change, base, self.mean) < threshold
+            for change, threshold in zip(changes, self.thresholds, strict=True)
+        ]
+        for change, drop, scale in zip(changes, dropped, self.scales, strict=True):
+            base.add_(change.masked_fill_(drop, 0.0), alpha=scale)
+        return base
+
+
+@dataclass
+class FAPM(MergeMethod):
+    """Prune what was learnt by how much it changes weights for their size.
+
+    Args:
+        density: Share of each tensor's changes that is kept. Elements that equal the threshold are kept too.
+        scale: lambda, one for all models or one each.
+
+    Raises:
+        ValueError: If the density is no share.
+    """
+
+    density: float = 0.1
+    scale: float | Sequence[float] = 1.0
+    _found: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+
+    name: ClassVar[str] = "fapm"
+    paper: ClassVar[Paper] = Paper(
+        "Mitigating Catastrophic Forgetting in Large Language Models with Forgetting-aware Pruning",
+        "Huang et al.",
+        2025,
+        "2509.08255",
+        "EMNLP 2025",
+    )
+    from_base: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density}: it is a share, above 0 and at most 1.")
+
+    def check(self, models: Models) -> None:
+        """One scale, or one per model."""
+        scales_for(self.scale, len(models.named))
+
+    def prepare(self, models: Models, passes: Passes) -> Rules:
+        """The mean of each tensor of the base, and a threshold for each model's."""
+        self._found = passes.once("scores", lambda: self._look(models, passes))
+        scales = scales_for(self.scale, len(models.named))
+        everything = AddBest(0.0, (-math.inf,) * len(scales), scales)
+
+        def rule_for(name: str) -> Rule:
+            found = self._found.get(name)
+            return everything if found is None else AddBest(found["mean"], tuple(found["thresholds"]), scales)
+
+        return rule_for
+
+    def _look(self, models: Models, passes: Passes) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for place, member in enumerate(models.named):
+            for name, mean, threshold in thresholds([models.members[0], member], self.density, passes):
+                entry = found.setdefault(name, {"mean": mean, "thresholds": [-math.inf for _ in models.named]})
+                entry["thresholds"][place] = threshold
+        return found
+
+    def facts(self) -> Mapping[str, Any]:
+        """How many tensors have thresholds; they are many."""
+        return {"tensors_with_thresholds": len(self._found)}
+
+    def describe(self, models: Models) -> dict[str, Any]:
+        """Share and scales."""
+        return {"density": self.density, "scale": list(scales_for(self.scale, len(models.named)))}
+
+
+def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> Iterator[tuple[str, float, float]]:
+    """The mean magnitude of the base and the score that the `density` best changes reach, tensor by tensor.
+
+    Args:
+        pair: Base and model.
+        density: Share that is kept.
+        passes: Makes the passes.
+
+    Yields:
+        tuple: Name, mean and threshold, of tensors that differ.
+    """
+    sized = {t.name: t for t in passes.tensors(pair, lambda values, at: values[0].abs_())}
+    means: dict[str, float] = {}
+
+    def look(values: Sequence[Tensor], at: Any) -> Tensor:
+        return scores(values[1].sub_(values[0]), values[0], means[at.name])
+
+    for tensor in passes.tensors(pair, look):
+        means[tensor.name] = mean_of(sized[tensor.name], passes)
+        kth = max(1, round(density * passes.elements([tensor])))
+        yield tensor.name, means[tensor.name], threshold_of(tensor, kth, passes)
+
+
+def mean_of(magnitudes: OutputTensor, passes: Passes) -> float:
+    """The mean of a tensor's values; the same number whatever the tensor is cut into.
+
+    Args:
+        magnitudes: The tensor.
+        passes: Makes the pass.
+
+    Returns:
+        The mean.
+    """
+    sums: list[float] = []
+    for _, piece in passes.over([magnitudes]):
+        for part in piece.double().split(PIECE):
+            sums.append(float(part.sum()))
+    return math.fsum(sums) / max(1, passes.elements([magnitudes]))
+
+
+def threshold_of(scored: OutputTensor, kth: int, passes: Passes) -> float:
+    """The k-th largest score, in two passes; in four if it is not above zero.
+
+    Args:
+        scored: The tensor of scores.
+        kth: 1 is the largest.
+        passes: Makes the passes.
+
+    Returns:
+        The score, -inf to keep all.
+    """
+    total = passes.elements([scored])
+    if kth >= total:
+        return -math.inf
+    # The magnitude of what is clamped: of no change the score is -0, and its sign is a bit too.
+    found = kth_largest(lambda: (s.clamp_(min=0.0).abs_() for _, s in passes.over([scored])), kth)
+    if found > 0:
+        return found
+    # Fewer than k are above zero: from below it is the (total - k + 1)-th smallest.
+    lowest = kth_largest(lambda: (s.clamp_(max=0.0).abs_() for _, s in passes.over([scored])), total - kth + 1)
+    return -lowest
