@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from hf_continual.hub.card import render_card
     from hf_continual.hub.errors import HubPushError
     from hf_continual.hub.push import push_to_hub
-    from hf_continual.merging.dare import dare
-    from hf_continual.merging.interpolate import interpolate, scan_alpha
-    from hf_continual.merging.kif import kif_fuse
-    from hf_continual.merging.linear import merge_linear
-    from hf_continual.merging.magnitude_max import magnitude_max
     from hf_continual.merging.merge import merge
-    from hf_continual.merging.slerp import slerp
-    from hf_continual.merging.task_arithmetic import task_arithmetic
-    from hf_continual.merging.ties import dare_ties, ties
-    from hf_continual.merging.with_recall import merge_with_recall
+    from hf_continual.merging.methods.dare import dare, dare_ties
+    from hf_continual.merging.methods.interpolate import interpolate, scan_alpha
+    from hf_continual.merging.methods.kif.fuse import kif_fuse
+    from hf_continual.merging.methods.linear import merge_linear
+    from hf_continual.merging.methods.magnitude_max import magnitude_max
+    from hf_continual.merging.methods.recall.merge import merge_with_recall
+    from hf_continual.merging.methods.slerp import slerp
+    from hf_continual.merging.methods.task_arithmetic import task_arithmetic
+    from hf_continual.merging.methods.ties import ties
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
     from hf_continual.methods.ewc import EWC
     from hf_continual.methods.freeze import FreezeLayers
@@ -75,17 +75,17 @@ _FACE = {
     "render_card": "hf_continual.hub.card",
     "HubPushError": "hf_continual.hub.errors",
     "merge": "hf_continual.merging.merge",
-    "merge_with_recall": "hf_continual.merging.with_recall",
-    "merge_linear": "hf_continual.merging.linear",
-    "interpolate": "hf_continual.merging.interpolate",
-    "scan_alpha": "hf_continual.merging.interpolate",
-    "task_arithmetic": "hf_continual.merging.task_arithmetic",
-    "ties": "hf_continual.merging.ties",
-    "dare": "hf_continual.merging.dare",
-    "dare_ties": "hf_continual.merging.ties",
-    "slerp": "hf_continual.merging.slerp",
-    "magnitude_max": "hf_continual.merging.magnitude_max",
-    "kif_fuse": "hf_continual.merging.kif",
+    "merge_with_recall": "hf_continual.merging.methods.recall.merge",
+    "merge_linear": "hf_continual.merging.methods.linear",
+    "interpolate": "hf_continual.merging.methods.interpolate",
+    "scan_alpha": "hf_continual.merging.methods.interpolate",
+    "task_arithmetic": "hf_continual.merging.methods.task_arithmetic",
+    "ties": "hf_continual.merging.methods.ties",
+    "dare": "hf_continual.merging.methods.dare",
+    "dare_ties": "hf_continual.merging.methods.dare",
+    "slerp": "hf_continual.merging.methods.slerp",
+    "magnitude_max": "hf_continual.merging.methods.magnitude_max",
+    "kif_fuse": "hf_continual.merging.methods.kif.fuse",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the data

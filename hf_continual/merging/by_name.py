@@ -58,7 +58,7 @@ def run_file(
     target = out or (Path(found.out) if found.out else None)
     if target is None:
         raise ValueError(f"{file} names no output folder. Say --out, or out: in the file.")
-    known = set(importlib.import_module("hf_continual.merging.options").OutputOptions.__annotations__)
+    known = set(importlib.import_module("hf_continual.merging.engine.options").OutputOptions.__annotations__)
     options = {**{k: v for k, v in found.options.items() if k not in known}, **given}
     # What the command leaves at its default is the file's to say.
     defaults = {"overwrite": False, "resume": True, "dry_run": False}

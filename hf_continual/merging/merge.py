@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from hf_continual.merging.engine.options import Output
+from hf_continual.merging.engine.result import MergeResult
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import build_merge
-from hf_continual.merging.options import Output
-from hf_continual.merging.result import MergeResult
 from hf_continual.merging.run import merge_by
 
 

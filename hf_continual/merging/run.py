@@ -10,33 +10,31 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_continual.durable import DamagedFile, read_json, write_json
-from hf_continual.merging.architecture import check_whole
-from hf_continual.merging.average import Average
-from hf_continual.merging.card import write_merge_card
-from hf_continual.merging.checkpoints import INDEX
-from hf_continual.merging.checks import check_tokenizers, warn_identical
-from hf_continual.merging.configs import check_configs
-from hf_continual.merging.job import Job
-from hf_continual.merging.layout import Layout, lay_out
-from hf_continual.merging.members import check_list
-from hf_continual.merging.options import Output, read_output
-from hf_continual.merging.passes import Passes
-from hf_continual.merging.plan import MergePlan, check_disk, show_plan
-from hf_continual.merging.progress import bytes_bar
-from hf_continual.merging.publishing import check_push, push
-from hf_continual.merging.report import describe_job
-from hf_continual.merging.result import MergeResult
-from hf_continual.merging.shards import index_of
-from hf_continual.merging.side_files import SideFiles, write_side_files
-from hf_continual.merging.workplace import CACHE, FOUND, Workplace, check_free, folder_beside, locked
-from hf_continual.merging.writer import write_shards
-
-if TYPE_CHECKING:
-    from hf_continual.merging.methods.base import MergeMethod, Models
-    from hf_continual.merging.rules import Rules
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.job import Job
+from hf_continual.merging.engine.layout import Layout, lay_out
+from hf_continual.merging.engine.options import Output, read_output
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.plan import MergePlan, check_disk, show_plan
+from hf_continual.merging.engine.progress import bytes_bar
+from hf_continual.merging.engine.result import MergeResult
+from hf_continual.merging.engine.rules import Rules
+from hf_continual.merging.engine.shards import index_of
+from hf_continual.merging.engine.side_files import SideFiles, write_side_files
+from hf_continual.merging.engine.workplace import CACHE, FOUND, Workplace, check_free, folder_beside, locked
+from hf_continual.merging.engine.writer import write_shards
+from hf_continual.merging.evidence.card import write_merge_card
+from hf_continual.merging.evidence.publishing import check_push, push
+from hf_continual.merging.evidence.report import describe_job
+from hf_continual.merging.inputs.architecture import check_whole
+from hf_continual.merging.inputs.checkpoint import INDEX
+from hf_continual.merging.inputs.compatibility import check_tokenizers, warn_identical
+from hf_continual.merging.inputs.configs import check_configs
+from hf_continual.merging.inputs.members import check_list
+from hf_continual.merging.protocol import MergeMethod, Models
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_json, write_json
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
-from hf_continual.merging.linear import merge_linear
-from hf_continual.merging.magnitude_max import magnitude_max
-from hf_continual.merging.task_arithmetic import task_arithmetic
-from hf_continual.merging.ties import ties
-from hf_continual.merging.with_recall import merge_with_recall
+from hf_continual.merging.methods.linear import merge_linear
+from hf_continual.merging.methods.magnitude_max import magnitude_max
+from hf_continual.merging.methods.recall.merge import merge_with_recall
+from hf_continual.merging.methods.task_arithmetic import task_arithmetic
+from hf_continual.merging.methods.ties import ties
 
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 ARMS = ("sequential training", "last expert", "uniform average", "recall", "task arithmetic, 0.5")  # --arms all: more

@@ -41,7 +41,8 @@ def make(folder: Path, tensors: int) -> None:
 
 def child(folder: Path, way: str, watched: bool) -> None:
     """One merge in a process of its own."""
-    from hf_continual.merging import kif, linear
+    from hf_continual.merging import linear
+    from hf_continual.merging.methods.kif import fuse as kif
     from hf_continual.plots import plot_sides
 
     # Drawn once before: what matplotlib loads is no buffer of the fusion.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_continual.merging import heat_map, recall_method
+from hf_continual.merging.methods.recall import heat_map
+from hf_continual.merging.methods.recall import method as recall_method
 
 
 @pytest.fixture

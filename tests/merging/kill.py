@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual import stopping
-from hf_continual.merging import writer
-from hf_continual.merging.linear import merge_linear
+from hf_continual.merging.engine import writer
+from hf_continual.merging.methods.linear import merge_linear
 from tests.merging.bytes_of import digest
 
 

@@ -63,7 +63,7 @@ def main() -> None:
 
     from hf_continual import merge_linear
     from hf_continual.merging import run
-    from hf_continual.merging.shards import memory_bound
+    from hf_continual.merging.engine.shards import memory_bound
 
     torch.set_num_threads(1)
     folder, (ranks, dora, options) = Path(sys.argv[1]), CASES[sys.argv[2]]

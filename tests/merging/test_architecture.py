@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_continual import interpolate, kif_fuse, merge_linear, task_arithmetic, ties
-from hf_continual.merging.adapter_options import KNOWN_OPTIONS
-from hf_continual.merging.architecture import read_architecture
-from hf_continual.merging.checkpoints import open_checkpoint
 from hf_continual.merging.errors import MergeError
+from hf_continual.merging.inputs.adapter_options import KNOWN_OPTIONS
+from hf_continual.merging.inputs.architecture import read_architecture
+from hf_continual.merging.inputs.checkpoint import open_checkpoint
 from tests.merging.world import CONFIGS, adapter, build, family, logits, save, tensors
 
 pytestmark = pytest.mark.filterwarnings(

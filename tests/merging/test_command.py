@@ -12,9 +12,9 @@ import hf_continual
 from hf_continual import merge_linear, train_stream
 from hf_continual.cli import app
 from hf_continual.merging.command import METHODS, run_merge
+from hf_continual.merging.engine.options import Output
 from hf_continual.merging.method_options import options_of
 from hf_continual.merging.methods.table import MERGES, merge_class
-from hf_continual.merging.options import Output
 from tests.merging.world import adapter, build, digest, save
 from tests.stream.world import make
 

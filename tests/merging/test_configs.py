@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_continual import merge_linear
-from hf_continual.merging.architecture import understood
 from hf_continual.merging.errors import MergeError
+from hf_continual.merging.inputs.architecture import understood
 from tests.merging.world import build, cells, logits, save, tensors, tuned
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5000.0}

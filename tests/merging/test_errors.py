@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_continual import merge_linear, merge_with_recall
-from hf_continual.merging import plan as plan_module
+from hf_continual.merging.engine import plan as plan_module
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.with_recall import RecallMergeError
+from hf_continual.merging.methods.recall.merge import RecallMergeError
 from tests import toy
 from tests.merging.world import adapter, build, family, save, tuned
 

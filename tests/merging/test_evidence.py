@@ -15,12 +15,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_continual import interpolate, merge_linear, merge_with_recall
-from hf_continual.merging import recall_weights
 from hf_continual.merging import run as run_module
-from hf_continual.merging.calibration import Setting, loaded, representations, token_ids
-from hf_continual.merging.members import open_members
-from hf_continual.merging.recall import layer_weights
-from hf_continual.merging.typical import typical_samples
+from hf_continual.merging.inputs.members import open_members
+from hf_continual.merging.inputs.run_model import Setting, loaded, representations, token_ids
+from hf_continual.merging.methods.recall import weights as recall_weights
+from hf_continual.merging.methods.recall.similarity import layer_weights
+from hf_continual.merging.methods.recall.typical_samples import typical_samples
 from tests import toy
 from tests.merging.world import CONFIGS, adapter, build, digest, family, save, tensors, tuned
 
@@ -179,7 +179,7 @@ def test_a_killed_calibration_goes_on_with_what_it_has(tmp_path, monkeypatch, ca
     monkeypatch.setattr(recall_weights, "_warn_degenerate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge_with_recall([a, b], tmp_path / "out", calibration=ROWS, num_typical=5)
-    with caplog.at_level(logging.INFO, logger="hf_continual.merging.calibration"):
+    with caplog.at_level(logging.INFO, logger="hf_continual.merging.inputs.run_model"):
         caplog.clear()
         monkeypatch.setattr(recall_weights, "_warn_degenerate", warned)
         merge_with_recall([a, b], tmp_path / "out", calibration=ROWS, num_typical=5)

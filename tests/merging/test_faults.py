@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hf_continual import merge_linear, ties
-from hf_continual.merging import combine, run, writer
-from hf_continual.merging.average import Average
+from hf_continual.merging import run
+from hf_continual.merging.engine import combine, writer
+from hf_continual.merging.engine.average import Average
 from hf_continual.merging.errors import MergeError
 from tests.merging.world import adapter, build, digest, family, save
 

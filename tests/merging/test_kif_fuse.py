@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_continual import KIF, ContinualTrainer, kif_fuse
-from hf_continual.merging import kif_calibration
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.kif_importance import stored_name
+from hf_continual.merging.methods.kif import calibration as kif_calibration
+from hf_continual.merging.methods.kif.scores import stored_name
 from hf_continual.methods.kif.two_sides import TwoSides
 from hf_continual.tensors.fusion import adaptive_weights, blend, fuse
 from hf_continual.tensors.importance import scores, top_share_masks, update_importance_
@@ -371,7 +371,7 @@ import matplotlib.figure, matplotlib.backends.backend_agg
 import torch
 torch.set_num_threads(1)
 from hf_continual.merging import run
-from hf_continual.merging.kif import kif_fuse
+from hf_continual.merging.methods.kif.fuse import kif_fuse
 from hf_continual.plots import plot_sides
 from tests.merging.synthetic import Watch, anonymous
 
@@ -421,8 +421,8 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from hf_continual.merging import workplace
-from hf_continual.merging.kif import kif_fuse
+from hf_continual.merging.engine import workplace
+from hf_continual.merging.methods.kif.fuse import kif_fuse
 
 record = workplace.Workplace.record
 def then_die(self, name, facts):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_continual import interpolate, magnitude_max, merge_linear, scan_alpha, task_arithmetic, ties
-from hf_continual.merging.threshold import kth_largest
+from hf_continual.merging.engine.threshold import kth_largest
 from tests.merging.world import CONFIGS, build, digest, family, logits, save, tensors, tuned
 
 TIED = {"llama tied", "qwen", "gemma", "gpt2"}

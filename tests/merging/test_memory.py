@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_continual.merging.average import Average
-from hf_continual.merging.linear import merge_linear
-from hf_continual.merging.members import open_members
-from hf_continual.merging.model_output import model_tensors
-from hf_continual.merging.shards import make_shards, memory_bound
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.model_output import model_tensors
+from hf_continual.merging.engine.shards import make_shards, memory_bound
+from hf_continual.merging.inputs.members import open_members
+from hf_continual.merging.methods.linear import merge_linear
 from tests.merging.measured import CASES, write_world
 from tests.merging.synthetic import write_model
 

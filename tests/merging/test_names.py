@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from hf_continual import interpolate, merge_linear
-from hf_continual.merging.checkpoints import open_checkpoint
-from hf_continual.merging.chunks import OutputTensor
-from hf_continual.merging.model_output import model_config
+from hf_continual.merging.engine.chunks import OutputTensor
+from hf_continual.merging.engine.model_output import model_config
+from hf_continual.merging.inputs.checkpoint import open_checkpoint
 from tests import toy
 from tests.merging.world import build, cells, save, tensors
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_continual import merge
-from hf_continual.merging import chunks
-from hf_continual.merging.chunks import Chunk
+from hf_continual.merging.engine import chunks
+from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.methods.consensus import AddConsensus
 from hf_continual.merging.methods.dare import DropElectMerge, bits_at
 from hf_continual.merging.methods.della import PruneElectFuse, chances, pruned, ranks

@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_continual import kif_fuse, magnitude_max, merge_linear, merge_with_recall, task_arithmetic, ties
-from hf_continual.merging import chunks, combine, dequantized
-from hf_continual.merging.dequantized import linear_weights
+from hf_continual.merging.engine import chunks, combine
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.members import open_members
-from hf_continual.merging.quantized import Quantization, known_quantization, read_quantization
-from hf_continual.merging.stored import DTYPES, Files, view
+from hf_continual.merging.inputs import dequantization as dequantized
+from hf_continual.merging.inputs.dequantization import linear_weights
+from hf_continual.merging.inputs.members import open_members
+from hf_continual.merging.inputs.quantization import Quantization, known_quantization, read_quantization
+from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, view
 from tests.merging.world import adapter, build, logits, save, tensors, tuned
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -131,7 +132,7 @@ def test_every_method_takes_what_the_folder_says(tmp_path):
 
 
 def test_recall_looks_at_the_weights_that_are_merged(tmp_path):
-    from hf_continual.merging.calibration import Setting, loaded
+    from hf_continual.merging.inputs.run_model import Setting, loaded
 
     base = build(**SIZES)
     folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)

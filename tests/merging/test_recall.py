@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_continual.merging.average import Average
-from hf_continual.merging.lora import concatenated, truncated
-from hf_continual.merging.recall import layer_weights
-from hf_continual.merging.typical import typical_samples
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.lora import concatenated, truncated
+from hf_continual.merging.methods.recall.similarity import layer_weights
+from hf_continual.merging.methods.recall.typical_samples import typical_samples
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "recall" / "recall_golden.npz")
 CASES = {

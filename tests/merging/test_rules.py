@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_continual import Paper, dare, dare_ties, kif_fuse, merge, merge_with_recall, scan_alpha, slerp, ties
-from hf_continual.merging import chunks
-from hf_continual.merging.chunks import Chunk
+from hf_continual.merging.engine import chunks
+from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.methods.base import MergeMethod, Models
 from hf_continual.merging.methods.breadcrumbs import AddBand
 from hf_continual.merging.methods.dare import DropAndAdd, DropElectMerge, kept_at
@@ -157,7 +157,7 @@ def test_adapters_full_models_and_the_same_call_again(tmp_path, name):
 
 def test_what_passes_found_is_not_looked_for_again(tmp_path, monkeypatch):
     from hf_continual.merging import run
-    from hf_continual.merging.passes import Passes
+    from hf_continual.merging.engine.passes import Passes
 
     base, a, b = family(tmp_path)
     ties([a, b], tmp_path / "straight", base=base)
@@ -285,7 +285,7 @@ class TestTheSameCallAgain:
     """Finished, it returns what is there; asked for something else, it refuses; no pass is made twice."""
 
     def test_recall(self, tmp_path, monkeypatch):
-        from hf_continual.merging import recall_method
+        from hf_continual.merging.methods.recall import method as recall_method
 
         _, a, b = family(tmp_path)
         toy_rows = [f"w{i} w{i + 1} w{i + 2} w3" for i in range(12)]

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.interpolate import interpolate
-from hf_continual.merging.linear import merge_linear
-from hf_continual.merging.tokenizer_files import extent, vocabulary
+from hf_continual.merging.inputs.tokenizer_files import extent, vocabulary
+from hf_continual.merging.methods.interpolate import interpolate
+from hf_continual.merging.methods.linear import merge_linear
 from tests import toy
 from tests.merging.world import adapter, build, tuned
 

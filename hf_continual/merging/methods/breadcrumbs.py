@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
-from hf_continual.merging.members import Member
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import scales_for
+from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
-from hf_continual.merging.passes import Passes
-from hf_continual.merging.threshold import kth_largest
 from hf_continual.paper import Paper
 
 Band = tuple[float, float]

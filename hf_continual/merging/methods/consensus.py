@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.passes import Passes
 from hf_continual.paper import Paper
 
 

@@ -11,21 +11,27 @@ merge gives the same bytes whatever it is cut into.
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
-from hf_continual.merging.chunks import Chunk
+from hf_continual.merging.engine.chunks import Chunk
+from hf_continual.merging.engine.dropping import dropped
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import check_density, elect_and_merge, scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.methods.ties import elect_and_merge
-from hf_continual.merging.passes import Passes
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
+
 
 PAPER = Paper(
     "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
@@ -34,72 +40,6 @@ PAPER = Paper(
     "2311.03099",
     "ICML 2024",
 )
-
-
-def bits_at(seed: int, place: int, name: str, start: int, stop: int) -> np.ndarray:
-    """Random bits of a range of elements: a function of its arguments alone, whatever ranges they are asked for in.
-
-    Args:
-        seed: The merge's seed.
-        place: Which model.
-        name: The tensor.
-        start: First element of the flattened tensor.
-        stop: Behind the last.
-
-    Returns:
-        uint32 of (stop - start).
-    """
-    key = hashlib.blake2b(f"{seed}/{place}/{name}".encode(), digest_size=16).digest()
-    keys = np.frombuffer(key, np.uint32)
-    index = np.arange(start, stop, dtype=np.uint64)
-    # Two rounds of a 32-bit mixer (lowbias32), keyed before each: a counter turned into independent bits.
-    bits = index.astype(np.uint32) ^ keys[0]
-    high = (index >> np.uint64(32)).astype(np.uint32)
-    with np.errstate(over="ignore"):
-        for word in (keys[1] ^ high, keys[2]):
-            bits += word
-            bits ^= bits >> np.uint32(16)
-            bits *= np.uint32(0x7FEB352D)
-            bits ^= bits >> np.uint32(15)
-            bits *= np.uint32(0x846CA68B)
-            bits ^= bits >> np.uint32(16)
-    return bits
-
-
-def kept_at(seed: int, place: int, name: str, start: int, stop: int, density: float) -> np.ndarray:
-    """Which elements of a range are kept.
-
-    Args:
-        seed: The merge's seed.
-        place: Which model.
-        name: The tensor.
-        start: First element of the flattened tensor.
-        stop: Behind the last.
-        density: Probability that an element is kept.
-
-    Returns:
-        bool of (stop - start).
-    """
-    return bits_at(seed, place, name, start, stop) < np.uint32(min(round(density * 2**32), 2**32 - 1))
-
-
-def dropped(change: Tensor, seed: int, place: int, at: Chunk, density: float) -> Tensor:
-    """A change with most of it dropped and the rest rescaled, overwritten.
-
-    Args:
-        change: What a model changed of the base, flat.
-        seed: The merge's seed.
-        place: Which model.
-        at: Where the range is.
-        density: Probability that an element is kept.
-
-    Returns:
-        The change.
-    """
-    if density >= 1:
-        return change
-    kept = torch.from_numpy(kept_at(seed, place, at.name, at.start, at.stop, density))
-    return change.mul_(kept).div_(density)
 
 
 @dataclass(frozen=True)
@@ -160,12 +100,6 @@ class DropElectMerge:
         base, *others = values
         changes = [dropped(other.sub_(base), self.seed, place, at, self.density) for place, other in enumerate(others)]
         return elect_and_merge(base, changes, self.scale)
-
-
-def check_density(density: float) -> None:
-    """Refuse what is no share."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density}: it is a share, above 0 and at most 1.")
 
 
 @dataclass
@@ -243,3 +177,68 @@ class DareTies(MergeMethod):
     def describe(self, models: Models) -> dict[str, Any]:
         """Density, scale, seed."""
         return {"density": self.density, "scale": float(self.scale), "seed": self.seed}
+
+
+def dare(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    density: float = 0.1,
+    scale: float | Sequence[float] = 0.5,
+    seed: int = 0,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Drop most of each model's changes at random, rescale the rest, and add it to the base.
+
+    Example:
+        >>> dare(["law", "tax"], "both", base="Qwen/Qwen2.5-0.5B", density=0.1)
+
+    Args:
+        models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        base: The full model they were tuned from.
+        density: Share of each change that is kept.
+        scale: lambda, one for all models or one each.
+        seed: Which elements are kept; whatever the merge is cut into, it gives the same bytes.
+        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(Dare(density, scale, seed), models, output_dir, base=base, **output)
+
+
+def dare_ties(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    density: float = 0.1,
+    scale: float = 1.0,
+    seed: int = 0,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Merge models by TIES on changes of which most were dropped at random, by DARE.
+
+    Args:
+        models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        base: The full model they were tuned from.
+        density: Share of each change that is kept.
+        scale: lambda, applied to the merged change.
+        seed: Which elements are kept; whatever the merge is cut into, it gives the same bytes.
+        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(DareTies(density, scale, seed), models, output_dir, base=base, **output)

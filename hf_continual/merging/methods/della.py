@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
-from hf_continual.merging.chunks import Chunk
+from hf_continual.merging.engine.chunks import Chunk
+from hf_continual.merging.engine.dropping import bits_at
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import elect_and_merge, scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.methods.dare import bits_at
-from hf_continual.merging.methods.ties import elect_and_merge
-from hf_continual.merging.passes import Passes
 from hf_continual.paper import Paper
 
 

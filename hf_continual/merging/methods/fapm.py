@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
-from hf_continual.merging.chunks import OutputTensor
-from hf_continual.merging.members import Member
+from hf_continual.merging.engine.chunks import OutputTensor
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import check_density, scales_for
+from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
-from hf_continual.merging.passes import Passes
-from hf_continual.merging.threshold import kth_largest
 from hf_continual.paper import Paper
 
 PIECE = (
@@ -109,8 +109,7 @@ class FAPM(MergeMethod):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density}: it is a share, above 0 and at most 1.")
+        check_density(self.density)
 
     def check(self, models: Models) -> None:
         """One scale, or one per model."""

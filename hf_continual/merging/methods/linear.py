@@ -8,14 +8,22 @@ need not sum to one exactly in fp32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_continual.merging.average import Average
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.passes import Passes
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
 
 
 def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...]:
@@ -78,3 +86,34 @@ class Linear(MergeMethod):
     def describe(self, models: Models) -> dict[str, Any]:
         """The weights that sum to one."""
         return {"weights": list(normalised(self.weights, len(models.members)))}
+
+
+def merge_linear(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Average checkpoints without loading them.
+
+    Example:
+        >>> merge_linear(["me/seed-0", "me/seed-1"], "soup", weights=[0.7, 0.3])
+        >>> merge_linear(["law-adapter", "tax-adapter"], "both", base="Qwen/Qwen2.5-0.5B")
+
+    Args:
+        models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        weights: One number per model, divided by their sum; by default equal ones.
+        base: The full model that adapters sit on. It is no part of the average.
+        **output: Form of the output and how it is written, see `OutputOptions`.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models cannot be averaged, or a file changes meanwhile.
+    """
+    return merge_by(Linear(weights), models, output_dir, base=base, **output)

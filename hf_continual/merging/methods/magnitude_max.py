@@ -7,17 +7,25 @@ Made for models fine-tuned one after the other, whose important changes stay lar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.passes import Passes
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
 
 
 @dataclass(frozen=True)
@@ -76,3 +84,30 @@ class MagnitudeMax(MergeMethod):
     def describe(self, models: Models) -> dict[str, Any]:
         """The scale."""
         return {"scale": scales_for(self.scale, 1)[0]}
+
+
+def magnitude_max(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    scale: float = 1.0,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Merge models by the largest change of each element.
+
+    Args:
+        models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        base: The full model they were tuned from.
+        scale: lambda, applied to the merged change.
+        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(MagnitudeMax(scale), models, output_dir, base=base, **output)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_continual.merging.average import Average
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import cosine
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
-from hf_continual.merging.methods.slerp import cosine
-from hf_continual.merging.passes import Passes
 from hf_continual.paper import Paper
 
 

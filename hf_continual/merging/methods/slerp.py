@@ -10,17 +10,27 @@ better than by the average, which is shorter than either of two vectors that poi
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_continual.merging.average import Average
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import cosine
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
-from hf_continual.merging.passes import Passes
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
+
 
 STRAIGHT = 0.9995  # cosine from which on the line is straight, as in mergekit
 
@@ -128,7 +138,33 @@ def cosines(models: Models, passes: Passes) -> dict[str, float]:
     return {name: cosine(*map(float, found)) for name, found in sums.items()}
 
 
-def cosine(ab: float, aa: float, bb: float) -> float:
-    """Of the angle between two vectors, from their products; 1 where one is zero."""
-    length = math.sqrt(aa * bb)
-    return 1.0 if length == 0 else max(-1.0, min(1.0, ab / length))
+def slerp(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    t: float = 0.5,
+    base: str | os.PathLike[str] | None = None,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Interpolate two models on the sphere, tensor by tensor.
+
+    Example:
+        >>> slerp("law", "tax", "between", t=0.5)
+
+    Args:
+        first: A full model, or a LoRA adapter on `base`.
+        second: Another.
+        output_dir: Where the result goes; complete or absent.
+        t: Share of the way from the first to the second.
+        base: The full model that adapters sit on. It is no part of the merge.
+        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+
+    Returns:
+        Where the result is and what it is made of; the report holds the angles.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(Slerp(t), [first, second], output_dir, base=base, **output)

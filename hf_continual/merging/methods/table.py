@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from hf_continual.merging.methods.base import MergeMethod
+from hf_continual.merging.protocol import MergeMethod
 from hf_continual.named import did_you_mean, imported
 
 MERGES: dict[str, str] = {
-    "recall": "hf_continual.merging.recall_method:Recall",
-    "kif": "hf_continual.merging.kif_method:Kif",
+    "recall": "hf_continual.merging.methods.recall.method:Recall",
+    "kif": "hf_continual.merging.methods.kif.method:Kif",
     "linear": "hf_continual.merging.methods.linear:Linear",
     "interpolate": "hf_continual.merging.methods.interpolate:Interpolate",
     "slerp": "hf_continual.merging.methods.slerp:Slerp",

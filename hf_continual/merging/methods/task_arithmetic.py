@@ -8,14 +8,23 @@ for eight tasks). A negative lambda unlearns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_continual.merging.average import Average, scales_for
+from hf_continual.merging.engine.average import Average
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.passes import Passes
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
 
 
 @dataclass
@@ -48,3 +57,33 @@ class TaskArithmetic(MergeMethod):
     def describe(self, models: Models) -> dict[str, Any]:
         """One scale per model."""
         return {"scale": list(scales_for(self.scale, len(models.named)))}
+
+
+def task_arithmetic(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    scale: float | Sequence[float] = 0.5,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Add the task vectors of several models to their base.
+
+    Example:
+        >>> task_arithmetic(["law", "tax"], "both", base="Qwen/Qwen2.5-0.5B", scale=0.5)
+
+    Args:
+        models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        base: The full model they were tuned from.
+        scale: lambda, one for all models or one each; negative to unlearn.
+        **output: Form of the output and how it is written, see `OutputOptions`.
+
+    Returns:
+        Where the result is and what it is made of.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(TaskArithmetic(scale), models, output_dir, base=base, **output)

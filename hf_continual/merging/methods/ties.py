@@ -11,19 +11,26 @@ reads its inputs three times.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from hf_continual.merging.average import scales_for
-from hf_continual.merging.members import Member
+from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.task_vectors import check_density, elect_and_merge, scales_for
+from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.passes import Passes
-from hf_continual.merging.threshold import kth_largest
+from hf_continual.merging.run import merge_by
 from hf_continual.paper import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_continual.merging.engine.options import OutputOptions
+    from hf_continual.merging.engine.result import MergeResult
 
 
 @dataclass(frozen=True)
@@ -56,30 +63,6 @@ class TrimElectMerge:
         return elect_and_merge(base, changes, self.scale)
 
 
-def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float) -> Tensor:
-    """Elect a sign per element, average the changes that are not 0 and have it, and add them, overwriting all.
-
-    Args:
-        base: Values of the base.
-        changes: What each model changed of them, trimmed.
-        scale: lambda.
-
-    Returns:
-        The result, in the memory of the base.
-    """
-    total = torch.zeros_like(base)
-    for change in changes:
-        total.add_(change)
-    elected = total.sign()
-    kept, count = total.zero_(), torch.zeros_like(base)
-    for change in changes:
-        agrees = change.sign() == elected
-        agrees &= change != 0
-        kept.add_(change.mul_(agrees))
-        count.add_(agrees)
-    return base.add_(kept.div_(count.clamp_(min=1.0)), alpha=scale)
-
-
 @dataclass
 class Ties(MergeMethod):
     """Merge models by TIES.
@@ -104,8 +87,7 @@ class Ties(MergeMethod):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density}: it is a share, above 0 and at most 1.")
+        check_density(self.density)
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
@@ -147,3 +129,32 @@ def _threshold(passes: Passes, pair: Sequence[Member], density: float) -> float:
     total = passes.elements(tensors)
     kth = max(1, round(density * total))
     return 0.0 if kth >= total else kth_largest(lambda: (found for _, found in passes.over(tensors)), kth)
+
+
+def ties(
+    models: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    density: float = 0.2,
+    scale: float = 1.0,
+    **output: Unpack[OutputOptions],
+) -> MergeResult:
+    """Merge models by TIES.
+
+    Args:
+        models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
+        output_dir: Where the result goes; complete or absent.
+        base: The full model they were tuned from.
+        density: Share of each task vector that is kept. Elements that equal the threshold are kept too.
+        scale: lambda, applied to the merged change.
+        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+
+    Returns:
+        Where the result is and what it is made of; the report holds the thresholds.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        MergeError: If the models do not.
+    """
+    return merge_by(Ties(density, scale), models, output_dir, base=base, **output)

@@ -1,0 +1,1 @@
+"""How a merge is laid out and written, a chunk at a time."""

@@ -1,0 +1,1 @@
+"""What is told about a merge: report, model card, publishing."""

@@ -1,0 +1,1 @@
+"""What a merge reads: checkpoints, adapters, quantised bases, and whether they fit together."""

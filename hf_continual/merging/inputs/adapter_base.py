@@ -1,0 +1,88 @@
+"""Which weights adapters are put onto that were trained on a base in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from hf_continual.merging.errors import MergeError, some
+from hf_continual.merging.inputs.checkpoint import Checkpoint
+from hf_continual.merging.inputs.dequantization import dequantized, linear_weights
+from hf_continual.merging.inputs.quantization import (
+    Quantization,
+    QuantizedBase,
+    completed,
+    known_quantization,
+    read_quantized_base,
+)
+
+
+def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: QuantizedBase) -> Checkpoint:
+    """The base that adapters are put on.
+
+    Args:
+        base: The base that was given.
+        adapters: The adapters on it.
+        given: Option `quantized_base`.
+
+    Returns:
+        The base with a note of what happens to whom; its values are those after quantisation where that is asked for.
+
+    Raises:
+        MergeError: If that cannot be done, or `given` is ``"error"`` and an adapter was trained on a quantised base.
+    """
+    choice = read_quantized_base(given)
+    told = [(a.name, known_quantization(a)) for a in adapters]
+    known = [(name, k) for name, k in told if k is not None]
+    said = "; ".join(f"{name} was trained on a base in {k.words}" for name, k in known)
+    if choice in ("original", "error"):
+        if known and choice == "error":
+            raise MergeError(
+                f"{said}, and quantized_base='error'. Give quantized_base='original' to put it onto the weights of "
+                f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
+            )
+        note = f"{said}; what was learnt is put onto the original weights of {base.name}."
+        return replace(base, notes=(*base.notes, note)) if known else base
+    if not adapters:
+        raise MergeError(
+            f"quantized_base={given!r} says what adapters saw of their base, and none of the models is an adapter. Leave it out."
+        )
+    if strange := [(name, k) for name, k in known if k.quantization is None]:
+        raise MergeError(
+            f"{strange[0][0]} was trained on a base in {strange[0][1].words}, which only its own library can make again. Save "
+            f"the dequantised base (model.dequantize(), save_pretrained) and give that as base=, or quantized_base='original'."
+        )
+    if choice == "dequantize" and (unknown := [name for name, k in told if k is None]):
+        raise MergeError(
+            f"quantized_base='dequantize', and no file tells how the base of {some(unknown)} was quantised, or whether it was"
+            + (f" ({said})" if known else "")
+            + ". Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or leave it out."
+        )
+    seen = [k.quantization for _, k in known if k.quantization is not None]
+    asked = completed(choice, seen[0] if seen else None) if isinstance(choice, Quantization) else seen[0]
+    shown = dequantized(base, asked)
+    for (name, _), other in zip(known, seen, strict=True):
+        if other != asked and not _same(base, shown, asked, other):
+            raise MergeError(
+                f"{name} was trained on a base in {other.words}, and "
+                + (
+                    f"{known[0][0]} in {asked.words}"
+                    if choice == "dequantize"
+                    else f"quantized_base= says {asked.words}"
+                )
+                + ": they saw different weights. Merge on the original base, or put each into its own base first."
+            )
+    whose = (
+        "as the adapters' training saw them"
+        if len(known) == len(adapters)
+        else "as quantized_base= says they were trained"
+    )
+    note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
+    return replace(shown, notes=(*shown.notes, note), seen_as=asdict(asked))
+
+
+def _same(base: Checkpoint, shown: Checkpoint, asked: Quantization, other: Quantization) -> bool:
+    """Whether two ways of quantising give the same weights: modules left out may be named in several ways."""
+    if replace(asked, skip=None) != replace(other, skip=None):
+        return False
+    return {n for n, t in shown.tensors.items() if t.lens is not None} == set(linear_weights(base, other))

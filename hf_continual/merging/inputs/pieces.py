@@ -1,0 +1,36 @@
+"""Stored tensors a piece of elements at a time, into one reused room: for passes that compute more than they read.
+
+Unlike the chunks of the engine nothing is read ahead, so that no thread's allocator keeps buffers behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredTensor, view
+
+PIECE = 65_536  # elements; what is made of them stays in a core's cache
+
+
+def pieces_of(sources: Sequence[StoredTensor], files: Files) -> Iterator[list[Tensor]]:
+    """Read tensors of one shape side by side.
+
+    Args:
+        sources: The tensors.
+        files: Open files.
+
+    Yields:
+        The same elements of each, flat, in their own types; valid until the next piece is asked for.
+    """
+    numel = sources[0].numel
+    room = [torch.empty(min(PIECE, numel) * s.itemsize, dtype=torch.uint8) for s in sources]
+    for first in range(0, numel, PIECE):
+        last, values = min(first + PIECE, numel), []
+        for source, buffer in zip(sources, room, strict=True):
+            raw = buffer[: (last - first) * source.itemsize]
+            files.read_into(source, first, last, view(raw))
+            values.append(raw.view(DTYPES[source.dtype]))
+        yield values

@@ -1,0 +1,1 @@
+"""RECALL: one weight per model and layer, found from representations."""
