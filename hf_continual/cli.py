@@ -30,7 +30,8 @@ app = typer.Typer(
 app.add_typer(card, name="card")
 app.command()(push)
 DEBUG = {"on": False}
-app.command()(merge)
+# Its options depend on the method, so it reads its arguments itself, --help among them.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 
 
 def _version(wanted: bool) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import yaml
@@ -15,7 +15,7 @@ from hf_continual.disk import size
 from hf_continual.merging.config_file import read_merge_file
 from hf_continual.merging.method_options import MethodOption, options_of
 from hf_continual.merging.methods.table import MERGES, merge_class
-from hf_continual.named import did_you_mean, imported
+from hf_continual.named import did_you_mean, imported, nearest
 
 METHODS = tuple(name.replace("_", "-") for name in MERGES)
 NUMBERS = {1: "one model", 2: "two models"}
@@ -89,7 +89,7 @@ def run_merge(
         )
     known = options_of(method)
     if strange := [k for k in given if k not in known]:
-        raise ValueError(f"merge {method} does not take {_spelled(strange[0])}; it takes {taken(known)}.")
+        refuse_option("--" + strange[0].replace("_", "-"), method, known)
     _check_given(method, known, models, base, given)
     if any(k.startswith("calibration") for k in known):
         _quiet_transformers()
@@ -110,13 +110,28 @@ def _quiet_transformers() -> None:
     hf_logging.disable_progress_bar()
 
 
-def taken(known: Mapping[str, MethodOption]) -> str:
-    """The options of a method as they are written."""
-    return ", ".join(option.spelling for option in known.values()) or "none of its own"
+def refuse_option(
+    option: str, method: str | None, known: Mapping[str, MethodOption], shared: Iterable[str] = ()
+) -> NoReturn:
+    """Say what a method takes.
 
+    Args:
+        option: The option that it does not take, as it was written.
+        method: The method, or None.
+        known: Its options.
+        shared: Spellings of options of every merge, which may be meant.
 
-def _spelled(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    Raises:
+        ValueError: Always.
+    """
+    own = [option.spelling for option in known.values()]
+    names = [name.removeprefix("--") for name in (*own, *shared) if name != "--help"]
+    meant = nearest(option.removeprefix("--"), names)
+    hint = "" if meant is None else f" Did you mean --{meant}?"
+    if method is None:
+        raise ValueError(f"{option} is no option of every merge.{hint} Name the METHOD that has it.")
+    takes = f"takes {', '.join(own) or 'none of its own'}."
+    raise ValueError(f"merge {method} does not take {option}" + (f".{hint} It {takes}" if hint else f"; it {takes}"))
 
 
 def _check_given(

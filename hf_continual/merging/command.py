@@ -1,27 +1,45 @@
-"""`hf-continual merge METHOD`: one command for all merges, a summary at the end."""
+"""`hf-continual merge METHOD`: one command for all merges, a summary at the end.
+
+The options of a method are the fields of its dataclass, so they are known when the method is: the command finds its name among
+the arguments first, and reads them with the options of every merge and those of this one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from hf_continual.merging.by_name import METHODS, read_set, run_file, run_merge
+from hf_continual.merging.by_name import METHODS, read_set, refuse_option, run_file, run_merge
+from hf_continual.merging.config_file import read_merge_file
+from hf_continual.merging.method_options import MethodOption, options_of
+from hf_continual.merging.methods.table import merge_class
 
 __all__ = ["METHODS", "merge", "run_merge"]
 
-_recall, _kif, _both, _output, _publish = (
-    partial(typer.Option, rich_help_panel=panel)
-    for panel in ("Options of recall", "Options of kif", "Options of recall and kif", "Output", "Publishing")
-)
+_output, _publish = (partial(typer.Option, rich_help_panel=panel) for panel in ("Output", "Publishing"))
 
 
-def merge(
+def merge(ctx: typer.Context) -> None:
+    """Merge checkpoints into one, a chunk at a time: models are never in memory."""
+    words = list(ctx.args)
+    method = method_among(words)
+    known = {} if method is None else options_of(method)
+    _check_options(words, method, known)
+    app = typer.Typer(add_completion=False)
+    about, more = _about(method)
+    app.command(help=about, epilog=more)(_with_options(method, known))
+    typer.main.get_command(app).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
+
+
+def _merge(
     method: Annotated[
         str | None, typer.Argument(help=f"One of {', '.join(METHODS)}; or your own, package.module:Class.")
     ] = None,
@@ -36,100 +54,27 @@ def merge(
         list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE, such as density=0.1.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The full model that adapters sit on, or that was tuned.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="linear: numbers such as 0.7,0.3. recall: a recall_report.json to repeat.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="interpolate: share of the way from base to tuned.")] = None,
-    scale: Annotated[str | None, typer.Option(help="lambda of task vectors, one number or one per model.")] = None,
-    density: Annotated[
-        float | None, typer.Option(help="ties, dare, breadcrumbs: share of each task vector that is kept.")
-    ] = None,
-    calibration: Annotated[Path | None, _recall(help="Texts of the newest task, .jsonl or .txt.")] = None,
-    self_calibration: Annotated[bool, _recall("--self-calibration", help="The newest model writes the texts.")] = False,
-    include_base: Annotated[
-        bool | None,
-        _recall("--include-base/--no-include-base", help="Whether the base is one of the models."),
-    ] = None,
-    num_typical: Annotated[int | None, _recall(help="Texts that all models see.")] = None,
-    bandwidth: Annotated[str | None, _recall(help="anchor_spread, dim, or sigma.")] = None,
-    temperature: Annotated[float | None, _both(help="Of the softmax; of kif's rule adaptive.")] = None,
-    anchor: Annotated[str | None, _recall(help="The newest model, by place or name.")] = None,
-    pool_size: Annotated[int | None, _recall(help="Texts that are clustered.")] = None,
-    max_length: Annotated[int | None, _both(help="Tokens per text of the calibration.")] = None,
-    reference: Annotated[str | None, _recall(help="Compare with the anchor, or all_pairs.")] = None,
-    nonblock: Annotated[
-        str | None,
-        _recall(help="Embeddings, norm, head: representation, uniform, anchor or base."),
-    ] = None,
-    calibration_dtype: Annotated[str | None, _both(help="Type models run in.")] = None,
-    uncertainty: Annotated[
-        bool | None,
-        _kif("--uncertainty/--no-uncertainty", help="Whether importance counts times its uncertainty."),
-    ] = None,
-    beta1: Annotated[float | None, _kif(help="Decay of the importance over batches.")] = None,
-    beta2: Annotated[float | None, _kif(help="Decay of its uncertainty.")] = None,
-    order: Annotated[str | None, _kif(help="Taylor terms: first, second or mixed.")] = None,
-    batch_size: Annotated[int | None, _kif(help="Rows per batch of calibration.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of recall's clustering; of what dare drops.")] = None,
-    device: Annotated[str | None, _both(help="Where models run for calibration.")] = None,
-    importance: Annotated[
-        str | None,
-        _kif(help="Checkpoint of a run with KIF, or files of scores as NEW,OLD."),
-    ] = None,
-    calibration_new: Annotated[str | None, _kif(help="Rows of the new task, file or Hub id.")] = None,
-    calibration_old: Annotated[str | None, _kif(help="Rows of old tasks, file or Hub id.")] = None,
-    rule: Annotated[str | None, _kif(help="code, paper, no_shared, adaptive or weighted.")] = None,
-    top_share: Annotated[float | None, _kif(help="Share of elements that matter to a side.")] = None,
-    scope: Annotated[str | None, _kif(help="One threshold, global, or one per tensor.")] = None,
-    old_from: Annotated[str | None, _kif(help="What OLD was trained from, base or new.")] = None,
-    base_model: Annotated[str | None, _kif(help="Full model that adapters sit on, for calibration.")] = None,
-    low_memory: Annotated[bool, _recall("--low-memory", help="Read blocks from the disk as needed.")] = False,
-    output: Annotated[
-        str | None,
-        _output(help="model or adapter; by default an adapter if that is exact."),
-    ] = None,
+    output: Annotated[str | None, _output(help="model or adapter; by default an adapter if that is exact.")] = None,
     adapter_rank: Annotated[int | None, _output(help="Rank of an adapter output; by default the exact sum.")] = None,
-    dtype: Annotated[
-        str | None,
-        _output(help="float32, bfloat16 or float16; by default the first model's."),
-    ] = None,
+    dtype: Annotated[str | None, _output(help="float32, bfloat16 or float16; by default the first model's.")] = None,
     max_shard_size: Annotated[str | None, _output(help="Size of a file, such as 5GB.")] = None,
     vocab: Annotated[
-        str | None,
-        _output(help="strict, or extend for vocabularies that continue a shorter one."),
+        str | None, _output(help="strict, or extend for vocabularies that continue a shorter one.")
     ] = None,
-    overwrite: Annotated[
-        bool,
-        _output("--overwrite", help="Replace the output once the new one is complete."),
-    ] = False,
+    overwrite: Annotated[bool, _output("--overwrite", help="Replace the output once the new one is complete.")] = False,
     fresh: Annotated[bool, _output("--fresh", help="Do not go on from an interrupted merge.")] = False,
-    dry_run: Annotated[
-        bool,
-        _output("--dry-run", help="Make every check, print the plan, write nothing."),
-    ] = False,
+    dry_run: Annotated[bool, _output("--dry-run", help="Make every check, print the plan, write nothing.")] = False,
     quantized_base: Annotated[
         str | None,
         _output(help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how."),
     ] = None,
     push_to_hub: Annotated[str | None, _publish(help="Hub id to publish the result at.")] = None,
-    private: Annotated[
-        bool | None,
-        _publish("--private/--public", help="Whether a new repository is private."),
-    ] = None,
+    private: Annotated[bool | None, _publish("--private/--public", help="Whether a new repository is private.")] = None,
     license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
     quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
+    **chosen: Any,
 ) -> None:
-    """Merge checkpoints into one, a chunk at a time: models are never in memory."""
-    given = {
-        "weights": weights, "alpha": alpha, "scale": scale, "density": density, "bandwidth": bandwidth,
-        "calibration": calibration, "calibration_mode": "self" if self_calibration else None, "include_base": include_base,
-        "num_typical": num_typical, "temperature": temperature, "anchor": anchor, "seed": seed, "device": device,
-        "low_memory": low_memory or None, "importance": importance, "calibration_new": calibration_new,
-        "calibration_old": calibration_old, "rule": rule, "top_share": top_share, "scope": scope, "old_from": old_from,
-        "base_model": base_model, "pool_size": pool_size, "max_length": max_length, "reference": reference, "nonblock": nonblock,
-        "calibration_dtype": calibration_dtype, "uncertainty": uncertainty, "beta1": beta1, "beta2": beta2, "order": order,
-        "batch_size": batch_size,
-    }  # fmt: skip
+    """What is done with the arguments of every merge, and the options of the method that were given."""
     written = {
         "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
         "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
@@ -139,13 +84,112 @@ def merge(
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
         logging.getLogger(other).setLevel(logging.ERROR)
-    chosen = {k: v for k, v in given.items() if v is not None}
+    given = {**chosen, **read_set(set_)}
     if config is not None:
-        run_file(config, method, models, out, base, {**chosen, **read_set(set_)}, written)
+        run_file(config, method, models, out, base, given, written)
         return
     if method is None or not models or out is None:
         raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
-    run_merge(method, models, out, base, {**chosen, **read_set(set_)}, written)
+    run_merge(method, models, out, base, given, written)
+
+
+def _spellings() -> dict[str, bool]:
+    """Options of every merge by all words that give them, and whether a value follows."""
+    found = {"--help": False}
+    for name, hint in get_type_hints(_merge, include_extras=True).items():
+        if name in ("method", "models", "chosen", "return"):
+            continue
+        kind, option = get_args(hint)
+        takes = bool not in (kind, *get_args(kind))
+        for word in "/".join(option.param_decls or ("--" + name.replace("_", "-"),)).split("/"):
+            found[word] = takes
+    return found
+
+
+_SHARED = _spellings()
+
+
+def method_among(words: Sequence[str]) -> str | None:
+    """The method that a command names, itself or by its file.
+
+    Args:
+        words: The command's arguments.
+
+    Returns:
+        Its name; the first word that is no option where none is a method, or None.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        MergeError: If it cannot be read.
+    """
+    names, file, rest, before = [], None, iter(words), ""
+    for word in rest:
+        option, sign, value = word.partition("=")
+        if option == "--config":
+            file = value if sign else next(rest, None)
+        elif _SHARED.get(option) and not sign:
+            next(rest, None)
+        elif not word.startswith("-"):
+            names.append((word, before not in _SHARED and before.startswith("--") and "=" not in before))
+        before = word
+    if file is not None:
+        return read_merge_file(Path(file)).method
+    known = next((name for name, _ in names if name.replace("_", "-") in METHODS or _is_class(name)), None)
+    # What stands behind an option that only its method knows may be the option's value.
+    return known or next((name for name, is_value in names if not is_value), None)
+
+
+def _is_class(word: str) -> bool:
+    module, sign, name = word.partition(":")
+    return bool(sign) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _check_options(words: Sequence[str], method: str | None, known: Mapping[str, MethodOption]) -> None:
+    """Refuse an option that neither all merges nor this one have."""
+    spelled = {*_SHARED, *(word for option in known.values() for word in (*option.spellings, *option.flags))}
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and len(option) > 2 and option not in spelled:
+            refuse_option(option, method, known, _SHARED)
+
+
+def _about(method: str | None) -> tuple[str | None, str | None]:
+    """What stands above and below the options."""
+    if method is None:
+        return merge.__doc__, "hf-continual merge METHOD --help shows the options of a method."
+    cls = merge_class(method)
+    return f"{inspect.cleandoc(cls.__doc__ or '').partition(chr(10))[0]}", f"{cls.paper.title}: {cls.paper.url}"
+
+
+def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
+    """The command with the options of a method."""
+    common = [p for p in inspect.signature(_merge, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    panel = f"Options of {method}"
+    own, flags = [], {}
+    for option in known.values():
+        if option.name in {p.name for p in common}:
+            continue  # it can only be given by --set
+        told = typer.Option("/".join(option.spellings), help=option.help, rich_help_panel=panel, metavar=option.metavar)
+        own.append((option.name, option.type, told))
+        for word, value in option.flags.items():
+            flags[name := word.strip("-").replace("-", "_")] = (option.name, value)
+            own.append((name, bool, typer.Option(word, help=f"{option.spelling} {value}.", rich_help_panel=panel)))
+
+    def command(**arguments: Any) -> None:
+        for name, (option, value) in flags.items():
+            if arguments.pop(name):
+                arguments[option] = value
+        shared = {p.name: arguments.pop(p.name) for p in common}
+        _merge(**shared, **{k: v for k, v in arguments.items() if v is not None})
+
+    only = inspect.Parameter.KEYWORD_ONLY
+    shown = [inspect.Parameter(n, only, default=None, annotation=Annotated[kind | None, told]) for n, kind, told in own]
+    common = [p.replace(kind=only) for p in common]
+    first = [p.name for p in common].index("output")
+    parameters = [*common[:first], *shown, *common[first:]]
+    command.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore[missing-attribute]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def _choice(quantized_base: str | None) -> Any:

@@ -40,6 +40,19 @@ class MethodOption:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def spellings(self) -> tuple[str, ...]:
+        """All words that give it: of a truth, also that it is none."""
+        no = "--no-" + self.name.replace("_", "-")
+        return (self.spelling, no) if self.type is bool else (self.spelling,)
+
+    @property
+    def metavar(self) -> str | None:
+        """The words that it may be, where they are few."""
+        words = sorted(kind for kind in self.kinds if isinstance(kind, str))
+        words += ["<float>"] if float in self.kinds else []
+        return f"[{'|'.join(words)}]" if self.type is str and set(words) != {"<float>"} and words else None
+
+    @property
     def type(self) -> type:
         """What the command line reads: a truth, a number, or a word for `read`."""
         if bool in self.kinds:
@@ -75,7 +88,8 @@ class MethodOption:
             return found
         if any(kind is str or isinstance(kind, str) for kind in self.kinds):
             return value
-        raise ValueError(f"{self.spelling}={value!r}: give numbers separated by commas, such as 0.7,0.3.")
+        wanted = "numbers separated by commas, such as 0.7,0.3" if Sequence in self.kinds else "a number"
+        raise ValueError(f"{self.spelling}={value!r}: give {wanted}.")
 
     def _numbers(self, word: str) -> Any:
         """The number or the list of numbers that a word says, or None."""

@@ -11,8 +11,9 @@ import torch
 from hf_continual import merge
 from hf_continual.merging.engine import chunks
 from hf_continual.merging.engine.chunks import Chunk
+from hf_continual.merging.engine.dropping import bits_at
 from hf_continual.merging.methods.consensus import AddConsensus
-from hf_continual.merging.methods.dare import DropElectMerge, bits_at
+from hf_continual.merging.methods.dare import DropElectMerge
 from hf_continual.merging.methods.della import PruneElectFuse, chances, pruned, ranks
 from hf_continual.merging.methods.fapm import AddBest, scores
 from tests.merging.world import adapter, build, digest, family, save

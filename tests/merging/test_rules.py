@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from hf_continual import Paper, dare, dare_ties, kif_fuse, merge, merge_with_recall, scan_alpha, slerp, ties
 from hf_continual.merging.engine import chunks
 from hf_continual.merging.engine.chunks import Chunk
+from hf_continual.merging.engine.dropping import kept_at
+from hf_continual.merging.engine.task_vectors import cosine
 from hf_continual.merging.methods.base import MergeMethod, Models
 from hf_continual.merging.methods.breadcrumbs import AddBand
-from hf_continual.merging.methods.dare import DropAndAdd, DropElectMerge, kept_at
+from hf_continual.merging.methods.dare import DropAndAdd, DropElectMerge
 from hf_continual.merging.methods.model_stock import share
-from hf_continual.merging.methods.slerp import arc, cosine
+from hf_continual.merging.methods.slerp import arc
 from hf_continual.merging.methods.table import MERGES, merge_class
 from tests.merging.world import adapter, build, digest, family, save
 

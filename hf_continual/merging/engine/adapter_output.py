@@ -14,7 +14,7 @@ from hf_continual.merging.engine.combine import combined
 from hf_continual.merging.engine.lora import concatenated, truncated
 from hf_continual.merging.engine.rules import Rule, weights_of
 from hf_continual.merging.errors import MergeError
-from hf_continual.merging.inputs.adapter import Factors
+from hf_continual.merging.inputs.adapter import Adapter, Factors
 from hf_continual.merging.inputs.checkpoint import Checkpoint
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredTensor
@@ -118,23 +118,9 @@ def adapter_tensors(
     Returns:
         The tensors, and the rank of each module.
     """
-    outputs, ranks = [], {}
-    adapters = [(i, m.adapter) for i, m in enumerate(members) if m.adapter is not None]
-    for target in sorted({t for _, adapter in adapters for t in adapter.factors}):
-        rule = rule_for(target)
-        weights = weights_of(rule)
-        assert weights is not None
-        parts = [(weights[i], adapter.factors[target]) for i, adapter in adapters if target in adapter.factors]
-        module = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", parts[0][1].a.name)
-        ranks[module.removeprefix(_PREFIX)] = 0
-        product = Product(parts, rank, lambda e, module=module: errors.__setitem__(module.removeprefix(_PREFIX), e))
-        first = parts[0][1]
-        kind = dtype or _widest([f.a.dtype for _, f in parts] + [f.b.dtype for _, f in parts])
-        told: dict[str, Any] = {"scratch": product.scratch, "also": product.stored}
-        outputs.append(OutputTensor(first.a.name, kind, (product.rank, first.a.shape[1]), produce=product.a, **told))
-        outputs.append(OutputTensor(first.b.name, kind, (first.b.shape[0], product.rank), produce=product.b, **told))
-        ranks[module.removeprefix(_PREFIX)] = product.rank
-    for target in sorted({t for _, adapter in adapters for t in adapter.saved}):
+    adapted = [(i, m.adapter) for i, m in enumerate(members) if m.adapter is not None]
+    outputs, ranks = _products(adapted, rule_for, rank, dtype, errors)
+    for target in sorted({t for _, adapter in adapted for t in adapter.saved}):
         views = [m.view(target) for m in members]
         known = [v for v in views if v is not None]
         if len(known) != len(views) or len({v.source.shape for v in known}) > 1:
@@ -143,13 +129,37 @@ def adapter_tensors(
                 f"{[list(v.source.shape) for v in known]}. Give output='model' and vocab='extend'."
             )
         kind = dtype or _widest([v.source.dtype for v in known])
-        stored_as = next(adapter.saved[target].name for _, adapter in adapters if target in adapter.saved)
+        stored_as = next(adapter.saved[target].name for _, adapter in adapted if target in adapter.saved)
         module, _, last = stored_as.replace(".base_layer.", ".").rpartition(".")
         # PEFT finds what is a module's own, where it is adapted, in the layer below the adapter; elsewhere it drops it.
         below = ".base_layer" if module.removeprefix(_PREFIX) in ranks else ""
         name = f"{module}{below}.{last}"
         stored = [type(v)(v.source) for v in known]
         outputs.append(OutputTensor(name, kind, known[0].source.shape, (combined(stored, kind, rule_for(target)),)))
+    return outputs, ranks
+
+
+def _products(
+    adapted: Sequence[tuple[int, Adapter]],
+    rule_for: Callable[[str], Rule],
+    rank: int | None,
+    dtype: str | None,
+    errors: dict[str, float],
+) -> tuple[list[OutputTensor], dict[str, int]]:
+    """The factors of each module, and their ranks."""
+    outputs, ranks = [], {}
+    for target in sorted({t for _, adapter in adapted for t in adapter.factors}):
+        weights = weights_of(rule_for(target))
+        assert weights is not None
+        parts = [(weights[i], adapter.factors[target]) for i, adapter in adapted if target in adapter.factors]
+        first = parts[0][1]
+        module = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", first.a.name).removeprefix(_PREFIX)
+        product = Product(parts, rank, lambda e, module=module: errors.__setitem__(module, e))
+        kind = dtype or _widest([f.a.dtype for _, f in parts] + [f.b.dtype for _, f in parts])
+        told: dict[str, Any] = {"scratch": product.scratch, "also": product.stored}
+        outputs.append(OutputTensor(first.a.name, kind, (product.rank, first.a.shape[1]), produce=product.a, **told))
+        outputs.append(OutputTensor(first.b.name, kind, (first.b.shape[0], product.rank), produce=product.b, **told))
+        ranks[module] = product.rank
     return outputs, ranks
 
 

@@ -9,6 +9,7 @@ from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.inputs.checkpoint import Checkpoint
 from hf_continual.merging.inputs.dequantization import dequantized, linear_weights
 from hf_continual.merging.inputs.quantization import (
+    Known,
     Quantization,
     QuantizedBase,
     completed,
@@ -47,38 +48,39 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
         raise MergeError(
             f"quantized_base={given!r} says what adapters saw of their base, and none of the models is an adapter. Leave it out."
         )
-    if strange := [(name, k) for name, k in known if k.quantization is None]:
-        raise MergeError(
-            f"{strange[0][0]} was trained on a base in {strange[0][1].words}, which only its own library can make again. Save "
-            f"the dequantised base (model.dequantize(), save_pretrained) and give that as base=, or quantized_base='original'."
-        )
+    _check_known(told, choice, said)
+    seen = [(name, k.quantization) for name, k in known if k.quantization is not None]
+    asked = completed(choice, seen[0][1] if seen else None) if isinstance(choice, Quantization) else seen[0][1]
+    shown = dequantized(base, asked)
+    for name, other in seen:
+        if other != asked and not _same(base, shown, asked, other):
+            words = (
+                f"{seen[0][0]} in {asked.words}" if choice == "dequantize" else f"quantized_base= says {asked.words}"
+            )
+            raise MergeError(
+                f"{name} was trained on a base in {other.words}, and {words}: they saw different weights. Merge on the original "
+                f"base, or put each into its own base first."
+            )
+    whole = len(known) == len(adapters)
+    whose = "as the adapters' training saw them" if whole else "as quantized_base= says they were trained"
+    note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
+    return replace(shown, notes=(*shown.notes, note), seen_as=asdict(asked))
+
+
+def _check_known(told: Sequence[tuple[str, Known | None]], choice: Quantization | str, said: str) -> None:
+    """Refuse what cannot be made again, or what no file tells."""
+    for name, k in told:
+        if k is not None and k.quantization is None:
+            raise MergeError(
+                f"{name} was trained on a base in {k.words}, which only its own library can make again. Save "
+                f"the dequantised base (model.dequantize(), save_pretrained) and give that as base=, or quantized_base='original'."
+            )
     if choice == "dequantize" and (unknown := [name for name, k in told if k is None]):
         raise MergeError(
             f"quantized_base='dequantize', and no file tells how the base of {some(unknown)} was quantised, or whether it was"
-            + (f" ({said})" if known else "")
+            + (f" ({said})" if any(k is not None for _, k in told) else "")
             + ". Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or leave it out."
         )
-    seen = [k.quantization for _, k in known if k.quantization is not None]
-    asked = completed(choice, seen[0] if seen else None) if isinstance(choice, Quantization) else seen[0]
-    shown = dequantized(base, asked)
-    for (name, _), other in zip(known, seen, strict=True):
-        if other != asked and not _same(base, shown, asked, other):
-            raise MergeError(
-                f"{name} was trained on a base in {other.words}, and "
-                + (
-                    f"{known[0][0]} in {asked.words}"
-                    if choice == "dequantize"
-                    else f"quantized_base= says {asked.words}"
-                )
-                + ": they saw different weights. Merge on the original base, or put each into its own base first."
-            )
-    whose = (
-        "as the adapters' training saw them"
-        if len(known) == len(adapters)
-        else "as quantized_base= says they were trained"
-    )
-    note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
-    return replace(shown, notes=(*shown.notes, note), seen_as=asdict(asked))
 
 
 def _same(base: Checkpoint, shown: Checkpoint, asked: Quantization, other: Quantization) -> bool:

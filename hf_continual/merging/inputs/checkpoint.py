@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,11 +13,16 @@ from typing import Any
 
 from hf_continual.durable import read_object
 from hf_continual.merging.errors import MergeError, as_merge_error
-from hf_continual.merging.inputs.hub import fetch
 from hf_continual.merging.inputs.safetensors_file import Files, StoredFile, StoredTensor, read_header
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, unused_index, weight_files, weight_map
 
 CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_WANTED = [
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.py", "README.md",
+]  # fmt: skip
+# Other formats of the same weights, kept beside them; of folders only that of further chat templates.
+_UNWANTED = [*(f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja"), "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,34 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+
+def fetch(model: str | os.PathLike[str]) -> tuple[Path, str | None, str | None]:
+    """The folder of a model.
+
+    Args:
+        model: A folder, or a Hub id such as ``"me/model"`` or ``"me/model@revision"``.
+
+    Returns:
+        The folder, the Hub id and the commit (both None for a folder).
+
+    Raises:
+        FileNotFoundError: If it is no folder and cannot be a Hub id.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, None, None
+    hub_id, _, revision = str(model).partition("@")
+    if not _ID.match(hub_id) or hub_id.startswith("."):
+        raise FileNotFoundError(
+            f"{str(model)!r} is no folder, and no Hub id such as 'me/model' or 'me/model@revision'."
+        )
+    from huggingface_hub import snapshot_download  # imported when asked for: a merge of folders needs no network code
+
+    found = Path(
+        snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    )
+    return found, hub_id, found.name
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:

@@ -145,19 +145,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         raw = file.read(length)
     stored = StoredFile(path, found.st_size, found.st_mtime_ns, hashlib.sha256(raw).hexdigest())
-    tensors = {}
-    at = 0
+    tensors = _tensors(stored, raw)
+    _check_readable(path)
+    return tensors
+
+
+def _tensors(stored: StoredFile, raw: bytes) -> dict[str, StoredTensor]:
+    """The tensors of a header, which must fill the file without gaps."""
+    path, values, tensors, at = stored.path, 8 + len(raw), {}, 0
     for name, dtype, shape, begin, end in _entries(path, raw):
         if dtype not in DTYPES:
             raise MergeError(
                 f"{path} stores {name!r} as {dtype}; {', '.join(DTYPES)} can be read. Convert the model to "
                 f"bfloat16 or float16 first (load it and save it with dtype=)."
             )
-        tensor = StoredTensor(name, stored, dtype, shape, 8 + length + begin)
-        if tensor.nbytes != end - begin or 8 + length + end > found.st_size:
+        tensor = StoredTensor(name, stored, dtype, shape, values + begin)
+        if tensor.nbytes != end - begin or values + end > stored.size:
             raise MergeError(
                 f"{path} is cut off or damaged: {name!r} should take {tensor.nbytes} bytes up to byte "
-                f"{8 + length + end}; its header gives it {end - begin} and the file ends at {found.st_size}."
+                f"{values + end}; its header gives it {end - begin} and the file ends at {stored.size}."
             )
         if begin != at:
             raise MergeError(
@@ -167,12 +173,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         at = end
         tensors[name] = tensor
-    if 8 + length + at != found.st_size:
+    if values + at != stored.size:
         raise MergeError(
-            f"{path} is damaged: its last tensor ends at byte {8 + length + at} and the file at {found.st_size}: the bytes "
+            f"{path} is damaged: its last tensor ends at byte {values + at} and the file at {stored.size}: the bytes "
             f"behind it belong to no tensor. Download or save it again."
         )
-    _check_readable(path)
     return tensors
 
 

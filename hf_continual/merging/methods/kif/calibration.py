@@ -186,22 +186,28 @@ def _batches(tokens: Sequence[Encoded], size: int, device: torch.device) -> Iter
         yield {name: torch.tensor(rows, device=device) for name, rows in padded.items()}
 
 
+def _trained(model: Any, member: Member, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    """The parameters that get scores, by stored names; the others get no gradients."""
+    params = {}
+    for parameter, p in model.named_parameters():
+        name = stored_name(parameter)
+        p.requires_grad_(name in names)
+        if name in names:
+            params[name] = p
+    if missing := set(names) - params.keys():
+        raise MergeError(
+            f"{member.name}, once loaded, has no parameters {', '.join(sorted(missing)[:5])} ({len(missing)} of "
+            f"{len(names)}): its architecture renames weights on loading, so their gradients cannot be matched. Give "
+            f"importance= by stored names."
+        )
+    return params
+
+
 def _measured(
     member: Member, names: Sequence[str], tokens: Sequence[Encoded], measure: Measure, setting: Setting
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with loaded(member, setting) as model:
-        params = {}
-        for parameter, p in model.named_parameters():
-            name = stored_name(parameter)
-            p.requires_grad_(name in names)
-            if name in names:
-                params[name] = p
-        if missing := set(names) - params.keys():
-            raise MergeError(
-                f"{member.name}, once loaded, has no parameters {', '.join(sorted(missing)[:5])} ({len(missing)} of "
-                f"{len(names)}): its architecture renames weights on loading, so their gradients cannot be matched. Give "
-                f"importance= by stored names."
-            )
+        params = _trained(model, member, names)
         device = next(iter(params.values())).device
         averages = {n: [torch.zeros(p.shape, device=device) for _ in range(2)] for n, p in params.items()}
         batches = left_out = 0

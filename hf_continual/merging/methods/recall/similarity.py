@@ -65,15 +65,7 @@ def layer_weights(
         raise ValueError(f"anchor={anchor} is out of range for {number} models.")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; smaller values sharpen the weights.")
-    of_anchor_GKD = reps[anchor]
-    if bandwidth == "anchor_spread":
-        sigma2_G = np.array([_spread(of_anchor_GKD[g]) for g in range(groups)]) ** 2
-    elif bandwidth == "dim":
-        sigma2_G = np.full(groups, channels / 2.0)
-    elif isinstance(bandwidth, int | float) and bandwidth > 0:
-        sigma2_G = np.full(groups, float(bandwidth) ** 2)
-    else:
-        raise ValueError(f"bandwidth={bandwidth!r}: it can be 'anchor_spread', 'dim' or a positive number.")
+    sigma2_G = _sigma2(reps[anchor], bandwidth)
     # One sample, or samples that are all the same, have no spread.
     sigma2_G = np.where(sigma2_G > 0, sigma2_G, channels / 2.0)
     if aggregate == "kernel_of_mean":
@@ -92,6 +84,17 @@ def layer_weights(
         "similarity": similarity_NG,
         "weights": exponential / exponential.sum(axis=0, keepdims=True),
     }
+
+
+def _sigma2(anchor_GKD: np.ndarray, bandwidth: Bandwidth) -> np.ndarray:
+    groups, _, channels = anchor_GKD.shape
+    if bandwidth == "anchor_spread":
+        return np.array([_spread(anchor_GKD[g]) for g in range(groups)]) ** 2
+    if bandwidth == "dim":
+        return np.full(groups, channels / 2.0)
+    if isinstance(bandwidth, int | float) and bandwidth > 0:
+        return np.full(groups, float(bandwidth) ** 2)
+    raise ValueError(f"bandwidth={bandwidth!r}: it can be 'anchor_spread', 'dim' or a positive number.")
 
 
 def _spread(samples_KD: np.ndarray) -> float:

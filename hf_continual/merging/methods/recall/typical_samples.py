@@ -1,8 +1,17 @@
-"""Typical samples: one text per cluster of the new task, the one nearest to the centre."""
+"""Which texts all models see: one per cluster of the new task, the one nearest to the centre, or written by the newest model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+from hf_continual.merging.inputs.members import Member
+
+if TYPE_CHECKING:
+    from hf_continual.merging.inputs.run_model import Setting
 
 
 def first_centres(points_ND: np.ndarray, number: int, seed: int) -> np.ndarray:
@@ -53,3 +62,34 @@ def typical_samples(points_ND: np.ndarray, number: int, seed: int = 0) -> np.nda
         if len(members):
             rows.add(int(members[np.square(points_ND[members] - centre).sum(axis=1).argmin()]))
     return np.array(sorted(rows))
+
+
+def typical_texts(
+    anchor: Member, tokenizer: Any, calibration: Any, choices: Mapping[str, Any], setting: Setting, cache: Path
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the typical texts, and their places in the calibration.
+
+    Args:
+        anchor: The newest model.
+        tokenizer: Its tokenizer.
+        calibration: Texts or rows; not looked at where the model writes them.
+        choices: The options of `merge_with_recall`.
+        setting: How models are run.
+        cache: Where representations are kept.
+
+    Returns:
+        Ids and places.
+    """
+    from hf_continual.data.own_words import own_words
+    from hf_continual.merging.inputs.run_model import cached_representations, loaded, token_ids
+
+    number, seed = choices["num_typical"], choices["seed"]
+    if choices["calibration_mode"] == "self":
+        with loaded(anchor, setting) as model:
+            calibration = own_words(model, tokenizer, number, min(128, choices["max_length"]), seed, batch_size=number)
+    texts, places = token_ids(calibration, tokenizer, choices["pool_size"], choices["max_length"])
+    if choices["calibration_mode"] == "self" or len(texts) <= number:
+        return texts, places
+    last_ND = cached_representations(anchor, texts, setting, cache)[-1]
+    rows = typical_samples(last_ND.astype(float), number, seed)
+    return [texts[i] for i in rows], [places[i] for i in rows]

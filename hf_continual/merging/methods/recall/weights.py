@@ -15,6 +15,7 @@ import numpy as np
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.structure import EMBED, FINAL
 from hf_continual.merging.methods.recall.similarity import layer_weights
+from hf_continual.merging.methods.recall.typical_samples import typical_texts
 
 
 def check_choices(calibration: Any, choices: Mapping[str, Any], with_base: bool, dry_run: bool) -> None:
@@ -71,7 +72,6 @@ def calibrated(
     """
     # transformers, peft and scikit-learn come with these; a merge with given weights never gets here.
     from hf_continual.merging.inputs.run_model import Setting, cached_representations, load_tokenizer
-    from hf_continual.merging.methods.recall.typical_texts import typical_texts
 
     started = time.perf_counter()
     setting = Setting(*run)
