@@ -97,25 +97,7 @@ def merge_by(
     base: str | os.PathLike[str] | None = None,
     **output: Any,
 ) -> MergeResult:
-    """Merge by a method; see `hf_continual.merge`, which takes names too.
-
-    Args:
-        method: The method; it stays as it is, so one object serves several merges.
-        models: The models.
-        output_dir: Where the result goes.
-        base: The base, or None.
-        **output: How it is written, see `OutputOptions`.
-
-    Returns:
-        The result.
-
-    Raises:
-        TypeError: If there is no such option.
-        ValueError: If an argument does not fit.
-        MergeError: If the models do not, or a file changes meanwhile.
-        FileExistsError: If the output folder is in use.
-        OSError: If the disk is full.
-    """
+    """Merge by a method; see `hf_continual.merge`, which takes names too and says what the arguments are."""
     merge = planned(method, models, output_dir, base=base, **output)
     if merge.options.dry_run:
         merge.check()

@@ -117,9 +117,9 @@ class MergePlan(_Strict):
     """How a task's model is merged with what was there before.
 
     Args:
-        function: ``package.module:function`` or a function, called as ``function(models, output_dir, **options)``
-            with a list of folders, oldest first. It is also given `base`, `task` and `calibration` (the task's
-            training rows) if it has parameters of these names.
+        function: A method of `hf_continual.merge` by its name, or ``package.module:function`` or a function, called as
+            ``function(models, output_dir, **options)`` with a list of folders, oldest first. It is also given `base`, `task`
+            and `calibration` (the task's training rows; of ``kif`` `calibration_new`) if it has parameters of these names.
         start: Each task goes on from the ``merged`` model before it, and both are merged; or from the ``base``,
             and the models of all tasks so far are.
         options: Passed to the function.
