@@ -158,7 +158,7 @@ def _about(method: str | None) -> tuple[str | None, str | None]:
     if method is None:
         return merge.__doc__, "hf-continual merge METHOD --help shows the options of a method."
     cls = merge_class(method)
-    return f"{inspect.cleandoc(cls.__doc__ or '').partition(chr(10))[0]}", f"{cls.paper.title}: {cls.paper.url}"
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}"
 
 
 def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
@@ -169,7 +169,11 @@ def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Call
     for option in known.values():
         if option.name in {p.name for p in common}:
             continue  # it can only be given by --set
-        told = typer.Option("/".join(option.spellings), help=option.help, rich_help_panel=panel, metavar=option.metavar)
+        text = option.help + (" Here a file, .jsonl or .txt." if option.rows else "")
+        told = typer.Option(
+            "/".join(option.spellings), help=text, rich_help_panel=panel, metavar=option.metavar,
+            show_default=option.default or False,
+        )  # fmt: skip
         own.append((option.name, option.type, told))
         for word, value in option.flags.items():
             flags[name := word.strip("-").replace("-", "_")] = (option.name, value)

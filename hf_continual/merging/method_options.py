@@ -23,6 +23,7 @@ class MethodOption:
         kinds: What its type allows: classes, and the values of a `Literal`.
         help: What the method's docstring says about it.
         required: Whether it has no default.
+        default: The default as it is shown, or None.
         rows: Whether it takes rows, which a file holds on the command line.
         flags: Words of the command line that stand for one of its values, such as ``--self-calibration`` for ``"self"``.
     """
@@ -31,6 +32,7 @@ class MethodOption:
     kinds: frozenset[Any]
     help: str
     required: bool
+    default: str | None
     rows: bool
     flags: Mapping[str, Any]
 
@@ -123,6 +125,7 @@ def options_of(name: str) -> dict[str, MethodOption]:
             frozenset(_kinds(hints[f.name])),
             said.get(f.name, ""),
             f.default is MISSING and f.default_factory is MISSING,
+            None if f.default in (MISSING, None) else str(f.default),
             bool(f.metadata.get("rows")),
             f.metadata.get("flags", {}),
         )
@@ -142,7 +145,7 @@ def _kinds(hint: Any) -> list[Any]:
 
 
 def _said(cls: type[MergeMethod]) -> dict[str, str]:
-    """The first sentence about each argument in the docstrings of a class and its bases."""
+    """What the docstrings of a class and its bases say about each argument."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")

@@ -66,7 +66,9 @@ class Planned:
         if not self.options.resume or not (self.target / self.job.report).is_file():
             return None
         found = read_json(self.target / self.job.report)
-        whole = found.get("asked") == self.plan.asked and all(
+        # Reports of earlier versions have no "asked"; the same plan is the same merge too.
+        same = found.get("asked") == self.plan.asked or found.get("plan") == self.plan.identity
+        whole = same and all(
             (self.target / name).is_file() and (self.target / name).stat().st_size == facts["size"]
             for name, facts in found.get("files", {}).items()
         )

@@ -88,6 +88,7 @@ def test_help_shows_the_options_of_the_method(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = run("ties", "--help").output
     assert "--density" in shown and "Share of each task vector that is kept." in shown and "2306.01708" in shown
+    assert "default: (0.2)" in shown and "default: (1.0)" in shown
     assert "--num-typical" not in shown and "--push-to-hub" in shown
     own = run("--shift", "1", "tests.merging.test_rules:Median", "--help").output
     assert "--shift" in own and "A rule of one's own." in own
