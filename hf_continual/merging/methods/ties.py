@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from hf_continual.merging.average import scales_for
 from hf_continual.merging.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
+from hf_continual.merging.methods.room import Room
 from hf_continual.merging.passes import Passes
-from hf_continual.merging.threshold import kth_largest
+from hf_continual.merging.threshold import drop_below, kth_largest
 from hf_continual.paper import Paper
 
 
@@ -37,6 +37,7 @@ class TrimElectMerge:
 
     thresholds: tuple[float, ...]
     scale: float = 1.0
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Trim, elect and merge, overwriting the values.
@@ -52,32 +53,37 @@ class TrimElectMerge:
         changes = []
         for other, threshold in zip(others, self.thresholds, strict=True):
             change = other.sub_(base)
-            changes.append(change.masked_fill_(change.abs() < threshold, 0.0))
-        return elect_and_merge(base, changes, self.scale)
+            drop_below(change, threshold, out=change)
+            changes.append(change)
+        return elect_and_merge(base, changes, self.scale, self._room)
 
 
-def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float) -> Tensor:
+def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float, room: Room | None = None) -> Tensor:
     """Elect a sign per element, average the changes that are not 0 and have it, and add them, overwriting all.
 
     Args:
         base: Values of the base.
         changes: What each model changed of them, trimmed.
         scale: lambda.
+        room: Memory for the numbers in between.
 
     Returns:
         The result, in the memory of the base.
     """
-    total = torch.zeros_like(base)
+    room = room or Room()
+    elected, kept, count = (room.like(base, key) for key in ("elected", "kept", "count"))
+    elected.copy_(changes[0])
+    for change in changes[1:]:
+        elected.add_(change)
+    elected.sign_()
+    kept.zero_()
+    count.zero_()
     for change in changes:
-        total.add_(change)
-    elected = total.sign()
-    kept, count = total.zero_(), torch.zeros_like(base)
-    for change in changes:
-        agrees = change.sign() == elected
-        agrees &= change != 0
-        kept.add_(change.mul_(agrees))
-        count.add_(agrees)
-    return base.add_(kept.div_(count.clamp_(min=1.0)), alpha=scale)
+        # Above 0 where it has the elected sign. In numbers of one kind: masks are ten times slower.
+        agreeing = change.mul_(elected).clamp_(min=0.0)
+        kept.add_(agreeing)
+        count.add_(agreeing.sign_())
+    return base.add_(kept.mul_(elected).div_(count.clamp_(min=1.0)), alpha=scale)
 
 
 @dataclass
