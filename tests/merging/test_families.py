@@ -21,6 +21,18 @@ from tests.families.configs import config as family_config
 from tests.families.notes import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # families warn of kernels that are not installed, and of much else
+# Targets of LoRA where "all-linear" is not a product for each weight: PEFT adds fused experts (target_parameters), or a router that
+# returns two tensors; and where a module's weight is used without its forward pass, which an adapter that is not put in misses.
+ATTENTION = ["q_proj", "v_proj"]
+PLAIN = {
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_next", "olmoe", "minimax", "glm4_moe", "ernie4_5_moe"), ATTENTION),
+    "deepseek_v2": ["q_a_proj", "o_proj"],
+    "deepseek_v3": ["q_a_proj", "o_proj"],
+    "llama4": ATTENTION,
+    "llama4_text": ATTENTION,
+    "jamba": [*ATTENTION, "in_proj", "up_proj"],
+    **{kind: targets for kind, (targets, _) in TARGETS.items()},
+}
 # New since the table of names was made: linear attention, per-layer embeddings, fused experts, towers.
 NEW = ("qwen3_next", "qwen3_5_text", "qwen3_5", "gemma3_text", "gemma3", "gemma4_text", "llama4_text", "llama4")
 FUSED = ("mixtral", "qwen3_moe", "qwen3_next", "llama4_text", "gpt_oss")
@@ -121,7 +133,7 @@ def test_adapters(tmp_path, kind):
     """Put into its base an adapter computes what PEFT does; two of them make one, which PEFT loads."""
     base = build(kind)
     base.save_pretrained(tmp_path / "base")
-    targets = TARGETS[kind][0] if kind in TARGETS else "all-linear"
+    targets = PLAIN.get(kind, "all-linear")
     a, b = (adapt(base, tmp_path / n, i, target_modules=targets) for i, n in enumerate("ab", 1))
     fresh = lambda: type(base).from_pretrained(tmp_path / "base")  # noqa: E731
     interpolate(tmp_path / "base", a, tmp_path / "one", alpha=1.0, output="model")
@@ -146,7 +158,9 @@ def test_adapters_of_fused_experts_are_refused_and_the_advice_works(tmp_path, ki
     base.save_pretrained(tmp_path / "base")
     names = sorted({n.partition("layers.")[2].partition(".")[2] for n in fused(base)})
     assert names, "this family has no fused experts"
-    made = [adapt(base, tmp_path / n, i, target_modules=["q_proj"], target_parameters=names) for i, n in enumerate("ab", 1)]
+    made = [
+        adapt(base, tmp_path / n, i, target_modules=["q_proj"], target_parameters=names) for i, n in enumerate("ab", 1)
+    ]
     assert json.loads((made[0] / "adapter_config.json").read_text())["target_parameters"]
     with pytest.raises(MergeError, match=r"a adapts parameters that are no module's weight .*merge_and_unload"):
         merge_linear(made, tmp_path / "out", base=tmp_path / "base")

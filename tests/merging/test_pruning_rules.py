@@ -32,7 +32,10 @@ def vectors(*rows):
 class TestDella:
     def test_ranks_by_hand(self):
         change = torch.tensor([3.0, -1, 2, 0, 0.5, -0.5, 0.5, 9])
-        assert in_order(change, 4, Room()).tolist() == [[3, 1, 2, 0], [4, 5, 6, 7]]  # of equal magnitudes the later is higher
+        assert in_order(change, 4, Room()).tolist() == [
+            [3, 1, 2, 0],
+            [4, 5, 6, 7],
+        ]  # of equal magnitudes the later is higher
         assert in_order(change, 8, Room()).tolist() == [[3, 4, 5, 6, 1, 2, 0, 7]]
         assert in_order(change.double(), 1, Room()).tolist() == [[i] for i in range(8)]
 
@@ -104,7 +107,9 @@ class TestFAPM:
     def test_scores_by_hand(self):
         base, change = vectors([1.0, -2, 0.5, 0, 4], [0.2, 0.1, 0.3, 0.5, -0.1])
         assert float(base.abs().mean()) == 1.5
-        assert scores(change, base, 1.5, torch.empty(5), Room()).tolist() == pytest.approx([-0.1, 0.025, -0.6, -math.inf, 0.0625])
+        assert scores(change, base, 1.5, torch.empty(5), Room()).tolist() == pytest.approx(
+            [-0.1, 0.025, -0.6, -math.inf, 0.0625]
+        )
         zeros = torch.zeros(2)
         assert scores(zeros, zeros, 1.0, torch.empty(2), Room()).tolist() == [-math.inf] * 2
 

@@ -104,9 +104,7 @@ class Consensus(MergeMethod):
         if min(found := self._selectivity(number)) <= 0:
             raise ValueError(f"selectivity={list(found)}: it must be above 0, and the paper uses 0.2 to 0.6.")
         if self.agree > number:
-            raise ValueError(
-                f"agree={self.agree} of {number} models: nothing would be kept. Give at most {number}."
-            )
+            raise ValueError(f"agree={self.agree} of {number} models: nothing would be kept. Give at most {number}.")
 
     def _selectivity(self, number: int) -> tuple[float, ...]:
         try:

@@ -23,8 +23,8 @@ from torch import Tensor
 from hf_continual.merging.average import scales_for
 from hf_continual.merging.chunks import Chunk
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.methods.ties import elect_and_merge
 from hf_continual.merging.methods.room import Room
+from hf_continual.merging.methods.ties import elect_and_merge
 from hf_continual.merging.passes import Passes
 from hf_continual.paper import Paper
 

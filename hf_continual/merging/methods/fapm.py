@@ -79,7 +79,9 @@ class AddBest:
         base, *others = values
         changes = [other.sub_(base) for other in others]
         kept = [
-            scores(change, base, self.mean, self._room.take(str(i), base.numel(), torch.float32), self._room).ge_(threshold)
+            scores(change, base, self.mean, self._room.take(str(i), base.numel(), torch.float32), self._room).ge_(
+                threshold
+            )
             for i, (change, threshold) in enumerate(zip(changes, self.thresholds, strict=True))
         ]
         for change, keep, scale in zip(changes, kept, self.scales, strict=True):
