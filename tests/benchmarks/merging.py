@@ -1,7 +1,9 @@
-"""Ratios of merging, measured in one run: against a plain copy of the same bytes, and against mergekit's linear merge.
+"""Ratios of merging, measured in one run: against a plain copy of the same bytes, and against mergekit's merge by the same rule.
 
     python tests/benchmarks/merging.py                    0.5 B parameters, and memory at 3 B
     python tests/benchmarks/merging.py --mergekit /path/to/mergekit-yaml
+    python tests/benchmarks/merging.py --rules ties dare_ties --no-memory
+    python tests/benchmarks/merging.py --rules --no-memory --blocks 10      an adapter into 10 of the 80 blocks of a 70B model
 
 mergekit is no dependency; without it the comparison is left out and said so. Every case runs in a process of its own, the
 cases take turns, and CPU time is that of the process and its children, imports included unless said otherwise.
@@ -25,16 +27,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.merging.synthetic import write_model
+from tests.merging.synthetic import OPTIONS, WITHOUT_BASE, write_model
 
 MIB = 2**20
-# Reads both inputs, writes as many bytes as one has, waits for the disk; a megabyte at a time.
+# Reads all inputs, writes as many bytes as one has, waits for the disk; a megabyte at a time.
 COPY = """
 import os, sys
-one, two, out = sys.argv[1:]
-with open(one, "rb") as a, open(two, "rb") as b, open(out, "wb", buffering=0) as w:
-    while piece := a.read(1 << 20):
-        b.read(1 << 20)
+*names, out = sys.argv[1:]
+first, *others = (open(name, "rb") for name in names)
+with open(out, "wb", buffering=0) as w:
+    while piece := first.read(1 << 20):
+        for other in others:
+            other.read(1 << 20)
         w.write(piece)
     os.fsync(w.fileno())
 """
@@ -60,6 +64,104 @@ def mergekit_config(folder: Path, models: list[Path]) -> Path:
     )
     file.write_text(f"models:\n{entries}merge_method: linear\ndtype: bfloat16\n")
     return file
+
+
+# What mergekit calls the same rule, with its parameters of each model and of all.
+THEIRS: dict[str, tuple[str, str, str]] = {
+    "linear": ("linear", "weight: 0.5", ""),
+    "task_arithmetic": ("task_arithmetic", "weight: 0.5", ""),
+    "ties": ("ties", "weight: 1.0, density: 0.2", ""),
+    "dare": ("dare_linear", "weight: 0.5, density: 0.3", ""),
+    "dare_ties": ("dare_ties", "weight: 1.0, density: 0.3", "normalize: true"),
+    "della": ("della", "weight: 1.0, density: 0.3, epsilon: 0.07", ""),
+    "breadcrumbs": ("breadcrumbs", "weight: 0.3, density: 0.1, gamma: 0.01", ""),
+    "slerp": ("slerp", "", "t: 0.4"),
+    "model_stock": ("model_stock", "", ""),
+}
+
+
+def their_config(folder: Path, rule: str, base: Path, models: list[Path]) -> Path:
+    """The merge of a rule for mergekit."""
+    name, each, shared = THEIRS[rule]
+    file = folder / "mergekit.yaml"
+    lines = ["models:", *(f"  - {{model: {m}, parameters: {{{each}}}}}" for m in models), f"merge_method: {name}"]
+    if rule != "linear":
+        lines.append(f"base_model: {models[0] if rule in WITHOUT_BASE else base}")
+    file.write_text("\n".join([*lines, f"parameters: {{{shared}}}", "dtype: bfloat16", ""]))
+    return file
+
+
+def ratio(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def rules(folder: Path, repeats: int, mergekit: str | None, names: list[str]) -> None:
+    """Every rule against a copy that reads as many models, in turns."""
+    base, *models = (folder / n for n in ("base", "a", "b"))
+    elements, *_ = (write_model(m, seed, **SIZES["0.5 B"]) for seed, m in enumerate((base, *models)))
+    print(
+        f"base and two bf16 models of {elements / 1e9:.3f} B parameters; load of the machine {os.getloadavg()[0]:.1f}"
+    )
+    weights = [str(m / "model.safetensors") for m in (*models, base)]
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        idle = timed([mergekit, "--help"])[1] if mergekit else 0.0
+        for rule in names:
+            copied = timed(
+                [sys.executable, "-c", COPY, *weights[: 2 if rule in WITHOUT_BASE else 3], str(folder / "copy")]
+            )
+            (folder / "copy").unlink()
+            of = models if rule in WITHOUT_BASE else [base, *models]
+            said = timed(
+                [sys.executable, "-m", "tests.merging.synthetic", f"{rule}!", str(folder / "out"), *map(str, of)]
+            )
+            shutil.rmtree(folder / "out")
+            run = json.loads(said[2])
+            run |= {
+                "copy": copied[0],
+                "copy cpu": copied[1],
+                "theirs": float("nan"),
+                "looked": run["wall"] - run["written in"],
+            }
+            if mergekit and rule in THEIRS:
+                file = their_config(folder, rule, base, models)
+                run["theirs"] = timed([mergekit, str(file), str(folder / "mk"), "--no-copy-tokenizer"])[1] - idle
+                shutil.rmtree(folder / "mk")
+            found.setdefault(rule, []).append(run)
+    print(
+        "rule: wall of writing / copy; of all with its passes / copy; seconds of all, CPU seconds; CPU ours / mergekit"
+    )
+    for rule, runs in found.items():
+        print(
+            f"{rule:16} {ratio([r['written in'] / r['copy'] for r in runs])}   {ratio([r['wall'] / r['copy'] for r in runs])}   "
+            f"{statistics.median(r['wall'] for r in runs):6.2f} s   {statistics.median(r['cpu'] for r in runs):6.2f} CPU s   "
+            f"{ratio([r['cpu'] / r['theirs'] for r in runs])}"
+        )
+    print(f"copy: {ratio([r['copy'] for runs in found.values() for r in runs])} s")
+    for model in (base, *models):
+        shutil.rmtree(model)
+
+
+def adapter_into(folder: Path, blocks: int) -> None:
+    """Resident memory of putting an adapter into some blocks of a model as wide as Llama 3 70B; the base is a sparse file."""
+    base, adapter = folder / "wide", folder / "adapter"
+    size = {"hidden": 8192, "inner": 28_672, "vocab": 128_256, "layers": blocks}
+    elements = write_model(base, 0, sparse=True, **size)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_attention_heads": 64, "num_key_value_heads": 64}))
+    make = [sys.executable, "-m", "tests.merging.synthetic", "write adapter", str(adapter), json.dumps(size)]
+    timed(make)
+    wall, _, said = timed(
+        [sys.executable, "-m", "tests.merging.synthetic", "adapter", str(folder / "out"), str(base), str(adapter)]
+    )
+    run = json.loads(said)
+    shutil.rmtree(folder / "out")
+    print(
+        f"adapter of rank 16 on all linear layers into {elements / 1e9:.1f} B parameters ({blocks} blocks of 80): "
+        f"{run['memory'] / MIB:.0f} MiB above import torch, {run['rss'] / 1e6:.0f} MB resident in all, {wall:.0f} s"
+    )
+    shutil.rmtree(base)
 
 
 def compare(folder: Path, repeats: int, mergekit: str | None) -> None:
@@ -115,13 +217,14 @@ def compare(folder: Path, repeats: int, mergekit: str | None) -> None:
         shutil.rmtree(model)
 
 
-def memory(folder: Path, size: str) -> None:
+def memory(folder: Path, size: str, names: list[str]) -> None:
     """Peak of anonymous memory for a size of model."""
-    models = [folder / f"{size}-{i}" for i in range(2)]
-    elements, _ = (write_model(m, seed, **SIZES[size]) for seed, m in enumerate(models))
-    for function in ("merge_linear", "merge_with_recall"):
+    models = [folder / f"{size}-{i}" for i in range(3)]
+    elements, *_ = (write_model(m, seed, **SIZES[size]) for seed, m in enumerate(models))
+    for function in ("merge_linear", "merge_with_recall", *names):
+        of = models if function in OPTIONS and function not in WITHOUT_BASE else models[1:]
         _, _, said = timed(
-            [sys.executable, "-m", "tests.merging.synthetic", function, str(folder / "out"), *map(str, models)]
+            [sys.executable, "-m", "tests.merging.synthetic", function, str(folder / "out"), *map(str, of)]
         )
         run: dict[str, Any] = json.loads(said)
         shutil.rmtree(folder / "out")
@@ -140,19 +243,29 @@ def main() -> None:
         "--mergekit", default=shutil.which("mergekit-yaml"), help="the command, in an environment of its own"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rules", nargs="*", default=list(OPTIONS), choices=list(OPTIONS), help="by default all")
+    parser.add_argument("--commands", action="store_true", help="the commands for a linear merge too, imports included")
+    parser.add_argument(
+        "--blocks", type=int, help="put an adapter into so many blocks of a 70B model; 1.9 GB of disk each"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory of 0.5 B and 3 B out")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        compare(folder, args.repeats, args.mergekit)
+        if args.rules:
+            rules(folder, args.repeats, args.mergekit, args.rules)
+        if args.commands:
+            compare(folder, args.repeats, args.mergekit)
+        if args.blocks:
+            adapter_into(folder, args.blocks)
         if not args.mergekit:
             print(
                 "mergekit is not installed: not compared. pip install mergekit in an environment of its own, then --mergekit"
             )
         for size in () if args.no_memory else SIZES:
             if shutil.disk_usage(folder).free > 25e9:
-                memory(folder, size)
+                memory(folder, size, args.rules)
             else:
                 print(f"{size}: NOT RUN, {shutil.disk_usage(folder).free / 1e9:.0f} GB are free and 25 are needed")
 

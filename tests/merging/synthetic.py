@@ -1,6 +1,7 @@
 """Big checkpoints of random weights, written a tensor at a time; and a watched merge of them. Imports nothing heavy.
 
 python -m tests.merging.synthetic merge_linear OUT MODEL MODEL      prints seconds, memory and imports as JSON
+python -m tests.merging.synthetic ties OUT BASE MODEL MODEL         any merge of the table; NAME! watches no memory
 """
 
 from __future__ import annotations
@@ -22,6 +23,23 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 
+# Options with which each merge of the table is measured: those of its paper, or as much work as they are.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linear": {"weights": [0.4, 0.6]},
+    "task_arithmetic": {"scale": 0.5},
+    "ties": {"density": 0.2},
+    "dare": {"density": 0.3, "scale": 0.5},
+    "dare_ties": {"density": 0.3},
+    "della": {"density": 0.3, "epsilon": 0.14},
+    "breadcrumbs": {"density": 0.1, "outliers": 0.01, "scale": 0.3},
+    "consensus": {"scale": 0.3},
+    "fapm": {"density": 0.1, "scale": 0.5},
+    "magnitude_max": {},
+    "slerp": {"t": 0.4},
+    "model_stock": {},
+}
+WITHOUT_BASE = ("linear", "slerp")
+
 
 def anonymous() -> int:
     """Bytes of anonymous memory of this process: what cannot be dropped. Mapped files count elsewhere."""
@@ -41,9 +59,15 @@ def shapes(hidden: int, inner: int, layers: int, vocab: int) -> dict[str, tuple[
 
 
 def write_model(
-    folder: Path, seed: int, layers: int, hidden: int = 1024, inner: int = 4096, vocab: int = 32_000
+    folder: Path,
+    seed: int,
+    layers: int,
+    hidden: int = 1024,
+    inner: int = 4096,
+    vocab: int = 32_000,
+    sparse: bool = False,
 ) -> int:
-    """A bf16 checkpoint in one file, its bytes written one tensor at a time; returns its elements."""
+    """A bf16 checkpoint in one file, its bytes written one tensor at a time, or a hole; returns its elements."""
     import torch
 
     folder.mkdir(parents=True)
@@ -60,9 +84,30 @@ def write_model(
     block = torch.randn(1 << 22).mul_(0.02).bfloat16().view(torch.uint8).numpy()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        if sparse:
+            file.truncate(8 + len(header) + end)
+            return elements
         for start in range(0, end, len(block)):
             file.write(memoryview(block)[: min(len(block), end - start)])
     return elements
+
+
+def write_adapter(folder: Path, size: dict[str, int], rank: int = 16) -> None:
+    """A LoRA adapter of random factors on every linear layer of the blocks."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, shape in shapes(**size).items():
+        if name.endswith("_proj.weight"):
+            module = "base_model.model." + name.removesuffix(".weight")
+            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, shape[1]).mul_(0.01).bfloat16()
+            tensors[f"{module}.lora_B.weight"] = torch.randn(shape[0], rank).mul_(0.01).bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted({n.removesuffix(".lora_A.weight").rpartition(".")[2] for n in tensors if "lora_A" in n})
+    told = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
 
 
 class Watch(threading.Thread):
@@ -84,6 +129,19 @@ class Watch(threading.Thread):
         return max(self.peak, anonymous())
 
 
+def called(function: str, out: str, models: list[str]) -> Any:
+    """One merge: a function of the package, or a merge of the table, whose first model is the base."""
+    face = importlib.import_module("hf_continual")
+    if function in OPTIONS:
+        base, *tuned = models
+        based = {} if function in WITHOUT_BASE else {"base": base}
+        return face.merge(function, tuned, out, progress=False, **based, **OPTIONS[function])
+    if function == "adapter":
+        return face.merge_linear(models[1:], out, base=models[0], output="model", progress=False)
+    options = {"weights": {"default": [0.4, 0.6]}} if function == "merge_with_recall" else {"weights": [0.4, 0.6]}
+    return getattr(face, function)(models, out, progress=False, **options)
+
+
 def watched(function: str, out: str, models: list[str], watch_memory: bool = True) -> dict[str, Any]:
     """Run a merge and tell what it took above `import torch`; watching the memory costs CPU time of its own."""
     import torch
@@ -94,10 +152,9 @@ def watched(function: str, out: str, models: list[str], watch_memory: bool = Tru
     if watch_memory:
         watch.start()
     started, cpu = time.perf_counter(), time.process_time()
-    face = importlib.import_module("hf_continual")
-    options = {"weights": {"default": [0.4, 0.6]}} if function == "merge_with_recall" else {"weights": [0.4, 0.6]}
-    result = getattr(face, function)(models, out, progress=False, **options)
+    result = called(function, out, models)
     return {
+        "written in": result.seconds["merge"],
         "wall": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
         "memory": watch.stop() - before if watch_memory else None,
@@ -110,4 +167,7 @@ def watched(function: str, out: str, models: list[str], watch_memory: bool = Tru
 
 if __name__ == "__main__":
     asked, *rest = sys.argv[1:]
+    if asked == "write adapter":
+        write_adapter(Path(rest[0]), json.loads(rest[1]))
+        sys.exit()
     sys.stdout.write(json.dumps(watched(asked.removesuffix("!"), rest[0], rest[1:], not asked.endswith("!"))))

@@ -12,9 +12,10 @@ from hf_continual import merge
 from hf_continual.merging.engine import chunks
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.dropping import bits_at
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.methods.consensus import AddConsensus
 from hf_continual.merging.methods.dare import DropElectMerge
-from hf_continual.merging.methods.della import PruneElectFuse, chances, pruned, ranks
+from hf_continual.merging.methods.della import PruneElectFuse, chances, in_order, pruned
 from hf_continual.merging.methods.fapm import AddBest, scores
 from tests.merging.world import adapter, build, digest, family, save
 from tests.merging.world import tensors as all_weights
@@ -32,9 +33,12 @@ def vectors(*rows):
 class TestDella:
     def test_ranks_by_hand(self):
         change = torch.tensor([3.0, -1, 2, 0, 0.5, -0.5, 0.5, 9])
-        assert ranks(change, 4).tolist() == [3, 1, 2, 0, 0, 1, 2, 3]  # of equal magnitudes the later is higher
-        assert ranks(change, 8).tolist() == [6, 4, 5, 0, 1, 2, 3, 7]
-        assert ranks(change.double(), 1).tolist() == [0] * 8
+        assert in_order(change, 4, Room()).tolist() == [
+            [3, 1, 2, 0],
+            [4, 5, 6, 7],
+        ]  # of equal magnitudes the later is higher
+        assert in_order(change, 8, Room()).tolist() == [[3, 4, 5, 6, 1, 2, 0, 7]]
+        assert in_order(change.double(), 1, Room()).tolist() == [[i] for i in range(8)]
 
     def test_chances_by_hand(self):
         assert chances(5, 0.5, 0.4).tolist() == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
@@ -104,9 +108,11 @@ class TestFAPM:
     def test_scores_by_hand(self):
         base, change = vectors([1.0, -2, 0.5, 0, 4], [0.2, 0.1, 0.3, 0.5, -0.1])
         assert float(base.abs().mean()) == 1.5
-        assert scores(change, base, 1.5).tolist() == pytest.approx([-0.1, 0.025, -0.6, -math.inf, 0.0625])
+        assert scores(change, base, 1.5, torch.empty(5), Room()).tolist() == pytest.approx(
+            [-0.1, 0.025, -0.6, -math.inf, 0.0625]
+        )
         zeros = torch.zeros(2)
-        assert scores(zeros, zeros, 1.0).tolist() == [-math.inf] * 2
+        assert scores(zeros, zeros, 1.0, torch.empty(2), Room()).tolist() == [-math.inf] * 2
 
     def test_what_is_kept_by_hand(self):
         for threshold, kept in ((0.02, [0, 1, 0, 0, 1]), (-0.2, [1, 1, 0, 0, 1]), (-math.inf, [1] * 5)):

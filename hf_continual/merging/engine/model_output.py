@@ -134,9 +134,13 @@ def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: 
     embedding, before = find_embedding(shapes), embedding_name(reference)
     if embedding is not None and prod(shapes[embedding]):
         rows = shapes[embedding][0]
-        changed = before is not None and reference.tensors[before].shape[0] != rows
-        add_to = [k for k in TEXT_PARTS if k in config][:1] or [""]
-        config = _with(config, "vocab_size", rows, add_to=add_to if changed else ())
+        more = 0 if before is None else rows - reference.tensors[before].shape[0]
+        if more:
+            parts = [part for k in TEXT_PARTS if isinstance(part := config.get(k), dict)]
+            said = next((n for part in (*parts, config) if (n := part.get("vocab_size")) is not None), rows - more)
+            # Not the rows themselves: Mllama's embedding has more than its vocabulary.
+            add_to = [k for k in TEXT_PARTS if k in config][:1] or [""]
+            config = _with(config, "vocab_size", said + more, add_to=add_to)
     return config
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from hf_continual.merging.engine.room import Room
 
 
 def check_density(density: float) -> None:
@@ -38,28 +39,32 @@ def scales_for(scale: float | Sequence[float], number: int) -> tuple[float, ...]
     return scales
 
 
-def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float) -> Tensor:
+def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float, room: Room | None = None) -> Tensor:
     """Elect a sign per element, average the changes that are not 0 and have it, and add them, overwriting all.
 
     Args:
         base: Values of the base.
         changes: What each model changed of them, trimmed.
         scale: lambda.
+        room: Memory for the numbers in between.
 
     Returns:
         The result, in the memory of the base.
     """
-    total = torch.zeros_like(base)
+    room = room or Room()
+    elected, kept, count = (room.like(base, key) for key in ("elected", "kept", "count"))
+    elected.copy_(changes[0])
+    for change in changes[1:]:
+        elected.add_(change)
+    elected.sign_()
+    kept.zero_()
+    count.zero_()
     for change in changes:
-        total.add_(change)
-    elected = total.sign()
-    kept, count = total.zero_(), torch.zeros_like(base)
-    for change in changes:
-        agrees = change.sign() == elected
-        agrees &= change != 0
-        kept.add_(change.mul_(agrees))
-        count.add_(agrees)
-    return base.add_(kept.div_(count.clamp_(min=1.0)), alpha=scale)
+        # Above 0 where it has the elected sign. In numbers of one kind: masks are ten times slower.
+        agreeing = change.mul_(elected).clamp_(min=0.0)
+        kept.add_(agreeing)
+        count.add_(agreeing.sign_())
+    return base.add_(kept.mul_(elected).div_(count.clamp_(min=1.0)), alpha=scale)
 
 
 def cosine(ab: float, aa: float, bb: float) -> float:

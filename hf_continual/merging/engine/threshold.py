@@ -34,6 +34,24 @@ def kth_largest(passes: Callable[[], Iterable[Tensor]], kth: int) -> float:
     return float(torch.tensor([(upper[0] << 16) | lower[0]], dtype=torch.int32).view(torch.float32))
 
 
+def drop_below(values: Tensor, threshold: float, out: Tensor) -> Tensor:
+    """Numbers whose magnitude reaches a threshold; 0 in place of the others.
+
+    Args:
+        values: The numbers.
+        threshold: The smallest magnitude that is kept; 0 keeps all.
+        out: Where they go; the numbers themselves are overwritten.
+
+    Returns:
+        The numbers that are kept.
+    """
+    if threshold <= 0:
+        return out.copy_(values)
+    # hardshrink keeps what is larger than its limit, without a mask; the limit is the next number below.
+    limit = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.zeros((), dtype=values.dtype))
+    return torch.ops.aten.hardshrink.out(values, float(limit), out=out)
+
+
 def _bits(magnitudes: Tensor) -> Tensor:
     return magnitudes.float().contiguous().view(torch.int32)
 

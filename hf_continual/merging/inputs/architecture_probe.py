@@ -42,7 +42,7 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
     answer |= {"names": {}, "adapters": []}
     with _quiet():
         try:
-            model_class, config = _class_of(dict(question["config"]))
+            model_class, config = _class_of(_with_numbers(question["config"]))
         except (KeyError, ImportError) as error:
             return {**answer, "unknown": str(error.args[0] if error.args else error)}
         except Exception as error:
@@ -73,6 +73,15 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _with_numbers(told: Any) -> Any:
+    """What a JSON file says, with the numbers that JSON lacks: transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(told, Mapping):
+        if list(told) == ["__float__"]:
+            return float(told["__float__"])
+        return {key: _with_numbers(value) for key, value in told.items()}
+    return [_with_numbers(value) for value in told] if isinstance(told, list) else told
+
+
 def understand(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Read configurations as transformers does, whatever version wrote them.
 
@@ -84,7 +93,7 @@ def understand(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         defaults; ``rest``: what else is there.
     """
     with _quiet():
-        return [_understood(dict(config)) for config in configs]
+        return [_understood(_with_numbers(config)) for config in configs]
 
 
 def _understood(config: dict[str, Any]) -> dict[str, Any]:

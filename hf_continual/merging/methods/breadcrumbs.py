@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
-from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.engine.threshold import drop_below, kth_largest
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.paper import Paper
@@ -36,6 +37,7 @@ class AddBand:
 
     bands: tuple[Band, ...]
     scales: tuple[float, ...]
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Add what is between, overwriting the values.
@@ -50,8 +52,10 @@ class AddBand:
         base, *others = values
         changes = [other.sub_(base) for other in others]
         for change, (low, high), scale in zip(changes, self.bands, self.scales, strict=True):
-            size = change.abs()
-            base.add_(change.masked_fill_((size < low) | (size >= high), 0.0), alpha=scale)
+            if high < float("inf"):
+                # An outlier less itself; what is smaller less nothing.
+                change.sub_(drop_below(change, high, out=self._room.like(change, "outliers")))
+            base.add_(drop_below(change, low, out=change), alpha=scale)
         return base
 
 

@@ -13,13 +13,14 @@ models with, is no merged model and is not made here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
 from hf_continual.paper import Paper
@@ -38,6 +39,7 @@ class AddConsensus:
     scale: float
     selectivity: tuple[float, ...]
     agree: int = 2
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Add what several models agree on, overwriting the values.
@@ -51,14 +53,15 @@ class AddConsensus:
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
-        total = changes[0].clone()
+        total, count, left = (self._room.like(base, key) for key in ("total", "count", "left"))
+        total.copy_(changes[0])
         for change in changes[1:]:
             total.add_(change)
-        count = torch.zeros(total.shape, dtype=torch.uint8)
+        count.zero_()
         for change, selectivity in zip(changes, self.selectivity, strict=True):
-            left = torch.sub(total, change).abs_().mul_(selectivity)
-            count += change.abs_() > left
-        return base.add_(total.masked_fill_(count < self.agree, 0.0), alpha=self.scale)
+            torch.sub(total, change, out=left).abs_().mul_(selectivity)
+            count.add_(change.abs_().gt_(left))
+        return base.add_(total.mul_(count.ge_(self.agree)), alpha=self.scale)
 
 
 @dataclass
@@ -100,10 +103,8 @@ class Consensus(MergeMethod):
         number = len(models.named)
         if min(found := self._selectivity(number)) <= 0:
             raise ValueError(f"selectivity={list(found)}: it must be above 0, and the paper uses 0.2 to 0.6.")
-        if self.agree > min(number, 255):
-            raise ValueError(
-                f"agree={self.agree} of {number} models: nothing would be kept. Give at most {min(number, 255)}."
-            )
+        if self.agree > number:
+            raise ValueError(f"agree={self.agree} of {number} models: nothing would be kept. Give at most {number}.")
 
     def _selectivity(self, number: int) -> tuple[float, ...]:
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.dropping import dropped
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import check_density, elect_and_merge, scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
 from hf_continual.merging.run import merge_by
@@ -55,6 +56,7 @@ class DropAndAdd:
     density: float
     scales: tuple[float, ...]
     seed: int = 0
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
         """Add what is left of the changes, overwriting the values.
@@ -69,7 +71,7 @@ class DropAndAdd:
         base, *others = values
         changes = [other.sub_(base) for other in others]
         for place, (change, scale) in enumerate(zip(changes, self.scales, strict=True)):
-            base.add_(dropped(change, self.seed, place, at, self.density), alpha=scale)
+            base.add_(dropped(change, self.seed, place, at, self.density, self._room), alpha=scale)
         return base
 
 
@@ -86,6 +88,7 @@ class DropElectMerge:
     density: float
     scale: float = 1.0
     seed: int = 0
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
         """Drop, elect and merge, overwriting the values.
@@ -98,8 +101,11 @@ class DropElectMerge:
             The result, in the memory of the base.
         """
         base, *others = values
-        changes = [dropped(other.sub_(base), self.seed, place, at, self.density) for place, other in enumerate(others)]
-        return elect_and_merge(base, changes, self.scale)
+        changes = [
+            dropped(other.sub_(base), self.seed, place, at, self.density, self._room)
+            for place, other in enumerate(others)
+        ]
+        return elect_and_merge(base, changes, self.scale, self._room)
 
 
 @dataclass

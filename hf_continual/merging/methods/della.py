@@ -15,7 +15,7 @@ What is kept is a function of the seed, the model's place, the tensor's name and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,32 +25,34 @@ from torch import Tensor
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.dropping import bits_at
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import elect_and_merge, scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
 from hf_continual.paper import Paper
 
 
-def ranks(change: Tensor, columns: int) -> np.ndarray:
-    """The rank of each element's magnitude in its row.
+def in_order(change: Tensor, columns: int, room: Room) -> np.ndarray:
+    """Places of the elements of each row, the smallest magnitude first.
 
     Args:
         change: Whole rows, flat.
         columns: Elements of a row.
+        room: Memory for the numbers in between.
 
     Returns:
-        int64 of (rows * columns), flat: 0 for the smallest of a row.
+        int64 of (rows, columns): places in the flat change.
     """
     # The bits of a magnitude order as it does. With the column below them every key is another one, so that any sort gives the
     # same order, and the column can be read off the sorted keys: several times faster than sorting indices.
-    keys = change.float().abs().view(torch.int32).numpy().astype(np.uint64).reshape(-1, columns)
+    sizes = torch.abs(change.float(), out=room.take("sizes", change.numel(), torch.float32))
+    keys = room.take("keys", change.numel(), torch.int64).numpy().view(np.uint64).reshape(-1, columns)
+    np.copyto(keys, sizes.view(torch.int32).numpy().view(np.uint32).reshape(-1, columns))
     keys <<= np.uint64(32)
     keys |= np.arange(columns, dtype=np.uint64)
     keys.sort(axis=1)
     keys &= np.uint64(0xFFFFFFFF)
     keys += (np.arange(len(keys), dtype=np.uint64) * np.uint64(columns))[:, None]
-    found = np.empty(keys.size, np.int64)
-    found[keys.ravel().view(np.int64)] = np.tile(np.arange(columns), len(keys))
-    return found
+    return keys.view(np.int64)
 
 
 def chances(columns: int, density: float, epsilon: float) -> np.ndarray:
@@ -68,7 +70,9 @@ def chances(columns: int, density: float, epsilon: float) -> np.ndarray:
     return density + epsilon * (place - 0.5)
 
 
-def pruned(change: Tensor, density: float, epsilon: float, seed: int, place: int, at: Chunk) -> Tensor:
+def pruned(
+    change: Tensor, density: float, epsilon: float, seed: int, place: int, at: Chunk, room: Room | None = None
+) -> Tensor:
     """MAGPRUNE: a change with most of it dropped and the rest rescaled, overwritten.
 
     Args:
@@ -78,6 +82,7 @@ def pruned(change: Tensor, density: float, epsilon: float, seed: int, place: int
         seed: The merge's seed.
         place: Which model.
         at: Where the range is.
+        room: Memory for the numbers in between.
 
     Returns:
         The change.
@@ -85,9 +90,11 @@ def pruned(change: Tensor, density: float, epsilon: float, seed: int, place: int
     columns = at.shape[-1] if at.shape else 1
     chance = chances(columns, density, epsilon)
     limits = np.minimum(np.rint(chance * 2**32), 2**32 - 1).astype(np.uint32)
-    rank = ranks(change, columns)
-    kept = bits_at(seed, place, at.name, at.start, at.stop) < limits[rank]
-    factors = torch.from_numpy(np.where(kept, (1 / chance)[rank], 0.0).astype(np.float32))
+    room = room or Room()
+    order = in_order(change, columns, room)
+    kept = bits_at(seed, place, at.name, at.start, at.stop, room)[order] < limits
+    factors = room.take("factors", change.numel(), torch.float32)
+    factors.numpy()[order] = kept * (1 / chance).astype(np.float32)
     return change.mul_(factors)
 
 
@@ -106,6 +113,7 @@ class PruneElectFuse:
     epsilon: float
     scale: float = 1.0
     seed: int = 0
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     whole_rows: ClassVar[bool] = True
 
@@ -122,8 +130,8 @@ class PruneElectFuse:
         base, *others = values
         changes = [other.sub_(base) for other in others]
         for place, change in enumerate(changes):
-            pruned(change, self.density, self.epsilon, self.seed, place, at)
-        return elect_and_merge(base, changes, self.scale)
+            pruned(change, self.density, self.epsilon, self.seed, place, at, self._room)
+        return elect_and_merge(base, changes, self.scale, self._room)
 
 
 @dataclass

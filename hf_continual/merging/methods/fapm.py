@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_continual.merging.engine.chunks import OutputTensor
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import check_density, scales_for
 from hf_continual.merging.engine.threshold import kth_largest
 from hf_continual.merging.inputs.members import Member
@@ -30,20 +32,23 @@ PIECE = (
 )
 
 
-def scores(change: Tensor, base: Tensor, mean: float) -> Tensor:
+def scores(change: Tensor, base: Tensor, mean: float, out: Tensor, room: Room) -> Tensor:
     """S of each element.
 
     Args:
         change: What a model changed.
         base: Values of the base.
         mean: Of the magnitudes of the base's tensor.
+        out: Where they go, fp32.
+        room: Memory for the numbers in between.
 
     Returns:
         The scores, -inf where the base is zero; fp32.
     """
-    # |delta| (1 - mean / |base|); 0 of 0 is no number, and no change is worth a place.
-    found = base.float().abs().reciprocal_().mul_(-mean).add_(1.0).mul_(change.float().abs())
-    return found.masked_fill_(base == 0, -math.inf)
+    # |delta| (1 - mean / |base|). Of a base of zero that is -inf, or no number where nothing changed: no change is worth a place.
+    sizes = torch.abs(change.float(), out=room.take("sizes", change.numel(), torch.float32))
+    torch.abs(base.float(), out=out).reciprocal_().mul_(-mean).add_(1.0).mul_(sizes)
+    return out.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class AddBest:
     mean: float
     thresholds: tuple[float, ...]
     scales: tuple[float, ...]
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Add what scores best, overwriting the values.
@@ -72,12 +78,14 @@ class AddBest:
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
-        dropped = [
-            scores(change, base, self.mean) < threshold
-            for change, threshold in zip(changes, self.thresholds, strict=True)
+        kept = [
+            scores(change, base, self.mean, self._room.take(str(i), base.numel(), torch.float32), self._room).ge_(
+                threshold
+            )
+            for i, (change, threshold) in enumerate(zip(changes, self.thresholds, strict=True))
         ]
-        for change, drop, scale in zip(changes, dropped, self.scales, strict=True):
-            base.add_(change.masked_fill_(drop, 0.0), alpha=scale)
+        for change, keep, scale in zip(changes, kept, self.scales, strict=True):
+            base.add_(change.mul_(keep), alpha=scale)
         return base
 
 
@@ -157,9 +165,11 @@ def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> Iterat
     """
     sized = {t.name: t for t in passes.tensors(pair, lambda values, at: values[0].abs_())}
     means: dict[str, float] = {}
+    room = Room()
 
     def look(values: Sequence[Tensor], at: Any) -> Tensor:
-        return scores(values[1].sub_(values[0]), values[0], means[at.name])
+        out = room.take("scores", values[0].numel(), torch.float32)
+        return scores(values[1].sub_(values[0]), values[0], means[at.name], out, room)
 
     for tensor in passes.tensors(pair, look):
         means[tensor.name] = mean_of(sized[tensor.name], passes)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from hf_continual.merging.engine.passes import Passes
+from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import check_density, elect_and_merge, scales_for
-from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.engine.threshold import drop_below, kth_largest
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
 from hf_continual.merging.run import merge_by
@@ -44,6 +45,7 @@ class TrimElectMerge:
 
     thresholds: tuple[float, ...]
     scale: float = 1.0
+    _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
         """Trim, elect and merge, overwriting the values.
@@ -59,8 +61,9 @@ class TrimElectMerge:
         changes = []
         for other, threshold in zip(others, self.thresholds, strict=True):
             change = other.sub_(base)
-            changes.append(change.masked_fill_(change.abs() < threshold, 0.0))
-        return elect_and_merge(base, changes, self.scale)
+            drop_below(change, threshold, out=change)
+            changes.append(change)
+        return elect_and_merge(base, changes, self.scale, self._room)
 
 
 @dataclass
