@@ -30,7 +30,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +96,9 @@ def penalty_gradients(params: Tensors, anchors: Tensors, fisher: Tensors, weight
 
 
 @torch.no_grad()
-def add_penalty_gradients_(gradients: Tensors, params: Tensors, anchors: Tensors, fisher: Tensors, weight: float) -> None:
+def add_penalty_gradients_(
+    gradients: Tensors, params: Tensors, anchors: Tensors, fisher: Tensors, weight: float
+) -> None:
     """Add `penalty_gradients` to gradients in place, without a copy of more than `AT_ONCE` elements or one tensor.
 
     Args:
@@ -116,7 +118,9 @@ def add_penalty_gradients_(gradients: Tensors, params: Tensors, anchors: Tensors
         moved = torch._foreach_sub([params[n].float() for n in names], [anchors[n] for n in names])
         torch._foreach_mul_(moved, [fisher[n] for n in names])
         torch._foreach_mul_(moved, weight)
-        torch._foreach_add_([gradients[n] for n in names], [m.to(gradients[n].dtype) for n, m in zip(names, moved, strict=True)])
+        torch._foreach_add_(
+            [gradients[n] for n in names], [m.to(gradients[n].dtype) for n, m in zip(names, moved, strict=True)]
+        )
         names, size = [], 0
 
 
