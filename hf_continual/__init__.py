@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.migu import MIGU
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
@@ -70,6 +71,7 @@ _FACE = {
     "RecAdam": "hf_continual.methods.recadam",
     "EWC": "hf_continual.methods.ewc",
     "OLoRA": "hf_continual.methods.o_lora",
+    "MIGU": "hf_continual.methods.migu",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -109,6 +111,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "RecAdam",
     "EWC",
     "OLoRA",
+    "MIGU",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

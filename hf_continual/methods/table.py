@@ -23,6 +23,7 @@ TABLE: dict[str, str] = {
     "recadam": "hf_continual.methods.recadam:RecAdam",
     "ewc": "hf_continual.methods.ewc:EWC",
     "o_lora": "hf_continual.methods.o_lora:OLoRA",
+    "migu": "hf_continual.methods.migu:MIGU",
 }
 
 
