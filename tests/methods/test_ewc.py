@@ -220,7 +220,7 @@ def test_a_new_adapter_is_not_held_to_an_earlier_one(tmp_path, caplog):
 
 def test_sentences():
     for wrong, said in (
-        ({"weight": -1.0}, r"must lie in \(0, inf\)"),
+        ({"weight": -1.0}, "must be above 0"),
         ({"fisher": "exact"}, "must be one of batch, sample"),
         ({"over_tasks": "max"}, "must be one of mean, sum, online"),
         ({"decay": 2.0}, r"must lie in \(0, 1\]"),
