@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
+    from hf_continual.methods.tasl import TaSL
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
     from hf_continual.stopping import Stopped
@@ -72,6 +73,7 @@ _FACE = {
     "EWC": "hf_continual.methods.ewc",
     "OLoRA": "hf_continual.methods.o_lora",
     "MIGU": "hf_continual.methods.migu",
+    "TaSL": "hf_continual.methods.tasl",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -112,6 +114,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "EWC",
     "OLoRA",
     "MIGU",
+    "TaSL",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

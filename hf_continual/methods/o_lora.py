@@ -26,7 +26,6 @@ task of the same rank, in memory and on disk. `product` takes a matrix of a laye
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -39,14 +38,13 @@ from hf_continual.bounds import between
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
+from hf_continual.tensors.adapters import FACTOR, factor_pairs
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import whole
 
 __all__ = ["OLoRA", "orthogonality", "orthogonality_gradient"]
 
 logger = logging.getLogger(__name__)
-
-FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 
 
 def orthogonality(A_old_RD: Tensor, A_new_RD: Tensor) -> Tensor:
@@ -139,7 +137,7 @@ class OLoRA(Method):
         """Take over the factors A of the earlier tasks."""
         self._old = {n.removeprefix("A/"): t for n, t in state.items() if n.startswith("A/")}
         params = run.named_parameters()
-        for layer, (a, _) in _factors(params).items():
+        for layer, (a, _) in factor_pairs(params).items():
             old = self._old.get(layer)
             if old is None:
                 continue
@@ -158,7 +156,7 @@ class OLoRA(Method):
     def begin_task(self, run: Run) -> None:
         """Find the pairs of factors, and put the earlier ones where they are."""
         params = run.named_parameters()
-        self._pairs = _factors(params)
+        self._pairs = factor_pairs(params)
         if not self._pairs:
             raise ValueError(
                 "OLoRA: no LoRA factor is trainable. Load the adapter with is_trainable=True, or freeze less."
@@ -215,15 +213,6 @@ class OLoRA(Method):
         for layer, factor in new.items():
             stacked[layer] = torch.cat([self._old[layer].float(), factor]) if layer in self._old else factor
         return {f"A/{layer}": factor.contiguous() for layer, factor in stacked.items()}
-
-
-def _factors(params: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Names of the trainable factors A and B by the layer they adapt."""
-    found: dict[tuple[str, str | None], dict[str, str]] = {}
-    for name in params:
-        if match := FACTOR.match(name):
-            found.setdefault((match["layer"], match["adapter"]), {})[match["factor"]] = name
-    return {layer: (pair["A"], pair["B"]) for (layer, _), pair in found.items() if len(pair) == 2}
 
 
 def _is_last(old_RD: Tensor, now_RD: Tensor) -> bool:

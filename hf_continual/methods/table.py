@@ -24,6 +24,7 @@ TABLE: dict[str, str] = {
     "ewc": "hf_continual.methods.ewc:EWC",
     "o_lora": "hf_continual.methods.o_lora:OLoRA",
     "migu": "hf_continual.methods.migu:MIGU",
+    "tasl": "hf_continual.methods.tasl.method:TaSL",
 }
 
 

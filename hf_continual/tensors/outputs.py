@@ -47,10 +47,9 @@ def masked_weights(model: nn.Module, factors_a: bool = False) -> list[MaskedWeig
         if id(module) in of_head:
             continue
         if isinstance(module, LoraLayer):
-            for adapter, b in module.lora_B.items():
-                found += [MaskedWeight(module, b.weight)] if _is_linear(b) else []
-                if factors_a and _is_linear(b):
-                    found.append(MaskedWeight(module.lora_A[adapter], module.lora_A[adapter].weight))
+            factors: list[tuple[Any, Any]] = [(module.lora_A[n], b) for n, b in module.lora_B.items() if _is_linear(b)]
+            found += [MaskedWeight(module, b.weight) for _, b in factors]
+            found += [MaskedWeight(a, a.weight) for a, _ in factors] if factors_a else []
         elif id(module) not in inside and _is_linear(module):
             found.append(MaskedWeight(module, module.weight, 1 if _is_transposed(module) else 0))  # pyrefly: ignore
     return [w for w in found if w.param.requires_grad]

@@ -223,8 +223,8 @@ def test_sentences():
         ({"weight": -1.0}, "must be above 0"),
         ({"fisher": "exact"}, "must be one of batch, sample"),
         ({"over_tasks": "max"}, "must be one of mean, sum, online"),
-        ({"decay": 2.0}, r"must lie in \(0, 1\]"),
-        ({"rows": 0}, "must be a whole number of at least 1"),
+        ({"decay": 2.0}, "must lie between 0 and 1"),
+        ({"rows": 0}, "must be at least 1"),
     ):
         with pytest.raises(ValueError, match=said):
             EWC(**wrong)
