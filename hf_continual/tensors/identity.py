@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_continual.tensors.flat import local
 
 VALUES = 8  # of each tensor: enough to tell trained weights apart, and read in one transfer
 
@@ -40,6 +43,17 @@ def base_sample(model: nn.Module, adapted: bool = True) -> str | None:
         digest.update(bits.tobytes())
     elif not adapted:
         return None
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def sample_of(params: Mapping[str, Tensor]) -> str:
+    """A hash over names, shapes and a few values of some weights; of their parts on this process where they are spread."""
+    digest = hashlib.sha256("".join(f"{n}{tuple(p.shape)}" for n, p in params.items()).encode())
+    for p in params.values():
+        part = local(p.detach())
+        bits: Any = _few(part).cpu().view(torch.uint8).numpy() if part.numel() else b""
+        digest.update(bytes(bits))
     return digest.hexdigest()[:32]
 
 

@@ -137,15 +137,6 @@ def _by_kind(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {kind: options} if old else then
 
 
-def digest_of(rows: Dataset, sample: int = 64) -> str:
-    """What tells rows apart wherever they lie: their number, and the tokens of up to `sample` rows spread over them."""
-    step = max(len(rows) // sample, 1)
-    found = hashlib.sha256(str(len(rows)).encode())
-    for row in rows.select(range(0, len(rows), step)):
-        found.update(json.dumps([list(row["input_ids"]), list(row["labels"])]).encode())  # pyrefly: ignore[bad-index]
-    return found.hexdigest()[:16]
-
-
 def check_same_rows(checkpoint: Path, digests: Mapping[str, str], names: Sequence[str] = ()) -> None:
     """Refuse to resume with other rows than the run began with, wherever they lie.
 
