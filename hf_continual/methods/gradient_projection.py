@@ -113,7 +113,9 @@ class GradientProjection(Method):
         whole_number("GradientProjection", "steps", self.steps)
         if self.since is not None:
             whole_number("GradientProjection", "since", self.since, least=0)
-            between("GradientProjection", "since", self.since, 0, self.steps, "[", "It is one of the preliminary steps.")
+            between(
+                "GradientProjection", "since", self.since, 0, self.steps, "[", "It is one of the preliminary steps."
+            )
         one_of("GradientProjection", "layers", self.layers, ("attention", "all"))
 
     @property
@@ -169,8 +171,8 @@ class GradientProjection(Method):
 
     def _preliminary(self, run: Run, which: int, chosen: list[str]) -> dict[str, Tensor]:
         """One run from the weights that are there: its movement between the two steps, float32. Leaves them moved."""
-        params = run.named_parameters()
-        optimizer = torch.optim.AdamW(params.values(), **{**run.optimizer_defaults(), "lr": run.learning_rate})
+        params, settings = run.named_parameters(), {**run.optimizer_defaults(), "lr": run.learning_rate}
+        optimizer: Any = torch.optim.AdamW(params.values(), **settings)  # pyrefly: ignore[bad-argument-type]
         before: dict[str, Tensor] = {}
         for step in range(self.steps):
             if step == self.first_counted:
