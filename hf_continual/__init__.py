@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     from hf_continual.methods.ewc import EWC
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
+    from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.migu import MIGU
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
+    from hf_continual.methods.task_vector import TaskVector
+    from hf_continual.methods.tasl import TaSL
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
     from hf_continual.stopping import Stopped
@@ -70,6 +74,10 @@ _FACE = {
     "RecAdam": "hf_continual.methods.recadam",
     "EWC": "hf_continual.methods.ewc",
     "OLoRA": "hf_continual.methods.o_lora",
+    "MIGU": "hf_continual.methods.migu",
+    "TaSL": "hf_continual.methods.tasl",
+    "GradientProjection": "hf_continual.methods.gradient_projection",
+    "TaskVector": "hf_continual.methods.task_vector",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -109,6 +117,10 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "RecAdam",
     "EWC",
     "OLoRA",
+    "MIGU",
+    "TaSL",
+    "GradientProjection",
+    "TaskVector",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

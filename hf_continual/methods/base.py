@@ -136,6 +136,7 @@ class Method:
         state_with_model: Whether its state is small and needs no optimizer's, so that `save_only_model` keeps it.
         leaves: What `task_state` returns, in words for the model card.
         droppable: Whether a later task may go without the method; what it left is then left behind, with a warning.
+        outlives_merging: Whether what it left still holds once the adapter was merged into its base.
         bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
     """
 
@@ -147,6 +148,7 @@ class Method:
     state_with_model: ClassVar[bool] = False
     leaves: ClassVar[str] = ""
     droppable: ClassVar[bool] = False
+    outlives_merging: ClassVar[bool] = False
 
     def reads_forward(self) -> bool:
         """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""

@@ -21,7 +21,8 @@ F_new + decay F_old (Schwarz et al., 2018). The anchors are the weights after th
 Differs from the published code: dropout is off while F is measured, the penalty is divided neither by nor
 multiplied with the accumulation steps (theirs counts it once per micro-batch), and no copy of the model is kept.
 
-Memory: 8 bytes per trainable parameter (F and theta* in float32); the same on disk, handed to the next task.
+Memory: 8 bytes per trainable parameter (F and theta* in float32), 4 more while F is measured; 8 on disk, handed to the
+next task. On an accelerator a step takes room for 2^25 elements besides.
 """
 
 from __future__ import annotations
@@ -29,22 +30,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.methods.base import Method, Run, State
+from hf_continual.methods.fisher import add_squares_, fisher_diagonal, measure_fisher
 from hf_continual.paper import Paper
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import sharded_as, whole
 
-__all__ = ["EWC", "add_squares_", "merged_fisher", "penalty", "penalty_gradients"]
+__all__ = [
+    "EWC",
+    "add_penalty_gradients_",
+    "add_squares_",
+    "fisher_diagonal",
+    "merged_fisher",
+    "penalty",
+    "penalty_gradients",
+]
 
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
+AT_ONCE = 1 << 25  # elements: bounds the copies of a step on a device that has more weights than room
 OverTasks = Literal["mean", "sum", "online"]
 
 
@@ -85,12 +96,32 @@ def penalty_gradients(params: Tensors, anchors: Tensors, fisher: Tensors, weight
 
 
 @torch.no_grad()
-def add_squares_(fisher: Tensors, gradients: Mapping[str, Tensor | None], rows: int) -> None:
-    """Add ``rows * gradient^2`` to F in place; a weight without a gradient adds nothing."""
-    held = [(fisher[n], g.to(fisher[n].dtype)) for n, g in gradients.items() if g is not None and n in fisher]
-    if held:
-        sums, found = [list(column) for column in zip(*held, strict=True)]
-        torch._foreach_addcmul_(sums, found, found, value=rows)
+def add_penalty_gradients_(
+    gradients: Tensors, params: Tensors, anchors: Tensors, fisher: Tensors, weight: float
+) -> None:
+    """Add `penalty_gradients` to gradients in place, without a copy of more than `AT_ONCE` elements or one tensor.
+
+    Args:
+        gradients: Gradients by name, any float dtype.
+        params: Weights of the same names.
+        anchors: theta*, float32.
+        fisher: F, float32.
+        weight: lambda.
+    """
+    names: list[str] = []
+    size = 0
+    for i, name in enumerate(gradients, start=1):
+        names.append(name)
+        size += params[name].numel()
+        if size < AT_ONCE and i < len(gradients):
+            continue
+        moved = torch._foreach_sub([params[n].float() for n in names], [anchors[n] for n in names])
+        torch._foreach_mul_(moved, [fisher[n] for n in names])
+        torch._foreach_mul_(moved, weight)
+        torch._foreach_add_(
+            [gradients[n] for n in names], [m.to(gradients[n].dtype) for n, m in zip(names, moved, strict=True)]
+        )
+        names, size = [], 0
 
 
 def merged_fisher(new: Tensors, old: Tensors, tasks: int, over_tasks: OverTasks, decay: float) -> dict[str, Tensor]:
@@ -222,18 +253,17 @@ class EWC(Method):
         anchors, fisher = self._live
         if not fisher or self.weight == 0:
             return
-        held = {n: p for n, p in params.items() if n in fisher and p.grad is not None}
-        weights, springs, where = ({n: local(t[n].detach()) for n in held} for t in (held, fisher, anchors))
-        found = penalty_gradients(weights, where, springs, self.weight)
-        grads = [local(p.grad) for p in held.values()]  # pyrefly: ignore[bad-argument-type]
-        torch._foreach_add_(grads, [found[n].to(g.dtype) for n, g in zip(held, grads, strict=True)])
+        grads = {n: local(p.grad) for n, p in params.items() if n in fisher and p.grad is not None}
+        weights, springs, where = ({n: local(t[n].detach()) for n in grads} for t in (params, fisher, anchors))
+        add_penalty_gradients_(grads, weights, where, springs, self.weight)
 
     def end_task(self, run: Run) -> None:
         """Measure F on the task's own rows, and note where the weights are."""
         params = run.named_parameters()
-        new = {n: torch.zeros_like(p.detach(), dtype=torch.float32) for n, p in params.items()}
-        counted = self._measure(run, new)
-        fisher = {n: whole(t / counted).cpu() for n, t in new.items()}
+        new, counted = measure_fisher(
+            run, run.task_rows, self.fisher, self.rows, self.batch_rows, what=f"{self.name}: Fisher"
+        )
+        fisher = {n: whole(t).cpu() for n, t in new.items()}
         # A new adapter's weights are others than the earlier ones of the same name.
         old = {n: t for n, t in self._old.items() if n not in params or n in self._live[1]}
         fisher = merged_fisher(fisher, old, self._tasks, self.over_tasks, self.decay)
@@ -244,34 +274,6 @@ class EWC(Method):
             **{f"anchor/{n}": anchors[n] for n in fisher},
         }
         logger.info("EWC: importance of %d tensors was measured on %d rows.", len(new), counted)
-
-    def _measure(self, run: Run, fisher: dict[str, Tensor]) -> int:
-        """Add up the squares over the rows; returns how many."""
-        if self.fisher == "sample" and run.is_sharded:
-            raise ValueError(
-                "EWC(fisher='sample') needs the gradient of one row on one process, and the weights are spread over "
-                "processes. Use fisher='batch'."
-            )
-        rows: Any = run.task_rows
-        if self.rows is not None and self.rows < len(rows):
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
-            rows = rows.select(order[: self.rows].tolist())
-        params = run.named_parameters()
-        single = self.fisher == "sample"
-        for batches, counted in run.passes(
-            rows, 1 if single else self.batch_rows, alone=single, what=f"{self.name}: Fisher"
-        ):
-            run.gradients(batches, clip=False, training=False, alone=single)
-            add_squares_(
-                {n: local(t) for n, t in fisher.items()},
-                {n: None if p.grad is None else local(p.grad) for n, p in params.items()},
-                counted,
-            )
-            run.zero_grad()
-        if single:
-            for name in fisher:
-                fisher[name] = run.sum(fisher[name])
-        return len(rows)
 
     def task_state(self, run: Run) -> State:
         """F and theta* of all tasks so far."""

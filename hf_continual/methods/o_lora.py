@@ -19,14 +19,14 @@ Differs from the published code: the terms are added once per optimizer step (th
 with 8 accumulation steps its lambdas act 8 times). Earlier adapters stay what they are, stacked with the new one or
 merged into the base; only their A is needed, and handed over.
 
-Memory: A of every earlier task, R_old D values per layer in float32.
+Memory: A of every earlier task, R_old D values per layer in float32; about 2 bytes per trainable parameter and earlier
+task of the same rank, in memory and on disk. `product` takes a matrix of a layer's size for a moment.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -38,31 +38,31 @@ from hf_continual.bounds import between
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
+from hf_continual.tensors.adapters import FACTOR, factor_pairs
+from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import whole
 
 __all__ = ["OLoRA", "orthogonality", "orthogonality_gradient"]
 
 logger = logging.getLogger(__name__)
 
-FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-
 
 def orthogonality(A_old_RD: Tensor, A_new_RD: Tensor) -> Tensor:
     """Overlap of two subspaces, sum |A_old A_new^T| (eq. 7).
 
     Args:
-        A_old_RD: Factors A of all earlier tasks, one below the other, (R_old, D).
-        A_new_RD: Factor A of the task, (R_new, D).
+        A_old_RD: Factors A of all earlier tasks, one below the other, (R_old, D); or of several layers, (L, R_old, D).
+        A_new_RD: Factor A of the task, (R_new, D), or (L, R_new, D).
 
     Returns:
         Scalar of at least 0, with its graph.
     """
-    return (A_old_RD @ A_new_RD.T).abs().sum()
+    return (A_old_RD @ A_new_RD.mT).abs().sum()
 
 
 def orthogonality_gradient(A_old_RD: Tensor, A_new_RD: Tensor) -> Tensor:
-    """Gradient of `orthogonality` with respect to the new factor, sign(A_new A_old^T) A_old, (R_new, D)."""
-    return torch.sign(A_new_RD @ A_old_RD.T) @ A_old_RD
+    """Gradient of `orthogonality` with respect to the new factor, sign(A_new A_old^T) A_old, of its shape."""
+    return torch.sign(A_new_RD @ A_old_RD.mT) @ A_old_RD
 
 
 @dataclass
@@ -95,6 +95,8 @@ class OLoRA(Method):
     name: str = "o_lora"  # pyrefly: ignore[bad-override]
 
     leaves: ClassVar[str] = "factors A of the adapters of the tasks so far"
+    outlives_merging: ClassVar[bool] = True  # directions that were used stay used
+    bytes_per_parameter: ClassVar[float] = 2.0  # for each earlier task: its A, about half of an adapter, in float32
     paper: ClassVar[Paper] = Paper(
         "Orthogonal Subspace Learning for Language Model Continual Learning",
         "Wang et al.",
@@ -105,6 +107,7 @@ class OLoRA(Method):
     _old: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _pairs: dict[str, tuple[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _live: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _stacks: list[tuple[list[str], Tensor]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key in ("weight", "l2", "product"):
@@ -134,7 +137,7 @@ class OLoRA(Method):
         """Take over the factors A of the earlier tasks."""
         self._old = {n.removeprefix("A/"): t for n, t in state.items() if n.startswith("A/")}
         params = run.named_parameters()
-        for layer, (a, _) in _factors(params).items():
+        for layer, (a, _) in factor_pairs(params).items():
             old = self._old.get(layer)
             if old is None:
                 continue
@@ -153,7 +156,7 @@ class OLoRA(Method):
     def begin_task(self, run: Run) -> None:
         """Find the pairs of factors, and put the earlier ones where they are."""
         params = run.named_parameters()
-        self._pairs = _factors(params)
+        self._pairs = factor_pairs(params)
         if not self._pairs:
             raise ValueError(
                 "OLoRA: no LoRA factor is trainable. Load the adapter with is_trainable=True, or freeze less."
@@ -162,6 +165,7 @@ class OLoRA(Method):
             raise ValueError(
                 "OLoRA(l2=..., product=...) needs whole factors, and they are spread over processes. Use weight alone, or DDP."
             )
+        self._stacks = None
         self._live = {k: t.to(run.device, torch.float32) for k, t in self._old.items() if k in self._pairs}
         if self._old and len(self._live) < len(self._old):
             logger.warning(
@@ -172,18 +176,34 @@ class OLoRA(Method):
     @torch.no_grad()
     def edit_gradients(self, params: Mapping[str, nn.Parameter]) -> None:
         """Add the gradients of the terms."""
-        for layer, (a_name, b_name) in self._pairs.items():
-            a, b = params[a_name], params[b_name]
-            if self.strength and layer in self._live:
-                _add(a, self.strength * orthogonality_gradient(self._live[layer], _local(a).float()))
-            if self.l2:
-                for p in (a, b):
-                    _add(p, self.l2 * p.float() / p.float().norm().clamp(min=1e-12))
-            if self.product:
-                signs = torch.sign(b.float() @ a.float())
-                grad_a, grad_b = b.float().T @ signs, signs @ a.float().T
-                _add(a, self.product * grad_a)
-                _add(b, self.product * grad_b)
+        if self.strength:
+            for layers, old_LRD in self._stacked(params):
+                factors = [params[self._pairs[layer][0]] for layer in layers]
+                new_LRD = torch.stack([local(p.detach()).float() for p in factors])
+                _add(factors, orthogonality_gradient(old_LRD, new_LRD).mul_(self.strength).unbind())
+        if self.l2:
+            both = [params[name] for pair in self._pairs.values() for name in pair]
+            values = [p.detach().float() for p in both]
+            lengths = torch._foreach_norm(values)
+            torch._foreach_clamp_min_(lengths, 1e-12)
+            _add(both, torch._foreach_mul(torch._foreach_div(values, lengths), self.l2))
+        if self.product:
+            for pair in self._pairs.values():
+                a, b = (params[name].detach().float() for name in pair)
+                signs = torch.sign(b @ a)
+                _add([params[name] for name in pair], [self.product * (b.T @ signs), self.product * (signs @ a.T)])
+
+    def _stacked(self, params: Mapping[str, nn.Parameter]) -> list[tuple[list[str], Tensor]]:
+        """Layers of one shape with their earlier factors (L, R_old, D): a kernel for all of them instead of one for each."""
+        if self._stacks is None:
+            alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+            for layer, old_RD in self._live.items():
+                shapes = old_RD.shape, local(params[self._pairs[layer][0]].detach()).shape
+                alike.setdefault(shapes, []).append(layer)
+            self._stacks = [(layers, torch.stack([self._live[n] for n in layers])) for layers in alike.values()]
+            for layers, stack in self._stacks:
+                self._live.update(zip(layers, stack, strict=True))  # views: nothing is kept twice
+        return self._stacks
 
     def task_state(self, run: Run) -> State:
         """The factors A of all tasks so far, one below the other."""
@@ -195,26 +215,14 @@ class OLoRA(Method):
         return {f"A/{layer}": factor.contiguous() for layer, factor in stacked.items()}
 
 
-def _factors(params: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Names of the trainable factors A and B by the layer they adapt."""
-    found: dict[tuple[str, str | None], dict[str, str]] = {}
-    for name in params:
-        if match := FACTOR.match(name):
-            found.setdefault((match["layer"], match["adapter"]), {})[match["factor"]] = name
-    return {layer: (pair["A"], pair["B"]) for (layer, _), pair in found.items() if len(pair) == 2}
-
-
 def _is_last(old_RD: Tensor, now_RD: Tensor) -> bool:
     """Whether a factor is the one that the last task ended with."""
     rank = now_RD.shape[0]
     return old_RD.shape[0] >= rank and torch.equal(old_RD[-rank:].to(now_RD.dtype), now_RD.cpu())
 
 
-def _local(p: Tensor) -> Tensor:
-    # FSDP2 shards factors by rows, and each row of A_new has a gradient of its own.
-    return p.to_local() if hasattr(p, "to_local") else p  # pyrefly: ignore[not-callable]
-
-
-def _add(p: nn.Parameter, gradient: Tensor) -> None:
-    if p.grad is not None:
-        _local(p.grad).add_(gradient.to(p.grad.dtype))
+def _add(factors: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Add to the gradients that are there; FSDP2 shards factors by rows, and each row has a gradient of its own."""
+    held = [(local(p.grad), g) for p, g in zip(factors, gradients, strict=True) if p.grad is not None]
+    if held:
+        torch._foreach_add_([to for to, _ in held], [g.to(to.dtype) for to, g in held])

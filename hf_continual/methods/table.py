@@ -23,6 +23,10 @@ TABLE: dict[str, str] = {
     "recadam": "hf_continual.methods.recadam.method:RecAdam",
     "ewc": "hf_continual.methods.ewc:EWC",
     "o_lora": "hf_continual.methods.o_lora:OLoRA",
+    "migu": "hf_continual.methods.migu:MIGU",
+    "tasl": "hf_continual.methods.tasl.method:TaSL",
+    "gradient_projection": "hf_continual.methods.gradient_projection:GradientProjection",
+    "task_vector": "hf_continual.methods.task_vector:TaskVector",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+
+from hf_continual.tensors.flat import local
 
 
 def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str, BaseTunerLayer]:
@@ -43,6 +45,24 @@ def is_fresh(layer: Any) -> bool:
     ]
     magnitude = any("lora_magnitude_vector" in name for name, _ in layer.named_parameters())
     return bool(zero) and all(zero) and not magnitude
+
+
+FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+
+
+def factor_pairs(params: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Names of the factors A and B among some parameters, by the linear layer that they adapt."""
+    found: dict[tuple[str, str | None], dict[str, str]] = {}
+    for name in params:
+        if match := FACTOR.match(name):
+            found.setdefault((match["layer"], match["adapter"]), {})[match["factor"]] = name
+    return {layer: (pair["A"], pair["B"]) for (layer, _), pair in found.items() if len(pair) == 2}
+
+
+def fresh_factors(params: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the factors of adapters that have learned nothing: B is all zero."""
+    pairs = factor_pairs(params).values()
+    return {name for pair in pairs if not bool(local(params[pair[1]].detach()).any()) for name in pair}
 
 
 def remove_adapters(model: PeftModel, layers: dict[str, BaseTunerLayer]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_continual.tensors.flat import Flat
 from hf_continual.tensors.selection import kth_smallest
 
 Order = Literal["first", "second", "mixed"]
@@ -84,6 +85,44 @@ def update_importance_(
     if uncertainty is not None:
         rate = 1 - beta2 if valid is None else valid.float() * (1 - beta2)
         uncertainty.lerp_(now.sub_(importance).abs_(), rate)
+
+
+@torch.no_grad()
+def record_step_(
+    flat: Flat,
+    importance: Tensor,
+    uncertainty: Tensor | None,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    order: Order = "first",
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Take the gradients of a step into the two averages of all weights; a step that is not finite leaves no trace.
+
+    Args:
+        flat: Layout of the weights, which have moved; their clipped gradients are still there.
+        importance: I, a buffer of `flat`.
+        uncertainty: U, another, or None.
+        beta1: Decay of I.
+        beta2: Decay of U.
+        order: See `sensitivity`.
+        add_up: Sums over processes where they hold different parts of the weights, else None.
+
+    Returns:
+        Scalar bool on the device: whether the step was finite.
+    """
+    grads = flat.all_gradients()
+    wrong = torch.zeros((), device=flat.device)
+    if grads:
+        wrong = (~torch.isfinite(torch.stack(torch._foreach_norm(grads)))).any().float()
+    if add_up is not None:
+        wrong = add_up(wrong)
+    valid = wrong == 0
+    for bucket in flat.buckets:
+        spread = None if uncertainty is None else bucket.of(uncertainty)
+        weights, gradients = flat.weights(bucket), flat.gradients(bucket)
+        update_importance_(bucket.of(importance), spread, weights, gradients, beta1, beta2, order, valid)
+    return valid
 
 
 def scores(importance: Tensor, uncertainty: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -217,6 +217,20 @@ def is_tower(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in module.modules())
 
 
+def in_attention(model: nn.Module) -> set[str]:
+    """Names of the parameters inside attention modules of the model's blocks; adapters on them count.
+
+    transformers calls every such module something with "Attention", whatever the model's names are.
+    """
+    blocks = find_blocks(model).path
+    return {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and "attention" in type(module).__name__.lower()
+        for inner, _ in module.named_parameters()
+    }
+
+
 def is_tied(model: nn.Module) -> bool:
     """Whether the language-model head and the input embedding are one matrix."""
     head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]

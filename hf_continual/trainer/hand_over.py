@@ -144,22 +144,30 @@ def _check_methods(trainer: LiveTrainer, found: handover.HandOver) -> None:
 
 
 def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
-    then, now = found.base.get("sample"), base_facts(trainer).get("sample")
-    if then is not None and now is not None and then != now:
-        raise handover.HandOverError(
-            f"{found.folder} was trained on the base {found.base.get('name') or 'model'!r}, and this run's base "
-            f"{base_facts(trainer).get('name') or 'model'!r} has other weights: what its methods learned does not hold there. "
-            f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True)."
-        )
+    then, now = found.base, base_facts(trainer)
+    if then.get("sample") is None or now.get("sample") is None or then["sample"] == now["sample"]:
+        return
+    left = [method for method in trainer.methods if method.name in found.names]
+    if then.get("beside") is not None and then["beside"] == now["beside"]:
+        # All that lies beside the adapters is as it was: they were merged into the base.
+        if all(method.outlives_merging for method in left):
+            logger.info("%s: its adapter is part of the base %s now.", found.folder, now.get("name") or "model")
+            return
+    raise handover.HandOverError(
+        f"{found.folder} was trained on the base {then.get('name') or 'model'!r}, and this run's base "
+        f"{now.get('name') or 'model'!r} has other weights: what its methods learned does not hold there. "
+        f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True)."
+    )
 
 
 def base_facts(trainer: LiveTrainer) -> dict[str, Any]:
-    """Name and a few values of the weights below an adapter; nothing for a full model, which is its own base."""
+    """Name and a few values of the weights below and beside an adapter; nothing for a full model, which is its own base."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         return {}
     name = getattr(model.get_base_model().config, "name_or_path", None)
-    return {"name": Path(name).name if name and Path(name).is_dir() else name, "sample": base_sample(model)}
+    named = Path(name).name if name and Path(name).is_dir() else name
+    return {"name": named, "sample": base_sample(model), "beside": base_sample(model, adapted=False)}
 
 
 def before_training(trainer: LiveTrainer) -> None:

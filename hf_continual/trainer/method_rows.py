@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_continual import private
+from hf_continual.data.rows import digest_of
 from hf_continual.trainer import checks
 from hf_continual.trainer.collating import replay_collator
 from hf_continual.trainer.mixer import ReplayMixer
 from hf_continual.trainer.rows import check_row_type, check_rows, report_dropped, same_order, says_completion
-from hf_continual.trainer.state import digest_of
 
 if TYPE_CHECKING:
     import numpy as np

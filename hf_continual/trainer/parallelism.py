@@ -37,6 +37,10 @@ REFUSED: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "recadam": dict.fromkeys(ZERO, (_FLAT, _OUT)),
     "ewc": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
     "o_lora": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "migu": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "tasl": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "gradient_projection": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
+    "task_vector": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
 }
 # What a method of somebody's own overrides -> why it is refused under DeepSpeed.
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}

@@ -183,7 +183,7 @@ class TrainerRun:
     def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
         args = self._trainer.args
         size = self._rows_per_batch(batch_size)
-        kept: Any = rows.select_columns(["input_ids", "labels"])
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
         slots = args.gradient_accumulation_steps * args.world_size
         mine = []
         for micro in range(args.gradient_accumulation_steps):

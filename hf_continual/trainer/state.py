@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -135,15 +133,6 @@ def _by_kind(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     (key, options), (kind, given) = *then.items(), *now.items()
     old = key == options.get("name") == given.get("name")
     return {kind: options} if old else then
-
-
-def digest_of(rows: Dataset, sample: int = 64) -> str:
-    """What tells rows apart wherever they lie: their number, and the tokens of up to `sample` rows spread over them."""
-    step = max(len(rows) // sample, 1)
-    found = hashlib.sha256(str(len(rows)).encode())
-    for row in rows.select(range(0, len(rows), step)):
-        found.update(json.dumps([list(row["input_ids"]), list(row["labels"])]).encode())  # pyrefly: ignore[bad-index]
-    return found.hexdigest()[:16]
 
 
 def check_same_rows(checkpoint: Path, digests: Mapping[str, str], names: Sequence[str] = ()) -> None:

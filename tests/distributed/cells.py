@@ -26,9 +26,24 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_continual import EWC, KIF, ContinualConfig, ContinualTrainer, FreezeLayers, GeRe, OLoRA, RecAdam, Replay
+from hf_continual import (
+    EWC,
+    KIF,
+    MIGU,
+    ContinualConfig,
+    ContinualTrainer,
+    FreezeLayers,
+    GeRe,
+    GradientProjection,
+    OLoRA,
+    RecAdam,
+    Replay,
+    TaskVector,
+    TaSL,
+)
 from tests import toy
 
+FURTHER = ("ewc", "tasl")  # do something where a task was learnt before
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 FSDP = {
     "fsdp": True,
@@ -68,6 +83,10 @@ def method(kind: str, folder: Path) -> Any:
         "recadam": lambda: RecAdam(k=1.0, t0=3, anchor_strength=100.0, floor=0.2),
         "ewc": lambda: EWC(weight=1e5, over_tasks="sum"),
         "o_lora": lambda: OLoRA(weight=0.5),
+        "migu": lambda: MIGU(share=0.3, mask_a=True, first_task=True),
+        "tasl": lambda: TaSL(share=0.4),
+        "gradient_projection": lambda: GradientProjection(runs=2, steps=2, since=1, layers="all"),
+        "task_vector": lambda: TaskVector(at=3, alpha=0.3),
     }[kind]()
 
 
@@ -80,7 +99,7 @@ def base(folder: Path) -> Path:
     """The base model on the disk, made once before any process starts."""
     if not (folder / "base").is_dir():
         toy.model(**WIDE).save_pretrained(folder / "base")
-        for kind, weights in (("ewc", "full"), ("ewc", "LoRA"), ("o_lora", "LoRA")):
+        for kind, weights in (*((k, w) for k in FURTHER for w in ("full", "LoRA")), ("o_lora", "LoRA")):
             first = build(folder, "one process", kind, weights, f"first-{kind}-{weights}", start=str(folder / "base"))
             first.train()
             first.save_model()
@@ -107,8 +126,8 @@ def build(folder: Path, mode: str, kind: str, weights: str, name: str, start: st
             # On processors with bf16 arithmetic an evaluation repacks the weights, and training goes on in bf16.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    # A predecessor's adapter is trained further by EWC and built on by O-LoRA.
-    further = kind == "ewc" and earlier.is_dir() and weights == "LoRA" and start is None
+    # A predecessor's adapter is trained further, and built on by O-LoRA.
+    further = kind in FURTHER and earlier.is_dir() and weights == "LoRA" and start is None
     return ContinualTrainer(
         model, ContinualConfig(**toy.settings(folder / mode / name, **settings)), train_dataset=toy.rows(),
         processing_class=toy.tokenizer(), peft_config=adapter() if weights != "full" and not further else None,

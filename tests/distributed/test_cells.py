@@ -22,8 +22,8 @@ from tests.distributed import cells
 ROOT = Path(__file__).parents[2]
 # In `make test`: each method, each way of training and each kind of weights, in few processes.
 CHOSEN = {
-    "DDP": ["o_lora:LoRA", "recadam:4-bit LoRA"],
-    "FSDP2": ["ewc:LoRA", "kif:full"],
+    "DDP": ["o_lora:LoRA", "recadam:4-bit LoRA", "gradient_projection:LoRA", "task_vector:full"],
+    "FSDP2": ["ewc:LoRA", "kif:full", "migu:full", "tasl:LoRA"],
     "ZeRO-2": ["gere:full"],
     "ZeRO-3": ["freeze:full", "replay:LoRA"],
 }

@@ -10,8 +10,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_continual import EWC, ContinualConfig, ContinualTrainer
-from hf_continual.methods.ewc import add_squares_, merged_fisher, penalty, penalty_gradients
+from hf_continual import EWC, ContinualConfig, ContinualTrainer, Method
+from hf_continual.methods import ewc
+from hf_continual.methods.ewc import add_penalty_gradients_, fisher_diagonal, merged_fisher, penalty, penalty_gradients
 from tests import toy
 from tests.methods.fake_run import FakeRun
 
@@ -43,12 +44,11 @@ def golden_loss(params, batch):
 
 def test_the_published_fisher():
     params = {n: p.clone().requires_grad_() for n, p in part("param").items()}
-    fisher = {n: torch.zeros_like(p) for n, p in params.items()}
-    for batch, rows in ((0, 3), (1, 2)):
-        found = torch.autograd.grad(golden_loss(params, batch), list(params.values()))
-        add_squares_(fisher, dict(zip(params, found, strict=True)), rows)
+    fisher = fisher_diagonal((golden_loss(params, batch) for batch in (0, 1)), params, (3, 2))
     for name in NAMES:
-        torch.testing.assert_close(fisher[name] / 5, GOLDEN[f"fisher/{name}"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(fisher[name], GOLDEN[f"fisher/{name}"], rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="at least one loss"):
+        fisher_diagonal([], params, [])
 
 
 def test_the_published_penalty_and_running_mean():
@@ -66,6 +66,51 @@ def test_the_closed_form_is_the_gradient_of_the_penalty():
     assert closed.keys() == params.keys()
     for name, p in params.items():
         torch.testing.assert_close(closed[name], p.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 25])
+def test_added_in_pieces_it_is_the_same(monkeypatch, at_once):
+    monkeypatch.setattr(ewc, "AT_ONCE", at_once)
+    moved, anchors, fisher = part("moved"), part("param"), part("fisher")
+    grads = {n: torch.ones_like(t, dtype=torch.bfloat16 if n == "o.bias" else None) for n, t in moved.items()}
+    add_penalty_gradients_(grads, moved, anchors, fisher, 7.0)
+    for name, closed in penalty_gradients(moved, anchors, fisher, 7.0).items():
+        assert torch.equal(grads[name], 1 + closed.to(grads[name].dtype))
+
+
+class AsALossTerm(Method):
+    """The penalty in the loss, with a graph."""
+
+    name = "term"
+
+    def __init__(self, method):
+        self.method = method
+
+    def describe(self):
+        return {}
+
+    def begin_task(self, run):
+        self.params = run.named_parameters()
+
+    def loss_terms(self, forward):
+        return {"penalty": penalty(self.params, *self.method._live, self.method.weight)}
+
+
+def test_the_gradient_edit_is_the_penalty_in_the_loss(tmp_path):
+    """With accumulation and without clipping, which would clip the one and not the other."""
+    train(toy.model(), tmp_path / "first").save_model()
+    settings = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.05}
+    edited = train(str(tmp_path / "first"), tmp_path / "a", method=EWC(weight=100.0), seed=2, **settings)
+    holder = EWC(weight=100.0)
+    trainer = ContinualTrainer(
+        str(tmp_path / "first"), ContinualConfig(**toy.settings(tmp_path / "b", **settings)),
+        train_dataset=toy.rows(seed=2), processing_class=toy.tokenizer(), methods=[holder, AsALossTerm(holder)],
+    )  # fmt: skip
+    holder.edit_gradients = lambda params: None
+    trainer.train()
+    free = train(str(tmp_path / "first"), tmp_path / "c", method=EWC(weight=0.0), seed=2, **settings)
+    torch.testing.assert_close(toy.flat(edited.model), toy.flat(trainer.model), rtol=0, atol=1e-6)
+    assert (toy.flat(edited.model) - toy.flat(free.model)).abs().max() > 1e-4
 
 
 def test_several_tasks():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_continual import ContinualConfig, ContinualTrainer, OLoRA
+from hf_continual.data.handover import HandOverError
 from hf_continual.methods.o_lora import orthogonality, orthogonality_gradient
+from hf_continual.tensors.concatenate import concatenate_adapters
 from tests import toy
 
-GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "baselines" / "olora_losses.safetensors")
+NUMBERS = Path(__file__).parents[1] / "golden" / "baselines"
+GOLDEN = load_file(NUMBERS / "olora_losses.safetensors")
 
 ZERO_TOLERANCE = 0.0
 ADAPTERS_ONLY = True
@@ -64,6 +68,22 @@ def test_closed_forms_are_the_gradients():
     method.edit_gradients({"a": a, "b": b})
     expected = torch.autograd.grad(0.25 * (b @ a).abs().sum(), (a, b))
     torch.testing.assert_close((a.grad, b.grad), expected)
+
+
+def test_the_published_stack(tmp_path):
+    """Theirs keeps the scaling alpha / r of each block; with alpha = r both are the factors end to end."""
+    numbers = load_file(NUMBERS / "olora_concat.safetensors")
+    for folder, adapter, rank in (("old", "lora", 4), ("new", "loranew", 2)):
+        (tmp_path / folder).mkdir()
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q"]}
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(
+            {f"base_model.model.q.lora_{f}.weight": numbers[f"in/q.{adapter}_{f}.default.weight"] for f in "AB"},
+            tmp_path / folder / "adapter_model.safetensors",
+        )
+    concatenate_adapters(tmp_path / "old", tmp_path / "new", tmp_path / "out")
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, numbers[name.replace("base_model.model.", "out/")])
 
 
 def lora(rank=2):
@@ -122,6 +142,23 @@ def test_weight_0_is_inc_lora_and_weight_makes_new_factors_orthogonal(tmp_path, 
     )  # fmt: skip
     assert all(torch.equal(plain[n], incremental[n]) for n in plain)
     assert held < 0.9 * free
+
+
+def test_merged_into_the_base_only_the_factors_are_needed(tmp_path, base):
+    """The cost of a step then stays that of one adapter; another base is refused all the same."""
+    train(base, tmp_path / "0", OLoRA(), peft=lora())
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "0").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    later = train(
+        str(tmp_path / "merged"), tmp_path / "1", OLoRA(), seed=2, peft=lora(3), predecessor=str(tmp_path / "0")
+    )
+    assert all(t.shape[0] == 5 for t in later.task_states["o_lora"].values())
+    assert later.methods.methods[0]._stacks
+    saved = load_file(tmp_path / "1" / "adapter_model.safetensors")
+    assert all(t.shape[0] == 3 for n, t in saved.items() if ".lora_A." in n)
+    toy.model(seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(HandOverError, match=r"the base 'base', and this run's base 'other' has other weights"):
+        train(str(tmp_path / "other"), tmp_path / "2", OLoRA(), peft=lora(), predecessor=str(tmp_path / "0"))
 
 
 def test_sentences(tmp_path, base):

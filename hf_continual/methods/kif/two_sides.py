@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_continual.tensors.flat import Bucket, Flat
 from hf_continual.tensors.fusion import WEIGHTS, adaptive_weights, blend, mask_weights
-from hf_continual.tensors.importance import Order, Scope, scores, share_rank, share_threshold, update_importance_
+from hf_continual.tensors.importance import Order, Scope, record_step_, scores, share_rank, share_threshold
 from hf_continual.tensors.selection import kth_smallest
 
 Rule = Literal["code", "paper", "no_shared", "adaptive", "weighted", "sum"]
@@ -74,19 +74,9 @@ class TwoSides:
         Args:
             side: `inner` or `outer`.
         """
-        f, grads = self.fusion, self.flat.all_gradients()
-        wrong = torch.zeros((), device=self.flat.device)
-        if grads:
-            wrong = (~torch.isfinite(torch.stack(torch._foreach_norm(grads)))).any().float()
-        if self.add_up is not None:
-            wrong = self.add_up(wrong)
-        valid = wrong == 0
+        f, spread = self.fusion, side[1] if self.fusion.uncertainty else None
+        valid = record_step_(self.flat, side[0], spread, f.beta1, f.beta2, f.order, self.add_up)
         self.left_out += (~valid).float()
-        for bucket in self.flat.buckets:
-            kept = bucket.of(side[0])
-            spread = bucket.of(side[1]) if f.uncertainty else None
-            weights, gradients = self.flat.weights(bucket), self.flat.gradients(bucket)
-            update_importance_(kept, spread, weights, gradients, f.beta1, f.beta2, f.order, valid)
 
     @torch.no_grad()
     def end_inner(self) -> None:

@@ -19,13 +19,16 @@ t counts the updates of the parameter itself. The recall uses the theta that Ada
 linear interpolation with share r, so r must lie between 0 and 1. `anneal="none"` is its limit without
 annealing (L2-SP, decoupled): lambda = 1 and r = lr gamma at every step.
 
+`fisher` gives the quadratic term its F_i back, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and its
+optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the scalar form.
+
 Differs from the authors' code: the pretrained weights are no argument but each parameter's value at the first
 step (or named tensors), an unknown schedule is refused, r outside [0, 1] is refused instead of diverging, and
 `floor` keeps some protection after t0, where the paper's recall vanishes.
 
 Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
 14 bytes (m, v and what rounding took in fp32, theta* in the parameter's dtype), so that the weights are those of an fp32
-run, rounded. `pull_every` adds nothing to this.
+run, rounded. `pull_every` adds nothing to this, `fisher` 4 bytes, in checkpoints too.
 
 `pull_every=n` reads theta* at every n-th update only. In between theta moves by Adam alone; the n-th pull then goes the
 compounded share 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
@@ -39,14 +42,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from datasets import Dataset
 
-from hf_continual.bounds import between, number
+from hf_continual.bounds import between, number, one_of, whole_number
+from hf_continual.data.replay import RowType
+from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
+from hf_continual.methods.fisher import FisherKind
+from hf_continual.methods.recadam.anchored import read_anchors, say, weigh
 from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
-from hf_continual.methods.recadam.schedule import Anneal, check_options, recall_schedule
+from hf_continual.methods.recadam.recall import SAVED
+from hf_continual.methods.recadam.schedule import Anneal, check_options
 from hf_continual.paper import Paper
-from hf_continual.tensors.anchors import base_of, fingerprint, like, read_again, read_named, recorded_base, state_of
-from hf_continual.tensors.flat import local
+from hf_continual.tensors.anchors import base_of, fingerprint, read_again, recorded_base, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +93,13 @@ class RecAdam(Method):
             Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside of the run's that
             is not itself a trainer's checkpoint; those are read again, from where the model then comes from or where it was.
 
+        fisher: The diagonal Fisher information of each weight in place of one scalar for all: general or old rows, measured at
+            the weights that training starts from (in a plan ``earlier_tasks``), or ``continual/ewc.safetensors`` of a model.
+            It is divided by its mean, so that r is the mean share; a weight goes min(1, r F) of the way.
+        fisher_kind: ``"batch"`` squares the gradient of batches, ``"sample"`` that of single rows.
+        fisher_rows: Most rows to measure, drawn with the run's seed; None: all.
+        fisher_row_type: As in `Replay`.
+
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
         ValueError: If a hyper-parameter is out of range, or no parameter is anchored.
@@ -102,13 +117,18 @@ class RecAdam(Method):
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     pull_every: int = 1
     anchor: str = "start"
+    fisher: Dataset | str | list[dict[str, Any]] | None = None
+    fisher_kind: FisherKind = "batch"
+    fisher_rows: int | None = None
+    fisher_row_type: RowType = "same"
+    _measured: Dataset | None = field(default=None, init=False, repr=False, compare=False)
     _record: State | None = field(default=None, init=False, repr=False, compare=False)
     _base_state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "recadam"
     bytes_per_parameter: ClassVar[float] = 4.0  # the anchor
 
-    places: ClassVar[tuple[str, ...]] = ("anchor",)
+    places: ClassVar[tuple[str, ...]] = ("anchor", "fisher")
     paper: ClassVar[Paper] = Paper(
         "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
         "Chen and Hou and Cui and Che and Liu and Yu",
@@ -140,6 +160,30 @@ class RecAdam(Method):
                 known = ", ".join(sorted(options))
                 raise ValueError(f"RecAdam: groups[{pattern!r}] has no option {unknown[0]!r}; known are {known}.")
             check_options({**options, **overrides})
+        self._check_fisher()
+
+    def _check_fisher(self) -> None:
+        one_of("RecAdam", "fisher_kind", self.fisher_kind, ("batch", "sample"))
+        if self.fisher_rows is not None:
+            whole_number("RecAdam", "fisher_rows", self.fisher_rows)
+        if self.fisher is not None and self.pull_every > 1:
+            raise ValueError(
+                f"RecAdam(pull_every={self.pull_every}) puts off one share for all weights, and with fisher each has its own. "
+                f"Use pull_every=1."
+            )
+        # Reading now: a wrong path must fail before a model is loaded, not after.
+        rows = self.fisher is not None and not str(self.fisher).endswith(SAVED)
+        self._rows = load_rows(self.fisher) if rows else None  # pyrefly: ignore[bad-argument-type]
+
+    @classmethod
+    def row_sources(cls) -> tuple[str, ...]:
+        """The rows that F is measured on."""
+        return ("fisher",)
+
+    def replay(self, run: Run) -> None:
+        """Tokenise the rows that F is measured on; nothing is mixed into the batches."""
+        if self._rows is not None:
+            self._measured = run.prepare(self._rows, self.fisher_row_type, self.name)
 
     def _options(self, updates: int, learning_rate: float) -> dict[str, Any]:
         strength = 5000.0 if self.anchor_strength is None else self.anchor_strength
@@ -188,51 +232,13 @@ class RecAdam(Method):
                 "RecAdam anchors no parameter: every group has anneal_w=0, so it would be plain Adam. Give anneal_w above "
                 "0 to at least one group, or drop the method."
             )
+        optimizer = self._optimizer(run)
         if self.anchor != "start":
-            self._read_anchors(run, named)
-        self._say(run, named)
-
-    def _read_anchors(self, run: Run, named: dict[str, torch.nn.Parameter]) -> None:
-        """Read the anchors from where the hyper-parameter says; those of a resumed run must be the same."""
-        state = self._optimizer(run).state
-        resumed = self._record is not None and all("anchor" in state[p] for p in named.values())
-        try:
-            found = read_named(self.anchor, None, named, run.model)
-        except FileNotFoundError:
-            if not resumed:
-                raise
-            logger.info("recadam: %s is gone; the anchors are taken from the checkpoint.", self.anchor)
-            return
-        for name, tensor in found.items():
-            anchor, before = like(tensor, named[name]), state[named[name]].get("anchor")
-            if resumed and not torch.equal(local(anchor), local(before)):
-                raise ValueError(
-                    f"RecAdam(anchor={self.anchor!r}) holds another {name} than the run to be resumed stayed near. Give "
-                    f"the checkpoint of then, from wherever it lies now, or start a new run."
-                )
-            state[named[name]]["anchor"] = anchor
-
-    def _say(self, run: Run, named: dict[str, torch.nn.Parameter]) -> None:
-        """Log what is anchored and how strongly, and warn of a group that will hardly learn."""
-        groups = [g for g in self._optimizer(run).param_groups if g["anneal_w"] > 0]
-        updates = run.max_steps + run.extra_updates
-        for group in groups:
-            late = recall_schedule(group["anneal"], updates, group["k"], group["t0"], group["anneal_w"])
-            if late < 0.5 * group["anneal_w"]:
-                logger.warning(
-                    "recadam: after all %d steps the task weighs only %.3g of %g (anneal=%r, k=%g, t0=%g): hardly "
-                    "anything will be learnt. Give t0 as a share of the run, such as t0=0.2.",
-                    updates, late, group["anneal_w"], group["anneal"], group["k"], group["t0"],
-                )  # fmt: skip
-                break
-        peaks = [g.get("initial_lr", g["lr"]) * g["anchor_strength"] * max(g["anneal_w"], g["floor"]) for g in groups]
-        logger.info(
-            "recadam: %d tensors with %d parameters stay near %s%s; r is at most %.3g at the peak learning rate.",
-            len(named), sum(p.numel() for p in named.values()),
-            "their values at the start" if self.anchor == "start" else self.anchor,
-            " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
-            max(peaks),
-        )  # fmt: skip
+            read_anchors(optimizer, run, named, self.anchor, resumed=self._record is not None)
+        if self.fisher is not None and not all("fisher" in optimizer.state[p] for p in named.values()):
+            pass_ = None if self._measured is None else (self._measured, self.fisher_kind, self.fisher_rows)
+            weigh(optimizer, run, named, str(self.fisher), pass_)
+        say(optimizer, named, self.anchor, run.max_steps + run.extra_updates)
 
     def end_task(self, run: Run) -> None:
         """Apply what `pull_every` has put off, where training ended before its last step."""

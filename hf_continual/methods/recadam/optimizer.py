@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from hf_continual.methods.recadam.recall import recall_
 from hf_continual.methods.recadam.schedule import Anneal, check_options, owed_share, recall_schedule, recall_share
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.residuals import round_, stamp, to_exact_
@@ -27,7 +28,7 @@ __all__ = ["Anneal", "RecAdamOptimizer", "check_options", "recall_schedule", "re
 
 CPU_BATCH = 1 << 20  # parameters updated in one call on a CPU: the recall finds part of them still in the cache
 LOW_BATCH = 1 << 25  # parameters in low precision updated in one call on a device: bounds the fp32 copies
-KEPT_TYPES = ("exp_avg", "exp_avg_sq", "residual", "owed")  # state whose dtype is not the parameter's
+KEPT_TYPES = ("exp_avg", "exp_avg_sq", "residual", "owed", "fisher")  # state whose dtype is not the parameter's
 
 
 class RecAdamOptimizer(Optimizer):
@@ -124,7 +125,7 @@ class RecAdamOptimizer(Optimizer):
                 state = self._state_of(p, i, group)
                 t = int(state["step"]) + 1  # on the host: no wait for the device
                 owed = float(state.get("owed", 0.0)) if group["pull_every"] > 1 else 0.0
-                buckets.setdefault((t, owed, p.device, p.dtype), []).append(p)
+                buckets.setdefault((t, owed, p.device, p.dtype, "fisher" in state), []).append(p)
         return buckets
 
     def _state_of(self, p: Tensor, index: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -178,11 +179,12 @@ class RecAdamOptimizer(Optimizer):
         count = torch.full((), float(t), device=members[0].device)
         for p in members if low else ():
             self.residual(p)
-        for p, g, m, v, anchor, residual in self._batches(members, low):
+        weighed = "fisher" in self.state[members[0]]
+        for p, g, m, v, anchor, residual, fisher in self._batches(members, low):
             work = to_exact_(p, residual) if low else p
             torch._fused_adamw_(work, [x.float() for x in g] if low else g, m, v, [], [count] * len(p), **adam)
             if share:
-                torch._foreach_lerp_(work, [x.float() for x in anchor] if low else anchor, share)
+                recall_(work, [x.float() for x in anchor] if low else anchor, share, fisher if weighed else None)
             if decay != 1:
                 torch._foreach_mul_(work, decay)
             if low:
@@ -226,14 +228,15 @@ class RecAdamOptimizer(Optimizer):
 
     def _batches(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
         """Local tensors to update in one call: all at once on a device, a few that fit into the cache on a CPU."""
-        most = CPU_BATCH if members[0].device.type == "cpu" else (LOW_BATCH if low else math.inf)
+        copies = low or "fisher" in self.state[members[0]]
+        most = CPU_BATCH if members[0].device.type == "cpu" else (LOW_BATCH if copies else math.inf)
         pending: list[list[Tensor]] = []
         size = 0
         for p in members:
             state, grad = self.state[p], p.grad
             assert grad is not None
             row = [p.detach(), grad, state["exp_avg"], state["exp_avg_sq"], state["anchor"]]
-            row.append(state["residual"] if low else row[-1])
+            row += [state["residual"] if low else row[-1], state.get("fisher", row[-1])]
             if isinstance(p, DTensor):
                 row = [x.to_local() for x in row]  # pyrefly: ignore[missing-attribute]
             if not row[0].numel():

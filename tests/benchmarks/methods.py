@@ -1,0 +1,177 @@
+"""What a step with each baseline costs against SFTTrainer's, and the bytes that it keeps for each trainable parameter.
+
+    python tests/benchmarks/methods.py [MODEL] [--methods NAME ...] [--rounds N]
+
+MODEL is a folder or Hub id; by default the embedded SmolLM2-135M, LoRA of rank 8 on all linear layers, float32, second task. One
+thread, processor time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before
+the first step and after the last are not steps and are not in the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_continual import (
+    EWC,
+    MIGU,
+    ContinualConfig,
+    ContinualTrainer,
+    GradientProjection,
+    OLoRA,
+    RecAdam,
+    TaskVector,
+    TaSL,
+)
+from hf_continual.data.biography import biography_rows
+
+STEPS = 6
+MAKE: dict[str, Any] = {
+    "ewc": lambda rows: EWC(weight=1e4, rows=8),
+    "o_lora": lambda rows: OLoRA(),
+    "o_lora, merged": lambda rows: OLoRA(),
+    "migu": lambda rows: MIGU(first_task=True),
+    "tasl": lambda rows: TaSL(),
+    "gradient_projection": lambda rows: GradientProjection(runs=1, steps=1, layers="all"),
+    "task_vector": lambda rows: TaskVector(),
+    "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
+    "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
+}
+
+
+class Clock(TrainerCallback):
+    """Processor seconds of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.process_time() - self.begin)
+
+
+def kept(thing: Any, seen: set[int], found: dict[int, int]) -> None:
+    """Bytes of every tensor that an object of the library holds, by storage."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if torch.is_tensor(thing) and not isinstance(thing, torch.nn.Parameter):
+        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            kept(value, seen, found)
+    elif isinstance(thing, list | tuple | set):
+        for value in thing:
+            kept(value, seen, found)
+    elif type(thing).__module__.startswith("hf_continual.") and "trainer" not in type(thing).__module__:
+        for key, value in vars(thing).items():
+            if key not in ("params", "residuals", "_built"):  # the weights themselves
+                kept(value, seen, found)
+
+
+def state_bytes(trainer: Any) -> float:
+    """Bytes per trainable parameter beside AdamW's two moments."""
+    found: dict[int, int] = {}
+    (method,) = trainer.methods
+    kept(method, set(), found)
+    more = 0
+    for state in trainer.run.optimizer.state.values():
+        more += sum(state[k].nbytes for k in ("anchor", "fisher", "residual") if k in state)
+    return (sum(found.values()) + more) / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], float]:
+    """Seconds of each step, and bytes of state at the last one."""
+    settings = {
+        "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True, "report_to": [],
+        "max_steps": STEPS, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_length": 64,
+        "gradient_checkpointing": False, "pad_to_multiple_of": 64, "model_init_kwargs": {"dtype": "float32"},
+    }  # fmt: skip
+    common: dict[str, Any] = {"train_dataset": rows, "processing_class": AutoTokenizer.from_pretrained(path)}
+    lora, clock, held = LoraConfig(r=8, target_modules="all-linear"), Clock(), [0.0]
+    if name == "sft":
+        trainer: Any = SFTTrainer(path, SFTConfig(**settings), peft_config=lora, **common)
+    else:
+        start, predecessor = path, None
+        if name.startswith(("ewc", "o_lora", "tasl")):
+            start = first(name.split(",")[0], path, folder, settings, common, lora)
+        if name.endswith("merged"):
+            start, predecessor = path, start
+        new = not name.startswith(("ewc", "tasl"))
+        trainer = ContinualTrainer(
+            start, ContinualConfig(**settings, predecessor=predecessor), peft_config=lora if new else None,
+            methods=[MAKE[name](rows)], **common,
+        )  # fmt: skip
+        (method,) = trainer.methods
+        end = method.end_task
+        method.end_task = lambda run: (held.__setitem__(0, state_bytes(trainer)), end(run))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock.times[1:], held[0]  # the first step makes the optimizer's state
+
+
+def first(name: str, path: str, folder: Path, settings: dict, common: dict, lora: Any) -> str:
+    """Folder of an adapter that learned a task with the method before."""
+    goal = folder / f"first-{name}"
+    if not goal.is_dir():
+        made = ContinualTrainer(
+            path, ContinualConfig(**{**settings, "max_steps": 1, "output_dir": str(goal)}), peft_config=lora,
+            methods=[MAKE[name](common["train_dataset"])], **common,
+        )  # fmt: skip
+        made.remove_callback(PrinterCallback)
+        made.train()
+        made.save_model()
+    return str(goal)
+
+
+def main() -> None:
+    """Print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--methods", nargs="+", default=list(MAKE))
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    if args.model is None:
+        from hf_continual.demo.model import embedded_model
+
+        args.model = str(embedded_model())
+    rows = biography_rows(60, "texts", versions=2).select_columns(["text"])
+    with tempfile.TemporaryDirectory() as place:
+        ratios: dict[str, list[float]] = {name: [] for name in args.methods}
+        state: dict[str, float] = {}
+        for _ in range(args.rounds):
+            for name in args.methods:
+                plain, _ = run("sft", args.model, Path(place), rows)
+                times, state[name] = run(name, args.model, Path(place), rows)
+                ratios[name].append(statistics.median(times) / statistics.median(plain))
+        for name, found in ratios.items():
+            print(
+                f"step time, {name} / SFTTrainer: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f}); "
+                f"state, bytes per trainable parameter: {state[name]:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
