@@ -106,8 +106,9 @@ def without_options(rows: Dataset) -> Dataset:
         The same rows, shortened.
 
     Raises:
-        ValueError: If no prompt has such a sentence.
+        ValueError: If no prompt has such a sentence, or prompts are messages.
     """
+    _check_text(rows, "drop_options")
     shortened = [OPTIONS.sub("", prompt, count=1) for prompt in rows["prompt"]]
     if shortened == rows["prompt"][:]:
         raise ValueError(
@@ -120,7 +121,7 @@ def cut_prompts(rows: Dataset, tokens: int, tokenizer: Any) -> Dataset:
     """Prompts of at most so many tokens, cut before their last line, which asks for the answer.
 
     Args:
-        rows: Rows with a column `prompt` that holds strings.
+        rows: Rows with a column `prompt`.
         tokens: Most tokens of a prompt.
         tokenizer: The model's.
 
@@ -128,8 +129,9 @@ def cut_prompts(rows: Dataset, tokens: int, tokenizer: Any) -> Dataset:
         The same rows, shortened.
 
     Raises:
-        ValueError: If a last line alone is longer.
+        ValueError: If a last line alone is longer, or prompts are messages.
     """
+    _check_text(rows, "max_prompt_tokens")
     shortened = []
     for prompt in rows["prompt"]:
         head, line, tail = prompt.rpartition("\n")
@@ -146,3 +148,12 @@ def cut_prompts(rows: Dataset, tokens: int, tokenizer: Any) -> Dataset:
             prompt = text
         shortened.append(prompt)
     return rows.remove_columns("prompt").add_column("prompt", shortened)  # pyrefly: ignore
+
+
+def _check_text(rows: Dataset, option: str) -> None:
+    """Refuse prompts that are messages, of which no part can be cut out as of a text."""
+    if len(rows) and not isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            f"{option} shortens prompts that are text, and these are lists of messages. Leave it out, and shorten the "
+            f"messages in the rows."
+        )

@@ -21,6 +21,8 @@ from hf_continual.evaluation.match import Match, find_match
 from hf_continual.evaluation.prompts import NOT_NUMBERS, batches_by_length, decoder, evaluating
 from hf_continual.evaluation.questions import Question, positions, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
+from hf_continual.evaluation.trained import Row
+from hf_continual.evaluation.turns import Turns, by_turns, check_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) -> Scored:
+def teacher_forced(
+    model: Any, tokenizer: Any, rows: Dataset | Sequence[Row], batch_size: int = 32, turns: Turns = "last"
+) -> Scored:
     """Exact match and answer likelihood from one forward pass per batch.
 
     Only the answers' positions go through the language-model head.
@@ -38,6 +42,8 @@ def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 
         tokenizer: Its tokenizer.
         rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}`` that end with the answer.
         batch_size: Rows per forward pass.
+        turns: Which assistant turns of a conversation are answers: the ``"last"`` message, or ``"all"`` of them, each
+            after everything that the row has before it; a row's score is then the mean over its turns.
 
     Returns:
         1 for rows that greedy decoding would answer exactly, and each answer's NLL. A wrong row's prediction ends
@@ -46,7 +52,10 @@ def teacher_forced(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 
     Raises:
         ValueError: If rows cannot be scored, or the model's logits are not numbers.
     """
+    if check_turns(turns) == "all":
+        return by_turns(rows, lambda flat: teacher_forced(model, tokenizer, flat, batch_size))
     questions = read_questions(model, tokenizer, rows)
+    _say_that_thoughts_count(questions)
     found: dict[int, RowScore] = {}
     parts = decoder(model)
     with evaluating(model) as device:
@@ -97,11 +106,12 @@ def _row(said: list[int], question: Question, nll: float, tokenizer: Any) -> Row
 def generated(
     model: Any,
     tokenizer: Any,
-    rows: Dataset,
+    rows: Dataset | Sequence[Row],
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     match: str | Match | None = None,
     stop: Sequence[str] = (),
+    turns: Turns = "last",
 ) -> Scored:
     """Score answers by batched greedy generation, left padded, until an end or a stop string.
 
@@ -118,6 +128,8 @@ def generated(
         match: When an answer is right, by name (`hf_continual.evaluation.match`) or as a function of prediction
             and reference; None demands the very tokens of the answer and an end.
         stop: Strings that end an answer; they are cut off, also from the end of a reference.
+        turns: Which assistant turns of a conversation are answers: the ``"last"`` message, or ``"all"`` of them, each
+            after everything that the row has before it; a row's score is then the mean over its turns.
 
     Returns:
         The score of each row, and what was answered. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1.
@@ -127,9 +139,13 @@ def generated(
     """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; give at least 1, or None.")
+    if check_turns(turns) == "all":
+        return by_turns(rows, lambda flat: generated(model, tokenizer, flat, batch_size, max_new_tokens, match, stop))
     rule = None if match is None else find_match(match)
     stop = stop_strings(stop)
     questions = read_questions(model, tokenizer, rows)
+    if rule is None:
+        _say_that_thoughts_count(questions)
     _say_what_cannot_be_right(questions, max_new_tokens, stop, tokenizer)
     limits = [_limit(q, max_new_tokens, positions(model)) for q in questions]
     ends = frozenset[int]().union(*(q.ends for q in questions))
@@ -167,6 +183,15 @@ def _limit(question: Question, most: int | None, places: int | None) -> int:
     limit = (len(question.answer) + question.ended) if most is None else most
     # The last token is not fed again.
     return limit if places is None else max(1, min(limit, places - len(question.prompt) + 1))
+
+
+def _say_that_thoughts_count(questions: Sequence[Question]) -> None:
+    thinking = sum(q.thinks for q in questions)
+    if thinking:
+        logger.warning(
+            "%d of %d answers come with thoughts, and exact match asks for the very same thoughts. To score what follows "
+            "them, generate: metric: {generated: {match: exact, max_new_tokens: 512}}.", thinking, len(questions),
+        )  # fmt: skip
 
 
 def _say_what_cannot_be_right(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl.data_utils import common_prefix_length
@@ -44,11 +44,17 @@ def frame_of(row: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens
         The frame of the row's answer.
 
     Raises:
-        ValueError: If the template leaves the answer out.
+        ValueError: If the template leaves the answer out, or the tools that it calls.
     """
     pair = as_pair(row)
     if isinstance(pair["prompt"], str):
         return Frame()
+    around = _around_text(pair, tokenizer, ends, added)
+    return _around_calls(pair, tokenizer, added, around) if pair["completion"][-1].get("tool_calls") else around
+
+
+def _around_text(pair: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens) -> Frame:
+    """The frame of an answer of words."""
     known = with_answer(pair, _ANSWER)
     prompt = rendered(known, tokenizer, known["prompt"], True, tokenize=False)
     whole = rendered(known, tokenizer, [*known["prompt"], *known["completion"]], False, tokenize=False)
@@ -65,6 +71,30 @@ def frame_of(row: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens
     # The first special token ends the turn; where none does, the first that was added to the vocabulary.
     found = [i for kind in kinds for i in after if i in kind]
     return Frame(lead, tail, marks[-1] if marks else None, found[0] if found else None)
+
+
+def _around_calls(pair: Row, tokenizer: Any, added: AddedTokens, around: Frame) -> Frame:
+    """The frame of an answer that calls tools, from that of an answer of words.
+
+    What names the tool belongs to the answer, also where a template writes it in place of what leads words (gpt-oss).
+    """
+    *before, last = pair["completion"]
+    mute = {k: v for k, v in last.items() if k != "tool_calls"}
+    mute["content"] = last.get("content") or ""
+    prompt = rendered(pair, tokenizer, pair["prompt"], True, tokenize=False)
+    whole = rendered(pair, tokenizer, [*pair["prompt"], *before, last], False, tokenize=False)
+    if whole == rendered(pair, tokenizer, [*pair["prompt"], *before, mute], False, tokenize=False):
+        raise ValueError(
+            "the last message calls a tool, and the chat template writes no calls, so there is nothing to score. Use a "
+            "tokenizer whose template does, or leave such rows out."
+        )
+    said = whole[common_prefix_length(prompt, whole) :]
+    tokens = _tokens(said, tokenizer)
+    special = [i for i in tokens if i in added.special]
+    end = around.end if around.end in tokens else special[-1] if special else None
+    if said.startswith(around.lead):
+        return replace(around, end=end)
+    return Frame("", around.tail, None, end)
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:

@@ -17,7 +17,8 @@ from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.questions import check_lengths, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
-from hf_continual.evaluation.trained import trained_tokens, with_answer
+from hf_continual.evaluation.trained import Row, trained_tokens, with_answer
+from hf_continual.evaluation.turns import Turns, by_turns, check_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,18 +158,23 @@ def _as_lm_eval(context: str, choice: str, tokenizer: Any) -> Pair:
     return prompt, whole[len(prompt) :]
 
 
-def answer_nll(model: Any, tokenizer: Any, rows: Dataset, batch_size: int = 32) -> Scored:
+def answer_nll(
+    model: Any, tokenizer: Any, rows: Dataset | Sequence[Row], batch_size: int = 32, turns: Turns = "last"
+) -> Scored:
     """Negative log-likelihood of the right answer's token, in nats; lower is better.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        rows: ``{"prompt", "completion"}``.
+        rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}``.
         batch_size: Rows per forward pass.
+        turns: As in `teacher_forced`.
 
     Returns:
         The mean over an answer's tokens and its end, per row.
     """
+    if check_turns(turns) == "all":
+        return by_turns(rows, lambda flat: answer_nll(model, tokenizer, flat, batch_size))
     forced = teacher_forced(model, tokenizer, rows, batch_size)
     losses = [RowScore(r.also["nll"], prediction=r.prediction, reference=r.reference, also=r.also) for r in forced.rows]
     return Scored(losses, "answer NLL per token", lower_is_better=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import string
 from collections.abc import Callable
 
@@ -45,6 +46,39 @@ def similarity(prediction: str, reference: str) -> float:
     return difflib.SequenceMatcher(None, prediction.strip(), reference.strip()).ratio()
 
 
+def tool_calls(prediction: str, reference: str) -> float:
+    """1 if both call the same tools with the same arguments in the same order, however the JSON is written.
+
+    Calls are JSON objects with a `name` and `arguments` (or `parameters`). A reference without any is compared as by
+    `stripped`: rows that call tools and rows that answer in words can be one test.
+    """
+    wanted = _calls(reference)
+    return float(_calls(prediction) == wanted) if wanted else stripped(prediction, reference)
+
+
+def _calls(text: str) -> list[tuple[str, object]]:
+    """Names and arguments of the calls in a text."""
+    found, place = [], text.find("{")
+    while place >= 0:
+        try:
+            data, end = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError):
+            data, end = None, place + 1
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            given = data.get("arguments", data.get("parameters", {}))
+            found.append((data["name"], _plain_arguments(given)))
+        place = text.find("{", end)
+    return found
+
+
+def _plain_arguments(given: object) -> object:
+    """Arguments as data; some datasets and templates write them as JSON in a string."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
 def rouge1(prediction: str, reference: str) -> float:
     """F-measure of shared words, stemmed (rouge_score)."""
     return _rouge("rouge1", prediction, reference)
@@ -76,7 +110,8 @@ def _rouge(kind: str, prediction: str, reference: str) -> float:
 
 
 MATCHES: dict[str, Match] = {
-    f.__name__: f for f in (exact, stripped, lower_exact, normalized, prefix, similarity, rouge1, rouge2, rougeL)
+    f.__name__: f
+    for f in (exact, stripped, lower_exact, normalized, prefix, similarity, tool_calls, rouge1, rouge2, rougeL)
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.frame import frame_of
-from hf_continual.evaluation.trained import as_pair, trained_tokens
+from hf_continual.evaluation.trained import as_pair, message_text, trained_tokens
 from hf_continual.tensors.head import logits_function, plain_model
 
 Item = TypeVar("Item")
@@ -57,9 +57,44 @@ def up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
 
 def prompt_hash(row: dict[str, Any]) -> str:
     """16 hexadecimal digits that tell prompts apart without storing them."""
-    shown = next((row[k] for k in ("prompt", "messages", "text") if row.get(k) is not None), row)
-    text = shown if isinstance(shown, str) else json.dumps(shown, sort_keys=True, ensure_ascii=False)
+    shown = _asked(row)
+    text = shown if isinstance(shown, str) else json.dumps(shown, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prompt_text(row: dict[str, Any], most: int = 2000) -> str:
+    """The prompt of a row to read: messages one after the other, a long one without its middle.
+
+    Args:
+        row: A row to score.
+        most: Most characters that are kept; the end counts more than the beginning, as the question stands there.
+
+    Returns:
+        The text; empty where the row has no prompt.
+    """
+    asked = _asked(row)
+    if isinstance(asked, list) and all(isinstance(m, dict) for m in asked):
+        said = [(m.get("role") or m.get("from"), message_text(m) or m.get("value") or "") for m in asked]
+        asked = "\n".join(f"{role}: {text}" for role, text in said)
+    text = asked if isinstance(asked, str) else ""
+    if len(text) <= most:
+        return text
+    head, tail = most // 4, most - most // 4
+    return f"{text[:head]} [{len(text) - most:,} characters left out] {text[-tail:]}"
+
+
+def _asked(row: dict[str, Any]) -> Any:
+    """What a model is asked: the prompt, or the conversation without its last answer; the row where there is neither."""
+    for name in ("prompt", "context", "messages", "conversations", "text"):
+        found = row.get(name)
+        if found is not None:
+            spoken = name in ("messages", "conversations") and isinstance(found, list) and len(found) > 1
+            return found[:-1] if spoken and _is_answer(found[-1]) else found
+    return row
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and (message.get("role") or message.get("from")) in ("assistant", "gpt")
 
 
 def batches_by_length(items: Sequence[Item], lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_continual.ends import AddedTokens, added_tokens, end_tokens
 from hf_continual.evaluation.frame import Frame, answer_text, frame_of
 from hf_continual.evaluation.prompts import up_to_end
-from hf_continual.evaluation.trained import reference, trained_tokens
+from hf_continual.evaluation.trained import Row, has_thoughts, reference, trained_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +30,7 @@ class Question:
         frame: What the chat template puts around the answer.
         reference: The answer's text as the row has it.
         added: The tokenizer's added tokens.
+        thinks: Whether the answer comes with thoughts.
     """
 
     prompt: list[int]
@@ -38,6 +39,7 @@ class Question:
     frame: Frame
     reference: str
     added: AddedTokens
+    thinks: bool = False
 
     @property
     def ended(self) -> bool:
@@ -59,7 +61,7 @@ class Question:
         return self.text(self.answer, tokenizer)
 
 
-def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[dict[str, Any]]) -> list[Question]:
+def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[Row]) -> list[Question]:
     """Make rows ready.
 
     Args:
@@ -76,12 +78,12 @@ def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[dict[str
     known, added = end_tokens(model, tokenizer), added_tokens(tokenizer)
     plain = [dict(row) for row in rows]
     for row in plain:
-        _check_one_answer(row)
+        check_one_answer(row)
     frames = [frame_of(row, tokenizer, known, added) for row in plain]
     ends = known | {frame.end for frame in frames if frame.end is not None}
     split = [trained_tokens(row, tokenizer) for row in plain]
     questions = [
-        Question(prompt, up_to_end(answer, ends), ends, frame, reference(row), added)
+        Question(prompt, up_to_end(answer, ends), ends, frame, reference(row), added, has_thoughts(row))
         for row, frame, (prompt, answer) in zip(plain, frames, split, strict=True)
     ]
     _check_empty(questions, plain)
@@ -89,12 +91,20 @@ def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[dict[str
     return questions
 
 
-def _check_one_answer(row: dict[str, Any]) -> None:
+def check_one_answer(row: Row) -> None:
+    """Refuse a completion of several messages.
+
+    Args:
+        row: A row to score.
+
+    Raises:
+        ValueError: If its completion is not one answer.
+    """
     completion = row.get("completion")
     if not isinstance(completion, str) and completion is not None and len(completion) != 1:
         raise ValueError(
             f"a completion of {len(completion)} messages is not one answer: a model is asked for one and stops after it. "
-            f"Move all messages but the last into the prompt."
+            f"Move all messages but the last into the prompt, or score every assistant turn: turns: all."
         )
 
 

@@ -50,6 +50,7 @@ class RowScore:
         prediction: What the model said, as text.
         reference: What was asked for.
         also: Other values of the same row by name, such as ``{"nll": 0.7}``.
+        turns: The assistant turns that the score is a mean over, where several of a conversation are scored.
     """
 
     score: float
@@ -57,6 +58,7 @@ class RowScore:
     prediction: str = ""
     reference: str = ""
     also: dict[str, float] = field(default_factory=dict)
+    turns: tuple[RowScore, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,38 @@ def columns_of(description: Any, present: Sequence[str] = ()) -> tuple[str, ...]
     return (whole[0],) if whole and wanted == ("prompt", "completion") and not set(wanted) <= set(present) else wanted
 
 
+def check_answers(description: Any, rows: Any, tokenizer: Any) -> None:
+    """Refuse rows that hold no answer for a scorer that needs one, before a model is loaded.
+
+    Args:
+        description: See `build_scorer`.
+        rows: The rows, with the columns of `columns_of`.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: If a row has no one answer, or rows are conversations and the tokenizer has no chat template.
+    """
+    name, options = _name_and_options(description)
+    if name is None or ":" in name or COLUMNS.get(name, ("prompt", "completion")) != ("prompt", "completion"):
+        return
+    from hf_continual.evaluation.questions import check_one_answer
+    from hf_continual.evaluation.trained import as_pair
+    from hf_continual.evaluation.turns import assistant_turns
+
+    for i, row in enumerate(rows):
+        try:
+            asked = assistant_turns(row) if options.get("turns") == "all" else [as_pair(row)]
+            for pair in asked:
+                check_one_answer(pair)
+        except ValueError as error:
+            raise ValueError(f"row {i + 1} of the rows to score: {error}") from error
+        if not isinstance(asked[0]["prompt"], str) and getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "the rows to score are conversations and the tokenizer has no chat template, so nothing tells how to write "
+                "them. Name the tokenizer of the chat model, model: {path: ..., tokenizer: ...}, or give prompt and completion as text."
+            )
+
+
 def with_labels(description: Any, rows: Any) -> Any:
     """Fix the labels of `label_likelihood` from all rows, so that a process that scores a part knows them all."""
     name, options = _name_and_options(description)

@@ -43,10 +43,18 @@ def as_pair(row: Row) -> dict[str, Any]:
         )
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise ValueError(
-            f"the answer of a row with 'messages' is its last message, after at least one other, and the assistant's; "
-            f"this row has {len(messages)} and ends with role {messages[-1]['role']!r}. Drop the messages after the answer."
+            f"the answer of a row with 'messages' is its last message, after at least one other, and the assistant's; this "
+            f"row has {len(messages)} and ends with role {messages[-1]['role']!r}. "
+            + (other_roles(messages) or "Drop the messages after the answer.")
         )
     return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def other_roles(messages: Sequence[Row]) -> str:
+    """What to do about the roles of ShareGPT's rows, which templates do not know; nothing where there are none."""
+    if not {"human", "gpt"} & {str(m.get("role")) for m in messages}:
+        return ""
+    return "Chat templates, and SFTTrainer, know the roles 'user' and 'assistant': write these for 'human' and 'gpt'."
 
 
 def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -80,6 +88,23 @@ def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
     return tokens[:shared], tokens[shared:]
 
 
+def conversation_tokens(row: Row, tokenizer: Any) -> list[int]:
+    """The tokens of a whole conversation, whoever speaks last.
+
+    Args:
+        row: ``{"messages"}``, ``{"conversations"}``, or ``{"prompt", "completion"}`` as messages.
+        tokenizer: With a chat template.
+
+    Returns:
+        All tokens.
+    """
+    plain = dict(row)
+    if is_conversational_from_value(plain):
+        plain = maybe_convert_to_chatml(copy.deepcopy(plain))
+    messages = plain.get("messages") or [*plain["prompt"], *plain["completion"]]
+    return list(rendered(plain, tokenizer, messages, False, tokenize=True)["input_ids"])
+
+
 def rendered(row: Row, tokenizer: Any, messages: Sequence[Any], prompt: bool, tokenize: bool) -> Any:
     """Messages through the chat template, with the tools and template options that the row brings."""
     tools = row.get("tools")
@@ -90,24 +115,35 @@ def rendered(row: Row, tokenizer: Any, messages: Sequence[Any], prompt: bool, to
 
 
 def reference(row: Row) -> str:
-    """The text of a row's answer: its completion, or the content of the last message."""
+    """The text of a row's answer: its completion, or what the last message says and the tools that it calls."""
     answer = as_pair(row)["completion"]
     return answer if isinstance(answer, str) else message_text(answer[-1])
 
 
 def message_text(message: Row) -> str:
-    """The text of a message whose content is a text or a list of parts."""
+    """The text of a message whose content is a text or a list of parts; calls of tools follow it as JSON, one a line."""
     content = message.get("content")
-    if isinstance(content, str) or content is None:
-        return content or ""
-    return "".join(part.get("text") or "" for part in content)
+    text = content or "" if isinstance(content, str | None) else "".join(part.get("text") or "" for part in content)
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([text] * bool(text) + calls)
+
+
+def has_thoughts(row: Row) -> bool:
+    """Whether a row's answer comes with thoughts, in a field of its own or in its text."""
+    answer = as_pair(row)["completion"]
+    if isinstance(answer, str):
+        return "</think>" in answer
+    return bool(answer[-1].get("reasoning_content") or answer[-1].get("thinking")) or "</think>" in message_text(
+        answer[-1]
+    )
 
 
 def with_answer(row: Row, text: str) -> dict[str, Any]:
-    """The row with another answer in place of its own, in the form that the row has."""
+    """The row with another answer, which calls no tool, in place of its own; in the form that the row has."""
     pair = as_pair(row)
     if isinstance(pair["completion"], str):
         return {**pair, "completion": text}
     *before, last = pair["completion"]
-    content = text if isinstance(last.get("content"), str) else [{"type": "text", "text": text}]
-    return {**pair, "completion": [*before, {**last, "content": content}]}
+    content = [{"type": "text", "text": text}] if isinstance(last.get("content"), list) else text
+    plain = {k: v for k, v in last.items() if k != "tool_calls"}
+    return {**pair, "completion": [*before, {**plain, "content": content}]}

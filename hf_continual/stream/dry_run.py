@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_continual.evaluation.trained import conversation_tokens
 from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import AddedRows
 from hf_continual.stream.prepare import Prepared
@@ -159,14 +160,11 @@ def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list
     columns = set(rows.column_names)
     if "input_ids" in columns:
         lengths = [len(ids) for ids in rows["input_ids"]]
-    elif "messages" in columns:
-        lengths = [len(tokenizer.apply_chat_template(m, tokenize=True, return_dict=False)) for m in rows["messages"]]
     elif "text" in columns:
         lengths = [len(ids) + 1 for ids in tokenizer(rows["text"][:])["input_ids"]]
-    else:
+    elif "prompt" in columns and isinstance(rows[0]["prompt"], str):
         pairs = zip(rows["prompt"], rows["completion"], strict=True)
-        if isinstance(rows[0]["prompt"], str):
-            lengths = [len(ids) + 1 for ids in tokenizer([p + c for p, c in pairs])["input_ids"]]
-        else:
-            lengths = [len(tokenizer.apply_chat_template([*p, *c], tokenize=True, return_dict=False)) for p, c in pairs]
+        lengths = [len(ids) + 1 for ids in tokenizer([p + c for p, c in pairs])["input_ids"]]
+    else:
+        lengths = [len(conversation_tokens(row, tokenizer)) for row in rows]  # pyrefly: ignore[bad-argument-type]
     return lengths if max_length is None else [min(n, max_length) for n in lengths]

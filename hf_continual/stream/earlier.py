@@ -19,8 +19,11 @@ from hf_continual.tasks import Task, TaskStream
 EARLIER, KEPT = "earlier_tasks", "kept"
 
 # Columns of the kinds of rows that can be learnt, as TRL looks for them.
-TRAINABLE = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "labels"))
-KINDS = dict(zip(("prompt_completion", "messages", "text", "tokenized"), TRAINABLE, strict=True))
+TRAINABLE = (("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("input_ids", "labels"))
+_NAMES = ("prompt_completion", "messages", "conversations", "text", "tokenized")
+KINDS = dict(zip(_NAMES, TRAINABLE, strict=True))
+# What a chat template is given with a row's messages.
+ALONG = ("tools", "chat_template_kwargs")
 
 
 class KeptRows:
@@ -39,7 +42,7 @@ class KeptRows:
 
     def __init__(self, memory: Memory, stream: TaskStream, sources: Mapping[str, str]) -> None:
         self.stream, self.start = stream, [dict(row) for row in memory.start]
-        wanted = {memory.by, *(column for kind in TRAINABLE for column in kind)}
+        wanted = {memory.by, *ALONG, *(column for kind in TRAINABLE for column in kind)}
         tasks: list[Task] = []
         for task in stream:
             rows: Any = task.train
@@ -137,7 +140,28 @@ def _rows(
                 f"replays {list(wanted)}. Name the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
                 f"of their rows, row_type: prompt_completion."
             )
-    return concatenate_datasets([found.select_columns(list(wanted)) for _, found in parts])  # pyrefly: ignore
+    columns = [*wanted, *(c for c in ALONG if any(c in rows.column_names for _, rows in parts))]
+    return _joined([_of_columns(rows, columns, name) for name, rows in parts])
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    """Rows of several tasks; files of several kinds hold the same text in several types, and only some rows have tools."""
+    if all(part.features.type == parts[0].features.type for part in parts):
+        return concatenate_datasets(parts)
+    columns = {name: [value for part in parts for value in part[name]] for name in parts[0].column_names}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def _of_columns(rows: Dataset, columns: Sequence[str], name: str) -> Dataset:
+    """Rows with these columns; rows without tools are given none."""
+    if "chat_template_kwargs" in columns and "chat_template_kwargs" not in rows.column_names:
+        raise ValueError(
+            f"the rows of the earlier task {name!r} have no chat_template_kwargs, and those of another have. Give them to "
+            f"all tasks, or to none."
+        )
+    if "tools" in columns and "tools" not in rows.column_names:
+        rows = rows.add_column("tools", [None] * len(rows))  # pyrefly: ignore
+    return rows.select_columns(list(columns))  # pyrefly: ignore[bad-return]
 
 
 def _earlier(task: Task, stream: TaskStream) -> list[tuple[str, Dataset]]:

@@ -20,7 +20,7 @@ from hf_continual.data.columns import check_columns, cut_prompts, map_columns, t
 from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_lines
-from hf_continual.evaluation.table import Scorer, build_scorer, columns_of, with_labels
+from hf_continual.evaluation.table import Scorer, build_scorer, check_answers, columns_of, with_labels
 from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods, check_heirs, kind_of, overrides
@@ -126,9 +126,10 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         if task.test is not None:
             with _at(where, place):
                 build_scorer(metric, plan.evaluation.batch_size)
-            test = _rows(task, "test", plan, tokenizer, where, i, columns_of(metric))
+            test = _rows(task, "test", plan, tokenizer, where, i, (*columns_of(metric), "messages"))
             with _at(where, place if task.metric is not None else ("tasks", i, "columns" if task.columns else "test")):
                 check_columns(test, columns_of(metric, test.column_names), f"scoring task {task.name!r}")
+                check_answers(metric, test, tokenizer)
                 scorers[task.name] = build_scorer(with_labels(metric, test), plan.evaluation.batch_size)
         tasks.append(Task(task.name, i, train, test, task.parent))
     gauges: dict[str, Dataset | None] = {}
@@ -146,6 +147,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
                     rows = map_columns(rows, gauge.columns)
                     check_values(rows, f"the gauge {name!r}, after its columns were mapped", columns_of(gauge.metric))
                 check_columns(rows, columns_of(gauge.metric, rows.column_names), f"the gauge {name!r}")
+                check_answers(gauge.metric, rows, tokenizer)
             elif columns_of(gauge.metric):
                 raise ValueError(f"the gauge {name!r} needs rows. Name a file or a Hub id: rows: general.jsonl")
         gauges[name] = rows

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
-from hf_continual.evaluation.prompts import prompt_hash
-from hf_continual.evaluation.result import Scored
+from hf_continual.evaluation.prompts import prompt_hash, prompt_text
+from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.tasks import Task, TaskStream
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,9 @@ def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: S
     rows = task.test if task.test is not None else [{} for _ in scored.rows]
     lines = [
         {
-            "row_id": i, "prompt_hash": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference,
-            "score": r.score, **({"weight": r.weight} if r.weight != 1 else {}), **r.also,
+            "row_id": i, "prompt_hash": prompt_hash(dict(row)), **_shown_prompt(dict(row)), "prediction": r.prediction,
+            "reference": r.reference, "score": r.score, **({"weight": r.weight} if r.weight != 1 else {}), **r.also,
+            **({"turns": [_turn(t) for t in r.turns]} if r.turns else {}),
         }
         for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))
     ]  # fmt: skip
@@ -41,6 +42,16 @@ def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: S
     _add(folder, task.name, entry, file)
     value = scored.score.value
     logger.info("%s: %s = %.4f", stage, task.name, value if value is not None else float("nan"))
+
+
+def _shown_prompt(row: dict[str, Any]) -> dict[str, str]:
+    """The prompt's text, so that a prediction can be read without the rows; left out where a row has none."""
+    text = prompt_text(row)
+    return {"prompt": text} if text else {}
+
+
+def _turn(turn: RowScore) -> dict[str, Any]:
+    return {"prediction": turn.prediction, "reference": turn.reference, "score": turn.score, **turn.also}
 
 
 def keep_error(folder: Path, name: str, protocol: str, error: str) -> None:
