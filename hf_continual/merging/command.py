@@ -11,9 +11,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -33,10 +33,7 @@ def merge(ctx: typer.Context) -> None:
     method = method_among(words)
     known = {} if method is None else options_of(method)
     _check_options(words, method, known)
-    app = typer.Typer(add_completion=False)
-    about, more = _about(method)
-    app.command(help=about, epilog=more)(_with_options(method, known))
-    typer.main.get_command(app).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
+    _command(method, known).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
 
 
 def _merge(
@@ -93,20 +90,11 @@ def _merge(
     run_merge(method, models, out, base, given, written)
 
 
-def _spellings() -> dict[str, bool]:
+@cache
+def _shared() -> dict[str, bool]:
     """Options of every merge by all words that give them, and whether a value follows."""
-    found = {"--help": False}
-    for name, hint in get_type_hints(_merge, include_extras=True).items():
-        if name in ("method", "models", "chosen", "return"):
-            continue
-        kind, option = get_args(hint)
-        takes = bool not in (kind, *get_args(kind))
-        for word in "/".join(option.param_decls or ("--" + name.replace("_", "-"),)).split("/"):
-            found[word] = takes
-    return found
-
-
-_SHARED = _spellings()
+    options = [p for p in _command(None, {}).params if p.param_type_name == "option"]
+    return {"--help": False} | {w: not p.is_flag for p in options for w in (*p.opts, *p.secondary_opts)}
 
 
 def method_among(words: Sequence[str]) -> str | None:
@@ -127,10 +115,10 @@ def method_among(words: Sequence[str]) -> str | None:
         option, sign, value = word.partition("=")
         if option == "--config":
             file = value if sign else next(rest, None)
-        elif _SHARED.get(option) and not sign:
+        elif _shared().get(option) and not sign:
             next(rest, None)
         elif not word.startswith("-"):
-            names.append((word, before not in _SHARED and before.startswith("--") and "=" not in before))
+            names.append((word, before not in _shared() and before.startswith("--") and "=" not in before))
         before = word
     if file is not None:
         return read_merge_file(Path(file)).method
@@ -146,11 +134,11 @@ def _is_class(word: str) -> bool:
 
 def _check_options(words: Sequence[str], method: str | None, known: Mapping[str, MethodOption]) -> None:
     """Refuse an option that neither all merges nor this one have."""
-    spelled = {*_SHARED, *(word for option in known.values() for word in (*option.spellings, *option.flags))}
+    spelled = {*_shared(), *(word for option in known.values() for word in (*option.spellings, *option.flags))}
     for word in words:
         option = word.partition("=")[0]
         if option.startswith("--") and len(option) > 2 and option not in spelled:
-            refuse_option(option, method, known, _SHARED)
+            refuse_option(option, method, known, _shared())
 
 
 def _about(method: str | None) -> tuple[str | None, str | None]:
@@ -159,6 +147,13 @@ def _about(method: str | None) -> tuple[str | None, str | None]:
         return merge.__doc__, "hf-continual merge METHOD --help shows the options of a method."
     cls = merge_class(method)
     return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}"
+
+
+def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
+    app = typer.Typer(add_completion=False)
+    about, more = _about(method)
+    app.command(help=about, epilog=more)(_with_options(method, known))
+    return typer.main.get_command(app)
 
 
 def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
