@@ -24,6 +24,11 @@ from hf_continual.merging.methods.table import merge_class
 
 __all__ = ["METHODS", "merge", "run_merge"]
 
+# Options of the output that are passed on as they are.
+_WRITTEN = (
+    "output", "adapter_rank", "dtype", "max_shard_size", "vocab", "overwrite", "dry_run", "push_to_hub", "private", "license",
+)  # fmt: skip
+
 _output, _publish = (partial(typer.Option, rich_help_panel=panel) for panel in ("Output", "Publishing"))
 
 
@@ -36,7 +41,7 @@ def merge(ctx: typer.Context) -> None:
     _command(method, known).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
 
 
-def _merge(
+def _told(
     method: Annotated[
         str | None, typer.Argument(help=f"One of {', '.join(METHODS)}; or your own, package.module:Class.")
     ] = None,
@@ -69,21 +74,25 @@ def _merge(
     private: Annotated[bool | None, _publish("--private/--public", help="Whether a new repository is private.")] = None,
     license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
     quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
-    **chosen: Any,
 ) -> None:
+    """What every merge is told; Typer reads it."""
+
+
+def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """What is done with the arguments of every merge, and the options of the method that were given."""
-    written = {
-        "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
-        "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
-        "push_to_hub": push_to_hub, "private": private, "license": license,
-        "quantized_base": _choice(quantized_base),
-    }  # fmt: skip
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    written = {name: told[name] for name in _WRITTEN} | {
+        "resume": not told["fresh"],
+        "progress": False if told["quiet"] else None,
+        "quantized_base": _choice(told["quantized_base"]),
+    }
+    level = logging.WARNING if told["quiet"] else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
         logging.getLogger(other).setLevel(logging.ERROR)
-    given = {**chosen, **read_set(set_)}
-    if config is not None:
-        run_file(config, method, models, out, base, given, written)
+    method, models, out, base = told["method"], told["models"], told["out"], told["base"]
+    given = {**chosen, **read_set(told["set_"])}
+    if told["config"] is not None:
+        run_file(told["config"], method, models, out, base, given, written)
         return
     if method is None or not models or out is None:
         raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
@@ -158,7 +167,7 @@ def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
 
 def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
     """The command with the options of a method."""
-    common = [p for p in inspect.signature(_merge, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    common = list(inspect.signature(_told, eval_str=True).parameters.values())
     panel = f"Options of {method}"
     own, flags = [], {}
     for option in known.values():
@@ -179,7 +188,7 @@ def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Call
             if arguments.pop(name):
                 arguments[option] = value
         shared = {p.name: arguments.pop(p.name) for p in common}
-        _merge(**shared, **{k: v for k, v in arguments.items() if v is not None})
+        _run(shared, {k: v for k, v in arguments.items() if v is not None})
 
     only = inspect.Parameter.KEYWORD_ONLY
     shown = [inspect.Parameter(n, only, default=None, annotation=Annotated[kind | None, told]) for n, kind, told in own]
