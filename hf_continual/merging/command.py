@@ -11,9 +11,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,11 @@ from hf_continual.merging.methods.table import merge_class
 
 __all__ = ["METHODS", "merge", "run_merge"]
 
+# Options of the output that are passed on as they are.
+_WRITTEN = (
+    "output", "adapter_rank", "dtype", "max_shard_size", "vocab", "overwrite", "dry_run", "push_to_hub", "private", "license",
+)  # fmt: skip
+
 _output, _publish = (partial(typer.Option, rich_help_panel=panel) for panel in ("Output", "Publishing"))
 
 
@@ -33,13 +38,10 @@ def merge(ctx: typer.Context) -> None:
     method = method_among(words)
     known = {} if method is None else options_of(method)
     _check_options(words, method, known)
-    app = typer.Typer(add_completion=False)
-    about, more = _about(method)
-    app.command(help=about, epilog=more)(_with_options(method, known))
-    typer.main.get_command(app).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
+    _command(method, known).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
 
 
-def _merge(
+def _told(
     method: Annotated[
         str | None, typer.Argument(help=f"One of {', '.join(METHODS)}; or your own, package.module:Class.")
     ] = None,
@@ -72,41 +74,36 @@ def _merge(
     private: Annotated[bool | None, _publish("--private/--public", help="Whether a new repository is private.")] = None,
     license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
     quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
-    **chosen: Any,
 ) -> None:
+    """What every merge is told; Typer reads it."""
+
+
+def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """What is done with the arguments of every merge, and the options of the method that were given."""
-    written = {
-        "output": output, "adapter_rank": adapter_rank, "dtype": dtype, "max_shard_size": max_shard_size, "vocab": vocab,
-        "overwrite": overwrite, "resume": not fresh, "dry_run": dry_run, "progress": False if quiet else None,
-        "push_to_hub": push_to_hub, "private": private, "license": license,
-        "quantized_base": _choice(quantized_base),
-    }  # fmt: skip
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    written = {name: told[name] for name in _WRITTEN} | {
+        "resume": not told["fresh"],
+        "progress": False if told["quiet"] else None,
+        "quantized_base": _choice(told["quantized_base"]),
+    }
+    level = logging.WARNING if told["quiet"] else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for other in ("httpx", "huggingface_hub", "matplotlib", "bitsandbytes"):
         logging.getLogger(other).setLevel(logging.ERROR)
-    given = {**chosen, **read_set(set_)}
-    if config is not None:
-        run_file(config, method, models, out, base, given, written)
+    method, models, out, base = told["method"], told["models"], told["out"], told["base"]
+    given = {**chosen, **read_set(told["set_"])}
+    if told["config"] is not None:
+        run_file(told["config"], method, models, out, base, given, written)
         return
     if method is None or not models or out is None:
         raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
     run_merge(method, models, out, base, given, written)
 
 
-def _spellings() -> dict[str, bool]:
+@cache
+def _shared() -> dict[str, bool]:
     """Options of every merge by all words that give them, and whether a value follows."""
-    found = {"--help": False}
-    for name, hint in get_type_hints(_merge, include_extras=True).items():
-        if name in ("method", "models", "chosen", "return"):
-            continue
-        kind, option = get_args(hint)
-        takes = bool not in (kind, *get_args(kind))
-        for word in "/".join(option.param_decls or ("--" + name.replace("_", "-"),)).split("/"):
-            found[word] = takes
-    return found
-
-
-_SHARED = _spellings()
+    options = [p for p in _command(None, {}).params if p.param_type_name == "option"]
+    return {"--help": False} | {w: not p.is_flag for p in options for w in (*p.opts, *p.secondary_opts)}
 
 
 def method_among(words: Sequence[str]) -> str | None:
@@ -127,10 +124,10 @@ def method_among(words: Sequence[str]) -> str | None:
         option, sign, value = word.partition("=")
         if option == "--config":
             file = value if sign else next(rest, None)
-        elif _SHARED.get(option) and not sign:
+        elif _shared().get(option) and not sign:
             next(rest, None)
         elif not word.startswith("-"):
-            names.append((word, before not in _SHARED and before.startswith("--") and "=" not in before))
+            names.append((word, before not in _shared() and before.startswith("--") and "=" not in before))
         before = word
     if file is not None:
         return read_merge_file(Path(file)).method
@@ -146,11 +143,11 @@ def _is_class(word: str) -> bool:
 
 def _check_options(words: Sequence[str], method: str | None, known: Mapping[str, MethodOption]) -> None:
     """Refuse an option that neither all merges nor this one have."""
-    spelled = {*_SHARED, *(word for option in known.values() for word in (*option.spellings, *option.flags))}
+    spelled = {*_shared(), *(word for option in known.values() for word in (*option.spellings, *option.flags))}
     for word in words:
         option = word.partition("=")[0]
         if option.startswith("--") and len(option) > 2 and option not in spelled:
-            refuse_option(option, method, known, _SHARED)
+            refuse_option(option, method, known, _shared())
 
 
 def _about(method: str | None) -> tuple[str | None, str | None]:
@@ -161,9 +158,16 @@ def _about(method: str | None) -> tuple[str | None, str | None]:
     return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}"
 
 
+def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
+    app = typer.Typer(add_completion=False)
+    about, more = _about(method)
+    app.command(help=about, epilog=more)(_with_options(method, known))
+    return typer.main.get_command(app)
+
+
 def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
     """The command with the options of a method."""
-    common = [p for p in inspect.signature(_merge, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    common = list(inspect.signature(_told, eval_str=True).parameters.values())
     panel = f"Options of {method}"
     own, flags = [], {}
     for option in known.values():
@@ -184,7 +188,7 @@ def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Call
             if arguments.pop(name):
                 arguments[option] = value
         shared = {p.name: arguments.pop(p.name) for p in common}
-        _merge(**shared, **{k: v for k, v in arguments.items() if v is not None})
+        _run(shared, {k: v for k, v in arguments.items() if v is not None})
 
     only = inspect.Parameter.KEYWORD_ONLY
     shown = [inspect.Parameter(n, only, default=None, annotation=Annotated[kind | None, told]) for n, kind, told in own]

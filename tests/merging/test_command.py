@@ -131,6 +131,7 @@ def test_a_method_is_found_wherever_it_stands():
         ("--out=ties --base linear slerp a b", "slerp"),
         ("--shift 2 my.rules:Median a", "my.rules:Median"),
         ("--shift 2 a b", "a"),
+        ("--set density=0.1 --public --dtype ties dare a b", "dare"),
         ("--density 0.2", None),
     ):
         assert method_among(words.split()) == method, words
