@@ -188,7 +188,7 @@ def bootstrap_intervals(
     for k in range(draws):
         values: dict[str, list[float]] = {}
         for r in chosen[k]:
-            matrix = _matrix({cell: float(v[k]) for cell, v in means[r].items()}, tasks, lower_is_better)
+            matrix = matrix_of({cell: float(v[k]) for cell, v in means[r].items()}, tasks, lower_is_better)
             for name, value in figure(matrix).items():
                 if value is None:
                     missing.add(name)
@@ -205,7 +205,17 @@ def bootstrap_intervals(
     return bounds
 
 
-def _matrix(cells: Mapping[tuple[int, int], float], tasks: int, lower_is_better: bool) -> AccuracyMatrix:
+def matrix_of(cells: Mapping[tuple[int, int], float], tasks: int, lower_is_better: bool = False) -> AccuracyMatrix:
+    """A matrix from its cells.
+
+    Args:
+        cells: Score by ``(after, task)``; `after` = -1 is the base model. Cells that are missing were not measured.
+        tasks: Number of tasks.
+        lower_is_better: Whether the scores are losses.
+
+    Returns:
+        The matrix.
+    """
     rows = [[cells.get((i, j)) for j in range(tasks)] for i in range(-1, tasks)]
     base = rows[0] if any(v is not None for v in rows[0]) else None
     return AccuracyMatrix(rows[1:], base, lower_is_better)

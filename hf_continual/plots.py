@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,6 +167,69 @@ def plot_stages(
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="scored on", title_fontsize=8)
     return figure
+
+
+def plot_arms(
+    arms: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    lower_is_better: bool = False,
+) -> Figure:
+    """The arms of a sweep side by side: what each knows at the end, what it forgot, and what became of general abilities.
+
+    Args:
+        arms: By name ``{"figures": {figure: {"mean", "interval"}}, "gauge_changes": {...}}``.
+        runs: The runs of each arm, ``{"summary": {figure: value}, "gauge_changes": {...}}``; each is a small dot.
+        lower_is_better: Whether the scores are losses; otherwise they are shown in per cent.
+
+    Returns:
+        The figure; save it with ``figure.savefig(path)``.
+    """
+    scale, unit = (1.0, "loss") if lower_is_better else (100.0, "%")
+    titles = {"overall_performance": f"overall performance ({unit})", "forgetting": f"forgetting ({unit})"}
+    shown = [key for key in titles if any(key in arm["figures"] for arm in arms.values())]
+    gauges = list(dict.fromkeys(g for arm in arms.values() for g in arm.get("gauge_changes", {})))
+    panels = [*shown, *gauges]
+    figure = Figure(figsize=(1.8 + 3.1 * len(panels), 1.5 + 0.42 * len(arms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for i, (name, arm) in enumerate(arms.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            dots, mean, span = _of_arm(arm, runs[name], panel, panel in shown)
+            factor = scale if panel in shown else 1.0
+            if span is not None:
+                axis.plot([factor * v for v in span], [i, i], color=colour, linewidth=2.2, solid_capstyle="round")
+            if len(dots) > 1:
+                axis.plot([factor * v for v in dots], [i] * len(dots), "o", color=colour, markersize=4, alpha=0.45)
+            if mean is not None:
+                axis.plot([factor * mean], [i], "o", color=colour, markersize=8)
+        axis.set_title(titles.get(panel, f"{panel}, change"), fontsize=10, loc="left")
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        if panel != "overall_performance":
+            axis.axvline(0, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes[0].set_yticks(range(len(arms)), [_folded(name) for name in arms], fontsize=9)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.supxlabel("large dot: mean over seeds, small: each seed, line: 95 % interval", fontsize=8, color="0.35")
+    return figure
+
+
+def _of_arm(
+    arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], key: str, is_figure: bool
+) -> tuple[list[float], float | None, Sequence[float] | None]:
+    """The values of an arm's runs, their mean, and its interval."""
+    found = [run.get("summary" if is_figure else "gauge_changes", {}).get(key) for run in runs]
+    dots = [value for value in found if value is not None]
+    if not is_figure:
+        return dots, arm.get("gauge_changes", {}).get(key), None
+    figure = arm["figures"].get(key) or {}
+    return dots, figure.get("mean"), figure.get("interval")
+
+
+def _folded(name: str, width: int = 22) -> str:
+    """A long name on several lines."""
+    return "\n".join(textwrap.wrap(name, width)) or name
 
 
 def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Sequence[str]) -> Figure:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hf_continual.intervals import mean_interval, spread_interval
+
 Status = Literal["MEASURED", "NOT_RUN", "ERROR"]
 
 
@@ -22,6 +24,8 @@ class Score:
         status: MEASURED, NOT_RUN or ERROR.
         lower_is_better: Whether it is a loss.
         error: What went wrong, where the status is ERROR.
+        interval: 95 % interval of the value: Wilson's of a share, so that 16 of 16 right are not certainty, Student's of
+            other means; None where it is not known.
     """
 
     value: float | None
@@ -31,12 +35,14 @@ class Score:
     status: Status = "MEASURED"
     lower_is_better: bool = False
     error: str | None = None
+    interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data; `error` only where there is one."""
+        """The fields as plain data; `error` and `interval` only where there is one."""
         plain = asdict(self)
-        if self.error is None:
-            del plain["error"]
+        for name in ("error", "interval"):
+            if plain[name] is None:
+                del plain[name]
         return plain
 
 
@@ -118,4 +124,18 @@ def weighted_mean(
     spread = None
     if n > 1:
         spread = math.sqrt(math.fsum((w * (v - centre)) ** 2 for v, w in used) * n / (n - 1)) / total
-    return Score(centre, round(total), protocol, spread, lower_is_better=lower_is_better)
+    return Score(
+        centre,
+        round(total),
+        protocol,
+        spread,
+        lower_is_better=lower_is_better,
+        interval=_interval(used, centre, spread),
+    )
+
+
+def _interval(used: Sequence[tuple[float, float]], centre: float, spread: float | None) -> tuple[float, float] | None:
+    values = [value for value, _ in used]
+    if len({weight for _, weight in used}) == 1:
+        return mean_interval(values)
+    return spread_interval(centre, spread, len(used)) if spread else None

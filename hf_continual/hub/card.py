@@ -267,6 +267,10 @@ def limits(facts: CardFacts) -> str:
         lines.append(f"- Not scored after the last stage (NOT_RUN): {', '.join(missing)}.")
     if evaluation.matrix and evaluation.base_row is None:
         lines.append("- The base model was not scored, so forward transfer is unknown.")
+    if worse := [tables.change_text(g) for g in evaluation.gauges if g.worse]:
+        lines.append(f"- Worse than the base model beside its tasks: {'; '.join(worse)}.")
+    if unknown := [g.name for g in evaluation.gauges if g.status == "MEASURED" and g.base is None]:
+        lines.append(f"- What became of {', '.join(unknown)} is unknown: the base model was not measured.")
     if not any(g.status == "MEASURED" for g in evaluation.gauges):
         lines.append("- General abilities were not measured: what it forgot beside its tasks is unknown.")
     if evaluation.rows and (least := min(evaluation.rows.values())) < 500:

@@ -100,6 +100,13 @@ class GaugeFacts:
     status: str = "MEASURED"
     error: str | None = None
 
+    @property
+    def worse(self) -> bool:
+        """Whether this model does worse than the base."""
+        if self.status != "MEASURED" or self.base is None or self.value is None:
+            return False
+        return self.value > self.base if self.lower_is_better else self.value < self.base
+
 
 @dataclass(frozen=True)
 class Evaluation:

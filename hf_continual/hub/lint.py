@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_continual.hub.lint_claims import check_claims
 from hf_continual.hub.lint_metadata import check_metadata
-from hf_continual.hub.lint_numbers import check_claims, check_numbers
+from hf_continual.hub.lint_numbers import check_numbers
 from hf_continual.hub.pictures import problem, shown
 from hf_continual.hub.text import PATH, PLACEHOLDER, TOKEN, read_card
 

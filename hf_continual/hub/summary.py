@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_continual.hub import tables
 from hf_continual.hub.facts import CardFacts, Evaluation
+from hf_continual.tasks import Task
 
 
 def summary(facts: CardFacts) -> str:
@@ -18,7 +19,8 @@ def summary(facts: CardFacts) -> str:
         first = f"{kind} that learnt {len(names)} tasks one after the other ({', '.join(names)}), starting from {start}"
         first += _by(facts) + "."
     else:
-        learnt = f"learnt {names[0]}, starting from" if names else "was fine-tuned from"
+        # A run that gave its task no name has the default's.
+        learnt = f"learnt {names[0]}, starting from" if names and names != [Task.name] else "was fine-tuned from"
         first = f"{kind} that {learnt} {start}{_by(facts)}."
     figures = facts.evaluation.figures
     if figures["op"] is None:
@@ -54,12 +56,7 @@ def _lost(evaluation: Evaluation) -> str:
 
 def _abilities(evaluation: Evaluation) -> str:
     """What became of the abilities beside the tasks, where they got worse: it is part of what was forgotten."""
-    worse = [
-        f"{g.name} from {tables.number(g.base)} to {tables.number(g.value)}"
-        for g in evaluation.gauges
-        if g.status == "MEASURED" and g.base is not None and g.value is not None and g.value != g.base
-        and (g.value > g.base) == g.lower_is_better
-    ]  # fmt: skip
+    worse = [f"{g.name} from {tables.number(g.base)} to {tables.number(g.value)}" for g in evaluation.gauges if g.worse]
     return f" Beside its tasks it got worse: {', '.join(worse)}." if worse else ""
 
 

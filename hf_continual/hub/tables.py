@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_continual.hub.facts import CardFacts, Evaluation, TaskFacts
+from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, TaskFacts
 from hf_continual.hub.text import safe
 
 MEANINGS = {
@@ -120,6 +121,17 @@ def gauges_table(evaluation: Evaluation) -> str:
         change = None if g.base is None or g.value is None else g.value - g.base
         rows.append([name, number(g.base), number(g.value), signed(change)])
     return table(["ability", "base", "this model", "change"], rows) if rows else ""
+
+
+def change_text(gauge: GaugeFacts) -> str:
+    """An ability before and after; of a loss in nats also what that is as perplexity, which is its exponential."""
+    text = f"{gauge.name} {number(gauge.base)} to {number(gauge.value)}"
+    if gauge.base is None or gauge.value is None:
+        return text
+    change = gauge.value - gauge.base
+    nats = gauge.lower_is_better and ("nll" in gauge.protocol.lower() or "nats" in gauge.protocol.lower())
+    times = f", {math.exp(change):,.2f} times its perplexity" if nats and change < 100 else ""
+    return f"{text} ({signed(change)}{times})"
 
 
 def sequence_table(facts: CardFacts) -> str:

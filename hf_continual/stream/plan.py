@@ -37,7 +37,8 @@ class TaskPlan(_Strict):
     Args:
         name: Name in tables and folders.
         train: Rows to learn: a file, a saved folder, a Hub id, ``{biography: {...}}``, or rows in Python.
-        test: Rows to score it with; without them it is not scored.
+        test: Rows to score it with, of the same kinds: prompt and completion as text or as messages, or whole
+            conversations (`messages`), with `tools` and thoughts; without them it is not scored.
         split: Split of `train`, where it has several.
         test_split: Split of `test`.
         columns: New column -> old column, or a text with old columns in braces.
@@ -101,7 +102,7 @@ class EvaluationPlan(_Strict):
         batch_size: Rows per forward pass.
         solved_at: Score of the base model from which on a task counts as solved, which is refused; None allows it.
         gauges: Further measurements by name.
-        bootstrap: Draws of the confidence intervals; 0 leaves them out.
+        bootstrap: Draws of the intervals of scores that are not 0 or 1 and over seeds; 0 leaves all intervals of figures out.
     """
 
     metric: Any = "exact_match"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -23,19 +25,74 @@ TITLES = {
 }
 
 
-def matrix_table(results: Mapping[str, Any]) -> Table:
+SHORT = {
+    "overall_performance": "OP",
+    "average_performance": "avg",
+    "learning_accuracy": "LA",
+    "backward_transfer": "BWT",
+    "forward_transfer": "FWT",
+    "forgetting": "forgot",
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A table that fits the terminal: columns that do not fit go into a further block under the first.
+
+    Args:
+        head: Names of the columns; the first column is repeated in every block.
+        rows: Cells as text.
+        title: Heading.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The blocks, one after the other."""
+        first = min(max(len(str(row[0])) for row in [self.head, *self.rows]), max(12, options.max_width // 3))
+        widths = [max(len(str(row[i])) for row in [self.head, *self.rows]) for i in range(len(self.head))]
+        start, title = 1, self.title
+        while start < len(self.head) or start == 1:
+            stop, used = start, first + 2
+            while stop < len(self.head) and (stop == start or used + widths[stop] + 2 <= options.max_width):
+                used, stop = used + widths[stop] + 2, stop + 1
+            yield self._block(range(start, stop), first, title)
+            start, title = max(stop, start + 1), ""
+
+    def _block(self, columns: Sequence[int], first: int, title: str) -> Table:
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(str(self.head[0]), overflow="fold", width=first)
+        for i in columns:
+            table.add_column(str(self.head[i]), justify="right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(str(row[i]) for i in (0, *columns)))
+        return table
+
+
+MEANINGS = {
+    "overall_performance": "mean over all tasks after the last",
+    "average_performance": "the same, averaged over the sequence",
+    "learning_accuracy": "each task right after it was learned",
+    "backward_transfer": "change of earlier tasks since then, below 0 is forgetting",
+    "forward_transfer": "tasks before they are learned, against the base model",
+    "forgetting": "drop of earlier tasks from their best",
+}
+
+
+def matrix_table(results: Mapping[str, Any]) -> Blocks:
     """The accuracy matrix with its base row."""
     lower = results["matrix"]["lower_is_better"]
     scale = 1 if lower else 100
-    table = Table(title=f"{results['metric']}{'' if lower else ', in %'}", title_justify="left")
-    table.add_column("after learning")
-    for name in results["tasks"]:
-        table.add_column(name, justify="right")
+    rows = [(name, row) for name, row in zip(results["tasks"], results["matrix"]["scores"], strict=False)]
     if results["matrix"]["base"] is not None:
-        table.add_row("(base model)", *(_cell(v, scale) for v in results["matrix"]["base"]), style="dim")
-    for name, row in zip(results["tasks"], results["matrix"]["scores"], strict=False):
-        table.add_row(name, *(_cell(v, scale) for v in row))
-    return table
+        rows.insert(0, ("(base model)", results["matrix"]["base"]))
+    return Blocks(
+        ["after learning", *results["tasks"]],
+        [[name, *(_cell(value, scale) for value in row)] for name, row in rows],
+        f"{results['metric']}{'' if lower else ', in %'}",
+    )
 
 
 def _cell(value: float | None, scale: float) -> str:
@@ -68,34 +125,92 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def sweep_table(results: Mapping[str, Any]) -> Table:
-    """The arms of a sweep side by side, means over their seeds."""
-    table = Table(title="mean over seeds, ± standard deviation, in %", title_justify="left")
-    table.add_column("arm")
-    table.add_column("seeds", justify="right")
-    shown = [
-        n
-        for n in SUMMARY
-        if any(n in a["figures"] for a in results["arms"].values()) and n != "backward_transfer_over_all"
-    ]
-    for name in shown:
-        table.add_column(TITLES[name].split(" (")[0], justify="right")
-    gauges = list(dict.fromkeys(g for a in results["arms"].values() for g in a.get("gauge_changes", {})))
-    losses = any("nll" in a for a in results["arms"].values())
-    for name in ["answers' loss"] * losses + [f"{g}, change" for g in gauges]:
-        table.add_column(name, justify="right")
-    for group, arm in results["arms"].items():
-        figures = [_spread(arm["figures"].get(name)) for name in shown]
+def sweep_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """The arms of a sweep side by side.
+
+    Args:
+        results: What `hf_continual.stream.sweep.compare` made.
+
+    Returns:
+        Names of the columns, one line of text per arm, and the figures that are shown.
+    """
+    arms = results["arms"]
+    scale = 1 if results.get("lower_is_better", False) else 100
+    keys = [name for name in SHORT if any(name in arm["figures"] for arm in arms.values())]
+    gauges = list(dict.fromkeys(g for arm in arms.values() for g in arm.get("gauge_changes", {})))
+    losses = any("nll" in arm for arm in arms.values())
+    head = ["arm", "seeds", *(SHORT[k] for k in keys), *["answers' loss"] * losses, *(f"{g}, change" for g in gauges)]
+    lines = []
+    for group, arm in arms.items():
         loss = [f"{arm['nll']:.2f}" if "nll" in arm else ""] * losses
         changes = [f"{arm['gauge_changes'][g]:+.3f}" if g in arm.get("gauge_changes", {}) else "" for g in gauges]
-        table.add_row(group, str(len(arm["runs"])), *figures, *loss, *changes)
-    return table
+        figures = [_spread(arm["figures"].get(key), scale) for key in keys]
+        lines.append([group, str(len(arm["runs"])), *figures, *loss, *changes])
+    return head, lines, keys
 
 
-def _spread(figure: Mapping[str, Any] | None) -> str:
+def legend(keys: Sequence[str], lower_is_better: bool) -> str:
+    """What the short names of figures mean, and in what they are measured."""
+    names = "; ".join(f"{SHORT[key]}: {MEANINGS[key]}" for key in keys)
+    unit = "losses" if lower_is_better else "in %"
+    return f"Means over seeds ± standard deviation, {unit}. {names}."
+
+
+def comparison_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Each arm against the first, by the rows that both were scored on.
+
+    Args:
+        results: What `hf_continual.stream.sweep.compare` made.
+
+    Returns:
+        Names of the columns and one line per comparison; None where there is none.
+    """
+    scale = 1 if results.get("lower_is_better", False) else 100
+    lines, base = [], baseline(results)
+    for c in results.get("comparisons", ()):
+        span = " to ".join(_signed(bound, scale) for bound in c["interval"] or ())
+        lines.append([
+            c["second"] if base else f"{c['second']} - {c['first']}", _signed(c["difference"], scale), span, p_text(c["p_value"]),
+            f"{c['better']}/{c['worse']}", f"{c['n']:,}",
+        ])  # fmt: skip
+    head = ["arm", "OP, gain", "95 % interval", "p", "rows better/worse", "rows"]
+    return (head, lines) if lines else None
+
+
+def baseline(results: Mapping[str, Any]) -> str:
+    """The arm that all others are compared with; empty where each order of tasks has its own."""
+    names = {c["first"] for c in results.get("comparisons", ())}
+    return names.pop() if len(names) == 1 else ""
+
+
+def p_text(value: float) -> str:
+    """A p-value as it is printed: two digits that count, and no smaller than it can be told."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _signed(value: float, scale: float) -> str:
+    return f"{scale * value:+.1f}" if scale == 100 else f"{value:+.3f}"
+
+
+def _spread(figure: Mapping[str, Any] | None, scale: float) -> str:
     if figure is None:
         return ""
-    return f"{100 * figure['mean']:.1f}" + ("" if figure["sd"] is None else f" ± {100 * figure['sd']:.1f}")
+    sd = "" if figure["sd"] is None else f"±{_cell(figure['sd'], scale)}"
+    return _cell(figure["mean"], scale) + sd
+
+
+def sweep_report(results: Mapping[str, Any]) -> RenderableType:
+    """A sweep's tables for the terminal."""
+    head, lines, keys = sweep_rows(results)
+    parts: list[RenderableType] = [Blocks(head, lines), Text(legend(keys, results.get("lower_is_better", False)))]
+    if compared := comparison_rows(results):
+        tests = dict.fromkeys(c["test"] for c in results["comparisons"])
+        parts += [
+            Text(""),
+            Blocks(*compared, title=f"against {baseline(results) or 'the first arm'}, on the same rows"),
+        ]
+        parts.append(Text(f"p: {'; '.join(tests)}. It is about other rows, not about other seeds."))
+    return Group(*parts)
 
 
 def results_report(results: Mapping[str, Any]) -> RenderableType:
@@ -104,7 +219,7 @@ def results_report(results: Mapping[str, Any]) -> RenderableType:
         return Group(matrix_table(results), summary_table(results))
     waiting = [name for name, run in results["runs"].items() if run["status"] == "NOT_RUN"]
     note = [Text(f"NOT_RUN: {', '.join(waiting)}", style="yellow")] if waiting else []
-    return Group(sweep_table(results), *note)
+    return Group(sweep_report(results), *note)
 
 
 def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> RenderableType:

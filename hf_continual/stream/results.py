@@ -11,7 +11,8 @@ from typing import Any
 
 from hf_continual.durable import read_lines
 from hf_continual.evaluation.result import Score
-from hf_continual.metrics import AccuracyMatrix, bootstrap_intervals, harmonic_mean
+from hf_continual.intervals import figure_intervals
+from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.scores import predictions_file, read_stage
@@ -105,7 +106,7 @@ def _intervals(
     draws = prepared.plan.evaluation.bootstrap
     if not draws or len(matrix.scores) < len(line) or not line:
         return None
-    return bootstrap_intervals(
+    return figure_intervals(
         [row_scores(line, output_dir, base_dir)], len(line), draws, lower_is_better=matrix.lower_is_better
     )
 
@@ -119,8 +120,25 @@ def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[t
         believed = read_stage(place[0] / place[1])
         for j, column in enumerate(line):
             if column.name in believed:
-                rows[i, j] = [row["score"] for row in read_lines(predictions_file(*place, column.name))]
+                rows[i, j] = row_values(read_lines(predictions_file(*place, column.name)))
     return rows
+
+
+def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """One value per row whose plain mean is the cell, and whose spread is that of the cell.
+
+    Args:
+        lines: Predictions, with a score and, where rows count differently, a weight.
+
+    Returns:
+        The scores; with weights w, c + w (s - c) / mean(w) around the weighted mean c.
+    """
+    scores, weights = [row["score"] for row in lines], [row.get("weight", 1.0) for row in lines]
+    total = sum(weights)
+    if len(set(weights)) < 2 or not total:
+        return scores
+    centre = sum(s * w for s, w in zip(scores, weights, strict=True)) / total
+    return [centre + w * len(lines) / total * (s - centre) for s, w in zip(scores, weights, strict=True)]
 
 
 def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix) -> dict[str, Any]:

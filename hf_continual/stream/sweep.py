@@ -13,13 +13,16 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_continual.durable import write_json
-from hf_continual.metrics import SUMMARY, bootstrap_intervals
+from hf_continual.intervals import figure_intervals
+from hf_continual.metrics import SUMMARY
+from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared, prepare
 from hf_continual.stream.record import keep_plan, plain_plan
 from hf_continual.stream.results import RESULTS, StreamResult, row_scores
 from hf_continual.stream.run import check_merge, refuse_on_all, run_prepared
 from hf_continual.stream.source import Key, Where
+from hf_continual.stream.sweep_files import write_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +140,7 @@ def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tup
 
 
 def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult:
-    """Run all runs of a sweep, one after the other, and put them side by side.
+    """Run all runs of a sweep, one after the other, and put them side by side, also as CSV, Markdown and a picture.
 
     Args:
         plan: As read.
@@ -159,6 +162,7 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     table = compare(members(plan, where), results, dict(ready_rows(ready, output_dir)), plan.evaluation.bootstrap)
     if PartialState().is_main_process and only is None:
         write_json(output_dir / RESULTS, table)
+        write_sweep(output_dir, table)
     last = results[ready[-1][0].name]
     return StreamResult(output_dir, last.matrix, table)
 
@@ -184,7 +188,7 @@ def compare(
         draws: Draws of the intervals; 0 leaves them out.
 
     Returns:
-        ``{"runs": ..., "arms": ...}``; a run that was not made is NOT_RUN.
+        ``{"runs": ..., "arms": ..., "comparisons": ...}``; a run that was not made is NOT_RUN.
     """
     runs: dict[str, Any] = {}
     for member in everyone:
@@ -194,32 +198,59 @@ def compare(
             gauges = {name: g["change"] for name, g in result.results["gauges"].items()}
             kept = {k: result.results[k] for k in ("summary", "tasks", "matrix", "nll")}
             runs[member.name] |= {"status": "MEASURED", **kept, "gauge_changes": gauges}
-    arms: dict[str, Any] = {}
-    for group in dict.fromkeys(m.group for m in everyone):
-        own = [m.name for m in everyone if m.group == group and m.name in results]
-        if not own:
-            continue
-        figures = {}
-        lower = results[own[0]].matrix.lower_is_better
-        intervals = (
-            bootstrap_intervals([rows[n][1] for n in own], rows[own[0]][0], draws, lower_is_better=lower)
-            if draws
-            else {}
-        )
-        for name in SUMMARY:
-            values = [results[n].results["summary"][name] for n in own]
-            if None not in values:
-                figures[name] = {
-                    "mean": statistics.fmean(values),
-                    "sd": statistics.stdev(values) if len(values) > 1 else None,
-                    "interval": intervals.get(name),
-                }
-        arms[group] = {"runs": own, "figures": figures}
-        for name in results[own[0]].results["gauges"]:
-            changes = [results[n].results["gauges"][name]["change"] for n in own]
-            if None not in changes:
-                arms[group].setdefault("gauge_changes", {})[name] = statistics.fmean(changes)
-        losses = [results[n].results["nll"]["summary"]["overall_performance"] for n in own]
-        if None not in losses:
-            arms[group]["nll"] = statistics.fmean(losses)
-    return {"format": 1, "runs": runs, "arms": arms}
+    lower = any(result.matrix.lower_is_better for result in results.values())
+    arms = {
+        group: _arm([m.name for m in everyone if m.group == group and m.name in results], results, rows, draws)
+        for group in dict.fromkeys(m.group for m in everyone if m.name in results)
+    }
+    return {
+        "format": 1,
+        "lower_is_better": lower,
+        "runs": runs,
+        "arms": arms,
+        "comparisons": _comparisons(everyone, results, rows, lower),
+    }
+
+
+def _arm(
+    own: Sequence[str], results: Mapping[str, StreamResult], rows: Mapping[str, tuple[int, Any]], draws: int
+) -> dict[str, Any]:
+    """The means over an arm's runs, which differ in their seed."""
+    lower = results[own[0]].matrix.lower_is_better
+    tasks = rows[own[0]][0]
+    intervals = figure_intervals([rows[n][1] for n in own], tasks, draws, lower_is_better=lower) if draws else {}
+    figures = {}
+    for name in SUMMARY:
+        values = [results[n].results["summary"][name] for n in own]
+        if None not in values:
+            figures[name] = {
+                "mean": statistics.fmean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else None,
+                "interval": intervals.get(name),
+            }
+    arm: dict[str, Any] = {"runs": list(own), "figures": figures}
+    for name in results[own[0]].results["gauges"]:
+        changes = [results[n].results["gauges"][name]["change"] for n in own]
+        if None not in changes:
+            arm.setdefault("gauge_changes", {})[name] = statistics.fmean(changes)
+    losses = [results[n].results["nll"]["summary"]["overall_performance"] for n in own]
+    if None not in losses:
+        arm["nll"] = statistics.fmean(losses)
+    return arm
+
+
+def _comparisons(
+    everyone: Sequence[Member], results: Mapping[str, StreamResult], rows: Mapping[str, tuple[int, Any]], lower: bool
+) -> list[dict[str, Any]]:
+    """Each arm against the first, order by order."""
+    found = []
+    for order in dict.fromkeys(m.order for m in everyone):
+        arms: dict[str, dict[int, dict[str, list[float]]]] = {}
+        for member in (m for m in everyone if m.order == order and m.name in results):
+            tasks, scores = rows[member.name]
+            names = results[member.name].results["tasks"]
+            last = {name: scores[tasks - 1, j] for j, name in enumerate(names) if (tasks - 1, j) in scores}
+            arms.setdefault(member.group, {})[member.seed] = last
+        if len(arms) > 1:
+            found += compare_arms(list(arms.items()), lower)
+    return found

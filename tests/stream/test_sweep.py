@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from hf_continual import FreezeLayers, Task, train_stream
 from hf_continual.cli import app
 from hf_continual.durable import read_json
+from hf_continual.stream.compare import compare_runs
 from hf_continual.stream.dry_run import describe
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
@@ -46,6 +47,20 @@ def test_a_sweep_is_its_runs_side_by_side(tmp_path):
     figure = whole["arms"]["plain-down"]["figures"]["overall_performance"]
     assert figure["mean"] == pytest.approx((one + two) / 2) and figure["sd"] == pytest.approx(abs(one - two) / 2**0.5)
     assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+    # Each arm against the first, order by order; the same rows as in the arms' figures.
+    compared = {c["second"]: c for c in whole["comparisons"]}
+    assert [(c["first"], c["second"], c["seeds"], c["n"]) for c in whole["comparisons"]] == [
+        ("plain-up", "replay-up", [0, 1], 16), ("plain-down", "replay-down", [0, 1], 16),
+    ]  # fmt: skip
+    gain = whole["arms"]["replay-down"]["figures"]["overall_performance"]["mean"] - figure["mean"]
+    assert compared["replay-down"]["difference"] == pytest.approx(gain)
+    alike = compare_runs(out / "plain-up-seed0", out / "replay-up-seed0")["overall"]
+    runs = {m: whole["runs"][f"{m}-up-seed0"]["summary"]["overall_performance"] for m in ("plain", "replay")}
+    assert alike.difference == pytest.approx(runs["replay"] - runs["plain"]) and alike.test == "McNemar, exact"
+    assert len((out / "runs.csv").read_text().splitlines()) == 9 and (out / "sweep.png").stat().st_size > 5000
+    assert (
+        len((out / "arms.csv").read_text().splitlines()) == 5 and "| plain-up | 2 |" in (out / "sweep.md").read_text()
+    )
     assert len(list((out / "predictions").glob("base.*"))) == 2 and not list(out.glob("plain*/predictions/base*"))
     alone = {**plan, "sweep": None, "seed": 1, "tasks": plan["tasks"][1::-1], "output_dir": str(tmp_path / "alone")}
     assert train_stream(alone).matrix.scores == whole["runs"]["plain-down-seed1"]["matrix"]["scores"]
