@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import sys
 import traceback
@@ -72,17 +73,21 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what will be done and what it costs; load no weights.")
     ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An entry in place of the plan's, KEY=VALUE: model, data, output, steps, tasks.law.train."),
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Output folder in place of the plan's.")] = None,
     only: Annotated[str | None, typer.Option(help="One run of the plan's sweep, by name.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no log, only the tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, the log on stderr.")] = False,
 ) -> None:
     """Learn the tasks of a plan one after the other and measure what was kept; goes on where it was interrupted."""
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from hf_continual.stream.command import run_plan
 
-    changes = {} if output_dir is None else {"output_dir": str(output_dir)}
-    run_plan(plan, dry_run=dry_run, only=only, quiet=quiet, **changes)
+    sys.path.append(str(plan.absolute().parent))  # a method of one's own may lie beside the plan
+    overrides = [*(set_ or ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else ())]
+    run_plan(plan, dry_run=dry_run, only=only, quiet=quiet, as_json=as_json, overrides=overrides)
 
 
 @app.command()
@@ -96,9 +101,9 @@ def methods() -> None:
         table.add_column(column, overflow="fold")
     for name in TABLE:
         cls = method_class(name)
-        table.add_row(
-            name, cls.__name__, ", ".join(stations(cls)), f"{cls.paper.title} ({cls.paper.year}) {cls.paper.url}"
-        )
+        paper = cls.paper
+        cited = "" if paper is None else f"{paper.title} ({paper.year}) {paper.url}"
+        table.add_row(name, cls.__name__, ", ".join(stations(cls)), cited)
     Console().print(table)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hf_continual.durable import DamagedFile, read_object
+from hf_continual.paths import check_is_there
 from hf_continual.tensors.weight_files import weight_map
 
 # What every one of these must be; other JSON of a folder is not the loader's.
@@ -54,25 +55,6 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
             raise
         said = str(error).strip().rstrip(".") or "no further words"
         raise DamagedFile(f"{what} of {source} cannot be loaded: {type(error).__name__}: {said}.{end}") from error
-
-
-def check_is_there(source: str | os.PathLike[str], what: str) -> None:
-    """Refuse a path where nothing is, before it is taken for a name on the Hub.
-
-    Args:
-        source: Folder or Hub id.
-        what: What is loaded from it.
-
-    Raises:
-        FileNotFoundError: If it can only be a path, and is not a folder.
-    """
-    text = os.fspath(source)
-    path = Path(text).expanduser()
-    if (path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1) and not path.is_dir():
-        state = "is a file and not a folder" if path.exists() else f"does not exist (looked in {Path.cwd()})"
-        raise FileNotFoundError(
-            f"{what}: the folder {text} {state}. If it was moved, name its new place; a Hub id is 'namespace/name'."
-        )
 
 
 def first_damaged(folder: Path) -> str | None:

@@ -110,7 +110,13 @@ def _moved(where: Where, places: Sequence[int], arm: str) -> Where:
             lines[("tasks", places.index(int(path[1])), *path[2:])] = line
     if arm and ("sweep", "methods", arm) in lines:
         lines[("methods",)] = lines[("sweep", "methods", arm)]
-    return Where(where.file, lines)
+    moved = Where(where.file, lines)
+    for path, said in where.overridden.items():
+        if path[:1] != ("tasks",) or len(path) == 1:
+            moved.overridden[path] = said
+        elif path[1] in places:
+            moved.overridden["tasks", places.index(int(path[1])), *path[2:]] = said
+    return moved
 
 
 def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tuple[Member, Prepared]]:
