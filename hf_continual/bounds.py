@@ -18,12 +18,13 @@ def number(owner: str, key: str, value: Any) -> None:
         raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
 
 
-def whole_number(owner: str, key: str, value: Any, least: int = 1, note: str = "") -> None:
-    """Refuse what is not an int, or below `least`; the note says what it counts."""
+def whole_number(owner: str, key: str, value: Any, least: int = 1, unit: str = "") -> None:
+    """Refuse what is not an int, or below `least`; the unit says what it counts."""
+    unit = f" ({unit})" if unit else ""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}({key}={value!r}) must be a whole number{note}, got {type(value).__name__}.")
+        raise TypeError(f"{owner}({key}={value!r}) must be a whole number{unit}, got {type(value).__name__}.")
     if value < least:
-        raise ValueError(f"{owner}({key}={value}) must be a whole number{note} of at least {least}.")
+        raise ValueError(f"{owner}({key}={value}) must be at least {least}{unit}.")
 
 
 def between(owner: str, key: str, value: Any, low: float, high: float, closed: str = "", note: str = "") -> None:
@@ -44,8 +45,14 @@ def between(owner: str, key: str, value: Any, low: float, high: float, closed: s
     """
     number(owner, key, value)
     if not (low < value < high or ("[" in closed and value == low) or ("]" in closed and value == high)):
-        ends = f"{'[' if '[' in closed else '('}{low:g}, {high:g}{']' if ']' in closed else ')'}"
-        raise ValueError(f"{owner}({key}={value!r}) must lie in {ends}.{note and ' ' + note}")
+        raise ValueError(f"{owner}({key}={value!r}) must {_range(low, high, closed)}.{note and ' ' + note}")
+
+
+def _range(low: float, high: float, closed: str) -> str:
+    if high == float("inf"):
+        return f"be {'at least' if '[' in closed else 'above'} {low:g}"
+    out = {"": ", both excluded", "[": f", {high:g} excluded", "]": f", {low:g} excluded"}
+    return f"lie between {low:g} and {high:g}{out.get(closed, '')}"
 
 
 def at_least(owner: str, key: str, value: Any, least: float) -> None:

@@ -85,7 +85,7 @@ class Replay(Method):
         if self.ratio is not None:
             between("Replay", "ratio", self.ratio, 0, 1, note=RATIO)
         if self.per_batch is not None:
-            whole_number("Replay", "per_batch", self.per_batch, note=" of rows per micro-batch")
+            whole_number("Replay", "per_batch", self.per_batch, unit="rows per micro-batch")
         at_least("Replay", "weight", self.weight, 0)
         plain_name("Replay", self.name)
         # Reading now: a wrong path must fail before a model is loaded, not after.

@@ -22,8 +22,8 @@ TABLE: dict[str, str] = {
     "replay": "hf_continual.methods.replay:Replay",
     "gere": "hf_continual.methods.gere.method:GeRe",
     "freeze": "hf_continual.methods.freeze:FreezeLayers",
-    "kif": "hf_continual.methods.kif:KIF",
-    "recadam": "hf_continual.methods.recadam:RecAdam",
+    "kif": "hf_continual.methods.kif.method:KIF",
+    "recadam": "hf_continual.methods.recadam.method:RecAdam",
     "ewc": "hf_continual.methods.ewc:EWC",
     "o_lora": "hf_continual.methods.o_lora:OLoRA",
 }

@@ -175,7 +175,7 @@ def test_a_new_adapter_is_not_held_to_an_earlier_one(tmp_path, caplog):
 
 def test_sentences():
     for wrong, said in (
-        ({"weight": -1.0}, "must lie between 0 and inf"),
+        ({"weight": -1.0}, "must be above 0"),
         ({"fisher": "exact"}, "must be one of batch, sample"),
         ({"over_tasks": "max"}, "must be one of mean, sum, online"),
         ({"decay": 2.0}, "must lie between 0 and 1"),

@@ -265,7 +265,7 @@ def test_options_per_group_and_their_checks():
     ("options", "error", "said"),
     [
         ({"pull": 0.1, "anchor_strength": 2.0}, ValueError, "Give one"),
-        ({"pull": 1.5}, ValueError, r"must lie in \[0, 1\]"),
+        ({"pull": 1.5}, ValueError, "must lie between 0 and 1"),
         ({"floor": 2.0}, ValueError, "floor"),
         ({"anneal": "cosine"}, ValueError, "one of sigmoid, linear, constant, none"),
         ({"t0": -1}, ValueError, "t0"),

@@ -310,7 +310,15 @@ def test_a_best_checkpoint_that_was_loaded_is_not_pulled(tmp_path):
     assert all(torch.equal(best[n], p) for n, p in trainer.model.named_parameters() if n in best)
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.0, True])
-def test_windows_that_make_no_sense(every):
-    with pytest.raises(ValueError, match="pull_every=.* must be a whole number"):
+@pytest.mark.parametrize(
+    ("every", "error", "said"),
+    [
+        (0, ValueError, r"pull_every=0\) must be at least 1 \(updates\)"),
+        (-1, ValueError, r"pull_every=-1\) must be at least 1"),
+        (2.0, TypeError, "pull_every=2.0.* must be a whole number"),
+        (True, TypeError, "pull_every=True.* must be a whole number"),
+    ],
+)
+def test_windows_that_make_no_sense(every, error, said):
+    with pytest.raises(error, match=said):
         RecAdam(pull_every=every)

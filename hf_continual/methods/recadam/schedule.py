@@ -69,7 +69,7 @@ def check_options(options: dict[str, Any]) -> None:
         at_least("RecAdam", name, options[name], 0)
     for beta in options["betas"]:
         between("RecAdam", "betas", beta, 0, 1, "[")
-    whole_number("RecAdam", "pull_every", options["pull_every"], note=" of updates")
+    whole_number("RecAdam", "pull_every", options["pull_every"], unit="updates")
     one_of("RecAdam", "out_of_range", options["out_of_range"], ("error", "clamp"))
     if "anchors" in options and len(options["anchors"]) != len(options["params"]):
         raise ValueError(
