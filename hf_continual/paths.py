@@ -41,6 +41,23 @@ def check_is_there(source: str | os.PathLike[str], what: str) -> None:
         )
 
 
+def check_rows_there(source: str, what: str) -> None:
+    """Refuse the path of rows where nothing is, before anything heavy is imported.
+
+    Args:
+        source: A file, a folder or a Hub id.
+        what: What it is, or the option that named it.
+
+    Raises:
+        FileNotFoundError: If it can only be a path, and nothing is there.
+    """
+    if is_path(source, ROW_SUFFIXES) and not Path(source).expanduser().exists():
+        raise FileNotFoundError(
+            f"{what}: {source!r} does not exist (looked in {Path.cwd()}). Name an existing file or folder, or a dataset on the Hub "
+            f"as 'owner/name'."
+        )
+
+
 def cannot_hold(folder: Path) -> str | None:
     """Why a folder cannot be written.
 
@@ -59,7 +76,9 @@ def cannot_hold(folder: Path) -> str | None:
     if not above.is_dir():
         return f"{above} is a file, so {folder} cannot be created"
     if not os.access(above, os.W_OK | os.X_OK) or _is_read_only(above):
-        return f"{above} cannot be written by this user, so {folder} cannot be {'used' if above == place else 'created'}"
+        return (
+            f"{above} cannot be written by this user, so {folder} cannot be {'used' if above == place else 'created'}"
+        )
     return None
 
 

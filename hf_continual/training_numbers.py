@@ -49,5 +49,8 @@ def _nothing_trained(options: Mapping[str, Any]) -> tuple[str, str] | None:
     if steps == 0 or steps < -1:
         return "max_steps", f"max_steps is {steps}: give the number of optimizer steps, or -1 to train by epochs."
     if steps == -1 and isinstance(epochs, int | float) and not epochs > 0:
-        return "num_train_epochs", f"num_train_epochs is {epochs!r}: nothing would be trained. Give more than 0, or max_steps."
+        return (
+            "num_train_epochs",
+            f"num_train_epochs is {epochs!r}: nothing would be trained. Give more than 0, or max_steps.",
+        )
     return None

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from hf_continual.durable import DamagedFile, read_object
@@ -40,7 +41,7 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
 
     Raises:
         DamagedFile: If a file of the folder cannot be read, or says what the loader cannot use.
-        FileNotFoundError: If `source` is a path and not a folder.
+        FileNotFoundError: If `source` is neither a folder here nor a name that the Hub or its cache knows.
     """
     check_is_there(source, what)
     try:
@@ -51,10 +52,42 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
         end = f" {advice}" if advice else ""
         if problem := first_damaged(Path(source)):
             raise DamagedFile(f"{what} cannot be loaded: {problem}{end}") from error
+        if isinstance(error, OSError) and (missing := not_found(source, what, error)):
+            raise FileNotFoundError(missing) from error
         if isinstance(error, OSError | ImportError) or type(error).__name__ == "OutOfMemoryError":
             raise
         said = str(error).strip().rstrip(".") or "no further words"
         raise DamagedFile(f"{what} of {source} cannot be loaded: {type(error).__name__}: {said}.{end}") from error
+
+
+def not_found(source: str | os.PathLike[str], what: str, error: BaseException) -> str | None:
+    """What to say where a name is no folder and the Hub has nothing under it, or was not reached.
+
+    Args:
+        source: What was to be loaded.
+        what: What it is, such as ``"the model"``.
+        error: What the loader raised.
+
+    Returns:
+        A sentence; None if the error is about something else.
+    """
+    said = str(error)
+    unreached = any(
+        words in said for words in ("couldn't connect to", "cached files", "outgoing traffic", "offline mode")
+    )
+    unknown = any(words in said for words in ("is not a valid model identifier", "Repository Not Found"))
+    if Path(source).expanduser().exists() or not (unreached or unknown):
+        return None
+    offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    hub = (
+        f"the Hub could not be asked{offline} and its cache holds nothing of that name"
+        if unreached
+        else "the Hub has none of that name"
+    )
+    return (
+        f"{what}: there is no folder {source} here (looked in {Path.cwd()}), and {hub}. Check the spelling; for a folder give its path, "
+        f"for a model of the Hub 'namespace/name'{', with a network' if unreached else ' and, if it is private, a token: hf auth login'}."
+    )
 
 
 def first_damaged(folder: Path) -> str | None:

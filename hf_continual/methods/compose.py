@@ -83,8 +83,12 @@ def check_protocol(method: type[Method]) -> None:
         TypeError: If it lacks a name, its paper is not a `Paper`, it is not a dataclass, or a call takes other arguments.
     """
     title = method.__name__
-    if not isinstance(getattr(method, "name", None), str | property) and "name" not in getattr(method, "__dataclass_fields__", {}):
-        raise TypeError(f"{title} has no name: write `name = {title.lower()!r}` in the class. Logs, files and cards use it.")
+    if not isinstance(getattr(method, "name", None), str | property) and "name" not in getattr(
+        method, "__dataclass_fields__", {}
+    ):
+        raise TypeError(
+            f"{title} has no name: write `name = {title.lower()!r}` in the class. Logs, files and cards use it."
+        )
     if not isinstance(method.paper, Paper | None):
         raise TypeError(
             f"{title}.paper is {method.paper!r} ({type(method.paper).__name__}): give a hf_continual.Paper(title, authors, year), "

@@ -9,7 +9,7 @@ from typing import Any
 from hf_continual.methods.table import check_description
 from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
-from hf_continual.paths import ROW_SUFFIXES, cannot_hold, check_is_there, is_path
+from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.source import Key, Where
 from hf_continual.training_numbers import check_numbers
@@ -120,12 +120,11 @@ def _check_paths(plan: Plan, where: Where) -> None:
 
 
 def _check_rows(source: Any, path: tuple[Key, ...], where: Where) -> None:
-    if isinstance(source, str) and is_path(source, ROW_SUFFIXES) and not Path(source).expanduser().exists():
-        raise where.error(
-            path,
-            f"{source!r} does not exist (looked in {Path.cwd()}). Name an existing file or folder, or a dataset on the Hub "
-            f"as 'owner/name'.",
-        )
+    if isinstance(source, str):
+        try:
+            check_rows_there(source, "the rows")
+        except FileNotFoundError as error:
+            raise where.error(path, str(error)) from error
 
 
 def _files_of(description: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], Any]]:

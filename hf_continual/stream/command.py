@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -21,10 +21,13 @@ from hf_continual.stream.plan import Plan
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.source import Where
 
+if TYPE_CHECKING:
+    from hf_continual.stream.prepare import Prepared
+
 
 def run_plan(
     plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, as_json: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] = (), hourly_price: float | None = None,
 ) -> None:  # fmt: skip
     """Run a plan, or say what it would do.
 
@@ -35,13 +38,14 @@ def run_plan(
         quiet: Whether to show tables only.
         as_json: Whether to print the numbers as JSON on the standard output, and everything else on the other.
         overrides: Entries in place of the plan's, as ``KEY=VALUE``.
+        hourly_price: Price of an hour of this machine, for the dry run's estimate.
     """
     read, where = read_plan(plan, overrides)
     console = set_up(quiet, as_json)
     if dry_run:
-        described = _describe(read, where, only)
+        described = estimated(_ready(read, where, only), hourly_price)
         if is_main():
-            _show(described, console, as_json)
+            show_dry_run(described, console, as_json)
         return
     from hf_continual.stream.results import RESULTS
     from hf_continual.stream.train import run_read
@@ -98,19 +102,40 @@ def set_up(quiet: bool, as_json: bool) -> Console:
     return console
 
 
-def _describe(read: Plan, where: Where, only: str | None) -> list[tuple[str, dict[str, Any]]]:
-    from hf_continual.stream.dry_run import describe
+def _ready(read: Plan, where: Where, only: str | None) -> list[tuple[str, Prepared]]:
     from hf_continual.stream.prepare import prepare
     from hf_continual.stream.run import check_merge
     from hf_continual.stream.sweep import prepare_sweep
 
     check_merge(read, where)
     if read.sweep is None:
-        return [("", describe(prepare(read, where)))]
-    return [(member.name, describe(prepared)) for member, prepared in prepare_sweep(read, where, only)]
+        return [("", prepare(read, where))]
+    return [(member.name, prepared) for member, prepared in prepare_sweep(read, where, only)]
 
 
-def _show(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
+def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None) -> list[tuple[str, dict[str, Any]]]:
+    """What runs will do and cost, with the time that a short probe on this machine foretells.
+
+    Args:
+        ready: The runs by name.
+        hourly_price: Price of an hour of this machine, or None.
+
+    Returns:
+        Description of each run by its name.
+    """
+    from hf_continual.stream.dry_run import describe
+    from hf_continual.stream.probe import estimate
+
+    found = []
+    for name, prepared in ready:
+        described = describe(prepared)
+        described["time"] = estimate(prepared, described, hourly_price)
+        found.append((name, described))
+    return found
+
+
+def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
+    """Print what runs will do, as tables or as JSON."""
     if as_json:
         sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
         return

@@ -60,7 +60,9 @@ def _put(data: dict[str, Any], names: Sequence[str], value: Any, pair: str) -> t
             place = _place(at, name)
             if place is None:
                 known = ", ".join(str(n) for n in (_name(item) for item in at) if n) or f"0 to {len(at) - 1}"
-                raise PlanError(f"--set {pair}: there is no entry {name!r} in {'.'.join(names[:i])}. There are {known}.")
+                raise PlanError(
+                    f"--set {pair}: there is no entry {name!r} in {'.'.join(names[:i])}. There are {known}."
+                )
             path.append(place)
         elif isinstance(at, dict):
             path.append(name)

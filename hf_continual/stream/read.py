@@ -80,7 +80,22 @@ def read_plan(
             f"train --config {where.file} --model MODEL --train ROWS.",
         )
     data = override(copy.deepcopy(data) if overrides else dict(data), overrides, where)
-    data = {**data, **changes}
+    return check_read({**data, **changes}, where)
+
+
+def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
+    """Check the entries of a plan.
+
+    Args:
+        data: The plan as plain data.
+        where: Where its entries are written.
+
+    Returns:
+        The plan, and where its entries are written.
+
+    Raises:
+        PlanError: If something in it is unknown, missing or of the wrong type.
+    """
     data["tasks"], origins = _entries(data.get("tasks"), where)
     try:
         read = Plan.model_validate(data)

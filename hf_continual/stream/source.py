@@ -53,7 +53,7 @@ class Where:
         shown = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in path).lstrip(".")
         if self.file is None:
             return f"plan, {shown}" if shown else "plan"
-        line = f"{self.file}, line {self.lines.get(known, 1)}"
+        line = f"{self.file}, line {self.lines.get(known, 1)}" if self.lines else self.file
         return f"{line}, {shown}" if shown else line
 
     def error(self, path: Sequence[Key], message: str) -> PlanError:

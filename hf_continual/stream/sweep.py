@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from hf_continual.durable import write_json
 from hf_continual.metrics import SUMMARY, bootstrap_intervals
+from hf_continual.stream.check_run import check_run
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared, prepare
 from hf_continual.stream.record import keep_plan, plain_plan
@@ -156,6 +157,8 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     output_dir = Path(plan.output_dir)
     ready = prepare_sweep(plan, where, only)
     check_merge(plan, where)
+    for _, prepared in ready:
+        check_run(prepared)
     whole = prepare(plan.model_copy(update={"sweep": None}), where)
     refuse_on_all(lambda: keep_plan(output_dir, {**plain_plan(whole), "seed": None, "methods": None}))
     results: dict[str, StreamResult] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual import stopping
+from hf_continual.stream.check_run import check_run
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
@@ -71,4 +72,6 @@ def run_read(read: Plan, where: Where, only: str | None = None) -> StreamResult:
     with stopping.listening("What is finished is safe; the same call resumes.", read.max_minutes):
         if read.sweep is not None:
             return run_sweep(read, where, only)
-        return run_prepared(prepare(read, where), Path(read.output_dir))
+        prepared = prepare(read, where)
+        check_run(prepared)
+        return run_prepared(prepared, Path(read.output_dir))
