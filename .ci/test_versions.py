@@ -35,7 +35,9 @@ def main() -> None:
     results = {f"Python {p}, {end}": run(p, end) for p in asked.python for end in asked.ends}
     for cell, said in results.items():
         sys.stdout.write(f"{cell}: {said}\n")
-    sys.exit(any(said.startswith("FAILED") for said in results.values()) or not any("passed" in s for s in results.values()))
+    sys.exit(
+        any(said.startswith("FAILED") for said in results.values()) or not any("passed" in s for s in results.values())
+    )
 
 
 def run(python: str, end: str) -> str:
@@ -46,7 +48,16 @@ def run(python: str, end: str) -> str:
         if said is not None:
             return said
     versions = ", ".join(installed(folder / "bin" / "python"))
-    command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-n", "2", "-m", "not gpu and not network and not slow"]
+    command = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "-m",
+        "not gpu and not network and not slow",
+    ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     # Other versions warn of other things; what fails is tested here, not what warns.
     done = subprocess.run([*command, "-W", "default", *TESTS], cwd=ROOT, env=variables, check=False)

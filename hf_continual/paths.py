@@ -34,7 +34,7 @@ def check_is_there(source: str | os.PathLike[str], what: str) -> None:
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if is_path(text) and not path.is_dir():
+    if (is_path(text) or path.is_file()) and not path.is_dir():
         state = "is a file and not a folder" if path.exists() else f"does not exist (looked in {Path.cwd()})"
         raise FileNotFoundError(
             f"{what}: the folder {text} {state}. If it was moved, name its new place; a Hub id is 'namespace/name'."

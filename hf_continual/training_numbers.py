@@ -33,13 +33,25 @@ def check_numbers(options: Mapping[str, Any], trains: bool = True) -> tuple[str,
         value = options.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            if not isinstance(value, str):
-                return name, f"{name} is {value!r} ({type(value).__name__}), and it must be a number."
-            continue  # transformers reads numbers from text, and says so where it cannot
+        number = _as_number(value)
+        if number is None:
+            return name, f"{name} is {value!r} ({type(value).__name__}), and it must be a number."
+        value = number
         if not (value > least or (included and value == least)) or value == float("inf"):
             return name, f"{name} is {value!r}, and it must be {'at least' if included else 'above'} {least:g}."
     return _nothing_trained(options) if trains else None
+
+
+def _as_number(value: Any) -> float | None:
+    """A number, or a text that transformers reads as one; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) else None
 
 
 def _nothing_trained(options: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -132,6 +132,14 @@ class Methods:
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
+        if isinstance(methods, Method):
+            name = type(methods).__name__
+            raise TypeError(f"methods is one {name}, and it must be a list: methods=[{name}(...)].")
+        if isinstance(methods, str | Mapping):
+            raise TypeError(
+                f"methods={methods!r} describes methods as data, and here they are objects. Give it to the configuration: "
+                f"ContinualConfig(methods={methods!r})."
+            )
         self.methods = tuple(methods)
         for method in self.methods:
             if isinstance(method, type) and issubclass(method, Method):

@@ -137,7 +137,22 @@ def _rows(
                 f"replays {list(wanted)}. Name the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
                 f"of their rows, row_type: prompt_completion."
             )
-    return concatenate_datasets([found.select_columns(list(wanted)) for _, found in parts])  # pyrefly: ignore
+    return _together([(name, found.select_columns(list(wanted))) for name, found in parts])
+
+
+def _together(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
+    """Rows of several tasks as one dataset; readers of different files give text different Arrow types."""
+    features = parts[0][1].features
+    same = [parts[0][1]]
+    for name, rows in parts[1:]:
+        try:
+            same.append(rows if rows.features == features else rows.cast(features))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the rows of the earlier tasks {parts[0][0]!r} and {name!r} have values of different kinds ({features} and "
+                f"{rows.features}). Write both in one way, or name the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}."
+            ) from error
+    return concatenate_datasets(same)
 
 
 def _earlier(task: Task, stream: TaskStream) -> list[tuple[str, Dataset]]:

@@ -68,17 +68,22 @@ def _put(data: dict[str, Any], names: Sequence[str], value: Any, pair: str) -> t
             path.append(name)
             if not last and not isinstance(at.get(name), dict | list):
                 # `model: NAME` is short for `model: {path: NAME}`.
-                at[name] = {"path": at[name]} if name == "model" and isinstance(at.get(name), str) else {}
+                is_short = name == "model" and isinstance(at.get(name), str)
+                if at.get(name) is not None and not is_short:
+                    raise PlanError(_no_keys(pair, names[: i + 1], at[name]))
+                at[name] = {"path": at[name]} if is_short else {}
         else:
-            raise PlanError(
-                f"--set {pair}: {'.'.join(names[:i])} is {at!r} and holds no keys. Set it as a whole: "
-                f"--set {'.'.join(names[:i])}=..."
-            )
+            raise PlanError(_no_keys(pair, names[:i], at))
         if last:
             at[path[-1]] = value
         else:
             at = at[path[-1]]
     return tuple(path)
+
+
+def _no_keys(pair: str, names: Sequence[str], value: Any) -> str:
+    place = ".".join(names)
+    return f"--set {pair}: {place} is {value!r} and holds no keys. Set it as a whole: --set {place}=..."
 
 
 def _place(entries: list[Any], name: str) -> int | None:

@@ -67,8 +67,13 @@ def read_plan(
         data: Any = {"tasks": plan}
     elif isinstance(plan, str | Path):
         data, where = read_yaml(Path(plan))
-    else:
+    elif isinstance(plan, Mapping):
         data = dict(plan)
+    else:
+        raise TypeError(
+            f"a plan is a YAML file, a mapping or a TaskStream, got {type(plan).__name__}. Tasks in a list become one: "
+            f"TaskStream([Task(...), Task(...)])."
+        )
     if not isinstance(data, dict):
         raise where.error(
             (), f"a plan is a mapping with at least model, output_dir and tasks, not {type(data).__name__}."
