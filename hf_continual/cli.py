@@ -40,6 +40,7 @@ app = typer.Typer(
 for verb in (train, run, score, chat, methods, merge, push, demo):
     app.command()(verb)
 app.add_typer(card, name="card")
+VERBS = app
 DEBUG = {"on": False}
 
 
@@ -63,8 +64,7 @@ def options(
 def _said(error: Exception) -> str:
     """The message of an error; of one that this library does not raise itself, also where it came from."""
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
-        flags = flags_of(typer.main.get_command(app), sys.argv[1:])
-        return in_flags(str(error), flags)
+        return in_flags(str(error), flags_of(typer.main.get_command(VERBS), sys.argv[1:]))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def furnish(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.jsonl").write_bytes('{"prompt": "für", "completion": "w1"}\n'.encode("latin-1"))
     (folder / "nothing").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the base from where the test was started
+        _save_adapter(folder)
+
+
+def _save_adapter(folder: Path) -> None:
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.peft_config["default"].base_model_name_or_path = "model"
     model.save_pretrained(folder / "adapter")
