@@ -12,10 +12,10 @@ else
 endif
 BIN := $(dir $(PYTHON))
 
-.PHONY: help install demo test test-fast test-all check format cards bench docs build clean
+.PHONY: help install demo test test-fast test-all test-versions check format cards bench docs build clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP) ## install the project with the versions that were checked (.ci/constraints.txt)
 
@@ -38,6 +38,10 @@ test-all: $(STAMP) ## the tests with every combination, not only a covering choi
 test-fast: $(STAMP) ## the inner loop: no slow and no distributed tests
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed and not exhaustive"
 
+test-versions: $(STAMP) ## lowest and newest allowed versions for Python 3.11 to 3.13, installed with uv outside the checkout
+	@$(PYTHON) -c "import uv" 2>/dev/null || $(PYTHON) -m pip install --quiet uv
+	$(PYTHON) .ci/test_versions.py
+
 check: $(STAMP) ## lint, format, types, docstrings, import directions
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -56,11 +60,11 @@ bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers, e
 	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done
 
 docs: $(STAMP) ## API reference from the docstrings, in build/docs
-	$(PYTHON) -m pip install --quiet pdoc
-	$(PYTHON) -m pdoc hf_continual --output-directory build/docs
+	@$(PYTHON) -c "import pdoc" 2>/dev/null || $(PYTHON) -m pip install --quiet pdoc
+	$(OFFLINE) $(PYTHON) .ci/docs.py build/docs
 
 build: $(STAMP) ## wheel and source distribution in dist
-	$(PYTHON) -m pip install --quiet build
+	@$(PYTHON) -c "import build" 2>/dev/null || $(PYTHON) -m pip install --quiet build
 	$(PYTHON) -m build
 
 clean: ## remove what was built, not the environment

@@ -143,7 +143,9 @@ __all__ = [  # noqa: RUF022 - in the order of the data
 def __getattr__(name: str) -> Any:
     if name not in _FACE:
         raise AttributeError(f"module 'hf_continual' has no attribute {name!r}; it offers {', '.join(_FACE)}")
-    return getattr(importlib.import_module(_FACE[name]), name)
+    found = getattr(importlib.import_module(_FACE[name]), name)
+    globals()[name] = found  # looked up once; and pdoc documents what is in the module
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,13 @@
-"""The command line: `hf-continual`, or `python -m hf_continual`."""
+"""The command line: `hf-continual`, or `python -m hf_continual`.
+
+Each verb is a file of `hf_continual.commands` (merge, push and card lie beside what they call). None of them imports torch
+before it needs it.
+"""
 
 from __future__ import annotations
 
 import gc
-import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -11,11 +15,17 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import hf_continual
 from hf_continual import stopping
+from hf_continual.commands.chat import chat
+from hf_continual.commands.demo import demo
+from hf_continual.commands.methods import methods
+from hf_continual.commands.run import run
+from hf_continual.commands.score import score
+from hf_continual.commands.train import train
+from hf_continual.commands.words import flags_of, in_flags
 from hf_continual.hub.command import PUSH_FAILED, card, push
 from hf_continual.hub.errors import HubPushError
 from hf_continual.merging.command import merge
@@ -27,11 +37,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(card, name="card")
-app.command()(push)
-DEBUG = {"on": False}
+for verb in (train, run, score, chat, methods):
+    app.command()(verb)
 # Its options depend on the method, so it reads its arguments itself, --help among them.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
+for verb in (push, demo):
+    app.command()(verb)
+app.add_typer(card, name="card")
+VERBS = app
+DEBUG = {"on": False}
 
 
 def _version(wanted: bool) -> None:
@@ -51,62 +65,10 @@ def options(
     DEBUG["on"] = debug
 
 
-@app.command()
-def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model.")] = None,
-    out: Annotated[Path, typer.Option(help="Output folder; an interrupted demo goes on in it.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Seed of the invented people, the order and the adapters.")] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each task.")] = 45,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew if the folder holds a run.")] = False,
-) -> None:
-    """See forgetting, and see it prevented: three tasks in a row, with and without methods, on a real model."""
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    from hf_continual.demo.run import main as run_demo
-
-    run_demo(model=model, out=out, seed=seed, fresh=fresh, steps=steps)
-
-
-@app.command()
-def run(
-    plan: Annotated[Path, typer.Argument(help="The plan, a YAML file.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what will be done and what it costs; load no weights.")
-    ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Output folder in place of the plan's.")] = None,
-    only: Annotated[str | None, typer.Option(help="One run of the plan's sweep, by name.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no log, only the tables.")] = False,
-) -> None:
-    """Learn the tasks of a plan one after the other and measure what was kept; goes on where it was interrupted."""
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    from hf_continual.stream.command import run_plan
-
-    changes = {} if output_dir is None else {"output_dir": str(output_dir)}
-    run_plan(plan, dry_run=dry_run, only=only, quiet=quiet, **changes)
-
-
-@app.command()
-def methods() -> None:
-    """List the methods against forgetting, where they act, and their papers."""
-    from hf_continual.methods.compose import stations
-    from hf_continual.methods.table import TABLE, method_class
-
-    table = Table(title="methods of hf_continual", title_justify="left")
-    for column in ("name", "class", "acts on", "paper"):
-        table.add_column(column, overflow="fold")
-    for name in TABLE:
-        cls = method_class(name)
-        table.add_row(
-            name, cls.__name__, ", ".join(stations(cls)), f"{cls.paper.title} ({cls.paper.year}) {cls.paper.url}"
-        )
-    Console().print(table)
-
-
 def _said(error: Exception) -> str:
     """The message of an error; of one that this library does not raise itself, also where it came from."""
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
-        return str(error)
+        return in_flags(str(error), flags_of(typer.main.get_command(VERBS), sys.argv[1:]))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
@@ -118,6 +80,9 @@ def main() -> None:
     Exit code 0: done. 2: an error, printed as one message. 3: a push that failed. 75: stopped by SIGTERM, SIGINT or SIGUSR1
     or a time limit; the same command resumes.
     """
+    # As with `python -m`: methods and metrics of one's own are found in the current folder.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         with stopping.listening("The same command resumes."):
             app()

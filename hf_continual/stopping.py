@@ -29,11 +29,12 @@ class Stopped(SystemExit):
     Args:
         why: What told it, such as ``SIGTERM``.
         where: How far it was, such as ``at step 12 of 40``.
+        kept: What is safe, as a sentence.
     """
 
-    def __init__(self, why: str, where: str = "") -> None:
+    def __init__(self, why: str, where: str = "", kept: str = "") -> None:
         super().__init__(EXIT_CODE)
-        self.why, self.where = why, where
+        self.why, self.where, self.kept = why, where, kept
 
     def __str__(self) -> str:
         return f"Stopped by {self.why}{' ' if self.where else ''}{self.where}."
@@ -137,7 +138,8 @@ def listening(resumes: str | Callable[[], str], minutes: float | None = None) ->
         yield
     except Stopped as stopped:
         if outermost and os.environ.get("RANK", "0") == "0":
-            logger.warning("%s %s", stopped, resumes if isinstance(resumes, str) else resumes())
+            sentences = (str(stopped), stopped.kept, resumes if isinstance(resumes, str) else resumes())
+            logger.warning("%s", " ".join(s for s in sentences if s))
         raise
     finally:
         if timer is not None:
@@ -177,14 +179,15 @@ def check() -> None:
         raise Stopped(why)
 
 
-def stop(where: str, why: str | None = None) -> NoReturn:
+def stop(where: str, why: str | None = None, kept: str = "") -> NoReturn:
     """Stop here.
 
     Args:
         where: How far the work is.
         why: What told another process of the run to stop, where this one was not told.
+        kept: What is safe, as a sentence.
 
     Raises:
         Stopped: Always.
     """
-    raise Stopped(asked() or why or "another process of the run", where)
+    raise Stopped(asked() or why or "another process of the run", where, kept)

@@ -12,10 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
 
 from hf_continual.data.row_files import READERS, FileRows, read_row_file
 from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.durable import DamagedFile
+from hf_continual.paths import is_path
+
+# What a plan puts in place of these; see `hf_continual.stream.earlier`.
+OF_A_PLAN = ("earlier_tasks", "kept")
 
 
 def load_rows(
@@ -92,14 +97,25 @@ def _read(source: str, split: str) -> FileRows:
         if path.stat().st_size == 0:
             raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
         return read_row_file(path)
-    if path.suffix in READERS or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+    if is_path(source, tuple(READERS)):
         raise FileNotFoundError(
             f"{source!r} does not exist (looked in {Path.cwd()}). Name an existing file or folder, or a "
             f"dataset on the Hub as 'owner/name'."
         )
+    if source in OF_A_PLAN:
+        raise ValueError(
+            f"{source!r} stands for rows of earlier tasks, which only a plan has (hf-continual run, train_stream). Elsewhere give the rows "
+            f"themselves: a datasets.Dataset, a list of dictionaries, a file or a dataset on the Hub."
+        )
     name, _, revision = source.partition("@")
     name, _, configuration = name.partition(":")
-    return FileRows(load_dataset(name, configuration or None, split=split, revision=revision or None))
+    try:
+        return FileRows(load_dataset(name, configuration or None, split=split, revision=revision or None))
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source!r}: there is no such file or folder here (looked in {Path.cwd()}), and the Hub gives no such dataset: "
+            f"{str(error).rstrip('.')}. Check the spelling; a dataset on the Hub is 'owner/name'."
+        ) from error
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from hf_continual.durable import DamagedFile, read_object
+from hf_continual.paths import check_is_there
 from hf_continual.tensors.weight_files import weight_map
 
 # What every one of these must be; other JSON of a folder is not the loader's.
@@ -39,7 +41,7 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
 
     Raises:
         DamagedFile: If a file of the folder cannot be read, or says what the loader cannot use.
-        FileNotFoundError: If `source` is a path and not a folder.
+        FileNotFoundError: If `source` is neither a folder here nor a name that the Hub or its cache knows.
     """
     check_is_there(source, what)
     try:
@@ -50,29 +52,42 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
         end = f" {advice}" if advice else ""
         if problem := first_damaged(Path(source)):
             raise DamagedFile(f"{what} cannot be loaded: {problem}{end}") from error
+        if isinstance(error, OSError) and (missing := not_found(source, what, error)):
+            raise FileNotFoundError(missing) from error
         if isinstance(error, OSError | ImportError) or type(error).__name__ == "OutOfMemoryError":
             raise
         said = str(error).strip().rstrip(".") or "no further words"
         raise DamagedFile(f"{what} of {source} cannot be loaded: {type(error).__name__}: {said}.{end}") from error
 
 
-def check_is_there(source: str | os.PathLike[str], what: str) -> None:
-    """Refuse a path where nothing is, before it is taken for a name on the Hub.
+def not_found(source: str | os.PathLike[str], what: str, error: BaseException) -> str | None:
+    """What to say where a name is no folder and the Hub has nothing under it, or was not reached.
 
     Args:
-        source: Folder or Hub id.
-        what: What is loaded from it.
+        source: What was to be loaded.
+        what: What it is, such as ``"the model"``.
+        error: What the loader raised.
 
-    Raises:
-        FileNotFoundError: If it can only be a path, and is not a folder.
+    Returns:
+        A sentence; None if the error is about something else.
     """
-    text = os.fspath(source)
-    path = Path(text).expanduser()
-    if (path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1) and not path.is_dir():
-        state = "is a file and not a folder" if path.exists() else f"does not exist (looked in {Path.cwd()})"
-        raise FileNotFoundError(
-            f"{what}: the folder {text} {state}. If it was moved, name its new place; a Hub id is 'namespace/name'."
-        )
+    said = str(error)
+    unreached = any(
+        words in said for words in ("couldn't connect to", "cached files", "outgoing traffic", "offline mode")
+    )
+    unknown = any(words in said for words in ("is not a valid model identifier", "Repository Not Found"))
+    if Path(source).expanduser().exists() or not (unreached or unknown):
+        return None
+    offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    hub = (
+        f"the Hub could not be asked{offline} and its cache holds nothing of that name"
+        if unreached
+        else "the Hub has none of that name"
+    )
+    return (
+        f"{what}: there is no folder {source} here (looked in {Path.cwd()}), and {hub}. Check the spelling; for a folder give its path, "
+        f"for a model of the Hub 'namespace/name'{', with a network' if unreached else ' and, if it is private, a token: hf auth login'}."
+    )
 
 
 def first_damaged(folder: Path) -> str | None:

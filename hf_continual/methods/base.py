@@ -10,7 +10,7 @@ B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
@@ -40,6 +40,11 @@ TASK, PADDING = -1, -100
 def _named(value: Any) -> Any:
     """What stands for a value that is not plain data; a dataset becomes its fingerprint and length."""
     return {"rows": len(value), "fingerprint": fingerprint_of(value)} if isinstance(value, Dataset) else repr(value)
+
+
+def _hyper_parameters(method: type) -> list[str]:
+    """Names of a method's fields; a class that is not a dataclass has none."""
+    return [f.name for f in fields(method) if f.init] if is_dataclass(method) else []
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Method:
 
     Class attributes:
         name: Log prefix, state file and replay source. Lower case, no slash.
-        paper: What it implements.
+        paper: What it implements; None for an idea of one's own.
         taps: Module outputs wanted in `Forward.taps`: ``"last_hidden_state"``, or paths of modules
             below the causal language model such as ``"model.layers.3"``.
         places: Hyper-parameters that say where something lies, such as rows or a cache; a resumed run may name another
@@ -141,7 +146,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper | None] = None
     taps: ClassVar[tuple[str, ...]] = ()
     bytes_per_parameter: ClassVar[float] = 0.0
     places: ClassVar[tuple[str, ...]] = ()
@@ -173,7 +178,7 @@ class Method:
     @classmethod
     def row_sources(cls) -> tuple[str, ...]:
         """Hyper-parameters that name rows, where a plan may put the rows of earlier tasks: unless said, `rows` and `memory`."""
-        return tuple(f.name for f in fields(cls) if f.name in ("rows", "memory"))  # pyrefly: ignore[bad-argument-type]
+        return tuple(name for name in _hyper_parameters(cls) if name in ("rows", "memory"))
 
     def extra_steps(self, steps: int) -> int:
         """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
@@ -272,7 +277,7 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
-        return {f.name: as_plain(getattr(self, f.name), _named) for f in fields(self) if f.init}  # pyrefly: ignore[bad-argument-type]
+        return {name: as_plain(getattr(self, name), _named) for name in _hyper_parameters(type(self))}
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from hf_continual.bounds import plain_name
 from hf_continual.methods.base import Method
 from hf_continual.methods.table import TABLE, method_class
+from hf_continual.paper import Paper
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,53 @@ def kind_of(method: type[Method]) -> str:
     return next((name for name, target in TABLE.items() if target == path), path)
 
 
+def check_protocol(method: type[Method]) -> None:
+    """Refuse a class that would fail in the middle of a run, or only when its task is saved.
+
+    Args:
+        method: A subclass of `Method`.
+
+    Raises:
+        TypeError: If it lacks a name, its paper is not a `Paper`, it is not a dataclass, or a call takes other arguments.
+    """
+    title = method.__name__
+    if not isinstance(getattr(method, "name", None), str | property) and "name" not in getattr(
+        method, "__dataclass_fields__", {}
+    ):
+        raise TypeError(
+            f"{title} has no name: write `name = {title.lower()!r}` in the class. Logs, files and cards use it."
+        )
+    if not isinstance(method.paper, Paper | None):
+        raise TypeError(
+            f"{title}.paper is {method.paper!r} ({type(method.paper).__name__}): give a hf_continual.Paper(title, authors, year), "
+            f"or None for an idea of your own."
+        )
+    if not is_dataclass(method) and method.describe is Method.describe and _takes_arguments(method):
+        raise TypeError(
+            f"{title} takes hyper-parameters and is not a dataclass, so they could not be saved with the model: write @dataclass above "
+            f"the class and declare them as fields."
+        )
+    for call in STATIONS:
+        if overrides(method, call):
+            _check_call(method, call)
+
+
+def _takes_arguments(method: type[Method]) -> bool:
+    return method.__init__ is not object.__init__ and len(inspect.signature(method.__init__).parameters) > 1
+
+
+def _check_call(method: type[Method], call: str) -> None:
+    """Refuse an override that cannot be called as the protocol calls it."""
+    wanted = list(inspect.signature(getattr(Method, call)).parameters)
+    try:
+        inspect.signature(getattr(method, call)).bind(*wanted)
+    except TypeError as error:
+        raise TypeError(
+            f"{method.__name__}.{call}{inspect.signature(getattr(method, call))} cannot be called as {call}({', '.join(wanted)}): "
+            f"{error}. Give it these parameters."
+        ) from None
+
+
 class Methods:
     """The methods of one run, checked to fit together.
 
@@ -82,6 +132,14 @@ class Methods:
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
+        if isinstance(methods, Method):
+            name = type(methods).__name__
+            raise TypeError(f"methods is one {name}, and it must be a list: methods=[{name}(...)].")
+        if isinstance(methods, str | Mapping):
+            raise TypeError(
+                f"methods={methods!r} describes methods as data, and here they are objects. Give it to the configuration: "
+                f"ContinualConfig(methods={methods!r})."
+            )
         self.methods = tuple(methods)
         for method in self.methods:
             if isinstance(method, type) and issubclass(method, Method):
@@ -93,6 +151,7 @@ class Methods:
                     f"methods must hold hf_continual methods, got {type(method).__name__} ({method!r}). "
                     f"A description as data belongs in ContinualConfig(methods=...)."
                 )
+            check_protocol(type(method))
         names = [method.name for method in self.methods]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(

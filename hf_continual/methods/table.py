@@ -1,19 +1,22 @@
 """The table of methods, and methods built from plain data (YAML, JSON, a command line).
 
-Importing this module imports no method. A new method is one row here, one file beside this one,
+Importing this module imports no method and no torch. A new method is one row here, one file beside this one,
 one test file and one recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hf_continual.methods.base import Method
 from hf_continual.named import did_you_mean, imported
+from hf_continual.option_names import option_names
+
+if TYPE_CHECKING:
+    from hf_continual.methods.base import Method
 
 TABLE: dict[str, str] = {
     "replay": "hf_continual.methods.replay:Replay",
@@ -42,13 +45,9 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: If there is no such name, module or class, or it is not a `Method`.
     """
-    target = TABLE.get(name, name if ":" in name else None)
-    if target is None:
-        hint = did_you_mean(name, TABLE)
-        raise ValueError(
-            f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; a method of your own is named "
-            f"'package.module:Class'."
-        )
+    from hf_continual.methods.base import Method
+
+    target = _target(name)
     try:
         found = imported(target)
     except ImportError as error:
@@ -56,6 +55,57 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name!r} is {found!r}, not a subclass of hf_continual.Method.")
     return found
+
+
+def _target(name: str) -> str:
+    target = TABLE.get(name, name if ":" in name else None)
+    if target is None:
+        hint = did_you_mean(name, TABLE)
+        raise ValueError(
+            f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; a method of your own is named "
+            f"'package.module:Class'."
+        )
+    return target
+
+
+def check_description(description: Any) -> None:
+    """Check the names in a description of methods without importing a method, so that a typing error is met at once.
+
+    Args:
+        description: See `build_methods`; objects and methods of one's own are not looked into.
+
+    Raises:
+        TypeError: If hyper-parameters are not a mapping, or one that is needed is missing.
+        ValueError: If a method or a hyper-parameter is unknown.
+    """
+    if isinstance(description, str):
+        description = {description: {}}
+    if isinstance(description, Mapping):
+        for name, options in description.items():
+            target = _target(str(name))
+            if str(name) in TABLE:
+                _check_options(str(name), {} if options is None else options, option_names(target))
+    elif isinstance(description, Sequence):
+        for item in description:
+            if isinstance(item, str | Mapping):
+                check_description(item)
+
+
+def _check_options(name: str, options: Any, known: Mapping[str, bool]) -> None:
+    """Refuse hyper-parameters that a method does not take, and the lack of one that it needs."""
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"methods.{name} must be a mapping of hyper-parameters, got {type(options).__name__} "
+            f"({options!r}). Known are {', '.join(known)}."
+        )
+    if unknown := [str(key) for key in options if key not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(
+            f"methods.{name} has no hyper-parameter {', '.join(map(repr, unknown))}.{hint} "
+            f"Known are {', '.join(known)}."
+        )
+    if missing := [key for key, needed in known.items() if needed and key not in options]:
+        raise TypeError(f"methods.{name} needs {missing[0]!r}: write {{{name}: {{{missing[0]}: ...}}}}.")
 
 
 def build_methods(description: Any) -> list[Method]:
@@ -89,6 +139,8 @@ def build_methods(description: Any) -> list[Method]:
 def _item(item: Any) -> Any:
     if isinstance(item, str | Mapping):
         return item
+    from hf_continual.methods.base import Method
+
     kind = " Methods built in Python go into ContinualTrainer(methods=[...])." if isinstance(item, Method) else ""
     raise TypeError(
         f"an entry of the methods list must be a name or a mapping, got {type(item).__name__} ({item!r}).{kind}"
@@ -98,18 +150,9 @@ def _item(item: Any) -> Any:
 def build_method(name: str, options: Any) -> Method:
     """Build one method from its name and hyper-parameters; see `build_methods`."""
     cls = method_class(name)
-    known = [f.name for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
-    if not isinstance(options, Mapping):
-        raise TypeError(
-            f"methods.{name} must be a mapping of hyper-parameters, got {type(options).__name__} "
-            f"({options!r}). Known are {', '.join(known)}."
-        )
-    if unknown := [str(key) for key in options if key not in known]:
-        hint = did_you_mean(unknown[0], known)
-        raise ValueError(
-            f"methods.{name} has no hyper-parameter {', '.join(map(repr, unknown))}.{hint} "
-            f"Known are {', '.join(known)}."
-        )
+    own = [f for f in fields(cls) if f.init] if is_dataclass(cls) else []
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in own}
+    _check_options(name, options, known)
     hints = get_type_hints(cls)
     values = {key: _typed(f"methods.{name}.{key}", value, hints[key]) for key, value in options.items()}
     try:

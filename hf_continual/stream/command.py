@@ -1,30 +1,34 @@
-"""`hf-continual run`: train_stream with a log, tables and a picture."""
+"""`hf-continual run`: train_stream with a log, tables and a picture.
+
+The plan is read before anything heavy is imported, so that a mistake in it is reported in a second.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from rich.console import Console
 from rich.logging import RichHandler
-from transformers.utils import logging as hf_logging
 
-from hf_continual.plots import plot_matrix
-from hf_continual.stream.dry_run import describe
-from hf_continual.stream.prepare import prepare
+from hf_continual.stream.plan import Plan
 from hf_continual.stream.read import read_plan
-from hf_continual.stream.report import dry_run_report, results_report
-from hf_continual.stream.results import RESULTS
-from hf_continual.stream.run import check_merge
-from hf_continual.stream.sweep import prepare_sweep
-from hf_continual.stream.train import train_stream
+from hf_continual.stream.source import Where
+
+if TYPE_CHECKING:
+    from hf_continual.stream.prepare import Prepared
 
 
-def run_plan(plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, **changes: Any) -> None:
+def run_plan(
+    plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, as_json: bool = False,
+    overrides: Sequence[str] = (), hourly_price: float | None = None,
+) -> None:  # fmt: skip
     """Run a plan, or say what it would do.
 
     Args:
@@ -32,39 +36,119 @@ def run_plan(plan: Path, dry_run: bool = False, only: str | None = None, quiet: 
         dry_run: Whether to stop before any weights are loaded.
         only: One run of a sweep.
         quiet: Whether to show tables only.
-        **changes: Fields that replace the plan's.
+        as_json: Whether to print the numbers as JSON on the standard output, and everything else on the other.
+        overrides: Entries in place of the plan's, as ``KEY=VALUE``.
+        hourly_price: Price of an hour of this machine, for the dry run's estimate.
     """
-    console = Console()
+    read, where = read_plan(plan, overrides)
+    console = set_up(quiet, as_json)
+    if dry_run:
+        described = estimated(_ready(read, where, only), hourly_price)
+        if is_main():
+            show_dry_run(described, console, as_json)
+        return
+    from hf_continual.stream.results import RESULTS
+    from hf_continual.stream.train import run_read
+
+    if quiet:
+        quiet_options = {"disable_tqdm": True, "logging_strategy": "no"}
+        read = read.model_copy(update={"sft": {**read.sft, **quiet_options}})
+    result = run_read(read, where, only)
+    if not is_main():
+        return
+    if "matrix" in result.results:
+        _picture(result.results, result.output_dir / "matrix.png")
+    if as_json:
+        sys.stdout.write(json.dumps(result.results, indent=1) + "\n")
+        return
+    from hf_continual.stream.report import results_report
+
+    console.print(results_report(result.results))
+    console.print(f"all numbers  {result.output_dir / RESULTS}", soft_wrap=True, highlight=False)
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints.
+
+    Not asked of accelerate's state: it would be set up here without what the plan says of devices.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up(quiet: bool, as_json: bool) -> Console:
+    """Silence what libraries say at every start, and send the log to a console.
+
+    Args:
+        quiet: Whether only warnings are logged.
+        as_json: Whether the standard output is kept for JSON.
+
+    Returns:
+        The console.
+    """
+    import datasets
+    from transformers.utils import logging as hf_logging
+
+    console = Console(stderr=as_json)
     # Said at every start by libraries below this one, about names of their own.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
+    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
-    # Not accelerate's state: it would be set up here without what the plan says of devices.
-    main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    logging.getLogger("hf_continual").setLevel(logging.WARNING if quiet or not main else logging.INFO)
-    if dry_run:
-        read, where = read_plan(plan, **changes)
-        check_merge(read, where)
-        if read.sweep is None:
-            described = [("", describe(prepare(read, where)))]
-        else:
-            described = [(m.name, describe(p)) for m, p in prepare_sweep(read, where, only)]
-        if main:
-            console.print(dry_run_report(described))
+    logging.getLogger("hf_continual").setLevel(logging.WARNING if quiet or not is_main() else logging.INFO)
+    return console
+
+
+def _ready(read: Plan, where: Where, only: str | None) -> list[tuple[str, Prepared]]:
+    from hf_continual.stream.prepare import prepare
+    from hf_continual.stream.run import check_merge
+    from hf_continual.stream.sweep import prepare_sweep
+
+    check_merge(read, where)
+    if read.sweep is None:
+        return [("", prepare(read, where))]
+    return [(member.name, prepared) for member, prepared in prepare_sweep(read, where, only)]
+
+
+def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None) -> list[tuple[str, dict[str, Any]]]:
+    """What runs will do and cost, with the time that a short probe on this machine foretells.
+
+    Args:
+        ready: The runs by name.
+        hourly_price: Price of an hour of this machine, or None.
+
+    Returns:
+        Description of each run by its name.
+    """
+    from hf_continual.stream.dry_run import describe
+    from hf_continual.stream.probe import estimate
+
+    found = []
+    for name, prepared in ready:
+        described = describe(prepared)
+        described["time"] = estimate(prepared, described, hourly_price)
+        found.append((name, described))
+    return found
+
+
+def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
+    """Print what runs will do, as tables or as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
         return
-    if quiet:
-        changes["sft"] = {**read_plan(plan, **changes)[0].sft, "disable_tqdm": True, "logging_strategy": "no"}
-    result = train_stream(plan, only=only, **changes)
-    if main:
-        console.print(results_report(result.results))
-        if "matrix" in result.results:
-            found = result.results
-            figure = plot_matrix(
-                found["matrix"]["scores"], found["tasks"], found["matrix"]["base"], found["metric"] or "",
-                found["matrix"]["lower_is_better"],
-            )  # fmt: skip
-            figure.savefig(result.output_dir / "matrix.png", dpi=150)
-        console.print(f"all numbers  {result.output_dir / RESULTS}", soft_wrap=True, highlight=False)
+    from hf_continual.stream.report import dry_run_report
+
+    console.print(dry_run_report(described))
+
+
+def _picture(results: dict[str, Any], file: Path) -> None:
+    from hf_continual.plots import plot_matrix
+
+    matrix = results["matrix"]
+    figure = plot_matrix(
+        matrix["scores"], results["tasks"], matrix["base"], results["metric"] or "", matrix["lower_is_better"]
+    )
+    figure.savefig(file, dpi=150)

@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_continual.evaluation.trained import conversation_tokens
-from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import AddedRows
+from hf_continual.stream.check_run import check_curve, notes
+from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
 from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.start import said_of_start
 from hf_continual.tasks import Task
-
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-FOUR_BIT = 0.56  # NF4 with its scales, per quantised weight
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -41,6 +38,8 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     return {
         "model": prepared.plan.model.path,
         "output_dir": prepared.plan.output_dir,
+        "start": said_of_start(prepared.plan),
+        "notes": notes(prepared),
         "between_tasks": "merge" if prepared.plan.merge else prepared.plan.between_tasks,
         "processes": PartialState().num_processes,
         **shared,
@@ -60,16 +59,14 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = prepared.config(task, Path(folder))
     methods = prepared.methods(task)
-    model, total, weights = _on_paper(prepared)
-    for method in methods:
-        method.prepare_model(model, task)
+    model, total, weights = on_paper(prepared.plan, prepared.where)
+    with explained(prepared.where, place_of_methods(prepared, task)):
+        for method in methods:
+            method.prepare_model(model, task)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lengths = token_counts(prepared, task, args.max_length)
-    world = PartialState().num_processes
-    batches = math.ceil(sum(lengths) / (args.max_length or max(lengths))) if args.packing else len(lengths)
-    batches = math.ceil(batches / (args.per_device_train_batch_size * world))
-    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    steps = steps_of(args, len(lengths), sum(lengths), max(lengths))
+    check_curve(prepared, task, steps)
     mixed = [added for m in methods if (added := m.added_rows()) is not None]
     share = sum(added.ratio or 0.0 for added in mixed)
     longest = args.max_length if args.packing and args.max_length else max(lengths)
@@ -88,6 +85,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "tokens": sum(lengths),
         "test_rows": len(task.test) if task.test is not None else None,
         "steps": steps,
+        "accumulation": args.gradient_accumulation_steps,
         "extra_steps": sum(m.extra_steps(steps) for m in methods),
         "methods": [m.name for m in methods],
         "memory_rows": None
@@ -124,33 +122,6 @@ def _memory_here() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(PartialState().local_process_index).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _on_paper(prepared: Prepared) -> tuple[Any, int, float]:
-    """The model with its adapters on the meta device, its parameters and the bytes of its weights."""
-    plan = prepared.plan
-    with loading(plan.model.path, "the base model"):
-        config = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    dtype = (
-        str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        if plan.model.dtype == "auto"
-        else plan.model.dtype
-    )
-    weights = total * BYTES.get(dtype, 4.0)
-    if plan.model.quantization:
-        linear = sum(
-            m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
-        )
-        each = FOUR_BIT if plan.model.quantization.get("load_in_4bit") else 1.0
-        weights -= linear * (BYTES.get(dtype, 4.0) - each)
-    if plan.peft is not None:
-        options: dict[str, Any] = {"task_type": "CAUSAL_LM", **plan.peft}
-        with torch.device("meta"):
-            model = get_peft_model(model, LoraConfig(**options), low_cpu_mem_usage=True)
-    return model, total, weights
 
 
 def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list[int]:

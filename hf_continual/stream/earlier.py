@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 
 from hf_continual.data.buffer import ORIGIN, Memory
 from hf_continual.data.columns import take
@@ -141,15 +141,28 @@ def _rows(
                 f"of their rows, row_type: prompt_completion."
             )
     columns = [*wanted, *(c for c in ALONG if any(c in rows.column_names for _, rows in parts))]
-    return _joined([_of_columns(rows, columns, name) for name, rows in parts])
+    return _joined([(name, _of_columns(rows, columns, name)) for name, rows in parts])
 
 
-def _joined(parts: list[Dataset]) -> Dataset:
-    """Rows of several tasks; files of several kinds hold the same text in several types, and only some rows have tools."""
-    if all(part.features.type == parts[0].features.type for part in parts):
-        return concatenate_datasets(parts)
-    columns = {name: [value for part in parts for value in part[name]] for name in parts[0].column_names}
+def _joined(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
+    """Rows of several tasks; readers of different files give the same text different types, and only some rows have tools."""
+    features = parts[0][1].features
+    if all(rows.features.type == features.type for _, rows in parts):
+        return concatenate_datasets([rows for _, rows in parts])
+    if all(isinstance(kind, Value) for _, rows in parts for kind in rows.features.values()):
+        return concatenate_datasets([_cast(rows, name, parts[0][0], features) for name, rows in parts])
+    columns = {name: [value for _, rows in parts for value in rows[name]] for name in features}
     return Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def _cast(rows: Dataset, name: str, first: str, features: Features) -> Dataset:
+    try:
+        return rows if rows.features == features else rows.cast(features)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the rows of the earlier tasks {first!r} and {name!r} have values of different kinds ({features} and "
+            f"{rows.features}). Write both in one way, or name the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}."
+        ) from error
 
 
 def _of_columns(rows: Dataset, columns: Sequence[str], name: str) -> Dataset:

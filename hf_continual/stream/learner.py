@@ -61,7 +61,7 @@ class PlanLearner:
         merge = self.plan.merge
         start = None if merge is not None and merge.start == "base" else parent
         goal = folder if merge is None else folder / BEFORE_MERGE
-        facts = self._train(task, start, folder, goal)
+        facts = self.train(task, start, folder, goal)
         _free()
         if merge is not None and PartialState().is_main_process:
             self._merge(task, parent, folder)
@@ -70,12 +70,24 @@ class PlanLearner:
         wait()
         return facts
 
-    def _train(self, task: Task, parent: Path | None, folder: Path, goal: Path) -> dict[str, Any]:
+    def train(self, task: Task, parent: Path | None, folder: Path, goal: Path) -> dict[str, Any]:
+        """Train a task and save its model.
+
+        Args:
+            task: The task.
+            parent: Folder of the task before, None for the plan's model.
+            folder: Where checkpoints are written, and resumed from.
+            goal: Where the model is saved.
+
+        Returns:
+            Facts about the training.
+        """
         # New adapters are drawn before the trainer sets its seed: the draw must not depend on what came before.
         set_seed(self.plan.seed)
         model, peft_config = load_for_training(self.plan, parent)
         args = self.prepared.config(task, folder)
-        args.predecessor = None if parent is None else str(parent)
+        before = parent or self.plan.model.adapter
+        args.predecessor = None if before is None else str(before)
         trainer = ContinualTrainer(
             model=model,
             args=args,

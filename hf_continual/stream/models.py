@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -14,7 +15,13 @@ from hf_continual.hub.damaged import loading
 from hf_continual.stream.plan import ModelPlan, Plan
 from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
 
-__all__ = ["is_adapter", "load_adapter", "load_base", "load_finished", "load_for_training"]
+__all__ = ["is_adapter", "load_adapter", "load_base", "load_finished", "load_for_training", "local_adapter"]
+
+
+def local_adapter(source: str, revision: str | None = None) -> Path:
+    """Where an adapter lies on this machine; one of the Hub is downloaded."""
+    path = Path(source).expanduser()
+    return path if path.is_dir() else Path(snapshot_download(source, revision=revision))
 
 
 def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
@@ -66,6 +73,8 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
     """The model of a folder, or the base model, ready to be scored on this process's device."""
     if folder is None:
         model = load_base(plan.model)
+        if plan.model.adapter is not None:
+            model = adapter_on(model, local_adapter(plan.model.adapter))
     elif is_adapter(folder):
         model = load_adapter(load_base(plan.model), folder)
     else:
@@ -89,16 +98,21 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
     """
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
     config = None if plan.peft is None else LoraConfig(**options)
-    if parent is None:
+    if parent is None and plan.model.adapter is None:
         return load_base(plan.model), config
+    if parent is None:
+        folder, base = local_adapter(str(plan.model.adapter)), load_base(plan.model)
+        if config is None:
+            return adapter_on(base, folder, is_trainable=True), None
+        return stacked(adapter_on(base, folder, adapter_name=EARLIER), folder, config), None
     if not is_adapter(parent):
         # A merge may turn adapters into a whole model; a new adapter goes on top of it.
         return load_base(plan.model, parent), config
-    if config is None:
+    if config is None and plan.model.adapter is None:
         raise ValueError(
             f"{parent} holds an adapter and the plan has no `peft`: nothing would be trained. Give it `peft`."
         )
     base = load_base(plan.model)
-    if plan.between_tasks != "new_adapter":
+    if config is None or plan.between_tasks != "new_adapter":
         return load_adapter(base, parent, is_trainable=True), None
     return stacked(load_adapter(base, parent, adapter_name=EARLIER), parent, config), None

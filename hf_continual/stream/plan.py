@@ -15,7 +15,9 @@ class ModelPlan(_Strict):
     """Which model, and how it is loaded.
 
     Args:
-        path: Folder or Hub id of a causal language model.
+        path: Folder or Hub id of a causal language model, or of an adapter to start from.
+        adapter: Folder or Hub id of an adapter on `path`; a `path` that is an adapter is split into the two.
+        from_adapter: What to do with it: ``continue``, ``stack`` or ``merge_then_new``, see `ContinualConfig`.
         revision: Commit, branch or tag of a Hub id.
         dtype: Type of the weights; float32 is also TRL's default.
         quantization: Options of `transformers.BitsAndBytesConfig`, such as ``{load_in_4bit: true}``.
@@ -24,6 +26,8 @@ class ModelPlan(_Strict):
     """
 
     path: str
+    adapter: str | None = None
+    from_adapter: Literal["continue", "stack", "merge_then_new"] | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     quantization: dict[str, Any] | None = None

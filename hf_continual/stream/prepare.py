@@ -29,6 +29,7 @@ from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
 from hf_continual.stream.scores import file_name
 from hf_continual.stream.source import Key, PlanError, Where
+from hf_continual.stream.start import split_adapter
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
 from hf_continual.trainer.config import ContinualConfig
 
@@ -109,6 +110,8 @@ def prepare(plan: Plan, where: Where) -> Prepared:
     Raises:
         PlanError: If something of it cannot be used; says where.
     """
+    with _at(where, ("model",)):
+        plan = split_adapter(plan, where)
     with _at(where, ("model",)), loading(plan.model.tokenizer or plan.model.path, "the tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             plan.model.tokenizer or plan.model.path, revision=plan.model.revision

@@ -1,18 +1,21 @@
-"""Reading a plan: from YAML, a mapping or a TaskStream; mistakes as one sentence with file and line."""
+"""Reading a plan: from YAML, a mapping or a TaskStream; mistakes as one sentence with file and line.
+
+Nothing here imports torch or transformers: a mistake in a plan is reported in a second.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from hf_continual.data.benchmarks import BENCHMARKS
 from hf_continual.named import did_you_mean
-from hf_continual.stream.earlier import check_memory
+from hf_continual.stream.check_plan import check_plan
+from hf_continual.stream.overrides import override
 from hf_continual.stream.plan import (
     Between,
     EvaluationPlan,
@@ -34,13 +37,22 @@ _PARTS: dict[str, type[BaseModel]] = {
     "memory": MemoryPlan,
 }
 _BRANCHES = {"Between", "MemoryPlan"}
+# What pydantic says of a wrong type, and an example of the right one.
+_EXAMPLES = {
+    "orders": "a mapping of names to lists of tasks, such as {a: [law, tax], b: [tax, law]}",
+    "methods": "a mapping of arms to methods, such as {plain: [], replay: [{replay: {rows: earlier_tasks}}]}",
+}
+Said = TypeVar("Said")
 
 
-def read_plan(plan: str | Path | Mapping[str, Any] | TaskStream, **changes: Any) -> tuple[Plan, Where]:
+def read_plan(
+    plan: str | Path | Mapping[str, Any] | TaskStream, overrides: Sequence[str] = (), **changes: Any
+) -> tuple[Plan, Where]:
     """Read and check a plan, without loading rows or weights.
 
     Args:
         plan: A YAML file, a mapping of `Plan`'s fields, or a `TaskStream` with the other fields in `changes`.
+        overrides: Single entries in place of the plan's, as ``KEY=VALUE``; see `hf_continual.stream.overrides`.
         **changes: Fields that replace the plan's.
 
     Returns:
@@ -55,21 +67,48 @@ def read_plan(plan: str | Path | Mapping[str, Any] | TaskStream, **changes: Any)
         data: Any = {"tasks": plan}
     elif isinstance(plan, str | Path):
         data, where = read_yaml(Path(plan))
-    else:
+    elif isinstance(plan, Mapping):
         data = dict(plan)
+    else:
+        raise TypeError(
+            f"a plan is a YAML file, a mapping or a TaskStream, got {type(plan).__name__}. Tasks in a list become one: "
+            f"TaskStream([Task(...), Task(...)])."
+        )
     if not isinstance(data, dict):
         raise where.error(
             (), f"a plan is a mapping with at least model, output_dir and tasks, not {type(data).__name__}."
         )
-    data = {**data, **changes}
+    if "tasks" not in data and "tasks" not in changes and "methods" in data and where.file is not None:
+        raise where.error(
+            (),
+            f"this is not a plan: it has no tasks. If it holds training arguments, as most recipes do, train with it: hf-continual "
+            f"train --config {where.file} --model MODEL --train ROWS.",
+        )
+    data = override(copy.deepcopy(data) if overrides else dict(data), overrides, where)
+    return check_read({**data, **changes}, where)
+
+
+def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
+    """Check the entries of a plan.
+
+    Args:
+        data: The plan as plain data.
+        where: Where its entries are written.
+
+    Returns:
+        The plan, and where its entries are written.
+
+    Raises:
+        PlanError: If something in it is unknown, missing or of the wrong type.
+    """
     data["tasks"], origins = _entries(data.get("tasks"), where)
     try:
         read = Plan.model_validate(data)
     except ValidationError as error:
         raise _explained(error, where, origins) from None
     where.lines = _spread(where.lines, origins)
-    _check_names(read, where)
-    check_memory(read, where)
+    where.overridden = _spread(where.overridden, origins)
+    check_plan(read, where)
     return read, where
 
 
@@ -92,7 +131,7 @@ def _entries(tasks: Any, where: Where) -> tuple[list[Any], list[tuple[Key, ...]]
     return found, origins
 
 
-def _spread(lines: dict[tuple[Key, ...], int], origins: Sequence[tuple[Key, ...]]) -> dict[tuple[Key, ...], int]:
+def _spread(lines: dict[tuple[Key, ...], Said], origins: Sequence[tuple[Key, ...]]) -> dict[tuple[Key, ...], Said]:
     """Lines of the tasks by their place in the plan as read, where an entry may stand for several."""
     found = {path: line for path, line in lines.items() if path[:1] != ("tasks",) or len(path) == 1}
     for i, origin in enumerate(origins):
@@ -131,9 +170,10 @@ def _explained(error: ValidationError, where: Where, origins: list[tuple[Key, ..
     if said["type"] == "missing":
         return where.error(path[:-1], f"the key {path[-1]!r} is missing.")
     given = said["input"]
-    return where.error(
-        path, f"got {given!r} ({type(given).__name__}): {said['msg'].replace('Input should be', 'expected')}."
-    )
+    expected = said["msg"].replace("Input should be", "expected").replace("valid dictionary", "mapping")
+    if loc[0] == "sweep" and len(loc) == 2 and said["type"] == "dict_type":
+        expected = f"expected {_EXAMPLES[str(loc[1])]}"
+    return where.error(path, f"got {given!r} ({type(given).__name__}): {expected}.")
 
 
 def _known(loc: Sequence[Key]) -> list[str]:
@@ -147,40 +187,3 @@ def _known(loc: Sequence[Key]) -> list[str]:
     elif len(loc) > 1:
         part = _PARTS.get(str(loc[0]), Plan)
     return list(part.model_fields) + (["benchmark"] if part is TaskPlan else [])
-
-
-def _check_names(plan: Plan, where: Where) -> None:
-    """Names that must be those of tasks, and options that must be those of SFTConfig and LoraConfig."""
-    from peft import LoraConfig
-    from trl import SFTConfig
-
-    names = [task.name for task in plan.tasks]
-    asked: list[tuple[tuple[Key, ...], str]] = []
-    if isinstance(plan.evaluation.tasks, list):
-        asked += [(("evaluation", "tasks", i), name) for i, name in enumerate(plan.evaluation.tasks)]
-    for i, task in enumerate(plan.tasks):
-        asked += [(("tasks", i, "evaluate", k), name) for k, name in enumerate(task.evaluate)]
-    tested = {task.name for task in plan.tasks if task.test is not None}
-    for path, name in asked:
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise where.error(
-                path,
-                f"task {name!r} is to be evaluated but is not defined.{hint} The plan's tasks are {', '.join(names)}.",
-            )
-        if name not in tested:
-            raise where.error(path, f"task {name!r} is to be evaluated and has no test rows. Give it `test:`.")
-    for label, options, cls in [
-        (("sft",), plan.sft, SFTConfig),
-        (("peft",), plan.peft or {}, LoraConfig),
-        *[(("tasks", i, "sft"), task.sft, SFTConfig) for i, task in enumerate(plan.tasks)],
-    ]:
-        known = [f.name for f in dataclass_fields(cls) if f.init] + ["fresh_methods"] * (cls is SFTConfig)
-        for key in options:
-            if key not in known:
-                hint = did_you_mean(key, known)
-                raise where.error((*label, key), f"{cls.__name__} has no option {key!r}.{hint}")
-            if cls is SFTConfig and key in ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint"):
-                raise where.error(
-                    (*label, key), f"{key!r} is the plan's to set: say `output_dir` and `seed` at the top of the plan."
-                )

@@ -16,6 +16,7 @@ from hf_continual.methods.base import Method
 from hf_continual.methods.compose import kind_of
 from hf_continual.plain import as_plain
 from hf_continual.stream.earlier import row_options
+from hf_continual.stream.models import local_adapter
 from hf_continual.stream.prepare import Prepared, fingerprint
 from hf_continual.stream.saved import saved_files
 from hf_continual.stream.source import PlanError
@@ -35,6 +36,8 @@ def plain_plan(prepared: Prepared) -> dict[str, Any]:
     data = as_plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir", "max_minutes"}), _named)
     if (base := Path(plan.model.path)).is_dir():
         data["model"]["files"] = saved_files(base)
+    if plan.model.adapter is not None:
+        data["model"]["adapter_files"] = saved_files(local_adapter(plan.model.adapter))
     data["model"]["vocabulary"] = _vocabulary(prepared.tokenizer)
     data["methods"] = _with_rows(data["methods"])
     data["tasks"] = []
@@ -167,7 +170,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
 def _is_the_same(then: dict[str, Any], now: dict[str, Any], path: str) -> bool:
     """Whether files were moved and are what they were: told by what they hold."""
     if path == "model" and then.get("files") is not None and then["files"] == now.get("files"):
-        places = ("path", "tokenizer")
+        places = ("path", "tokenizer", "adapter")
         return {k: v for k, v in then.items() if k not in places} == {k: v for k, v in now.items() if k not in places}
     if "sha256" in then and "sha256" in now:
         return {k: v for k, v in then.items() if k != "source"} == {k: v for k, v in now.items() if k != "source"}

@@ -250,12 +250,15 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             )  # fmt: skip
         methods = {t["name"]: ", ".join(t["methods"]) for t in plan["tasks"] if t["methods"]}
         lines = [
+            *([plan["start"]] if plan["start"] else []),
+            *plan["notes"],
             f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
             *_memory(plan["tasks"]),
             *_micro_batches(plan["tasks"]),
             f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
+            *_time(plan.get("time")),
         ]
         if plan["memory_bytes"] > plan["memory_here_bytes"]:
             lines.append(
@@ -267,6 +270,26 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
         steps, disk = sum(p["steps"] for _, p in plans), sum(p["disk_bytes"] for _, p in plans)
         parts.append(Text(f"{len(plans)} runs: {steps:,} steps, disk at most {size(disk)}"))
     return Group(*parts)
+
+
+def _time(found: Mapping[str, Any] | None) -> list[str]:
+    """How long a run will take, and what that costs."""
+    if found is None:
+        return []
+    if found["seconds"] is None:
+        return [f"no estimate of the time: the probe failed ({found['why']})"]
+    price = "" if found["price"] is None else f", {found['price']:.2f} at the given price per hour"
+    return [
+        f"time about {_duration(found['seconds'])}{price}: {_duration(found['training_seconds'])} of training, "
+        f"{_duration(found['scoring_seconds'])} of scoring (from a probe of two blocks on {found['device']}; loading, saving and "
+        f"generation not counted)"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _memory(tasks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_continual.stream.record import keep_plan, only_one, plain_plan
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
 from hf_continual.stream.scores import read_stage
 from hf_continual.stream.source import PlanError, Where
+from hf_continual.stream.start import from_merged
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
     check_merge(prepared.plan, prepared.where)
     with _explained(output_dir), only_one(output_dir) if main else contextlib.nullcontext():
         refuse_on_all(lambda: keep_plan(output_dir, plain_plan(prepared)))
+        prepared = with_start(prepared, base_dir)
         if prepared.plan.evaluation.base:
             _score_base(prepared, base_dir)
             _check_unsolved(prepared, base_dir)
@@ -63,6 +66,19 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
                 write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
         return collect(prepared, output_dir, base_dir)
+
+
+def with_start(prepared: Prepared, output_dir: Path) -> Prepared:
+    """Say what becomes of the adapter that a plan starts from, and merge it into its base if that is the way.
+
+    Args:
+        prepared: The plan made ready.
+        output_dir: The run's folder.
+
+    Returns:
+        The plan, with the merged base for its model where there is one.
+    """
+    return replace(prepared, plan=from_merged(prepared.plan, output_dir, prepared.tokenizer))
 
 
 def _explained(output_dir: Path) -> contextlib.AbstractContextManager[None]:

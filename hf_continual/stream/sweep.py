@@ -15,6 +15,7 @@ from accelerate import PartialState
 from hf_continual.durable import write_json
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import SUMMARY
+from hf_continual.stream.check_run import check_run
 from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import Prepared, prepare
@@ -113,7 +114,13 @@ def _moved(where: Where, places: Sequence[int], arm: str) -> Where:
             lines[("tasks", places.index(int(path[1])), *path[2:])] = line
     if arm and ("sweep", "methods", arm) in lines:
         lines[("methods",)] = lines[("sweep", "methods", arm)]
-    return Where(where.file, lines)
+    moved = Where(where.file, lines)
+    for path, said in where.overridden.items():
+        if path[:1] != ("tasks",) or len(path) == 1:
+            moved.overridden[path] = said
+        elif path[1] in places:
+            moved.overridden["tasks", places.index(int(path[1])), *path[2:]] = said
+    return moved
 
 
 def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tuple[Member, Prepared]]:
@@ -153,6 +160,8 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     output_dir = Path(plan.output_dir)
     ready = prepare_sweep(plan, where, only)
     check_merge(plan, where)
+    for _, prepared in ready:
+        check_run(prepared)
     whole = prepare(plan.model_copy(update={"sweep": None}), where)
     refuse_on_all(lambda: keep_plan(output_dir, {**plain_plan(whole), "seed": None, "methods": None}))
     results: dict[str, StreamResult] = {}

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual import stopping
+from hf_continual.stream.check_run import check_run
+from hf_continual.stream.plan import Plan
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
 from hf_continual.stream.results import StreamResult
 from hf_continual.stream.run import run_prepared
+from hf_continual.stream.source import Where
 from hf_continual.stream.sweep import run_sweep
 from hf_continual.tasks import TaskStream
 
@@ -47,10 +50,28 @@ def train_stream(
         RuntimeError: If a task could not be scored.
         Stopped: If the process was told to stop.
     """
-    read, where = read_plan(plan, **changes)
+    return run_read(*read_plan(plan, **changes), only)
+
+
+def run_read(read: Plan, where: Where, only: str | None = None) -> StreamResult:
+    """As `train_stream`, for a plan that was read already.
+
+    Args:
+        read: The plan.
+        where: Where its entries are written.
+        only: Name of the one run of a sweep that is wanted.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        PlanError: If there is no such run, or the plan cannot be run.
+    """
     if read.sweep is None and only is not None:
         raise where.error((), f"the plan has no sweep, so there is no run {only!r} to choose.")
     with stopping.listening("What is finished is safe; the same call resumes.", read.max_minutes):
         if read.sweep is not None:
             return run_sweep(read, where, only)
-        return run_prepared(prepare(read, where), Path(read.output_dir))
+        prepared = prepare(read, where)
+        check_run(prepared)
+        return run_prepared(prepared, Path(read.output_dir))

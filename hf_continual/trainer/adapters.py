@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 
 from hf_continual.tensors.concatenate import concatenate_adapters
@@ -16,6 +17,8 @@ from hf_continual.tensors.concatenate import concatenate_adapters
 ADAPTER = "adapter_config.json"
 EARLIER = "earlier"
 PARTS, STACKED = ".parts", ".stacked"
+CONTINUE, STACK, MERGE = FROM_ADAPTER = ("continue", "stack", "merge_then_new")
+MERGED = "merged-base"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -62,6 +65,93 @@ def stacked(model: PeftModel, folder: Path, config: PeftConfig) -> PeftModel:
     model.add_adapter("default", config)
     activate_both(model)
     return model
+
+
+def choose_way(asked: str | None, adapter: str, new: Any) -> str:
+    """What to do with an adapter that training starts from.
+
+    Args:
+        asked: What the configuration says, or None.
+        adapter: Its folder or Hub id.
+        new: The new adapter's configuration, or None.
+
+    Returns:
+        One of `FROM_ADAPTER`.
+
+    Raises:
+        ValueError: If what is asked needs a new adapter and there is none, or leaves no use for it.
+    """
+    way = asked or (CONTINUE if new is None else STACK)
+    if way == CONTINUE and new is not None:
+        raise ValueError(
+            f"from_adapter: continue trains the adapter in {adapter} further, and the options of a new adapter were given too "
+            f"(peft). Drop them, or say from_adapter: stack or merge_then_new."
+        )
+    if way != CONTINUE and new is None:
+        raise ValueError(
+            f"from_adapter: {way} trains a new adapter after the one in {adapter}, and it is not said which. Give its options "
+            f"(peft_config=LoraConfig(r=16, target_modules='all-linear'); in a plan peft: {{r: 16, target_modules: all-linear}}), or "
+            f"say from_adapter: continue."
+        )
+    return way
+
+
+def consequence(way: str, adapter: str, config: PeftConfig, new: Any, merged: str = MERGED) -> str:
+    """What a way of starting from an adapter means, in a sentence for the user.
+
+    Args:
+        way: One of `FROM_ADAPTER`.
+        adapter: Folder or Hub id of the adapter.
+        config: Its configuration.
+        new: The new adapter's configuration, or None.
+        merged: Where the merged base is kept.
+
+    Returns:
+        The sentence.
+    """
+    rank, base = getattr(config, "r", None), config.base_model_name_or_path
+    named = f"adapter {adapter}" + (f" (r={rank})" if rank else "")
+    if way == CONTINUE:
+        return f"continuing {named} on {base}, 0 new: its weights are trained further, and the output replaces it."
+    other = f"1 new adapter (r={getattr(new, 'r', '?')})"
+    if way == STACK:
+        total = f" of rank {rank + new.r}" if rank and getattr(new, "r", None) else ""
+        return f"stacking on {named}: it stays frozen, {other} is trained on top, and both are saved as one adapter{total} on {base}."
+    return f"merging {named} into {base}, saved as {merged}: {other} is trained on that and works only together with {merged}."
+
+
+def merge_into_base(base: Any, folder: Path, target: Path, tokenizer: Any = None) -> Any:
+    """Merge an adapter into its base and keep the result, as the base of a new adapter.
+
+    Args:
+        base: The base model, not quantised.
+        folder: Folder of the adapter.
+        target: Where the merged model is kept; complete or absent.
+        tokenizer: Saved with it, if given.
+
+    Returns:
+        The merged model; its ``name_or_path`` is the target.
+
+    Raises:
+        ValueError: If the base is quantised.
+    """
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"from_adapter: {MERGE} would round the adapter in {folder} to the 4 or 8 bits of its base. Say stack or continue, which "
+            f"leave the base alone, or load the base without quantisation."
+        )
+    merged: Any = adapter_on(base, folder).merge_and_unload()
+    merged.config.name_or_path = merged.name_or_path = str(target)
+    if PartialState().is_main_process:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        merged.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    return merged
 
 
 def activate_both(model: Any) -> None:

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from hf_continual.bounds import one_of
 from hf_continual.methods.table import build_methods
+from hf_continual.trainer.adapters import FROM_ADAPTER
 from hf_continual.trainer.old_names import CONFIG, explains_old_names
+from hf_continual.training_numbers import check_numbers
 
 if TYPE_CHECKING:
     from hf_continual.methods.base import Method
@@ -21,7 +25,8 @@ class ContinualConfig(SFTConfig):
     """Training arguments of `ContinualTrainer`: everything in `trl.SFTConfig`, plus the methods
     against forgetting.
 
-    With the fields below left alone it is an SFTConfig in every respect.
+    With the fields below left alone it is an SFTConfig in every respect, but for one: where SFTConfig would stop because the
+    machine has no accelerator with bf16, such as on a CPU, it trains in fp32 unless `bf16` was asked for.
 
     Args:
         methods: The methods as data: a name, a mapping of names to hyper-parameters, or a list of
@@ -31,6 +36,10 @@ class ContinualConfig(SFTConfig):
         predecessor: Folder or Hub id of the task before, where the model does not say it: its methods' state is taken
             over. A model given by path or id says it.
         fresh_methods: Start without what the methods of the task before left.
+        from_adapter: What to do with a model that is the folder or Hub id of an adapter: ``continue`` trains it further,
+            ``stack`` freezes it beneath a new adapter and saves both as one, ``merge_then_new`` merges it into its base, saves that
+            as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a ``peft_config``, else
+            ``continue``.
         max_minutes: Minutes after which training saves and stops as if told to by a signal, with exit code 75; None is no
             limit. It counts from the start of `train`.
         hub_base_model: Hub id of the base model, where `model` is a folder that holds a copy of it.
@@ -60,6 +69,12 @@ class ContinualConfig(SFTConfig):
     fresh_methods: bool = field(
         default=False, metadata={"help": "Start without what the methods of the task before left."}
     )
+    from_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with a model that is an adapter: continue, stack or merge_then_new.",
+        },
+    )
     max_minutes: float | None = field(
         default=None, metadata={"help": "Minutes after which training saves and stops, to be resumed."}
     )
@@ -74,11 +89,16 @@ class ContinualConfig(SFTConfig):
     def __post_init__(self) -> None:
         if isinstance(self.methods, str) and self.methods.lstrip().startswith("["):
             self.methods = json.loads(self.methods)
+        if self.bf16 is None and not (self.fp16 or self.use_cpu) and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # where SFTConfig would stop, because this machine has no accelerator with bf16
         super().__post_init__()
         if self.task_index < 0:
             raise ValueError(f"task_index={self.task_index} must be 0 or more: tasks are counted from 0.")
         if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
             raise ValueError(f"max_minutes={self.max_minutes} must be above 0; None is no limit.")
+        one_of("ContinualConfig", "from_adapter", self.from_adapter, (None, *FROM_ADAPTER))
+        if problem := check_numbers(vars(self), trains=False):
+            raise ValueError(problem[1])
         # Built and dropped: a wrong name or type must fail here, before any weights are loaded.
         build_methods(self.methods)
 

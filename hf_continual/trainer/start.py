@@ -23,8 +23,22 @@ from trl.trainer.utils import create_model_from_path
 
 from hf_continual import private
 from hf_continual.data import handover
+from hf_continual.hub.damaged import loading, not_found
+from hf_continual.notice import notice
+from hf_continual.paths import check_is_there
 from hf_continual.tensors.reference import untrained
-from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
+from hf_continual.trainer.adapters import (
+    CONTINUE,
+    EARLIER,
+    MERGED,
+    STACK,
+    adapter_on,
+    choose_way,
+    consequence,
+    is_adapter,
+    merge_into_base,
+    stacked,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +65,8 @@ class Start:
 def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, quantization_config: Any) -> Start:
     """Open the folder or Hub id of an adapter; everything else is SFTTrainer's to open.
 
-    With `peft_config` a new adapter is trained on top of the one that is there, and saved with it as one; without, the
-    one that is there is trained further.
+    `ContinualConfig.from_adapter` says what is done with the adapter: it is trained further, kept beneath a new one, or merged
+    into its base. What that means is printed.
 
     Args:
         model: As given to the trainer; so are the other parameters.
@@ -69,45 +83,56 @@ def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, q
     """
     if not isinstance(model, str):
         return Start(model, processing_class, peft_config, source=_named_by(model))
+    check_is_there(model, "the model")
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     revision = options.pop("revision", None)
     file = find_adapter_config_file(model, revision=revision)
+    asked = getattr(args, "from_adapter", None)
     if file is None:
+        if asked is not None:
+            raise ValueError(
+                f"from_adapter={asked!r} says what to do with an adapter, and {model} does not hold one (there is no "
+                f"adapter_config.json). Drop it, or name the adapter's folder."
+            )
         return Start(model, processing_class, peft_config, source=model)
     folder = Path(file).parent if Path(model).is_dir() else _downloaded(model, revision)
-    seed = 42 if args is None else args.seed
-    set_seed(seed)  # as SFTTrainer before it draws an adapter
+    config = PeftConfig.from_pretrained(str(folder))
+    way = choose_way(asked, model, peft_config)
+    set_seed(42 if args is None else args.seed)  # as SFTTrainer before it draws an adapter
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    config = PeftConfig.from_pretrained(str(folder))
     if config.revision is not None:
         options["revision"] = config.revision
-    base = create_model_from_path(str(config.base_model_name_or_path), **options)
-    if peft_config is None:
-        opened = adapter_on(base, folder, is_trainable=True)
-    else:
-        opened = stacked(adapter_on(base, folder, adapter_name=EARLIER), folder, peft_config)
-    logger.info(
-        "%s: adapter %s on %s is %s.", type(config).__name__, model, config.base_model_name_or_path,
-        "trained further" if peft_config is None else "kept as it is, a new one is trained on top of it",
-    )  # fmt: skip
+    with loading(str(config.base_model_name_or_path), f"the base model of the adapter {model}"):
+        base = create_model_from_path(str(config.base_model_name_or_path), **options)
     if processing_class is None and any(folder.glob("tokenizer*")):
         processing_class = AutoTokenizer.from_pretrained(folder)
-    return Start(opened, processing_class, None, model, True)
+    target = Path("trainer_output" if args is None else args.output_dir) / MERGED
+    notice(logger, consequence(way, model, config, peft_config, str(target)))
+    if way == CONTINUE:
+        return Start(adapter_on(base, folder, is_trainable=True), processing_class, None, model, True)
+    if way == STACK:
+        opened = stacked(adapter_on(base, folder, adapter_name=EARLIER), folder, peft_config)
+        return Start(opened, processing_class, None, model, True)
+    return Start(merge_into_base(base, folder, target, processing_class), processing_class, peft_config, model, True)
 
 
 @contextmanager
-def options_used(args: Any, opened: bool) -> Iterator[None]:
-    """Hide from SFTTrainer, while it is built, options that are used here: `model_init_kwargs` where the model was opened with
+def options_used(args: Any, start: Start) -> Iterator[None]:
+    """Explain a model that SFTTrainer does not find, and hide from SFTTrainer, while it is built, options that are used here: `model_init_kwargs` where the model was opened with
     them, and `enable_jit_checkpoint`, whose handler would take the end of `train` for the end of the task; see `stop`.
     """
-    used = {"model_init_kwargs": None} if opened else {}
+    used = {"model_init_kwargs": None} if start.opened else {}
     used = {**used, "enable_jit_checkpoint": False}
     given = {name: getattr(args, name) for name in used if hasattr(args, name)}
     for name in given:
         setattr(args, name, used[name])
     try:
         yield
+    except OSError as error:
+        if isinstance(start.model, str) and (sentence := not_found(start.model, "the model", error)):
+            raise FileNotFoundError(sentence) from error
+        raise
     finally:
         for name, value in given.items():
             setattr(args, name, value)

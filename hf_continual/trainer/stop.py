@@ -92,7 +92,8 @@ class StopAtStep(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole."""
         if self.trainer.stopping:
-            stopping.stop(f"at step {state.global_step} of {state.max_steps}")
+            saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            stopping.stop(f"at step {state.global_step} of {state.max_steps}", kept=f"What was trained is in {saved}.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All steps are done; with the last of them saved, the rest can be done again."""

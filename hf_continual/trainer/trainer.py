@@ -125,7 +125,7 @@ class ContinualTrainer(SavingTrainer):
         left = hand_over.left_with(model, args) if self.methods else None
         start = open_start(model, args, processing_class, peft_config, quantization_config)
         self.publisher = Publisher(self, len(train_dataset) if isinstance(train_dataset, Dataset) else None)
-        with options_used(args, start.opened):
+        with options_used(args, start):
             super().__init__(
                 model=start.model,
                 args=args,

@@ -115,7 +115,7 @@ def test_lines_are_exact(tmp_path):
     with pytest.raises(PlanError, match=r"line 3, seed: the key 'seed' is given twice"):
         read_plan(file)
     file.write_text("model: [m\n")
-    with pytest.raises(PlanError, match=r"line \d, |line \d: this is no YAML"):
+    with pytest.raises(PlanError, match=r"line \d, |line \d: not valid YAML"):
         read_plan(file)
     file.write_text("")
     with pytest.raises(PlanError, match="is empty"):

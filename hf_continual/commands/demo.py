@@ -1,0 +1,30 @@
+"""`hf-continual demo`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted demo resumes in it.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Seed of the invented people, the order and the adapters.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each task.")] = 45,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over if the folder holds a run.")] = False,
+) -> None:
+    """See forgetting, and see it prevented: three tasks in a row, with and without methods, on a real model."""
+    from hf_continual.paths import cannot_hold, check_is_there
+
+    if model is not None:
+        check_is_there(model, "--model")
+    if problem := cannot_hold(out):
+        raise ValueError(f"--out {out}: {problem}. Name another folder.")
+    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from hf_continual.demo.run import main as run_demo
+
+    run_demo(model=model, out=out, seed=seed, fresh=fresh, steps=steps)

@@ -1,0 +1,37 @@
+"""`hf-continual methods`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """List the methods against forgetting, where they act, and their papers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_continual.methods.compose import stations
+    from hf_continual.methods.table import TABLE, method_class
+
+    classes = {name: method_class(name) for name in TABLE}
+    if as_json:
+        listed = [
+            {"name": name, "class": cls.__name__, "acts_on": stations(cls), "paper": cls.paper and cls.paper.url}
+            for name, cls in classes.items()
+        ]
+        sys.stdout.write(json.dumps(listed, indent=1) + "\n")
+        return
+    table = Table(title="methods of hf_continual", title_justify="left")
+    for column in ("name", "class", "acts on", "paper"):
+        table.add_column(column, overflow="fold")
+    for name, cls in classes.items():
+        paper = cls.paper
+        cited = "" if paper is None else f"{paper.title} ({paper.year}) {paper.url}"
+        table.add_row(name, cls.__name__, ", ".join(stations(cls)), cited)
+    Console().print(table)

@@ -1,0 +1,139 @@
+"""What is wrong with a plan, as far as it can be told without importing torch: names, numbers, paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_continual.methods.table import check_description
+from hf_continual.named import did_you_mean
+from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
+from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
+from hf_continual.stream.plan import Plan
+from hf_continual.stream.source import Key, Where
+from hf_continual.training_numbers import check_numbers
+
+# What a plan sets itself, and where.
+_PLANS_OWN = ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint")
+
+
+def check_plan(plan: Plan, where: Where) -> None:
+    """Check everything of a plan that needs no library.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+
+    Raises:
+        PlanError: If something cannot be used; says where.
+    """
+    _check_tasks(plan, where)
+    _check_options(plan, where)
+    _check_methods(plan, where)
+    _check_paths(plan, where)
+    if plan.memory == "forbidden" or _asks_for_kept(plan):
+        from hf_continual.stream.earlier import check_memory  # imports datasets
+
+        check_memory(plan, where)
+
+
+def _check_tasks(plan: Plan, where: Where) -> None:
+    """Names that must be those of tasks with test rows."""
+    names = [task.name for task in plan.tasks]
+    asked: list[tuple[tuple[Key, ...], str]] = []
+    if isinstance(plan.evaluation.tasks, list):
+        asked += [(("evaluation", "tasks", i), name) for i, name in enumerate(plan.evaluation.tasks)]
+    for i, task in enumerate(plan.tasks):
+        asked += [(("tasks", i, "evaluate", k), name) for k, name in enumerate(task.evaluate)]
+    tested = {task.name for task in plan.tasks if task.test is not None}
+    for path, name in asked:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise where.error(
+                path,
+                f"task {name!r} is to be evaluated but is not defined.{hint} The plan's tasks are {', '.join(names)}.",
+            )
+        if name not in tested:
+            raise where.error(path, f"task {name!r} is to be evaluated and has no test rows. Give it `test:`.")
+
+
+def _check_options(plan: Plan, where: Where) -> None:
+    """Options that must be those of SFTConfig and LoraConfig, and numbers that train."""
+    sft = {**option_names(SFT_CONFIG), "fresh_methods": False}
+    lora = option_names(LORA_CONFIG)
+    for label, options, owner, known in [
+        (("sft",), plan.sft, "SFTConfig", sft),
+        (("peft",), plan.peft or {}, "LoraConfig", lora),
+        *[(("tasks", i, "sft"), task.sft, "SFTConfig", sft) for i, task in enumerate(plan.tasks)],
+    ]:
+        for key in options:
+            if key not in known:
+                raise where.error((*label, key), f"{owner} has no option {key!r}.{did_you_mean(key, known)}")
+            if owner == "SFTConfig" and key in _PLANS_OWN:
+                raise where.error(
+                    (*label, key), f"{key!r} is the plan's to set: say `output_dir` and `seed` at the top of the plan."
+                )
+    for i, task in enumerate(plan.tasks):
+        if problem := check_numbers({**plan.sft, **task.sft}):
+            name, sentence = problem
+            raise where.error((("tasks", i, "sft", name) if name in task.sft else ("sft", name)), sentence)
+
+
+def _check_methods(plan: Plan, where: Where) -> None:
+    for path, methods in described_methods(plan):
+        try:
+            check_description(methods)
+        except (TypeError, ValueError) as error:
+            raise where.error(path, str(error)) from error
+
+
+def described_methods(plan: Plan) -> Iterator[tuple[tuple[Key, ...], Any]]:
+    """Every place of a plan that describes methods, and what it says."""
+    yield ("methods",), plan.methods
+    for i, task in enumerate(plan.tasks):
+        yield ("tasks", i, "methods"), task.methods
+    for arm, methods in ((plan.sweep.methods if plan.sweep else None) or {}).items():
+        yield ("sweep", "methods", arm), methods
+
+
+def _asks_for_kept(plan: Plan) -> bool:
+    return any("kept" in str(methods) for _, methods in described_methods(plan))
+
+
+def _check_paths(plan: Plan, where: Where) -> None:
+    """Files that must exist, and the output folder, which must be one that can be written."""
+    for key in ("path", "tokenizer"):
+        if (source := getattr(plan.model, key)) is not None:
+            try:
+                check_is_there(source, "the model" if key == "path" else "the tokenizer")
+            except FileNotFoundError as error:
+                raise where.error(("model", key), str(error)) from error
+    for i, task in enumerate(plan.tasks):
+        for key in ("train", "test"):
+            _check_rows(getattr(task, key), ("tasks", i, key), where)
+    for path, methods in described_methods(plan):
+        for place, source in _files_of(methods, path):
+            _check_rows(source, place, where)
+    if problem := cannot_hold(Path(plan.output_dir)):
+        raise where.error(("output_dir",), f"{problem}. Name another output_dir.")
+
+
+def _check_rows(source: Any, path: tuple[Key, ...], where: Where) -> None:
+    if isinstance(source, str):
+        try:
+            check_rows_there(source, "the rows")
+        except FileNotFoundError as error:
+            raise where.error(path, str(error)) from error
+
+
+def _files_of(description: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], Any]]:
+    """Values of `rows` and `memory` in a description of methods, with their places."""
+    if isinstance(description, Sequence) and not isinstance(description, str):
+        for i, item in enumerate(description):
+            yield from _files_of(item, (*path, i))
+    elif isinstance(description, Mapping):
+        for name, options in description.items():
+            for key in ("rows", "memory"):
+                if isinstance(options, Mapping) and key in options:
+                    yield (*path, name, key), options[key]

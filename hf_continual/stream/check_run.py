@@ -1,0 +1,86 @@
+"""What is wrong with a run, or likely not meant, once its rows are read: said before weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
+from hf_continual.stream.prepare import Prepared
+from hf_continual.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(prepared: Prepared) -> None:
+    """Try adapters and methods on the model without weights, and log what is likely not meant.
+
+    Args:
+        prepared: The plan made ready.
+
+    Raises:
+        PlanError: If adapters, methods or curves do not fit; says where.
+    """
+    for note in notes(prepared):
+        logger.warning("%s", note)
+    tried: list[Any] = []
+    for task in prepared.stream:
+        methods = prepared.methods(task)
+        described = [(type(m), m.describe()) for m in methods]
+        if described not in tried:
+            tried.append(described)
+            model, _, _ = on_paper(prepared.plan, prepared.where)
+            with explained(prepared.where, place_of_methods(prepared, task)):
+                for method in methods:
+                    method.prepare_model(model, task)
+        with tempfile.TemporaryDirectory() as folder:
+            args: Any = prepared.config(task, Path(folder))
+        if args.max_steps > 0 or not args.packing:
+            check_curve(prepared, task, steps_of(args, len(task.train or ()), 0, 1))
+
+
+def check_curve(prepared: Prepared, task: Task, steps: int) -> None:
+    """Refuse points of a curve that training never reaches.
+
+    Args:
+        prepared: The plan made ready.
+        task: One of its tasks.
+        steps: How many steps it has.
+
+    Raises:
+        PlanError: If there is one; says where.
+    """
+    for i, step in enumerate(prepared.plan.tasks[task.index].curve):
+        if not 0 <= step <= steps:
+            raise prepared.where.error(
+                ("tasks", task.index, "curve", i),
+                f"step {step} is never reached: task {task.name!r} has {steps} optimizer steps. Give steps from 0 to {steps}.",
+            )
+
+
+def notes(prepared: Prepared) -> list[str]:
+    """What is allowed and likely not meant.
+
+    Args:
+        prepared: The plan made ready.
+
+    Returns:
+        Sentences.
+    """
+    found = []
+    for task, planned in zip(prepared.stream, prepared.plan.tasks, strict=True):
+        for key, asked, rows in (
+            ("train_rows", planned.train_rows, task.train),
+            ("test_rows", planned.test_rows, task.test),
+        ):
+            if asked is not None and rows is not None and len(rows) < asked:
+                where = prepared.where.of(("tasks", task.index, key))
+                found.append(f"{where}: {asked:,} rows were asked for and there are {len(rows):,}; all are used.")
+    if not prepared.scored() and not prepared.gauges:
+        found.append(
+            "No task has test rows and there are no gauges: nothing will be measured, so what is forgotten will not be seen. Give the "
+            "tasks `test:` rows."
+        )
+    return found

@@ -1,0 +1,75 @@
+"""A model loaded as it was saved, and its score on rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_continual.data.columns import check_columns, take
+from hf_continual.data.rows import load_rows
+from hf_continual.durable import write_lines
+from hf_continual.evaluation.prompts import prompt_hash
+from hf_continual.evaluation.table import build_scorer, columns_of, with_labels
+from hf_continual.hub.damaged import loading
+from hf_continual.stream.models import load_finished
+from hf_continual.stream.plan import ModelPlan, Plan, TaskPlan
+from hf_continual.stream.source import Where
+from hf_continual.stream.start import split_adapter
+
+
+def loaded(model: ModelPlan) -> tuple[Any, Any, str]:
+    """A model ready for answers.
+
+    Args:
+        model: What to load; a `path` that is an adapter is loaded onto its base.
+
+    Returns:
+        The model, its tokenizer, and its name.
+    """
+    named = model.adapter or model.path
+    plan = Plan(model=model, output_dir="", tasks=[TaskPlan(name="score", train="")])
+    plan = split_adapter(plan, Where("the command line"))
+    source = plan.model.tokenizer or plan.model.path
+    with loading(source, "the tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return load_finished(plan, None), tokenizer, named
+
+
+def score_model(
+    model: ModelPlan, test: str, metric: Any, split: str, limit: int | None, batch_size: int, predictions: Path | None
+) -> dict[str, Any]:
+    """Score a model on rows.
+
+    Args:
+        model: What to load.
+        test: The rows; see `load_rows`.
+        metric: A description of a scorer.
+        split: Split of the rows.
+        limit: At most so many rows, drawn with seed 0.
+        batch_size: Rows per forward pass.
+        predictions: File for the predictions, or None.
+
+    Returns:
+        The score as plain data, with ``model`` and ``test``.
+
+    Raises:
+        ValueError: If the rows or the metric cannot be used.
+    """
+    build_scorer(metric, batch_size)
+    rows = take(load_rows(test, split, columns_of(metric)), limit, 0)
+    check_columns(rows, columns_of(metric, rows.column_names), f"scoring {test}")
+    scorer = build_scorer(with_labels(metric, rows), batch_size)
+    live, tokenizer, named = loaded(model)
+    scored = scorer(live, tokenizer, rows)
+    if predictions is not None:
+        lines = [
+            {"row_id": i, "prompt_hash": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference, "score": r.score}
+            for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))
+        ]  # fmt: skip
+        write_lines(predictions, lines)
+    loss = {} if scored.nll is None or scored.lower_is_better else {"nll": scored.nll.to_dict()}
+    return {"model": named, "test": test, **scored.score.to_dict(), **loss}

@@ -1,0 +1,171 @@
+"""`hf-continual train`: one set of rows without a plan, which is read as a plan of one task.
+
+The file of `--config` holds fields of ContinualConfig, as most recipes do. The model is saved in the output folder itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_continual.stream.command import estimated, is_main, set_up, show_dry_run
+from hf_continual.stream.overrides import override
+from hf_continual.stream.plan import Plan
+from hf_continual.stream.read import check_read
+from hf_continual.stream.source import Key, PlanError, PlanLoader, Where, read_yaml
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
+
+# Entries of the file or the command -> their place in a plan; every other one is a training argument.
+PLACES: dict[str, tuple[Key, ...]] = {
+    "model": ("model",), "output_dir": ("output_dir",), "seed": ("seed",), "peft": ("peft",), "methods": ("methods",),
+    "max_minutes": ("max_minutes",), "metric": ("evaluation", "metric"), "batch_size": ("evaluation", "batch_size"),
+    "train": ("tasks", 0, "train"), "test": ("tasks", 0, "test"), "split": ("tasks", 0, "split"),
+    "test_split": ("tasks", 0, "test_split"), "columns": ("tasks", 0, "columns"), "labels": ("tasks", 0, "labels"),
+    "train_rows": ("tasks", 0, "train_rows"), "test_rows": ("tasks", 0, "test_rows"), "task_name": ("tasks", 0, "name"),
+}  # fmt: skip
+SHORT = {"out": "output_dir", "output": "output_dir", "data": "train", "steps": "max_steps"}
+YAML = ("methods", "peft", "metric")
+MISSING = {
+    "model": "No model is named. Say --model FOLDER_OR_HUB_ID, or model: in the file.",
+    "train": "No rows are named. Say --train ROWS.jsonl, or train: in the file.",
+}
+
+
+def train_from_command(
+    config: Path | None, given: Mapping[str, Any], overrides: Sequence[str], *, dry_run: bool = False, quiet: bool = False,
+    as_json: bool = False, hourly_price: float | None = None,
+) -> None:  # fmt: skip
+    """Train on one set of rows, or say what it would do.
+
+    Args:
+        config: A file with fields of ContinualConfig, or None.
+        given: Options of the command by name.
+        overrides: Entries in place of the file's, as ``KEY=VALUE``.
+        dry_run: Whether to stop before any weights are loaded.
+        quiet: Whether only warnings are logged.
+        as_json: Whether to print the result as JSON.
+        hourly_price: Price of an hour of this machine.
+    """
+    plan, where = read_single(config, given, overrides)
+    console = set_up(quiet, as_json)
+    if quiet:
+        plan = plan.model_copy(update={"sft": {"disable_tqdm": True, "logging_strategy": "no", **plan.sft}})
+    from hf_continual.stream.prepare import prepare
+
+    if dry_run:
+        described = estimated([("", prepare(plan, where))], hourly_price)
+        if is_main():
+            show_dry_run(described, console, as_json)
+        return
+    from hf_continual.stream.train_single import train_single
+
+    result = train_single(prepare(plan, where), Path(plan.output_dir))
+    if not is_main():
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    for name, cell in (("before", result["before"]), ("after", result["after"])):
+        if cell is not None:
+            console.print(f"{name:<7}{said_of_score(cell)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{result['kind']} in {result['output_dir']}, {result['steps']} steps", highlight=False, soft_wrap=True
+    )
+
+
+def said_of_score(cell: Mapping[str, Any]) -> str:
+    """A score in words.
+
+    Args:
+        cell: As `Score.to_dict` gives it.
+
+    Returns:
+        Such as ``exact match 87.5 % (n = 16)``.
+    """
+    if cell["value"] is None:
+        return f"{cell['protocol']}: not measured"
+    scale, unit = (1, "") if cell["lower_is_better"] else (100, " %")
+    bounds = cell.get("interval")
+    within = "" if not bounds else f", 95 % interval {scale * bounds[0]:.1f} to {scale * bounds[1]:.1f}{unit}"
+    return f"{cell['protocol']} {scale * cell['value']:.{3 if cell['lower_is_better'] else 1}f}{unit} (n = {cell['n']}{within})"
+
+
+def read_single(config: Path | None, given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Plan, Where]:
+    """Read a file and the options of the command as a plan of one task.
+
+    Args:
+        config: A file with fields of ContinualConfig, or None.
+        given: Options of the command by name.
+        overrides: Entries in place of the file's, as ``KEY=VALUE``.
+
+    Returns:
+        The plan, and where its entries are written.
+
+    Raises:
+        PlanError: If something is unknown, missing or of the wrong type.
+    """
+    data, where = ({}, Where("the command line")) if config is None else read_yaml(config)
+    if not isinstance(data, dict):
+        raise where.error((), f"a configuration is a mapping of training arguments, not {type(data).__name__}.")
+    if "tasks" in data:
+        raise where.error(("tasks",), f"this is a plan: run it with hf-continual run {config}.")
+    for key, value in given.items():
+        name = SHORT.get(key, key)
+        data[name] = _parsed(key, value) if key in YAML else value
+        where.overridden[(name,)] = f"--{key.replace('_', '-')} {value}"
+    pairs = [f"{SHORT.get(p.partition('=')[0], p.partition('=')[0])}{p[len(p.partition('=')[0]) :]}" for p in overrides]
+    data = override(data, pairs, where, steps="max_steps")
+    for key in ("model", "train"):
+        if data.get(key) is None:
+            raise PlanError(MISSING[key])
+    return check_read(_as_plan(data), _moved(where))
+
+
+def _parsed(key: str, text: str) -> Any:
+    """An option that is written as YAML or JSON."""
+    try:
+        return yaml.load(text, PlanLoader)
+    except yaml.YAMLError as error:
+        raise PlanError(f"--{key} {text}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+
+
+def _as_plan(data: Mapping[str, Any]) -> dict[str, Any]:
+    task: dict[str, Any] = {"name": Path(str(data["train"])).stem or "task"}
+    # What the base can do already is trained all the same: there is one task, and no forgetting to measure.
+    plan: dict[str, Any] = {"output_dir": "out", "sft": {}, "tasks": [task], "evaluation": {"solved_at": None}}
+    for key, value in data.items():
+        place = PLACES.get(key, ("sft", key))
+        if key == "from_adapter":
+            continue
+        at: Any = plan
+        for part in place[:-1]:
+            at = at[part]
+        at[place[-1]] = value
+    if (way := data.get("from_adapter")) is not None:
+        model = plan["model"]
+        plan["model"] = {**(model if isinstance(model, dict) else {"path": model}), "from_adapter": way}
+    return plan
+
+
+def _moved(where: Where) -> Where:
+    """The places of a file's entries, by where the plan has them."""
+
+    def place(path: tuple[Key, ...]) -> tuple[Key, ...]:
+        if not path:
+            return path
+        if path[0] == "from_adapter":
+            return ("model", "from_adapter")
+        return (*PLACES.get(str(path[0]), ("sft", path[0])), *path[1:])
+
+    moved = Where(where.file, {place(path): line for path, line in where.lines.items()})
+    moved.overridden = {place(path): said for path, said in where.overridden.items()}
+    return moved

@@ -1,0 +1,113 @@
+"""A plan that starts from an adapter: which base it sits on, and what becomes of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from filelock import FileLock
+from peft import LoraConfig, PeftConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_continual.notice import notice
+from hf_continual.stream.models import load_base, local_adapter
+from hf_continual.stream.plan import Plan
+from hf_continual.stream.source import Where
+from hf_continual.trainer.adapters import MERGE, MERGED, choose_way, consequence, merge_into_base
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["from_merged", "new_adapter", "said_of_start", "split_adapter"]
+
+
+def split_adapter(plan: Plan, where: Where) -> Plan:
+    """Read a model that is an adapter as its base with the adapter on top.
+
+    Args:
+        plan: As read.
+        where: Where its entries are written.
+
+    Returns:
+        The plan with `ModelPlan.path`, `adapter` and `from_adapter` filled in; unchanged for a whole model.
+
+    Raises:
+        PlanError: If the adapter does not say its base, or cannot be used as asked.
+    """
+    model = plan.model
+    source = model.adapter or model.path
+    if find_adapter_config_file(source, revision=None if model.adapter else model.revision) is None:
+        if model.adapter or model.from_adapter:
+            raise where.error(
+                ("model",), f"{source} does not hold an adapter (there is no adapter_config.json), and the plan says "
+                f"{'adapter' if model.adapter else 'from_adapter'}. Leave that out, or name the adapter's folder."
+            )  # fmt: skip
+        return plan
+    config = PeftConfig.from_pretrained(str(local_adapter(source, model.revision)))
+    base = model.path if model.adapter else config.base_model_name_or_path
+    if base is None:
+        raise where.error(
+            ("model",), f"{source} does not say its base. Name both: model: {{path: BASE, adapter: {source}}}."
+        )
+    try:
+        way = choose_way(model.from_adapter, source, plan.peft)
+    except ValueError as error:
+        raise where.error(("model",), str(error)) from None
+    if plan.merge is not None and way != MERGE:
+        raise where.error(
+            ("between_tasks",), f"a merge between tasks puts models onto the base, and this plan starts from the adapter {source}. Say "
+            f"model: {{path: {source}, from_adapter: {MERGE}}}, or leave the merge out."
+        )  # fmt: skip
+    folder = local_adapter(source, model.revision)
+    tokenizer = model.tokenizer or (str(folder) if any(folder.glob("tokenizer*")) else None)
+    named = source if model.revision is None or Path(source).is_dir() else str(folder)
+    split = {"path": str(base), "adapter": named, "from_adapter": way, "tokenizer": tokenizer}
+    if not model.adapter:
+        split["revision"] = config.revision
+    return plan.model_copy(update={"model": model.model_copy(update=split)})
+
+
+def new_adapter(plan: Plan) -> LoraConfig | None:
+    """The adapter that a plan's tasks add, None where they train weights or an adapter that is there."""
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
+    return None if plan.peft is None else LoraConfig(**options)
+
+
+def said_of_start(plan: Plan) -> str | None:
+    """What a plan does with the adapter that it starts from, in a sentence; None where it starts from a whole model."""
+    model = plan.model
+    if model.adapter is None or model.from_adapter is None:
+        return None
+    config = PeftConfig.from_pretrained(str(local_adapter(model.adapter)))
+    config.base_model_name_or_path = model.path
+    return consequence(
+        model.from_adapter, model.adapter, config, new_adapter(plan), str(Path(plan.output_dir) / MERGED)
+    )
+
+
+def from_merged(plan: Plan, output_dir: Path, tokenizer: Any) -> Plan:
+    """Say what becomes of the adapter, and merge it into its base if that is the way.
+
+    Args:
+        plan: As prepared.
+        output_dir: The run's folder, where the merged base is kept.
+        tokenizer: Saved with it.
+
+    Returns:
+        The plan, with the merged base for its model where there is one.
+    """
+    if (sentence := said_of_start(plan)) is None:
+        return plan
+    notice(logger, sentence)
+    if plan.model.from_adapter != MERGE or plan.model.adapter is None:
+        return plan
+    target = output_dir / MERGED
+    if PartialState().is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(output_dir / ".merged.lock"):  # the runs of a sweep share it
+            if not target.is_dir():
+                merge_into_base(load_base(plan.model), local_adapter(plan.model.adapter), target, tokenizer)
+    PartialState().wait_for_everyone()
+    update = {"path": str(target), "revision": None, "adapter": None, "from_adapter": None}
+    return plan.model_copy(update={"model": plan.model.model_copy(update=update)})
