@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -39,3 +40,23 @@ def imported(target: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ImportError(str(error)) from error
+
+
+def former_place(old: str, new: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module whose contents are elsewhere now, so that scripts that import from it still work.
+
+    Args:
+        old: The module.
+        new: Where its names are now.
+
+    Returns:
+        Looks a name up in the new place, with a DeprecationWarning.
+    """
+
+    def look_up(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        warnings.warn(f"{old} is now {new}: import from there.", DeprecationWarning, stacklevel=2)
+        return imported(f"{new}:{name}")
+
+    return look_up

@@ -197,6 +197,9 @@ def test_every_module_imports():
         ("hf_continual.tensors.recadam", "hf_continual.methods.recadam", "RecAdamOptimizer"),
         ("hf_continual.tensors.recadam", "hf_continual.methods.recadam", "recall_share"),
         ("hf_continual.tensors.flat_adam", "hf_continual.methods.kif.flat_adam", "FlatAdam"),
+        ("hf_continual.merging.linear", "hf_continual.merging.methods.linear", "merge_linear"),
+        ("hf_continual.merging.interpolate", "hf_continual.merging.methods.interpolate", "interpolate"),
+        ("hf_continual.merging.task_arithmetic", "hf_continual.merging.methods.task_arithmetic", "task_arithmetic"),
     ],
 )
 def test_former_places_still_give_the_same_object(old, new, name):

@@ -1,0 +1,5 @@
+"""The former place of `hf_continual.merging.methods.task_arithmetic`; scripts that import from here still work."""
+
+from hf_continual.named import former_place
+
+__getattr__ = former_place(__name__, "hf_continual.merging.methods.task_arithmetic")
