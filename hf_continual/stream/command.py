@@ -139,7 +139,7 @@ def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Conso
     if as_json:
         sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
         return
-    from hf_continual.stream.report import dry_run_report
+    from hf_continual.stream.cost_report import dry_run_report
 
     console.print(dry_run_report(described))
 

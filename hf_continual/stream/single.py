@@ -22,8 +22,6 @@ from hf_continual.stream.source import Key, PlanError, PlanLoader, Where, read_y
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "train_results.json"
-
 # Entries of the file or the command -> their place in a plan; every other one is a training argument.
 PLACES: dict[str, tuple[Key, ...]] = {
     "model": ("model",), "output_dir": ("output_dir",), "seed": ("seed",), "peft": ("peft",), "methods": ("methods",),

@@ -22,10 +22,11 @@ from hf_continual.stream.record import keep_plan, plain_plan
 from hf_continual.stream.results import BASE_FOLDER
 from hf_continual.stream.run import refuse_on_all, with_start
 from hf_continual.stream.scores import keep_score, read_stage
-from hf_continual.stream.single import RESULTS
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
 
 AFTER = "after"
 

@@ -20,10 +20,10 @@ from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_lines
 from hf_continual.methods.base import Method
 from hf_continual.paper import Paper
+from hf_continual.stream.cost_report import dry_run_report
 from hf_continual.stream.dry_run import describe
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.read import read_plan
-from hf_continual.stream.report import dry_run_report
 from hf_continual.stream.source import PlanError
 from tests.stream import world
 
