@@ -133,9 +133,8 @@ def called(function: str, out: str, models: list[str]) -> Any:
     """One merge: a function of the package, or a merge of the table, whose first model is the base."""
     face = importlib.import_module("hf_continual")
     if function in OPTIONS:
-        base, *tuned = models
-        based = {} if function in WITHOUT_BASE else {"base": base}
-        return face.merge(function, tuned, out, progress=False, **based, **OPTIONS[function])
+        based = {} if function in WITHOUT_BASE else {"base": models[0]}
+        return face.merge(function, models[len(based) :], out, progress=False, **based, **OPTIONS[function])
     if function == "adapter":
         return face.merge_linear(models[1:], out, base=models[0], output="model", progress=False)
     options = {"weights": {"default": [0.4, 0.6]}} if function == "merge_with_recall" else {"weights": [0.4, 0.6]}

@@ -36,7 +36,9 @@ PLAIN = {
 # New since the table of names was made: linear attention, per-layer embeddings, fused experts, towers.
 NEW = ("qwen3_next", "qwen3_5_text", "qwen3_5", "gemma3_text", "gemma3", "gemma4_text", "llama4_text", "llama4")
 FUSED = ("mixtral", "qwen3_moe", "qwen3_next", "llama4_text", "gpt_oss")
-EVERY = [pytest.param(k, marks=[] if k in NEW else pytest.mark.exhaustive) for k in KINDS]
+# Also run by `make test`: a configuration with infinity in it, and an embedding longer than the vocabulary.
+ODD = ("mamba2", "mllama")
+EVERY = [pytest.param(k, marks=[] if k in (*NEW, *ODD) else pytest.mark.exhaustive) for k in KINDS]
 
 
 def build(kind: str, seed: int = 0, tied: bool | None = None) -> Any:

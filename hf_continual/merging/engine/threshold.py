@@ -6,7 +6,7 @@ magnitude, which names the bin that holds the k-th; the second counts the lower 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,11 +27,39 @@ def kth_largest(passes: Callable[[], Iterable[Tensor]], kth: int) -> float:
     Raises:
         ValueError: If `kth` is less than 1.
     """
-    if kth < 1:
+    return largest(passes, [kth])[0]
+
+
+def largest(passes: Callable[[], Iterable[Tensor]], kths: Sequence[int]) -> list[float]:
+    """As `kth_largest`, of several ranks in the same two passes.
+
+    Args:
+        passes: Starts a pass over all numbers.
+        kths: The ranks; 1 is the largest.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: If a rank is less than 1.
+    """
+    if (kth := min(kths)) < 1:
         raise ValueError(f"kth={kth}: 1 is the largest.")
-    upper = _count(((_bits(piece) >> 16) for piece in passes()), kth)
-    lower = _count(((b & 0xFFFF)[(b >> 16) == upper[0]] for b in map(_bits, passes())), upper[1])
-    return float(torch.tensor([(upper[0] << 16) | lower[0]], dtype=torch.int32).view(torch.float32))
+    room = torch.empty(0, dtype=torch.int32)
+    counts = torch.zeros(_BINS, dtype=torch.int64)
+    for piece in passes():
+        room = _upper(piece, room)
+        counts += torch.bincount(room[: piece.numel()], minlength=_BINS)
+    places = [_place(counts, kth) for kth in kths]
+    inside = {top: torch.zeros(_BINS, dtype=torch.int64) for top, _ in places}
+    for piece in passes():
+        room = _upper(piece, room)
+        for top, found in inside.items():
+            # Few are in one bin: only of those the lower bits are looked at.
+            numbers = _bits(piece)[room[: piece.numel()] == top]
+            found += torch.bincount(numbers & 0xFFFF, minlength=_BINS)
+    bits = [(top << 16) | _place(inside[top], rank)[0] for top, rank in places]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
 
 
 def drop_below(values: Tensor, threshold: float, out: Tensor) -> Tensor:
@@ -56,12 +84,16 @@ def _bits(magnitudes: Tensor) -> Tensor:
     return magnitudes.float().contiguous().view(torch.int32)
 
 
-def _count(pieces: Iterable[Tensor], kth: int) -> tuple[int, int]:
+def _upper(magnitudes: Tensor, room: Tensor) -> Tensor:
+    """The upper 16 bits of each magnitude, in the same memory piece after piece: fresh memory costs more than the counting."""
+    bits = _bits(magnitudes)
+    room = room if room.numel() >= bits.numel() else torch.empty_like(bits)
+    torch.bitwise_right_shift(bits, 16, out=room[: bits.numel()])
+    return room
+
+
+def _place(counts: Tensor, kth: int) -> tuple[int, int]:
     """The bin that holds the k-th from above, and the rank within that bin."""
-    counts = torch.zeros(_BINS, dtype=torch.int64)
-    for piece in pieces:
-        if piece.numel():
-            counts += torch.bincount(piece, minlength=_BINS)
     above = counts.flip(0).cumsum(0)
     kth = min(kth, int(above[-1]))
     place = int(torch.searchsorted(above, torch.tensor(kth)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
-from hf_continual.merging.engine.threshold import drop_below, kth_largest
+from hf_continual.merging.engine.threshold import drop_below, largest
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.paper import Paper
@@ -146,8 +146,7 @@ def bands(pair: Sequence[Member], density: float, outliers: float, passes: Passe
         def once(tensor: Any = tensor) -> Any:
             return (piece for _, piece in passes.over([tensor]))
 
-        top, last = round(outliers * total), round((density + outliers) * total)
-        high = kth_largest(once, top) if top else float("inf")
-        low = 0.0 if last >= total else kth_largest(once, max(1, last))
-        found[tensor.name] = (low, high)
+        top, last = round(outliers * total), max(1, round((density + outliers) * total))
+        high, low = largest(once, [max(1, top), last])
+        found[tensor.name] = (0.0 if last >= total else low, high if top else float("inf"))
     return found
