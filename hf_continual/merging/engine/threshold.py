@@ -6,7 +6,9 @@ magnitude, which names the bin that holds the k-th; the second counts the lower 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -43,23 +45,46 @@ def largest(passes: Callable[[], Iterable[Tensor]], kths: Sequence[int]) -> list
     Raises:
         ValueError: If a rank is less than 1.
     """
-    if (kth := min(kths)) < 1:
+    return largest_of_each(lambda: (("", piece) for piece in passes()), {"": kths})[""]
+
+
+def largest_of_each(
+    passes: Callable[[], Iterable[tuple[str, Tensor]]], kths: Mapping[str, Sequence[int]]
+) -> dict[str, list[float]]:
+    """As `largest`, of the numbers of every name in the same two passes.
+
+    Args:
+        passes: Starts a pass over the pieces of all names, those of one name one after the other.
+        kths: The ranks by name.
+
+    Returns:
+        The numbers by name.
+
+    Raises:
+        ValueError: If a rank is less than 1.
+    """
+    if (kth := min((k for ranks in kths.values() for k in ranks), default=1)) < 1:
         raise ValueError(f"kth={kth}: 1 is the largest.")
     room = torch.empty(0, dtype=torch.int32)
-    counts = torch.zeros(_BINS, dtype=torch.int64)
-    for piece in passes():
-        room = _upper(piece, room)
-        counts += torch.bincount(room[: piece.numel()], minlength=_BINS)
-    places = [_place(counts, kth) for kth in kths]
-    inside = {top: torch.zeros(_BINS, dtype=torch.int64) for top, _ in places}
-    for piece in passes():
-        room = _upper(piece, room)
-        for top, found in inside.items():
-            # Few are in one bin: only of those the lower bits are looked at.
-            numbers = _bits(piece)[room[: piece.numel()] == top]
-            found += torch.bincount(numbers & 0xFFFF, minlength=_BINS)
-    bits = [(top << 16) | _place(inside[top], rank)[0] for top, rank in places]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
+    places: dict[str, list[tuple[int, int]]] = {}
+    for name, pieces in groupby(passes(), itemgetter(0)):
+        counts = torch.zeros(_BINS, dtype=torch.int64)
+        for _, piece in pieces:
+            room = _upper(piece, room)
+            counts += torch.bincount(room[: piece.numel()], minlength=_BINS)
+        places[name] = [_place(counts, kth) for kth in kths[name]]
+    found = {}
+    for name, pieces in groupby(passes(), itemgetter(0)):
+        inside = {top: torch.zeros(_BINS, dtype=torch.int64) for top, _ in places[name]}
+        for _, piece in pieces:
+            room = _upper(piece, room)
+            for top, counts in inside.items():
+                # Few are in one bin: only of those the lower bits are looked at.
+                numbers = _bits(piece)[room[: piece.numel()] == top]
+                counts += torch.bincount(numbers & 0xFFFF, minlength=_BINS)
+        bits = [(top << 16) | _place(inside[top], rank)[0] for top, rank in places[name]]
+        found[name] = torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
+    return found
 
 
 def drop_below(values: Tensor, threshold: float, out: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
-from hf_continual.merging.engine.threshold import drop_below, largest
+from hf_continual.merging.engine.threshold import drop_below, largest_of_each
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.paper import Paper
@@ -139,14 +139,16 @@ def bands(pair: Sequence[Member], density: float, outliers: float, passes: Passe
     Returns:
         By name, of tensors that differ.
     """
-    found = {}
-    for tensor in passes.tensors(pair, lambda values, at: values[1].sub_(values[0]).abs_()):
-        total = passes.elements([tensor])
-
-        def once(tensor: Any = tensor) -> Any:
-            return (piece for _, piece in passes.over([tensor]))
-
-        top, last = round(outliers * total), max(1, round((density + outliers) * total))
-        high, low = largest(once, [max(1, top), last])
-        found[tensor.name] = (0.0 if last >= total else low, high if top else float("inf"))
-    return found
+    tensors = passes.tensors(pair, lambda values, at: values[1].sub_(values[0]).abs_())
+    totals = {t.name: passes.elements([t]) for t in tensors}
+    ranks = {
+        name: (round(outliers * total), max(1, round((density + outliers) * total))) for name, total in totals.items()
+    }
+    found = largest_of_each(
+        lambda: ((at.name, piece) for at, piece in passes.over(tensors)),
+        {name: [max(1, top), last] for name, (top, last) in ranks.items()},
+    )
+    return {
+        name: (0.0 if last >= totals[name] else found[name][1], found[name][0] if top else float("inf"))
+        for name, (top, last) in ranks.items()
+    }

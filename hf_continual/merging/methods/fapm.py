@@ -11,18 +11,18 @@ zero is the last to be kept. S is computed in fp32 here; the authors' code has i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_continual.merging.engine.chunks import OutputTensor
+from hf_continual.merging.engine.chunks import Chunk, OutputTensor
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import check_density, scales_for
-from hf_continual.merging.engine.threshold import kth_largest
+from hf_continual.merging.engine.threshold import largest_of_each
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rule, Rules
 from hf_continual.paper import Paper
@@ -138,7 +138,7 @@ class FAPM(MergeMethod):
     def _look(self, models: Models, passes: Passes) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for place, member in enumerate(models.named):
-            for name, mean, threshold in thresholds([models.members[0], member], self.density, passes):
+            for name, (mean, threshold) in thresholds([models.members[0], member], self.density, passes).items():
                 entry = found.setdefault(name, {"mean": mean, "thresholds": [-math.inf for _ in models.named]})
                 entry["thresholds"][place] = threshold
         return found
@@ -152,66 +152,57 @@ class FAPM(MergeMethod):
         return {"density": self.density, "scale": list(scales_for(self.scale, len(models.named)))}
 
 
-def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> Iterator[tuple[str, float, float]]:
-    """The mean magnitude of the base and the score that the `density` best changes reach, tensor by tensor.
+def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> dict[str, tuple[float, float]]:
+    """The mean magnitude of each tensor of the base, and the score that the `density` best changes of it reach.
 
     Args:
         pair: Base and model.
         density: Share that is kept.
-        passes: Makes the passes.
+        passes: Makes the passes: one for the means, two for the scores, and two more over tensors in which fewer than that
+            share score above zero.
 
-    Yields:
-        tuple: Name, mean and threshold, of tensors that differ.
+    Returns:
+        Mean and threshold by name, of tensors that differ; a threshold of -inf keeps all.
     """
-    sized = {t.name: t for t in passes.tensors(pair, lambda values, at: values[0].abs_())}
-    means: dict[str, float] = {}
+    means = means_of(passes.tensors(pair, lambda values, at: values[0].abs_()), passes)
     room = Room()
 
-    def look(values: Sequence[Tensor], at: Any) -> Tensor:
+    def look(values: Sequence[Tensor], at: Chunk) -> Tensor:
         out = room.take("scores", values[0].numel(), torch.float32)
         return scores(values[1].sub_(values[0]), values[0], means[at.name], out, room)
 
-    for tensor in passes.tensors(pair, look):
-        means[tensor.name] = mean_of(sized[tensor.name], passes)
-        kth = max(1, round(density * passes.elements([tensor])))
-        yield tensor.name, means[tensor.name], threshold_of(tensor, kth, passes)
+    scored = passes.tensors(pair, look)
+    totals = {t.name: passes.elements([t]) for t in scored}
+    ranks = {name: max(1, round(density * total)) for name, total in totals.items()}
+    found = {name: -math.inf for name in ranks}
+    chosen = [t for t in scored if ranks[t.name] < totals[t.name]]
+    # The magnitude of what is clamped: of no change the score is -0, and its sign is a bit too.
+    above = largest_of_each(
+        lambda: ((at.name, s.clamp_(min=0.0).abs_()) for at, s in passes.over(chosen)),
+        {t.name: [ranks[t.name]] for t in chosen},
+    )
+    found |= {name: value for name, (value,) in above.items()}
+    # Where fewer than k are above zero: from below it is the (total - k + 1)-th smallest.
+    lower = [t for t in chosen if not found[t.name] > 0]
+    below = largest_of_each(
+        lambda: ((at.name, s.clamp_(max=0.0).abs_()) for at, s in passes.over(lower)),
+        {t.name: [totals[t.name] - ranks[t.name] + 1] for t in lower},
+    )
+    found |= {name: -value for name, (value,) in below.items()}
+    return {name: (means[name], found[name]) for name in ranks}
 
 
-def mean_of(magnitudes: OutputTensor, passes: Passes) -> float:
-    """The mean of a tensor's values; the same number whatever the tensor is cut into.
+def means_of(magnitudes: Sequence[OutputTensor], passes: Passes) -> dict[str, float]:
+    """The mean of each tensor's values; the same numbers whatever the tensors are cut into.
 
     Args:
-        magnitudes: The tensor.
+        magnitudes: The tensors.
         passes: Makes the pass.
 
     Returns:
-        The mean.
+        The means by name.
     """
-    sums: list[float] = []
-    for _, piece in passes.over([magnitudes]):
-        for part in piece.double().split(PIECE):
-            sums.append(float(part.sum()))
-    return math.fsum(sums) / max(1, passes.elements([magnitudes]))
-
-
-def threshold_of(scored: OutputTensor, kth: int, passes: Passes) -> float:
-    """The k-th largest score, in two passes; in four if it is not above zero.
-
-    Args:
-        scored: The tensor of scores.
-        kth: 1 is the largest.
-        passes: Makes the passes.
-
-    Returns:
-        The score, -inf to keep all.
-    """
-    total = passes.elements([scored])
-    if kth >= total:
-        return -math.inf
-    # The magnitude of what is clamped: of no change the score is -0, and its sign is a bit too.
-    found = kth_largest(lambda: (s.clamp_(min=0.0).abs_() for _, s in passes.over([scored])), kth)
-    if found > 0:
-        return found
-    # Fewer than k are above zero: from below it is the (total - k + 1)-th smallest.
-    lowest = kth_largest(lambda: (s.clamp_(max=0.0).abs_() for _, s in passes.over([scored])), total - kth + 1)
-    return -lowest
+    sums: dict[str, list[float]] = {t.name: [] for t in magnitudes}
+    for at, piece in passes.over(magnitudes):
+        sums[at.name] += [float(part.sum()) for part in piece.double().split(PIECE)]
+    return {t.name: math.fsum(sums[t.name]) / max(1, passes.elements([t])) for t in magnitudes}
