@@ -51,7 +51,10 @@ def test_every_method_runs(world):
         ("dare", (a1, a2), ("--set", "density=0.2", "--set", "scale=[0.5, 0.1]")),
         ("dare-ties", (a1, a2), ("--density", "0.2", "--seed", "3")),
         ("breadcrumbs", (a1, a2), ("--set", "outliers=0.05")),
-        ("slerp", (a1, a2), ("--set", "t=0.4")),
+        ("della", (a1, a2), ("--epsilon", "0.1", "--density=0.4")),
+        ("consensus", (a1, a2), ("--selectivity", "0.3,0.4", "--agree", "1")),
+        ("fapm", (a1, a2), ("--scale", "0.5,0.2")),
+        ("slerp", (a1, a2), ("--t", "0.4")),
         ("model-stock", (a1, a2), ()),
     ):
         done = run(method, *models, "--out", tmp / method, *base, *options)
