@@ -2,6 +2,7 @@
 
     python recipes/recall/explore.py train  --model MODEL --data data/longseq --general general.heldout.jsonl --seeds 10 11
     python recipes/recall/explore.py states ... --seeds 10 11
+    python recipes/recall/explore.py check  ... --seeds 10                          # beside merge_with_recall
     python recipes/recall/explore.py score  ... --seeds 10 11 --arms arms.json         # exploration: dev rows
     python recipes/recall/explore.py score  ... --seeds 20 21 --arms final.json --final     # once: test rows
 
@@ -22,9 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from by_file import read_change, save_full, written
 from experts import Change, Workbench, change_of, states, train, weighted
 from variants import Variant, weights_by_name
 
+from hf_continual import merge_with_recall
 from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_json, write_json
 from hf_continual.evaluation.exact_match import teacher_forced
@@ -84,6 +87,12 @@ class Shelf:
         before = self.so_far(cell.order, cell.step - 1)
         return [before, weighted([before, change_of(self.folder / f"order{cell.order}-step{cell.step}")], [1.0, 1.0])]
 
+    def adapters(self, cell: Cell) -> list[Path]:
+        """Their folders; of a chain, the newest alone."""
+        if cell.step is None:
+            return [self.folder / f"joint-{task}" for task in cell.seen]
+        return [self.folder / f"order{cell.order}-step{cell.step}"]
+
     def states(self, cell: Cell) -> list[Path]:
         """Where representations of these models, of the newest task's texts, are kept."""
         newest = cell.seen[-1]
@@ -113,11 +122,34 @@ def keep_states(args: argparse.Namespace) -> None:
         shelf = Shelf(args.out, cell.seed)
         if all(file.is_file() for file in shelf.states(cell)):
             continue
-        rows = load_rows(str(args.data / f"{cell.seen[-1]}.train.jsonl"))
-        spaced = bench.shown(rows.select([i * len(rows) // POOL for i in range(POOL)]))
+        pairs = bench.encoded(texts_of(args, bench, cell))
         for change, file in zip(shelf.models(cell), shelf.states(cell), strict=True):
-            states(bench, change, bench.encoded(spaced), file)
+            states(bench, change, pairs, file)
         print(cell, "states kept", flush=True)
+
+
+def texts_of(args: argparse.Namespace, bench: Workbench, cell: Cell) -> Any:
+    """Training rows of the newest task that representations are taken from."""
+    rows = load_rows(str(args.data / f"{cell.seen[-1]}.train.jsonl"))
+    return bench.shown(rows.select([i * len(rows) // POOL for i in range(POOL)]))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Merges in memory beside those of `merge_with_recall`: the largest difference, in parts of the largest change."""
+    bench = Workbench(args.model, args.tokens)
+    for cell in cells(args.seeds[:1]):
+        shelf, base = Shelf(args.out, cell.seed), Path(args.model)
+        if cell.step is not None:
+            base = save_full(bench, shelf.so_far(cell.order, cell.step - 1), base, args.out / "room-base")
+        rows = [row["prompt"] + row["completion"] for row in texts_of(args, bench, cell)]
+        merge_with_recall(
+            shelf.adapters(cell), args.out / "room", base=base, calibration=rows, seed=cell.seed, overwrite=True,
+            num_typical=NUMBER, calibration_dtype="float32", dtype="float32", output="model", progress=False,
+        )  # fmt: skip
+        here, there = merged(shelf, cell, {}, shelf.models(cell)), read_change(bench, args.out / "room")
+        most = max(float(change.abs().max()) for change in there.values())
+        off = max(float((here[name] - there[name]).abs().max()) for name in there)
+        print(cell, f"largest change {most:.2e}, largest difference {off:.2e}", flush=True)
 
 
 def scored_rows(args: argparse.Namespace, task: str) -> Any:
@@ -128,8 +160,19 @@ def scored_rows(args: argparse.Namespace, task: str) -> Any:
     return rows.select(range(start, start + args.rows))
 
 
+def made(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, arm: dict[str, Any]) -> Change:
+    """A cell's merge by an arm: in memory, or where it names a rule of the package, through its files."""
+    arm = {k: v for k, v in arm.items() if k != "only"}
+    if "rule" not in arm:
+        return merged(shelf, cell, arm, shelf.models(cell))
+    room, base = args.out / "room", Path(args.model)
+    if cell.step is not None:
+        base = save_full(bench, shelf.so_far(cell.order, cell.step - 1), base, args.out / "room-base")
+    return written(bench, arm.pop("rule"), shelf.adapters(cell), base, room, **arm)
+
+
 def merged(shelf: Shelf, cell: Cell, arm: dict[str, Any], models: list[Change]) -> Change:
-    """A cell's models merged as an arm says.
+    """A cell's models merged in memory.
 
     Args:
         shelf: The seed's experts.
@@ -162,9 +205,8 @@ def score_all(args: argparse.Namespace) -> None:
     for cell in cells(args.seeds):
         shelf, known = Shelf(args.out, cell.seed), found.setdefault(str(cell), {})
         wanted = [name for name in arms if name not in known and fits(arms[name], cell)]
-        models = shelf.models(cell) if wanted else []
         for name in wanted:
-            model = bench.put(merged(shelf, cell, {k: v for k, v in arms[name].items() if k != "only"}, models))
+            model = bench.put(made(args, bench, shelf, cell, arms[name]))
             known[name] = score(model, bench, {task: rows[task] for task in cell.seen}, general)
             write_json(file, found)
             print(cell, name, {k: round(v, 3) for k, v in known[name].items() if " " in k}, flush=True)
@@ -189,7 +231,7 @@ def score(model: Any, bench: Workbench, rows: dict[str, Any], general: Any) -> d
 def main() -> None:
     """Do one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train", "states", "score"])
+    parser.add_argument("stage", choices=["train", "states", "check", "score"])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of TASK.train.jsonl, .dev.jsonl and .test.jsonl"
@@ -204,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     print(json.dumps(vars(args), default=str), flush=True)
     torch.set_num_threads(1)
-    {"train": train_all, "states": keep_states, "score": score_all}[args.stage](args)
+    {"train": train_all, "states": keep_states, "check": check, "score": score_all}[args.stage](args)
 
 
 if __name__ == "__main__":
