@@ -89,9 +89,9 @@ def train(bench: Workbench, start: Change, rows: Any, seed: int, folder: Path, s
         optimizer.step()
         optimizer.zero_grad()
     print(folder, f"last loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(folder)  # before it is unloaded: afterwards there is nothing to save
     bench.model = model.unload()
     bench.model.requires_grad_(False)
-    model.save_pretrained(folder)
 
 
 def answers_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
