@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,15 +139,15 @@ def check(args: argparse.Namespace) -> None:
     """Merges in memory beside those of `merge_with_recall`: the largest difference, in parts of the largest change."""
     bench = Workbench(args.model, args.tokens)
     for cell in cells(args.seeds[:1]):
-        shelf, base = Shelf(args.out, cell.seed), Path(args.model)
-        if cell.step is not None:
-            base = save_full(bench, shelf.so_far(cell.order, cell.step - 1), base, args.out / "room-base")
+        shelf, room = Shelf(args.out, cell.seed), args.out / f"room {cell}"
+        base = base_of(args, bench, shelf, cell, room)
         rows = [row["prompt"] + row["completion"] for row in texts_of(args, bench, cell)]
         merge_with_recall(
-            shelf.adapters(cell), args.out / "room", base=base, calibration=rows, seed=cell.seed, overwrite=True,
-            num_typical=NUMBER, calibration_dtype="float32", dtype="float32", output="model", progress=False,
+            shelf.adapters(cell), room / "merged", base=base, calibration=rows, seed=cell.seed, output="model",
+            num_typical=NUMBER, calibration_dtype="float32", dtype="float32", progress=False,
         )  # fmt: skip
-        here, there = merged(shelf, cell, {}, shelf.models(cell)), read_change(bench, args.out / "room")
+        here, there = merged(shelf, cell, {}, shelf.models(cell)), read_change(bench, room / "merged")
+        shutil.rmtree(room)
         most = max(float(change.abs().max()) for change in there.values())
         off = max(float((here[name] - there[name]).abs().max()) for name in there)
         print(cell, f"largest change {most:.2e}, largest difference {off:.2e}", flush=True)
@@ -165,10 +166,19 @@ def made(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, a
     arm = {k: v for k, v in arm.items() if k != "only"}
     if "rule" not in arm:
         return merged(shelf, cell, arm, shelf.models(cell))
-    room, base = args.out / "room", Path(args.model)
-    if cell.step is not None:
-        base = save_full(bench, shelf.so_far(cell.order, cell.step - 1), base, args.out / "room-base")
-    return written(bench, arm.pop("rule"), shelf.adapters(cell), base, room, **arm)
+    room = args.out / f"room {cell}"
+    base = base_of(args, bench, shelf, cell, room)
+    change = written(bench, arm.pop("rule"), shelf.adapters(cell), base, room / "merged", **arm)
+    shutil.rmtree(room)
+    return change
+
+
+def base_of(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, room: Path) -> Path:
+    """What a cell's adapters were trained on, as a full model: the base, or the merge so far, written into a room."""
+    room.mkdir(exist_ok=True)
+    if cell.step is None:
+        return Path(args.model)
+    return save_full(bench, shelf.so_far(cell.order, cell.step - 1), Path(args.model), room / "base")
 
 
 def merged(shelf: Shelf, cell: Cell, arm: dict[str, Any], models: list[Change]) -> Change:
@@ -197,18 +207,19 @@ def merged(shelf: Shelf, cell: Cell, arm: dict[str, Any], models: list[Change]) 
 def score_all(args: argparse.Namespace) -> None:
     """Every arm in every cell, kept as it is found."""
     arms: dict[str, dict[str, Any]] = read_json(args.arms)
-    file = args.out / ("final.json" if args.final else "explored.json")
-    found: dict[str, dict[str, dict[str, float]]] = read_json(file) if file.is_file() else {}
+    folder = args.out / ("final" if args.final else "explored")
+    folder.mkdir(parents=True, exist_ok=True)
     bench = Workbench(args.model, args.tokens, fast=True)
     rows = {task: bench.shown(scored_rows(args, task)) for task in TASKS}
     general = load_rows(args.general).select(range(16) if args.final else range(100, 110))
-    for cell in cells(args.seeds):
-        shelf, known = Shelf(args.out, cell.seed), found.setdefault(str(cell), {})
+    for cell in [c for c in cells(args.seeds) if any(part in str(c) for part in args.cells)]:
+        shelf, file = Shelf(args.out, cell.seed), folder / f"{cell}.json"
+        known: dict[str, dict[str, float]] = read_json(file) if file.is_file() else {}
         wanted = [name for name in arms if name not in known and fits(arms[name], cell)]
         for name in wanted:
             model = bench.put(made(args, bench, shelf, cell, arms[name]))
             known[name] = score(model, bench, {task: rows[task] for task in cell.seen}, general)
-            write_json(file, found)
+            write_json(file, known)
             print(cell, name, {k: round(v, 3) for k, v in known[name].items() if " " in k}, flush=True)
 
 
@@ -242,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of each task to score")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to which prompts are cut")
     parser.add_argument("--arms", type=Path, help="JSON: name -> choices, see `merged`")
+    parser.add_argument("--cells", nargs="+", default=[""], help="score only cells whose name contains one of these")
     parser.add_argument("--final", action="store_true", help="measure on the rows that are not for exploring")
     args = parser.parse_args()
     print(json.dumps(vars(args), default=str), flush=True)

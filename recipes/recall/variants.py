@@ -19,6 +19,8 @@ class Variant:
     """One choice for everything that is open; the defaults are those of `merge_with_recall`.
 
     Args:
+        anchor: Whose similarity counts and who finds the typical samples: the newest model, or the first (in a chain the
+            merge so far, ``anchor=0`` of `merge_with_recall`).
         reference: Similarity to the newest model, or the mean over all pairs.
         aggregate: Mean of the samples' kernels, or the kernel of their means.
         pool: Mean over tokens, or the last token.
@@ -26,11 +28,13 @@ class Variant:
         cluster: Where typical samples are found: behind the final norm (pooled as above), in the middle block, or at the
             last token of the prompt.
         level: One weight per block, or per module from its own output.
-        temperature: Of the softmax; "spread": the standard deviation of a layer's similarities over models.
+        temperature: Of the softmax; "spread": the standard deviation of a layer's similarities over models. Below zero it
+            is no longer RECALL: models that differ get more. For comparison only.
         centred: Whether each model's mean over the samples is taken away first.
         bandwidth: Of the kernel, as in `layer_weights`.
     """
 
+    anchor: Literal["newest", "first"] = "newest"
     reference: Literal["anchor", "all_pairs"] = "anchor"
     aggregate: Literal["mean_kernel", "kernel_of_mean"] = "mean_kernel"
     pool: Literal["mean", "last"] = "mean"
@@ -50,18 +54,18 @@ def typical(states: States, variant: Variant, number: int, seed: int) -> np.ndar
 
 
 def weights_by_name(
-    models: Sequence[States], names: Sequence[str], variant: Variant, anchor: int = -1, number: int = 20, seed: int = 0
+    models: Sequence[States], names: Sequence[str], variant: Variant, number: int = 20, seed: int = 0
 ) -> dict[str, list[float]]:
     """A parameter's name -> weight of each model.
 
     Args:
-        models: Representations of each model, of the same texts.
+        models: Representations of each model, of the same texts, the newest last.
         names: Parameters, such as ``model.layers.3.self_attn.q_proj.weight``.
         variant: The choices.
-        anchor: The newest model.
         number: Typical samples.
         seed: Of the clustering.
     """
+    anchor = -1 if variant.anchor == "newest" else 0
     picked = typical(models[anchor], variant, number, seed)
     kinds = ["block"] if variant.level == "layer" else ["q_proj", "v_proj"]
     found = {}
@@ -80,12 +84,11 @@ def weights_by_name(
 
 
 def _weights(reps_NGKD: np.ndarray, anchor: int, variant: Variant) -> np.ndarray:
-    fixed = 1.0 if variant.temperature == "spread" else variant.temperature
-    # Centred means are all zero: the kernel of the mean is then the same for all models, and the caller sees equal weights.
-    found = layer_weights(reps_NGKD, anchor, variant.bandwidth, fixed, variant.reference, variant.aggregate)
-    if variant.temperature != "spread":
-        return found["weights"]
-    similarity = found["similarity"]
-    scaled = similarity / np.maximum(similarity.std(axis=0, keepdims=True), 1e-6)
+    found = layer_weights(reps_NGKD, anchor, variant.bandwidth, 1.0, variant.reference, variant.aggregate)
+    similarity_NG = found["similarity"]
+    spread = variant.temperature == "spread"
+    scaled = similarity_NG / (
+        np.maximum(similarity_NG.std(axis=0, keepdims=True), 1e-6) if spread else variant.temperature
+    )
     raised = np.exp(scaled - scaled.max(axis=0, keepdims=True))
     return raised / raised.sum(axis=0, keepdims=True)
