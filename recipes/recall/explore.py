@@ -64,6 +64,11 @@ def cells(seeds: list[int]) -> Iterator[Cell]:
         yield from (Cell(seed, seed % 2, step) for step in range(2, CHAIN + 1))
 
 
+def chosen_cells(args: argparse.Namespace) -> list[Cell]:
+    """Those that the command names."""
+    return [cell for cell in cells(args.seeds) if any(part in str(cell) for part in args.cells)]
+
+
 class Shelf:
     """Trained experts of one seed, as changes of the base."""
 
@@ -138,7 +143,7 @@ def texts_of(args: argparse.Namespace, bench: Workbench, cell: Cell) -> Any:
 def check(args: argparse.Namespace) -> None:
     """Merges in memory beside those of `merge_with_recall`: the largest difference, in parts of the largest change."""
     bench = Workbench(args.model, args.tokens)
-    for cell in cells(args.seeds[:1]):
+    for cell in chosen_cells(args):
         shelf, room = Shelf(args.out, cell.seed), args.out / f"room {cell}"
         base = base_of(args, bench, shelf, cell, room)
         rows = [row["prompt"] + row["completion"] for row in texts_of(args, bench, cell)]
@@ -212,7 +217,7 @@ def score_all(args: argparse.Namespace) -> None:
     bench = Workbench(args.model, args.tokens, fast=True)
     rows = {task: bench.shown(scored_rows(args, task)) for task in TASKS}
     general = load_rows(args.general).select(range(16) if args.final else range(100, 110))
-    for cell in [c for c in cells(args.seeds) if any(part in str(c) for part in args.cells)]:
+    for cell in chosen_cells(args):
         shelf, file = Shelf(args.out, cell.seed), folder / f"{cell}.json"
         known: dict[str, dict[str, float]] = read_json(file) if file.is_file() else {}
         wanted = [name for name in arms if name not in known and fits(arms[name], cell)]
@@ -253,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of each task to score")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to which prompts are cut")
     parser.add_argument("--arms", type=Path, help="JSON: name -> choices, see `merged`")
-    parser.add_argument("--cells", nargs="+", default=[""], help="score only cells whose name contains one of these")
+    parser.add_argument("--cells", nargs="+", default=[""], help="only cells whose name contains one of these")
     parser.add_argument("--final", action="store_true", help="measure on the rows that are not for exploring")
     args = parser.parse_args()
     print(json.dumps(vars(args), default=str), flush=True)
