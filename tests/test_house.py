@@ -102,12 +102,16 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
 
     from hf_continual import ContinualConfig, ContinualTrainer
     from tests import toy
+    from tests.methods import covering
 
     monkeypatch.chdir(tmp_path)
     toy.rows("prompt_completion", seed=9).to_json("old_tasks.jsonl")
     toy.rows("prompt_completion", seed=9).to_json("memory.jsonl")
     toy.rows(seed=8).to_json("general.jsonl")
     fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    # What a recipe does before its first step may take hours; the method's test file shortens it.
+    if shorter := getattr(covering.module(recipe.parent.name), "SHORTER", {}):
+        fields["methods"][recipe.parent.name] |= shorter
     small = toy.settings(tmp_path / "out", max_steps=2)
     for key in ("learning_rate", "per_device_train_batch_size"):
         small.pop(key)

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_continual import stopping
 from hf_continual.bounds import between, one_of, whole_number
+from hf_continual.data.together import from_first
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.unfinished import Unfinished
 from hf_continual.paper import Paper
@@ -163,6 +165,8 @@ class GradientProjection(Method):
                 for name, moved in self._preliminary(run, i, chosen).items():
                     total[name] += whole(moved).cpu() / self.runs
             kept.write(i + 1, total)
+            if i + 1 < self.runs and (why := from_first(stopping.asked)) is not None:
+                stopping.stop(f"after {i + 1} of {self.runs} preliminary runs", why)
         run.zero_grad()
         logger.info(
             "%s: directions of %d tensors come from %d runs of %d steps.", self.name, len(chosen), self.runs, self.steps

@@ -1,4 +1,4 @@
-"""Which method runs in which way of training, as data: it drives the refusals, and the README's table is made from it.
+"""Which method runs in which way of training, by what it overrides: it drives the refusals and makes the README's table.
 
 Every cell that is not refused here is trained by a test with two processes, and compared with one process that takes
 twice the accumulation (`tests/distributed`).
@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from hf_continual.data.together import gathered
 from hf_continual.methods.compose import kind_of, overrides
-from hf_continual.methods.table import TABLE
+from hf_continual.methods.table import TABLE, method_class
 
 if TYPE_CHECKING:
     from hf_continual.methods.base import Method
@@ -30,19 +30,11 @@ _SPREAD = "reads the weights before training, and ZeRO-3 has spread them over th
 _FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
 _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 
-# Kind of method -> way of training -> why it is refused there, and what to do.
-REFUSED: Mapping[str, Mapping[str, tuple[str, str]]] = {
+# Kind of method -> way of training -> why it is refused there though what it overrides would not tell, and what to do.
+READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads none.")},
-    "kif": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "recadam": dict.fromkeys(ZERO, (_FLAT, _OUT)),
-    "ewc": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "o_lora": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "migu": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "tasl": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "gradient_projection": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
-    "task_vector": dict.fromkeys(ZERO, (_ENGINE, _OUT)),
 }
-# What a method of somebody's own overrides -> why it is refused under DeepSpeed.
+# What a method overrides -> why it is refused under DeepSpeed.
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
 
 
@@ -66,20 +58,33 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
     Returns:
         Reason and way out, each for a sentence.
     """
-    kind = kind_of(type(method))
-    if mode == "ZeRO-3" and method.reads_reference():
-        return _SPREAD, REFUSED["gere"]["ZeRO-3"][
-            1
-        ] if kind == "gere" else "Use ZeRO-2, DDP or FSDP2, or drop the method."
-    if kind in TABLE and mode in MODES:
-        found = REFUSED.get(kind, {}).get(mode)
-        return None if found is None or found[0] == _SPREAD else found
-    touched = [call for call in CALLS if overrides(type(method), call)]
+    found = _by_what_it_does(type(method), mode)
+    if found is None and mode == "ZeRO-3" and method.reads_reference():
+        known = READS_WEIGHTS.get(kind_of(type(method)), {}).get(mode)
+        return known or (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")
+    return found
+
+
+def _by_what_it_does(method: type[Method], mode: str) -> tuple[str, str] | None:
+    touched = [call for call in CALLS if overrides(method, call)]
     if mode.startswith("ZeRO") and touched:
         return CALLS[touched[0]], _OUT
     if mode == "FSDP1" and touched:
         return _FSDP1, "Set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml), or drop the method."
     return None
+
+
+def refused(kind: str) -> dict[str, tuple[str, str]]:
+    """Ways of training in which a method of the table is refused, with the reason and a way out.
+
+    Args:
+        kind: A key of the table of methods.
+
+    Returns:
+        Reason and way out by a name of `MODES`.
+    """
+    found = {mode: _by_what_it_does(method_class(kind), mode) for mode in MODES}
+    return {**{mode: why for mode, why in found.items() if why is not None}, **READS_WEIGHTS.get(kind, {})}
 
 
 def check_parallelism(trainer: LiveTrainer) -> None:
@@ -115,6 +120,6 @@ def table() -> list[str]:
     """The table in Markdown: ``yes``, or ``-`` where the method is refused at construction."""
     lines = [f"| method | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
     for kind in TABLE:
-        cells = ["-" if mode in REFUSED.get(kind, {}) else "yes" for mode in MODES]
+        cells = ["-" if mode in refused(kind) else "yes" for mode in MODES]
         lines.append(f"| `{kind}` | {' | '.join(cells)} |")
     return lines

@@ -165,6 +165,7 @@ def main() -> None:
                 plain, _ = run("sft", args.model, Path(place), rows)
                 times, state[name] = run(name, args.model, Path(place), rows)
                 ratios[name].append(statistics.median(times) / statistics.median(plain))
+                print(f"{name}: {ratios[name][-1]:.3f}, {state[name]:.2f} bytes", file=sys.stderr, flush=True)
         for name, found in ratios.items():
             print(
                 f"step time, {name} / SFTTrainer: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f}); "

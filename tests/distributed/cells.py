@@ -26,24 +26,13 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_continual import (
-    EWC,
-    KIF,
-    MIGU,
-    ContinualConfig,
-    ContinualTrainer,
-    FreezeLayers,
-    GeRe,
-    GradientProjection,
-    OLoRA,
-    RecAdam,
-    Replay,
-    TaskVector,
-    TaSL,
-)
+from hf_continual import KIF, MIGU, ContinualConfig, ContinualTrainer, GeRe, OLoRA, RecAdam, Replay
+from hf_continual.methods.table import TABLE
 from tests import toy
+from tests.methods import covering
 
-FURTHER = ("ewc", "tasl")  # do something where a task was learnt before
+# They do something where a task was learnt before, and train its weights further.
+FURTHER = tuple(n for n in TABLE if getattr(covering.module(n), "NEEDS_PREDECESSOR", False))
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 FSDP = {
     "fsdp": True,
@@ -73,21 +62,17 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 def method(kind: str, folder: Path) -> Any:
-    """A method of a kind, fresh."""
+    """A method of a kind, fresh: that of its test file, where none fits better here."""
     old = {"seed": 9, "low": 30, "high": 59}
-    return {
+    made = {
         "replay": lambda: Replay(toy.rows(**old), ratio=0.3, weight=0.7),
         "gere": lambda: GeRe(toy.rows(seed=14), per_batch=1, weight=2.0, num_samples=8, cache_dir=str(folder / "gere")),
-        "freeze": lambda: FreezeLayers(bottom=1),
         "kif": lambda: KIF(toy.rows(**old), inner_steps=2, outer_steps=1, outer_learning_rate=2e-3),
         "recadam": lambda: RecAdam(k=1.0, t0=3, anchor_strength=100.0, floor=0.2),
-        "ewc": lambda: EWC(weight=1e5, over_tasks="sum"),
         "o_lora": lambda: OLoRA(weight=0.5),
         "migu": lambda: MIGU(share=0.3, mask_a=True, first_task=True),
-        "tasl": lambda: TaSL(share=0.4),
-        "gradient_projection": lambda: GradientProjection(runs=2, steps=2, since=1, layers="all"),
-        "task_vector": lambda: TaskVector(at=3, alpha=0.3),
-    }[kind]()
+    }
+    return made[kind]() if kind in made else covering.module(kind).example(None)
 
 
 def adapter() -> LoraConfig:

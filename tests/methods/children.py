@@ -12,7 +12,19 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_continual import KIF, ContinualTrainer, FreezeLayers, GeRe, RecAdam, Replay
+from hf_continual import (
+    EWC,
+    KIF,
+    MIGU,
+    ContinualTrainer,
+    FreezeLayers,
+    GeRe,
+    GradientProjection,
+    RecAdam,
+    Replay,
+    TaskVector,
+    TaSL,
+)
 from tests import toy
 
 
@@ -28,6 +40,17 @@ def methods():
     ]
 
 
+def baselines():
+    """Those that need no adapter; of EWC and TaSL what a first task does."""
+    return [
+        EWC(rows=8),
+        MIGU(first_task=True),
+        TaSL(),
+        GradientProjection(runs=1, steps=2, since=0),
+        TaskVector(at=3),
+    ]
+
+
 class Kill(TrainerCallback):
     """Ends the process as `kill -9` does, in the middle of a step."""
 
@@ -36,14 +59,14 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trainer(folder: Path, **settings):
-    """A trainer with all methods that saves every two steps."""
+def trainer(folder: Path, more=(), **settings):
+    """A trainer with all methods, and more, that saves every two steps."""
     return ContinualTrainer(
         toy.model(),
         SFTConfig(**toy.settings(folder, **{"max_steps": 8, "save_strategy": "steps", "save_steps": 2, **settings})),
         train_dataset=toy.rows(),
         processing_class=toy.tokenizer(),
-        methods=methods(),
+        methods=[*methods(), *more],
         callbacks=[Kill()],
     )
 
@@ -100,7 +123,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     what, target = sys.argv[1], Path(sys.argv[2])
     if what == "train":
-        trainer(target).train()
+        trainer(target, baselines()).train()
     elif what == "ddp":
         ranks(target, fsdp=False)
     elif what == "fsdp2":

@@ -95,9 +95,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert child.wait(timeout=200) == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint-4").is_dir()
     (tmp_path / "killed" / "checkpoint-5").mkdir()  # as if the next one had been begun
-    resumed = children.trainer(tmp_path / "killed")
+    resumed = children.trainer(tmp_path / "killed", children.baselines())
     resumed.train(resume_from_checkpoint=True)
-    straight = children.trainer(tmp_path / "straight")
+    straight = children.trainer(tmp_path / "straight", children.baselines())
     straight.train()
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert values(straight)[-3:-1] == values(resumed)[-3:-1]

@@ -229,5 +229,8 @@ def test_sentences():
         with pytest.raises(ValueError, match=said):
             EWC(**wrong)
     run = FakeRun(nn.Linear(2, 3))
+    run.is_sharded, run.task_rows = True, []
+    with pytest.raises(ValueError, match="needs the gradient of one row on one process.*Use fisher='batch'"):
+        EWC(fisher="sample").end_task(run)
     with pytest.raises(ValueError, match=r"1 weights have another shape.*weight: \(4, 4\) then, \(3, 2\) now"):
         EWC().load_task_state({"tasks": 1, "fisher/weight": torch.ones(4, 4), "anchor/weight": torch.ones(4, 4)}, run)

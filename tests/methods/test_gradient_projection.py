@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from hf_continual import ContinualConfig, ContinualTrainer, GradientProjection
+from hf_continual import ContinualConfig, ContinualTrainer, GradientProjection, Stopped, stopping
 from hf_continual.methods import gradient_projection
 from hf_continual.methods.gradient_projection import project, ready
 from tests import toy
@@ -17,6 +17,7 @@ from tests import toy
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "baselines" / "gradproj_method1.safetensors")
 
 ZERO_TOLERANCE = 0.0
+SHORTER = {"runs": 1, "steps": 3, "since": 1}
 EXTRA_FORWARDS = 8  # 2 runs of 2 steps, two micro-batches each
 
 
@@ -141,6 +142,14 @@ def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatc
     again.train()
     assert made == [0, 1, 1, 2] and not file.exists()
     assert torch.equal(toy.flat(straight.model), toy.flat(again.model))
+    # Told to stop it ends after the run that it is in, and goes on after it.
+    made.clear()
+    made += [None]
+    with monkeypatch.context() as patched, pytest.raises(Stopped, match="after 1 of 3 preliminary runs"):
+        patched.setattr(stopping, "asked", lambda: "SIGTERM")
+        build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
+    build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
+    assert made == [None, 0, 1, 2]
     # Sums of other options are not taken up, nor is a file that was cut off.
     for damage in (lambda: save_file({}, file, metadata={"key": "other", "done": "2"}), lambda: file.write_bytes(b"x")):
         made.clear()

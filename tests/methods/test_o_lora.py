@@ -17,6 +17,7 @@ from hf_continual.data.handover import HandOverError
 from hf_continual.methods.o_lora import orthogonality, orthogonality_gradient
 from hf_continual.tensors.concatenate import concatenate_adapters
 from tests import toy
+from tests.methods.fake_run import FakeRun
 
 NUMBERS = Path(__file__).parents[1] / "golden" / "baselines"
 GOLDEN = load_file(NUMBERS / "olora_losses.safetensors")
@@ -169,6 +170,13 @@ def test_sentences(tmp_path, base):
     train(base, tmp_path / "0", OLoRA(), peft=lora())
     with pytest.raises(ValueError, match="needs a new adapter for each task"):
         train(str(tmp_path / "0"), tmp_path / "1", OLoRA(), seed=2)
+    spread = FakeRun(nn.Module())
+    with pytest.raises(ValueError, match="no LoRA factor is trainable"):
+        OLoRA().begin_task(spread)
+    spread.named_parameters = lambda: {f"q.lora_{f}.default.weight": nn.Parameter(torch.ones(2, 2)) for f in "AB"}
+    spread.is_sharded = True
+    with pytest.raises(ValueError, match="needs whole factors, and they are spread over processes"):
+        OLoRA(l2=0.1).begin_task(spread)
     with pytest.raises(ValueError, match="has 32 columns, that of the earlier tasks 5"):
         method = OLoRA()
         method.load_task_state(

@@ -176,5 +176,8 @@ def test_sentences(tmp_path, base):
         TaSL().load_task_state(state, run)
     with pytest.raises(ValueError, match="Use units='tensor'"):
         TaSL(units="rank").load_task_state(state, run)
+    run.is_sharded = True
+    with pytest.raises(ValueError, match="needs whole factors, and they are spread over processes"):
+        TaSL(orthogonality=0.1).begin_task(run)
     with pytest.raises(ValueError, match="1 numbers of importance cannot belong to 2 tensors"):
         consolidate({"a": torch.ones(1), "b": torch.ones(1)}, {}, [1.0], [1.0])
