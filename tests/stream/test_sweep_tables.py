@@ -13,6 +13,7 @@ from hf_continual.durable import write_json, write_lines
 from hf_continual.metrics import SUMMARY
 from hf_continual.stream.compare import compare_arms, compare_runs
 from hf_continual.stream.report import matrix_table, p_text, results_report
+from hf_continual.stream.results import row_values
 from hf_continual.stream.scores import keep_score
 from hf_continual.stream.sweep_files import write_sweep
 
@@ -122,6 +123,12 @@ def test_arms_are_compared_by_rows():
     assert two["difference"] == pytest.approx(0.125) and (two["better"], two["worse"]) == (2, 1)
     loss = compare_arms([("plain", {0: {"a": [2.0, 3.0]}}), ("other", {0: {"a": [1.0, 2.5]}})], lower_is_better=True)[0]
     assert loss["difference"] == pytest.approx(0.75) and loss["better"] == 2, "a smaller loss is better"
+
+
+def test_rows_that_count_differently_have_the_mean_of_their_cell():
+    """Scores 1 and 3 with weights 1 and 3: their mean is 2.5; around it 2.5 - 0.5 * 1.5 and 2.5 + 1.5 * 0.5."""
+    lines = [{"score": 1.0, "weight": 1.0}, {"score": 3.0, "weight": 3.0}]
+    assert row_values(lines) == [1.75, 3.25] and row_values([{"score": 0.5}, {"score": 1.0}]) == [0.5, 1.0]
 
 
 class Task:
