@@ -24,6 +24,7 @@ def typed(line: str, capsys: Any) -> tuple[int, str, str]:
         Exit code, standard output, standard error.
     """
     before, path, handlers = sys.argv, list(sys.path), list(logging.getLogger().handlers)
+    level = logging.getLogger("hf_continual").level
     sys.argv = ["hf-continual", *shlex.split(line)]
     capsys.readouterr()
     try:
@@ -33,6 +34,7 @@ def typed(line: str, capsys: Any) -> tuple[int, str, str]:
         code = ended.code if isinstance(ended.code, int) else 1
     finally:
         sys.argv, sys.path[:], logging.getLogger().handlers[:] = before, path, handlers
+        logging.getLogger("hf_continual").setLevel(level)
     said = capsys.readouterr()
     return code, said.out, said.err
 
