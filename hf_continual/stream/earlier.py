@@ -137,7 +137,7 @@ def _rows(
                 f"replays {list(wanted)}. Name the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
                 f"of their rows, row_type: prompt_completion."
             )
-    return _together([(name, found.select_columns(list(wanted))) for name, found in parts])
+    return _together([(name, found.select_columns(list(wanted))) for name, found in parts])  # pyrefly: ignore
 
 
 def _together(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
