@@ -70,7 +70,8 @@ def furnish(folder: Path) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.jsonl").write_bytes('{"prompt": "für", "completion": "w1"}\n'.encode("latin-1"))
-    (folder / "nothing").mkdir()
+    for name in ("nothing", "run/task-00-a", "run/task-01-b"):
+        (folder / name).mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base from where the test was started
         _save_adapter(folder)
