@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _TRUE = re.compile(r"(?<![\w.(])(\w+)=True\b")
-_VALUE = re.compile(r"(?<![\w.({\[,-])(\w+)=(?=[\s.,;)']|$)")
+_VALUE = re.compile(r"(?<![\w.({\[,-])(\w+)=(?=[\s.,;)]|$)")
 
 
 def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:

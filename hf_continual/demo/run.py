@@ -21,10 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from hf_continual.demo.arm import TASKS, Settings
 from hf_continual.durable import read_object
+from hf_continual.hub.damaged import loading
 from hf_continual.metrics import AccuracyMatrix
 from hf_continual.plots import plot_forgetting
 
@@ -40,7 +42,7 @@ def main(
         model: Folder or Hub id; None is the embedded default, converted to a folder of the cache.
         out: Output folder. What is finished in it is not done again.
         seed: Seed of people, order, adapters.
-        fresh: Whether to begin anew in a folder that holds another run.
+        fresh: Whether to start over in a folder that holds another run.
         **changes: Other fields of `Settings`.
 
     Returns:
@@ -61,6 +63,9 @@ def main(
 
         with console.status("converting the embedded model, once"), contextlib.redirect_stderr(io.StringIO()):
             model = str(embedded_model())
+    else:
+        with loading(model, "the model"):
+            AutoConfig.from_pretrained(model)  # here, where it is one sentence, and not in the two processes
     if "dtype" not in changes:
         changes["dtype"] = _dtype(out)
     settings = Settings(model=model, out=str(out), seed=seed, **changes)
@@ -107,7 +112,7 @@ def _keep_settings(out: Path, settings: Settings) -> None:
     if then != now:
         changed = ", ".join(f"{k}: {then.get(k)!r} -> {v!r}" for k, v in now.items() if then.get(k) != v)
         raise ValueError(
-            f"{out} holds a demo with other settings ({changed}). Name another folder with --out, or begin anew with "
+            f"{out} holds a demo with other settings ({changed}). Name another folder with --out, or start over with "
             f"--fresh."
         )
     file.write_text(json.dumps(now, indent=1), encoding="utf-8")
@@ -160,7 +165,7 @@ def _watch(out: Path, settings: Settings, processes: dict[str, subprocess.Popen]
                         raise RuntimeError(
                             f"The {arm} arm ended with exit code {code}. Its log ({out / arm / 'log.txt'}) ends:\n"
                             + "\n".join(tail)
-                            + "\nRun the same command again to go on from the last checkpoint."
+                            + "\nRun the same command again to resume from the last checkpoint."
                         )
 
 

@@ -178,6 +178,14 @@ def _match(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
 
 
+def _where_models_are(folder: Path) -> str:
+    """What to push in place of a folder without a model: the tasks of a plan's run lie one level below."""
+    tasks = sorted(p for p in folder.glob("task-*") if p.is_dir() and not p.name.endswith(".partial"))
+    if not tasks:
+        return "Save the model there first."
+    return f"It is the folder of a plan's run, whose models are in {', '.join(p.name for p in tasks)}: push {tasks[-1]}, the last one. "
+
+
 def _check_model(folder: Path, files: dict[str, Path]) -> None:
     adapter, full = "adapter_config.json" in files, "config.json" in files
     weights = [n for n in files if n.endswith(".safetensors") and "/" not in n]
@@ -193,7 +201,7 @@ def _check_model(folder: Path, files: dict[str, Path]) -> None:
         )
     if not adapter and not (full and weights):
         missing = "config.json" if not full else "a *.safetensors file"
-        raise IncompleteFolder(f"{folder} holds no whole model: {missing} is missing. Save the model there first.")
+        raise IncompleteFolder(f"{folder} holds no whole model: {missing} is missing. {_where_models_are(folder)}")
     if not adapter and (unused := unused_index(folder)):
         raise IncompleteFolder(
             f"{folder} holds {SINGLE} and {unused.name}: from_pretrained would load {SINGLE} and ignore the index with its "

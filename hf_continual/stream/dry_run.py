@@ -85,6 +85,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         "tokens": sum(lengths),
         "test_rows": len(task.test) if task.test is not None else None,
         "steps": steps,
+        "gradient_checkpointing": bool(args.gradient_checkpointing),
         "accumulation": args.gradient_accumulation_steps,
         "extra_steps": sum(m.extra_steps(steps) for m in methods),
         "methods": [m.name for m in methods],

@@ -16,6 +16,8 @@ from hf_continual.paths import ROW_SUFFIXES
 from hf_continual.stream.source import Key, PlanError, PlanLoader, Where
 
 SHORT = {"output": "output_dir"}
+# Entries that are names: YAML reads `on`, `no` and `1e3` as something else.
+NAMES = ("output_dir", "model", "path", "adapter", "tokenizer", "train", "test", "name")
 
 
 def override(data: dict[str, Any], pairs: Sequence[str], where: Where, steps: str = "sft.max_steps") -> dict[str, Any]:
@@ -45,6 +47,8 @@ def override(data: dict[str, Any], pairs: Sequence[str], where: Where, steps: st
             _move_data(data, text, where, pair)
             continue
         key = steps if key == "steps" else SHORT.get(key, key)
+        if key.split(".")[-1] in NAMES and not isinstance(value, dict | list | str | None):
+            value = text
         path = _put(data, key.split("."), value, pair)
         where.overridden[path] = f"--set {pair}"
     return data

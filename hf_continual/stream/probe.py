@@ -43,17 +43,18 @@ def estimate(prepared: Prepared, described: Mapping[str, Any], hourly_price: flo
     widest = max((task["micro_batch"] for task in described["tasks"]), key=lambda m: m["tokens"])
     rows = max(widest["task_rows"] + widest["added_rows"], 1)
     width = max(widest["tokens"] // rows, 2)
+    checkpointing = any(task["gradient_checkpointing"] for task in described["tasks"])
     try:
-        train, forward, blocks = _times(prepared, rows, width)
+        train, update, forward, blocks = _times(prepared, rows, width, checkpointing)
     except Exception as error:  # an estimate must never stop a dry run; the reason is shown
         logger.debug("the probe failed", exc_info=True)
         return {"seconds": None, "why": f"{type(error).__name__}: {error}"}
     per_batch = _at(train, blocks)
     training = 0.0
     for task in described["tasks"]:
-        micro = (task["steps"] + task["extra_steps"]) * task["accumulation"]
+        steps = task["steps"] + task["extra_steps"]
         fill = min(1.0, task["tokens"] / max(task["rows"], 1) / width * (1 + task["replay_share"]))
-        training += micro * per_batch * fill
+        training += steps * (task["accumulation"] * per_batch * fill + _at(update, blocks))
     scoring = _at(forward, blocks) * described["scored_rows"] / rows
     seconds = training + scoring
     return {
@@ -68,13 +69,16 @@ def _at(measured: tuple[float, float], blocks: int) -> float:
     return max(one + (two - one) * (blocks - 1), one)
 
 
-def _times(prepared: Prepared, rows: int, width: int) -> tuple[tuple[float, float], tuple[float, float], int]:
-    """Seconds of a training micro-batch and of a forward pass, each with one and two blocks; and how many blocks there are."""
+Pair = tuple[float, float]
+
+
+def _times(prepared: Prepared, rows: int, width: int, checkpointing: bool) -> tuple[Pair, Pair, Pair, int]:
+    """Seconds of a training micro-batch, an update and a forward pass, each with one and two blocks; and the number of blocks."""
     plan = prepared.plan
     config: Any = AutoConfig.from_pretrained(plan.model.path, revision=plan.model.revision)
     dtype = getattr(torch, "float32" if plan.model.dtype == "auto" else plan.model.dtype)
     blocks = config.num_hidden_layers
-    train, forward = [], []
+    train, update, forward = [], [], []
     for number in (1, 2):
         small = copy.deepcopy(config)
         small.num_hidden_layers = number
@@ -84,18 +88,24 @@ def _times(prepared: Prepared, rows: int, width: int) -> tuple[tuple[float, floa
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype).to(PartialState().device)
         if (adapter := new_adapter(plan)) is not None:
             model = get_peft_model(model, adapter)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         inputs = torch.randint(0, config.vocab_size, (rows, width), device=PartialState().device)
         train.append(_fastest(lambda model=model, inputs=inputs: _step(model, inputs)))
+        update.append(_fastest(optimizer.step))
+        model.eval()
         with torch.no_grad():
             forward.append(_fastest(lambda model=model, inputs=inputs: model(input_ids=inputs)))
-        del model
-    return (train[0], train[1]), (forward[0], forward[1]), blocks
+        del model, optimizer
+    return (train[0], train[1]), (update[0], update[1]), (forward[0], forward[1]), blocks
 
 
 def _step(model: Any, inputs: torch.Tensor) -> None:
     model.train()
-    model(input_ids=inputs, labels=inputs).loss.backward()
     model.zero_grad()
+    model(input_ids=inputs, labels=inputs).loss.backward()
 
 
 def _fastest(call: Any) -> float:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from hf_continual.methods.base import Method
 
 
+STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+
+
 @dataclass
 class ContinualConfig(SFTConfig):
     """Training arguments of `ContinualTrainer`: everything in `trl.SFTConfig`, plus the methods
@@ -89,6 +92,9 @@ class ContinualConfig(SFTConfig):
     def __post_init__(self) -> None:
         if isinstance(self.methods, str) and self.methods.lstrip().startswith("["):
             self.methods = json.loads(self.methods)
+        for name in STRATEGIES:
+            if getattr(self, name) is False:
+                setattr(self, name, "no")  # YAML reads `save_strategy: no` as false
         if self.bf16 is None and not (self.fp16 or self.use_cpu) and not is_torch_bf16_gpu_available():
             self.bf16 = False  # where SFTConfig would stop, because this machine has no accelerator with bf16
         super().__post_init__()

@@ -24,6 +24,7 @@ def typed(line: str, capsys: Any) -> tuple[int, str, str]:
         Exit code, standard output, standard error.
     """
     before, path, handlers = sys.argv, list(sys.path), list(logging.getLogger().handlers)
+    level = logging.getLogger("hf_continual").level
     sys.argv = ["hf-continual", *shlex.split(line)]
     capsys.readouterr()
     try:
@@ -33,6 +34,7 @@ def typed(line: str, capsys: Any) -> tuple[int, str, str]:
         code = ended.code if isinstance(ended.code, int) else 1
     finally:
         sys.argv, sys.path[:], logging.getLogger().handlers[:] = before, path, handlers
+        logging.getLogger("hf_continual").setLevel(level)
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -68,7 +70,8 @@ def furnish(folder: Path) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.jsonl").write_bytes('{"prompt": "für", "completion": "w1"}\n'.encode("latin-1"))
-    (folder / "nothing").mkdir()
+    for name in ("nothing", "run/task-00-a", "run/task-01-b"):
+        (folder / name).mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base from where the test was started
         _save_adapter(folder)
