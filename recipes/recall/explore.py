@@ -141,21 +141,24 @@ def texts_of(args: argparse.Namespace, bench: Workbench, cell: Cell) -> Any:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Merges in memory beside those of `merge_with_recall`: the largest difference, in parts of the largest change."""
+    """Merges in memory beside those of `merge_with_recall`: the largest change, and the largest difference."""
     bench = Workbench(args.model, args.tokens)
     for cell in chosen_cells(args):
         shelf, room = Shelf(args.out, cell.seed), args.out / f"room {cell}"
-        base = base_of(args, bench, shelf, cell, room)
+        base, adapters = base_of(args, bench, shelf, cell, room), shelf.adapters(cell)
         rows = [row["prompt"] + row["completion"] for row in texts_of(args, bench, cell)]
-        merge_with_recall(
-            shelf.adapters(cell), room / "merged", base=base, calibration=rows, seed=cell.seed, output="model",
-            num_typical=NUMBER, calibration_dtype="float32", dtype="float32", progress=False,
-        )  # fmt: skip
-        here, there = merged(shelf, cell, {}, shelf.models(cell)), read_change(bench, room / "merged")
+        # In a chain the merge so far is the first of two models, and can be the anchor.
+        models = adapters if cell.step is None else [base, *adapters]
+        for anchor, arm in ((-1, {}), (0, {"anchor": "first"})):
+            merge_with_recall(
+                models, room / "merged", base=base, calibration=rows, anchor=anchor, seed=cell.seed, output="model",
+                num_typical=NUMBER, calibration_dtype="float32", dtype="float32", progress=False, overwrite=True,
+            )  # fmt: skip
+            here, there = merged(shelf, cell, arm, shelf.models(cell)), read_change(bench, room / "merged")
+            most = max(float(change.abs().max()) for change in there.values())
+            off = max(float((here[name] - there[name]).abs().max()) for name in there)
+            print(cell, arm, f"largest change {most:.2e}, largest difference {off:.2e}", flush=True)
         shutil.rmtree(room)
-        most = max(float(change.abs().max()) for change in there.values())
-        off = max(float((here[name] - there[name]).abs().max()) for name in there)
-        print(cell, f"largest change {most:.2e}, largest difference {off:.2e}", flush=True)
 
 
 def scored_rows(args: argparse.Namespace, task: str) -> Any:
