@@ -38,7 +38,7 @@ from hf_continual.bounds import between
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
-from hf_continual.tensors.adapters import FACTOR, factor_pairs
+from hf_continual.tensors.adapters import FACTOR, factor_pairs, fresh_factors
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import whole
 
@@ -137,6 +137,7 @@ class OLoRA(Method):
         """Take over the factors A of the earlier tasks."""
         self._old = {n.removeprefix("A/"): t for n, t in state.items() if n.startswith("A/")}
         params = run.named_parameters()
+        fresh = fresh_factors(params)
         for layer, (a, _) in factor_pairs(params).items():
             old = self._old.get(layer)
             if old is None:
@@ -147,7 +148,7 @@ class OLoRA(Method):
                     f"{old.shape[1]}: they belong to different models. Start from the model they were trained on, or "
                     f"without what was learned: ContinualConfig(fresh_methods=True)."
                 )
-            if _is_last(old, whole(params[a].detach())):
+            if a not in fresh and _is_last(old, whole(params[a].detach())):
                 raise ValueError(
                     "OLoRA needs a new adapter for each task, and this run continues that of an earlier task. Give "
                     "between_tasks: new_adapter in a plan, or ContinualTrainer(model=ADAPTER_FOLDER, peft_config=LoraConfig(...))."
@@ -202,7 +203,9 @@ class OLoRA(Method):
                 alike.setdefault(shapes, []).append(layer)
             self._stacks = [(layers, torch.stack([self._live[n] for n in layers])) for layers in alike.values()]
             for layers, stack in self._stacks:
-                self._live.update(zip(layers, stack, strict=True))  # views: nothing is kept twice
+                views = dict(zip(layers, stack, strict=True))  # nothing is kept twice
+                self._live.update(views)
+                self._old.update(views)
         return self._stacks
 
     def task_state(self, run: Run) -> State:
@@ -211,8 +214,8 @@ class OLoRA(Method):
         new = {layer: whole(params[a].detach()).float().cpu() for layer, (a, _) in self._pairs.items()}
         stacked = dict(self._old)
         for layer, factor in new.items():
-            stacked[layer] = torch.cat([self._old[layer].float(), factor]) if layer in self._old else factor
-        return {f"A/{layer}": factor.contiguous() for layer, factor in stacked.items()}
+            stacked[layer] = torch.cat([stacked[layer].cpu().float(), factor]) if layer in stacked else factor
+        return {f"A/{layer}": factor.cpu().contiguous() for layer, factor in stacked.items()}
 
 
 def _is_last(old_RD: Tensor, now_RD: Tensor) -> bool:
