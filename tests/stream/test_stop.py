@@ -28,7 +28,7 @@ def quiet(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @chosen("handing over")
 @pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_random_moments(quiet, tmp_path, trials):
