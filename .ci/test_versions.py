@@ -1,8 +1,8 @@
 """`make test-versions`: the lowest and the newest versions that pyproject.toml allows, installed with uv and tested.
 
 For each Python and each end of the ranges a virtual environment is made outside the checkout; it is kept, and used again by the
-next run with the same requirements. torch comes from the index of its CPU wheels (UV_TORCH_BACKEND=cpu); where that has no wheel
-for a Python, that Python is reported as not run.
+next run with the same requirements. torch comes from the index of its CPU wheels (UV_TORCH_BACKEND=cpu), or, without a network, from a
+folder of them that UV_FIND_LINKS names; where there is no wheel for a Python, that Python is reported as not run.
 
     python .ci/test_versions.py [--python 3.11 3.12 3.13] [--ends lowest highest]
 """
@@ -80,18 +80,34 @@ def requirements() -> list[str]:
 def install(python: str, end: str, folder: Path) -> str | None:
     """Make the environment; what stopped it, or None."""
     uv = [sys.executable, "-m", "uv"]
-    variables = {"UV_TORCH_BACKEND": "cpu", **os.environ}
+    variables, torch = dict(os.environ), []
+    if "UV_FIND_LINKS" not in variables:
+        variables["UV_TORCH_BACKEND"] = "cpu"
+    elif not (torch := on_the_disk(python, end)):
+        return f"not run: {variables['UV_FIND_LINKS']} has no CPU wheel of torch for Python {python}"
     made = subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", python, str(folder)], capture_output=True, text=True, env=variables, check=False)  # fmt: skip
     if made.returncode:
         return f"not run: there is no Python {python} ({made.stderr.strip().splitlines()[-1]})"
     command = [*uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), "--resolution", ENDS[end]]
-    done = subprocess.run([*command, *requirements()], capture_output=True, text=True, env=variables, check=False)
+    done = subprocess.run(
+        [*command, *requirements(), *torch], capture_output=True, text=True, env=variables, check=False
+    )
     if done.returncode == 0:
         (folder / "installed").touch()
         return None
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     kind = "not run: torch has no CPU wheel that can be installed" if "torch" in done.stderr else "FAILED to install"
     return f"{kind} ({' '.join(lines)[:300]})"
+
+
+def on_the_disk(python: str, end: str) -> list[str]:
+    """The lowest or the newest CPU wheel of torch in the folder of UV_FIND_LINKS, as a requirement; empty where there is none."""
+    tag = f"cp{python.replace('.', '')}"
+    wheels = Path(os.environ["UV_FIND_LINKS"]).glob(f"torch-*+cpu-{tag}-*.whl")
+    found = sorted(
+        (w.name.split("-")[1] for w in wheels), key=lambda v: [int(n) for n in v.partition("+")[0].split(".")]
+    )
+    return [f"torch=={found[0 if end == 'lowest' else -1]}"] if found else []
 
 
 def installed(python: Path) -> list[str]:

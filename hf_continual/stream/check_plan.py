@@ -108,7 +108,9 @@ def _check_paths(plan: Plan, where: Where) -> None:
             try:
                 check_is_there(source, "the model" if key == "path" else "the tokenizer")
             except FileNotFoundError as error:
-                raise where.error(("model", key), str(error)) from error
+                place: tuple[Key, ...] = ("model", key)
+                known = place in where.lines or place in where.overridden
+                raise where.error(place if known else ("model",), str(error)) from error
     for i, task in enumerate(plan.tasks):
         for key in ("train", "test"):
             _check_rows(getattr(task, key), ("tasks", i, key), where)

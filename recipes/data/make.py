@@ -44,7 +44,7 @@ def main() -> None:
         for n, c, t in people
     ]
     write("general.jsonl", text)
-    write("general.heldout.jsonl", text)
+    write("longseq/general.heldout.jsonl", text)
     write(
         "chat.jsonl",
         [

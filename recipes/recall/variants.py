@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_continual.merging.recall import layer_weights
-from hf_continual.merging.typical import typical_samples
+from hf_continual.merging.methods.recall.similarity import layer_weights
+from hf_continual.merging.methods.recall.typical_samples import typical_samples
 
 States = Mapping[str, np.ndarray]  # "block mean text" and so on -> [groups, texts, channels]
 

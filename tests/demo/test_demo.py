@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -67,9 +68,18 @@ def test_end_to_end_and_resumed(tiny, tmp_path, capsys):
         main(model=tiny, out=out, seed=1, **SMALL)
 
 
-def test_a_failing_arm_shows_its_log(tmp_path):
+def test_a_failing_arm_shows_its_log(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "gone")
+    for weights in (tmp_path / "gone").glob("*.safetensors"):
+        weights.unlink()
     with pytest.raises(RuntimeError, match=r"arm ended with exit code 1.*log"):
         main(model=str(tmp_path / "gone"), out=tmp_path / "out", **SMALL)
+
+
+def test_a_missing_model_is_refused_before_the_arms_start(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the model: the folder .*/gone does not exist"):
+        main(model=str(tmp_path / "gone"), out=tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_wheel_names_the_command(monkeypatch, tmp_path):

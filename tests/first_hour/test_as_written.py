@@ -78,8 +78,6 @@ def test_a_plan(plan, here, tmp_path, capsys):
     line = f"run ../sequence/{plan}.yaml --set model.path={here / 'model'} {data} --set steps=2 --set output={tmp_path / 'out'}"
     if plan == "own_tasks":
         line = line.replace("model.path=", "model=")
-    if plan == "standard":
-        line += " --set evaluation.gauges.general.rows=general.heldout.jsonl"
     for extra in (
         "--dry-run --json",
         "--json --quiet --set sft.save_strategy=no --set sft.dataloader_pin_memory=false",

@@ -193,6 +193,7 @@ def cpu_seconds(*line, folder):
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 def test_help_and_errors_come_at_once(here):
     """CPU time, the fastest of three: a busy machine makes it longer, never shorter."""
     helped = [cpu_seconds("--help", folder=here) for _ in range(3)]

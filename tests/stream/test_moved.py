@@ -88,8 +88,6 @@ def test_a_base_that_is_gone(tmp_path):
     plan["tasks"] = plan["tasks"][:1]
     train_stream(plan)
     shutil.move(tmp_path / "model", tmp_path / "moved")
-    with pytest.raises(
-        PlanError, match=r"model: the tokenizer: the folder .*/model does not exist.*name its new place"
-    ):
+    with pytest.raises(PlanError, match=r"model: the model: the folder .*/model does not exist.*name its new place"):
         train_stream(plan)
     assert train_stream({**plan, "model": str(tmp_path / "moved")}).results["complete"], "the way out"

@@ -85,7 +85,7 @@ def test_the_configuration_changes_nothing_either(tmp_path):
     assert toy.logs(plain) == toy.logs(ours)
     settings = toy.settings(tmp_path)
     extra = ContinualConfig(**settings).to_dict().keys() - SFTConfig(**settings).to_dict().keys()
-    own = {"methods", "task_name", "task_index", "predecessor", "fresh_methods", "max_minutes"}
+    own = {"methods", "task_name", "task_index", "predecessor", "from_adapter", "fresh_methods", "max_minutes"}
     assert extra == own | {"hub_base_model", "hub_license"}
 
 
