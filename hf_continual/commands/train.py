@@ -46,7 +46,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and the log on stderr.")] = False,
 ) -> None:
     """Train a model on one set of rows, without a plan; resumes where it was interrupted."""
-    from hf_continual.stream.single import train_from_command
+    from hf_continual.stream.train_command import train_from_command
 
     if config is not None:
         sys.path.append(str(config.absolute().parent))  # a method of one's own may lie beside it

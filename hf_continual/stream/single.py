@@ -1,26 +1,20 @@
-"""`hf-continual train`: one set of rows without a plan, which is read as a plan of one task.
+"""One set of rows without a plan, as `hf-continual train` takes it, read as a plan of one task.
 
 The file of `--config` holds fields of ContinualConfig, as most recipes do. The model is saved in the output folder itself.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_continual.stream.command import estimated, is_main, set_up, show_dry_run
 from hf_continual.stream.overrides import override
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.read import check_read
 from hf_continual.stream.source import Key, PlanError, PlanLoader, Where, read_yaml
-
-logger = logging.getLogger(__name__)
 
 # Entries of the file or the command -> their place in a plan; every other one is a training argument.
 PLACES: dict[str, tuple[Key, ...]] = {
@@ -36,48 +30,6 @@ MISSING = {
     "model": "No model is named. Say --model FOLDER_OR_HUB_ID, or model: in the file.",
     "train": "No rows are named. Say --train ROWS.jsonl, or train: in the file.",
 }
-
-
-def train_from_command(
-    config: Path | None, given: Mapping[str, Any], overrides: Sequence[str], *, dry_run: bool = False, quiet: bool = False,
-    as_json: bool = False, hourly_price: float | None = None,
-) -> None:  # fmt: skip
-    """Train on one set of rows, or say what it would do.
-
-    Args:
-        config: A file with fields of ContinualConfig, or None.
-        given: Options of the command by name.
-        overrides: Entries in place of the file's, as ``KEY=VALUE``.
-        dry_run: Whether to stop before any weights are loaded.
-        quiet: Whether only warnings are logged.
-        as_json: Whether to print the result as JSON.
-        hourly_price: Price of an hour of this machine.
-    """
-    plan, where = read_single(config, given, overrides)
-    console = set_up(quiet, as_json)
-    if quiet:
-        plan = plan.model_copy(update={"sft": {"disable_tqdm": True, "logging_strategy": "no", **plan.sft}})
-    from hf_continual.stream.prepare import prepare
-
-    if dry_run:
-        described = estimated([("", prepare(plan, where))], hourly_price)
-        if is_main():
-            show_dry_run(described, console, as_json)
-        return
-    from hf_continual.stream.train_single import train_single
-
-    result = train_single(prepare(plan, where), Path(plan.output_dir))
-    if not is_main():
-        return
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        return
-    for name, cell in (("before", result["before"]), ("after", result["after"])):
-        if cell is not None:
-            console.print(f"{name:<7}{said_of_score(cell)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{result['kind']} in {result['output_dir']}, {result['steps']} steps", highlight=False, soft_wrap=True
-    )
 
 
 def said_of_score(cell: Mapping[str, Any]) -> str:
