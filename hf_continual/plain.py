@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -32,3 +34,13 @@ def is_plain(data: Any) -> bool:
     if isinstance(data, list):
         return all(is_plain(value) for value in data)
     return data is None or isinstance(data, bool | int | float | str)
+
+
+def hyper_parameters(cls: type) -> list[str]:
+    """Names of what a class is made with: fields of a dataclass, or parameters of another class."""
+    if is_dataclass(cls):
+        return [f.name for f in fields(cls) if f.init]
+    if cls.__init__ is object.__init__:
+        return []
+    taken = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -10,14 +10,14 @@ B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 
 from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
-from hf_continual.plain import as_plain
+from hf_continual.plain import as_plain, hyper_parameters
 from hf_continual.private import fingerprint_of
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ TASK, PADDING = -1, -100
 def _named(value: Any) -> Any:
     """What stands for a value that is not plain data; a dataset becomes its fingerprint and length."""
     return {"rows": len(value), "fingerprint": fingerprint_of(value)} if isinstance(value, Dataset) else repr(value)
-
-
-def _hyper_parameters(method: type) -> list[str]:
-    """Names of a method's fields; a class that is not a dataclass has none."""
-    return [f.name for f in fields(method) if f.init] if is_dataclass(method) else []
 
 
 @dataclass(frozen=True)
@@ -178,7 +173,7 @@ class Method:
     @classmethod
     def row_sources(cls) -> tuple[str, ...]:
         """Hyper-parameters that name rows, where a plan may put the rows of earlier tasks: unless said, `rows` and `memory`."""
-        return tuple(name for name in _hyper_parameters(cls) if name in ("rows", "memory"))
+        return tuple(name for name in hyper_parameters(cls) if name in ("rows", "memory"))
 
     def extra_steps(self, steps: int) -> int:
         """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
@@ -277,7 +272,7 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
-        return {name: as_plain(getattr(self, name), _named) for name in _hyper_parameters(type(self))}
+        return {name: as_plain(getattr(self, name), _named) for name in hyper_parameters(type(self))}
 
 
 @dataclass(frozen=True)

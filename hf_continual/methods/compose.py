@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 from hf_continual.bounds import plain_name
 from hf_continual.methods.base import Method
 from hf_continual.methods.table import TABLE, method_class
 from hf_continual.paper import Paper
+from hf_continual.plain import hyper_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def check_protocol(method: type[Method]) -> None:
         method: A subclass of `Method`.
 
     Raises:
-        TypeError: If it lacks a name, its paper is not a `Paper`, it is not a dataclass, or a call takes other arguments.
+        TypeError: If it lacks a name, its paper is not a `Paper`, or a call takes other arguments.
     """
     title = method.__name__
     if not isinstance(getattr(method, "name", None), str | property) and "name" not in getattr(
@@ -94,18 +94,28 @@ def check_protocol(method: type[Method]) -> None:
             f"{title}.paper is {method.paper!r} ({type(method.paper).__name__}): give a hf_continual.Paper(title, authors, year), "
             f"or None for an idea of your own."
         )
-    if not is_dataclass(method) and method.describe is Method.describe and _takes_arguments(method):
-        raise TypeError(
-            f"{title} takes hyper-parameters and is not a dataclass, so they could not be saved with the model: write @dataclass above "
-            f"the class and declare them as fields."
-        )
     for call in STATIONS:
         if overrides(method, call):
             _check_call(method, call)
 
 
-def _takes_arguments(method: type[Method]) -> bool:
-    return method.__init__ is not object.__init__ and len(inspect.signature(method.__init__).parameters) > 1
+def check_described(method: Method) -> None:
+    """Refuse a method whose hyper-parameters could not be saved with the model.
+
+    Args:
+        method: The method.
+
+    Raises:
+        TypeError: If it was made with a hyper-parameter that it does not keep under its name.
+    """
+    if type(method).describe is not Method.describe:
+        return
+    if lost := [name for name in hyper_parameters(type(method)) if not hasattr(method, name)]:
+        title = type(method).__name__
+        raise TypeError(
+            f"{title} takes the hyper-parameter {lost[0]!r} and has no attribute of that name, so it could not be saved with the "
+            f"model: write @dataclass above the class and declare it as a field, or keep it as self.{lost[0]}."
+        )
 
 
 def _check_call(method: type[Method], call: str) -> None:
@@ -152,6 +162,7 @@ class Methods:
                     f"A description as data belongs in ContinualConfig(methods=...)."
                 )
             check_protocol(type(method))
+            check_described(method)
         names = [method.name for method in self.methods]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(

@@ -56,12 +56,12 @@ class Cited(Method):
 
 
 class Parametrised(Method):
-    """Hyper-parameters outside a dataclass."""
+    """A hyper-parameter that it does not keep under its name."""
 
     name = "parametrised"
 
     def __init__(self, weight: float) -> None:
-        self.weight = weight
+        self.strength = weight
 
 
 @dataclass
@@ -79,7 +79,10 @@ LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no name": (lambda: trainer([Nameless()]), ["Nameless has no name", "name = 'nameless'"]),
     "paper is a text": (lambda: trainer([Cited()]), ["Cited.paper", "hf_continual.Paper"]),
-    "not a dataclass": (lambda: trainer([Parametrised(1.0)]), ["Parametrised", "@dataclass"]),
+    "a hyper-parameter that is lost": (
+        lambda: trainer([Parametrised(1.0)]),
+        ["Parametrised", "'weight'", "@dataclass", "self.weight"],
+    ),
     "other arguments": (lambda: trainer([OtherArguments()]), ["OtherArguments.loss_terms", "forward"]),
     "a class": (lambda: trainer([RecAdam]), ["holds the class RecAdam", "RecAdam(...)"]),
     "one method, no list": (lambda: trainer(RecAdam()), ["one RecAdam", "methods=[RecAdam(...)]"]),

@@ -89,3 +89,13 @@ def test_defaults_do_nothing():
 
     assert stations(Silent) == []
     assert not Silent().reads_forward()
+
+
+def test_a_method_that_is_not_a_dataclass_says_what_it_was_made_with():
+    class Plain(Method):
+        name = "plain"
+
+        def __init__(self, weight, rows=()):
+            self.weight, self.rows = weight, rows
+
+    assert Methods([Plain(0.5)]).describe()[0].popitem()[1] == {"weight": 0.5, "rows": []}

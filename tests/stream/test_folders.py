@@ -83,7 +83,8 @@ def test_finished_tasks_are_not_learnt_or_scored_again(tmp_path):
     assert read_json(tmp_path / "task-01-t1" / TRAINED)["name"] == "t1"
     assert set(read_json(tmp_path / "task-01-t1" / SCORES)) == {"t0", "t1"}
     lines = read_lines(predictions_file(tmp_path, "task-01-t1", "t0"))
-    assert set(lines[0]) == {"row_id", "prompt_hash", "prediction", "reference", "score", "nll"} and len(lines) == 4
+    wanted = {"row_id", "prompt", "prompt_hash", "prediction", "reference", "score", "nll"}
+    assert set(lines[0]) == wanted and len(lines) == 4
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
