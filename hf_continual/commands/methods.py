@@ -13,6 +13,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """List the methods against forgetting, where they act, and their papers."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -27,11 +28,11 @@ def methods(
         ]
         sys.stdout.write(json.dumps(listed, indent=1) + "\n")
         return
-    table = Table(title="methods of hf_continual", title_justify="left")
+    # Names and addresses stay whole in 80 columns; what a method acts on is folded.
+    table = Table(title="methods of hf_continual", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("name", "class", "acts on", "paper"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "class", "paper"))
     for name, cls in classes.items():
-        paper = cls.paper
-        cited = "" if paper is None else f"{paper.title} ({paper.year}) {paper.url}"
+        cited = "" if cls.paper is None else (cls.paper.url or "").removeprefix("https://")
         table.add_row(name, cls.__name__, ", ".join(stations(cls)), cited)
     Console().print(table)
