@@ -65,12 +65,14 @@ def _kill_in(module: str, name: str, call: int):
     ("module", "name", "call"),
     [
         ("os", "fsync", 5),  # a file of predictions is written and not in its place
-        ("hf_continual.stream.scores", "write_json", 4),  # predictions are there, their score is not
-        ("hf_continual.stream.folders", "shutil.rmtree", 1),  # scored, checkpoints not removed
+        # predictions are there, their score is not
+        pytest.param("hf_continual.stream.scores", "write_json", 4, marks=pytest.mark.exhaustive),
+        # scored, checkpoints not removed
+        pytest.param("hf_continual.stream.folders", "shutil.rmtree", 1, marks=pytest.mark.exhaustive),
         ("pathlib", "Path.rename", 2),  # everything is there but the folder's name
         ("hf_continual.trainer.trainer", "ContinualTrainer.save_model", 3),  # inside a checkpoint
-        ("hf_continual.trainer.state", "write_state", 2),
-        ("torch", "save", 2),  # the optimizer's state
+        pytest.param("hf_continual.trainer.state", "write_state", 2, marks=pytest.mark.exhaustive),
+        pytest.param("torch", "save", 2, marks=pytest.mark.exhaustive),  # the optimizer's state
         ("hf_continual.stream.run", "collect", 2),  # a task is finished, the results do not know it yet
     ],
 )
