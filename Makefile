@@ -39,7 +39,7 @@ test-fast: $(STAMP) ## the inner loop: no slow and no distributed tests
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed and not exhaustive"
 
 test-versions: $(STAMP) ## lowest and newest allowed versions for Python 3.11 to 3.13, installed with uv outside the checkout
-	@$(PYTHON) -c "import uv" 2>/dev/null || $(PYTHON) -m pip install --quiet uv
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('uv')" 2>/dev/null || $(PYTHON) -m pip install --quiet uv
 	$(PYTHON) .ci/test_versions.py
 
 check: $(STAMP) ## lint, format, types, docstrings, import directions
@@ -60,11 +60,11 @@ bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers, e
 	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done
 
 docs: $(STAMP) ## API reference from the docstrings, in build/docs
-	@$(PYTHON) -c "import pdoc" 2>/dev/null || $(PYTHON) -m pip install --quiet pdoc
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('pdoc')" 2>/dev/null || $(PYTHON) -m pip install --quiet pdoc
 	$(OFFLINE) $(PYTHON) .ci/docs.py build/docs
 
 build: $(STAMP) ## wheel and source distribution in dist
-	@$(PYTHON) -c "import build" 2>/dev/null || $(PYTHON) -m pip install --quiet build
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('build')" 2>/dev/null || $(PYTHON) -m pip install --quiet build
 	$(PYTHON) -m build
 
 clean: ## remove what was built, not the environment
