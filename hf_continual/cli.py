@@ -1,6 +1,6 @@
 """The command line: `hf-continual`, or `python -m hf_continual`.
 
-Each verb is a file of `hf_continual.commands` (merge, push and card lie beside what they call). None of them imports torch
+Each verb is a file of `hf_continual.commands` (merge, push and card are next to the code they call). None of them imports torch
 before it needs it.
 """
 

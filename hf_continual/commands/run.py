@@ -33,7 +33,7 @@ def run(
     """Learn the tasks of a plan one after the other and measure what was kept; resumes where it was interrupted."""
     from hf_continual.stream.command import run_plan
 
-    sys.path.append(str(plan.absolute().parent))  # a method of one's own may lie beside the plan
+    sys.path.append(str(plan.absolute().parent))  # a method of one's own may be in the plan's folder
     overrides = [*(set_ or ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else ())]
     run_plan(
         plan, dry_run=dry_run, only=only, quiet=quiet, as_json=as_json, overrides=overrides, hourly_price=hourly_price

@@ -49,7 +49,7 @@ def train(
     from hf_continual.stream.train_command import train_from_command
 
     if config is not None:
-        sys.path.append(str(config.absolute().parent))  # a method of one's own may lie beside it
+        sys.path.append(str(config.absolute().parent))  # a method of one's own may be in its folder
     given = {
         "model": model, "train": train, "test": test, "out": None if out is None else str(out), "methods": methods,
         "peft": peft, "from_adapter": from_adapter, "steps": steps, "metric": metric, "seed": seed,

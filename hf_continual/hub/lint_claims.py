@@ -123,7 +123,7 @@ def _measured(folder: Path) -> Measured | None:
     try:
         _collect(read_json(folder / CONFIG), "", found.settings)
     except (FileNotFoundError, ValueError):
-        pass
+        pass  # said by `check_numbers`
     return found
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_continual.merging.engine.rules import Rules
 from hf_continual.paper import Paper
+from hf_continual.plain import hyper_parameters
 
 if TYPE_CHECKING:
     from hf_continual.merging.engine.chunks import OutputTensor
@@ -105,7 +106,7 @@ class MergeMethod:
 
     def describe(self, models: Models) -> dict[str, Any]:
         """Hyper-parameters as they act on these models, plain data: with the inputs they decide the output's bytes."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return {name: getattr(self, name) for name in hyper_parameters(type(self))}
 
     def asked(self, models: Models) -> Mapping[str, Any]:
         """What tells this call from another on the same models, plain data, where `describe` leaves inputs out or tells what

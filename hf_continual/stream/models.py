@@ -9,19 +9,38 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_continual.hub.damaged import loading
 from hf_continual.stream.plan import ModelPlan, Plan
 from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
 
-__all__ = ["is_adapter", "load_adapter", "load_base", "load_finished", "load_for_training", "local_adapter"]
+__all__ = [
+    "is_adapter",
+    "load_adapter",
+    "load_base",
+    "load_finished",
+    "load_for_training",
+    "load_tokenizer",
+    "local_adapter",
+    "new_adapter",
+]
 
 
 def local_adapter(source: str, revision: str | None = None) -> Path:
     """Where an adapter lies on this machine; one of the Hub is downloaded."""
     path = Path(source).expanduser()
     return path if path.is_dir() else Path(snapshot_download(source, revision=revision))
+
+
+def load_tokenizer(model: ModelPlan) -> Any:
+    """The tokenizer of a plan's model; its end pads where it has no token for that."""
+    source = model.tokenizer or model.path
+    with loading(source, "the tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=model.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
@@ -43,7 +62,6 @@ def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
             options["device_map"] = {"": PartialState().local_process_index}
     if folder is None:
         options["revision"] = model.revision
-    if folder is None:
         with loading(model.path, "the base model"):
             return AutoModelForCausalLM.from_pretrained(model.path, **options)
     with loading(folder, "the model of a task", _again(Path(folder))):
@@ -83,6 +101,12 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
     return model if plan.model.quantization else model.to(PartialState().device)
 
 
+def new_adapter(plan: Plan) -> LoraConfig | None:
+    """The adapter that a plan's tasks add, None where they train weights or an adapter that is there."""
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
+    return None if plan.peft is None else LoraConfig(**options)
+
+
 def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None]:
     """The model that a task goes on from.
 
@@ -96,8 +120,7 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
     Raises:
         ValueError: If the parent's folder and the plan do not agree on adapters.
     """
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
-    config = None if plan.peft is None else LoraConfig(**options)
+    config = new_adapter(plan)
     if parent is None and plan.model.adapter is None:
         return load_base(plan.model), config
     if parent is None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from hf_continual.data.biography import biography_rows
 from hf_continual.data.buffer import Memory
@@ -21,11 +20,11 @@ from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import load_rows
 from hf_continual.durable import read_lines
 from hf_continual.evaluation.table import Scorer, build_scorer, check_answers, columns_of, with_labels
-from hf_continual.hub.damaged import loading
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods, check_heirs, kind_of, overrides
 from hf_continual.methods.table import build_methods
 from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
+from hf_continual.stream.models import load_tokenizer
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
 from hf_continual.stream.scores import file_name
 from hf_continual.stream.source import Key, PlanError, Where
@@ -112,12 +111,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
     """
     with _at(where, ("model",)):
         plan = split_adapter(plan, where)
-    with _at(where, ("model",)), loading(plan.model.tokenizer or plan.model.path, "the tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            plan.model.tokenizer or plan.model.path, revision=plan.model.revision
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(plan.model)
     _check_parents(plan, where)
     scorers: dict[str, Scorer] = {}
     tasks = []

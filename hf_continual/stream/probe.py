@@ -18,8 +18,8 @@ from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_continual.stream.models import new_adapter
 from hf_continual.stream.prepare import Prepared
-from hf_continual.stream.start import new_adapter
 
 logger = logging.getLogger(__name__)
 

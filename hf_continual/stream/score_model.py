@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from hf_continual.data.columns import check_columns, take
 from hf_continual.data.rows import load_rows
 from hf_continual.durable import write_lines
-from hf_continual.evaluation.prompts import prompt_hash
 from hf_continual.evaluation.table import build_scorer, columns_of, with_labels
-from hf_continual.hub.damaged import loading
-from hf_continual.stream.models import load_finished
+from hf_continual.stream.models import load_finished, load_tokenizer
 from hf_continual.stream.plan import ModelPlan, Plan, TaskPlan
+from hf_continual.stream.scores import prediction_lines, score_entry
 from hf_continual.stream.source import Where
 from hf_continual.stream.start import split_adapter
 
@@ -31,12 +28,7 @@ def loaded(model: ModelPlan) -> tuple[Any, Any, str]:
     named = model.adapter or model.path
     plan = Plan(model=model, output_dir="", tasks=[TaskPlan(name="score", train="")])
     plan = split_adapter(plan, Where("the command line"))
-    source = plan.model.tokenizer or plan.model.path
-    with loading(source, "the tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return load_finished(plan, None), tokenizer, named
+    return load_finished(plan, None), load_tokenizer(plan.model), named
 
 
 def score_model(
@@ -66,10 +58,5 @@ def score_model(
     live, tokenizer, named = loaded(model)
     scored = scorer(live, tokenizer, rows)
     if predictions is not None:
-        lines = [
-            {"row_id": i, "prompt_hash": prompt_hash(dict(row)), "prediction": r.prediction, "reference": r.reference, "score": r.score}
-            for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))
-        ]  # fmt: skip
-        write_lines(predictions, lines)
-    loss = {} if scored.nll is None or scored.lower_is_better else {"nll": scored.nll.to_dict()}
-    return {"model": named, "test": test, **scored.score.to_dict(), **loss}
+        write_lines(predictions, prediction_lines(rows, scored))
+    return {"model": named, "test": test, **score_entry(scored)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,24 @@ PARTIAL = ".partial"
 def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: Scored) -> None:
     """Write predictions, then the score that rests on them."""
     rows = task.test if task.test is not None else [{} for _ in scored.rows]
-    lines = [
+    file = predictions_file(output_dir, stage, task.name)
+    write_lines(file, prediction_lines(rows, scored))
+    _add(folder, task.name, score_entry(scored), file)
+    value = scored.score.value
+    logger.info("%s: %s = %.4f", stage, task.name, value if value is not None else float("nan"))
+
+
+def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]]:
+    """What a model said to each row, as files of predictions hold it.
+
+    Args:
+        rows: The rows; an empty one where its prompt is not known.
+        scored: Their scores, in the same order.
+
+    Returns:
+        A line per row.
+    """
+    return [
         {
             "row_id": i, "prompt_hash": prompt_hash(dict(row)), **_shown_prompt(dict(row)), "prediction": r.prediction,
             "reference": r.reference, "score": r.score, **({"weight": r.weight} if r.weight != 1 else {}), **r.also,
@@ -34,14 +52,12 @@ def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: S
         }
         for i, (row, r) in enumerate(zip(rows, scored.rows, strict=True))
     ]  # fmt: skip
-    file = predictions_file(output_dir, stage, task.name)
-    write_lines(file, lines)
-    entry = scored.score.to_dict()
-    if scored.nll is not None and not scored.lower_is_better:
-        entry["nll"] = scored.nll.to_dict()
-    _add(folder, task.name, entry, file)
-    value = scored.score.value
-    logger.info("%s: %s = %.4f", stage, task.name, value if value is not None else float("nan"))
+
+
+def score_entry(scored: Scored) -> dict[str, Any]:
+    """A score as plain data, with the answers' loss where that is not the score itself."""
+    loss = {} if scored.nll is None or scored.lower_is_better else {"nll": scored.nll.to_dict()}
+    return {**scored.score.to_dict(), **loss}
 
 
 def _shown_prompt(row: dict[str, Any]) -> dict[str, str]:

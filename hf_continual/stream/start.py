@@ -8,18 +8,18 @@ from typing import Any
 
 from accelerate import PartialState
 from filelock import FileLock
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_continual.notice import notice
-from hf_continual.stream.models import load_base, local_adapter
+from hf_continual.stream.models import load_base, local_adapter, new_adapter
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.source import Where
 from hf_continual.trainer.adapters import MERGE, MERGED, choose_way, consequence, merge_into_base
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["from_merged", "new_adapter", "said_of_start", "split_adapter"]
+__all__ = ["from_merged", "said_of_start", "split_adapter"]
 
 
 def split_adapter(plan: Plan, where: Where) -> Plan:
@@ -66,12 +66,6 @@ def split_adapter(plan: Plan, where: Where) -> Plan:
     if not model.adapter:
         split["revision"] = config.revision
     return plan.model_copy(update={"model": model.model_copy(update=split)})
-
-
-def new_adapter(plan: Plan) -> LoraConfig | None:
-    """The adapter that a plan's tasks add, None where they train weights or an adapter that is there."""
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
-    return None if plan.peft is None else LoraConfig(**options)
 
 
 def said_of_start(plan: Plan) -> str | None:

@@ -157,9 +157,7 @@ class OutputSums:
         for size, modules in self._alike:
             rows_LO = sums[start : start + size * len(modules)].view(len(modules), size)
             start += size * len(modules)
-            members = [
-                (w, row) for m, row in zip(modules, range(len(modules)), strict=True) for w in self._by_module[m]
-            ]
+            members = [(w, row) for row, m in enumerate(modules) for w in self._by_module[m]]
             yield [w for w, _ in members], rows_LO[[row for _, row in members]]
 
     def clear(self) -> None:

@@ -623,7 +623,7 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
         ({"importance": {"inner": "a"}}, ValueError, "the key 'inner'"),
         ({"importance": "x", "rule": "sum"}, ValueError, "rule='sum' is not known.*task_arithmetic"),
         ({"importance": "x", "scope": "row"}, ValueError, "scope='row'"),
-        ({"importance": "x", "top_share": 0}, ValueError, "share=0 must lie in"),
+        ({"importance": "x", "top_share": 0}, ValueError, r"kif\(top_share=0\) must lie between 0 and 1"),
         ({"importance": "x", "old_from": "else"}, ValueError, "old_from='else'"),
         ({"importance": "x", "old_from": "new"}, ValueError, "there is no old="),
         (

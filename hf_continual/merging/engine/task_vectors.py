@@ -7,35 +7,40 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hf_continual.bounds import between
 from hf_continual.merging.engine.room import Room
 
 
-def check_density(density: float) -> None:
-    """Refuse what is no share."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density}: it is a share, above 0 and at most 1.")
+def check_density(owner: str, density: float) -> None:
+    """Refuse a density that is not a share."""
+    between(owner, "density", density, 0, 1, "]", "It is the share of the changes that is kept.")
 
 
-def scales_for(scale: float | Sequence[float], number: int) -> tuple[float, ...]:
+def scales_for(scale: float | Sequence[float], number: int, key: str = "scale") -> tuple[float, ...]:
     """One coefficient per model.
 
     Args:
         scale: One for all, or one each.
         number: How many models there are.
+        key: The option that they are given as.
 
     Returns:
         The coefficients.
 
     Raises:
-        ValueError: If their number is wrong or one is not finite.
+        TypeError: If they are not numbers.
+        ValueError: If there are too many or too few, or one is not finite.
     """
-    scales = (float(scale),) * number if isinstance(scale, int | float) else tuple(float(s) for s in scale)
+    given = scale if isinstance(scale, Sequence) and not isinstance(scale, str) else (scale,) * number
+    if any(isinstance(s, bool) or not isinstance(s, int | float) for s in given):
+        raise TypeError(f"{key}={scale!r}: give a number, or a list of one for each model.")
+    scales = tuple(float(s) for s in given)
     if len(scales) != number:
         raise ValueError(
-            f"scale={list(scales)} has {len(scales)} numbers for {number} models. Give one, or one for each."
+            f"{key}={list(scales)} has {len(scales)} numbers for {number} models. Give one, or one for each."
         )
     if not all(abs(s) < float("inf") for s in scales):
-        raise ValueError(f"scale={list(scales)}: all must be finite.")
+        raise ValueError(f"{key}={list(scales)}: all must be finite.")
     return scales
 
 

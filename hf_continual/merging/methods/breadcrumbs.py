@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from hf_continual.bounds import number
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
@@ -89,6 +90,8 @@ class Breadcrumbs(MergeMethod):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        number(self.name, "density", self.density)
+        number(self.name, "outliers", self.outliers)
         if not (0 < self.density and 0 <= self.outliers and self.density + self.outliers <= 1):
             raise ValueError(
                 f"density={self.density} and outliers={self.outliers}: both are shares of the same changes, with a sum of at most 1."

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_continual.bounds import whole_number
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import scales_for
@@ -95,8 +96,7 @@ class Consensus(MergeMethod):
 
     def __post_init__(self) -> None:
         scales_for(self.scale, 1)
-        if isinstance(self.agree, bool) or not isinstance(self.agree, int) or self.agree < 1:
-            raise ValueError(f"agree={self.agree!r}: it is a number of models, 1 or more.")
+        whole_number(self.name, "agree", self.agree, unit="models")
 
     def check(self, models: Models) -> None:
         """A selectivity per model, and not more models that must agree than there are."""
@@ -107,10 +107,7 @@ class Consensus(MergeMethod):
             raise ValueError(f"agree={self.agree} of {number} models: nothing would be kept. Give at most {number}.")
 
     def _selectivity(self, number: int) -> tuple[float, ...]:
-        try:
-            return scales_for(self.selectivity, number)
-        except ValueError as error:
-            raise ValueError(str(error).replace("scale=", "selectivity=", 1)) from None
+        return scales_for(self.selectivity, number, "selectivity")
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
         """The same rule for every tensor."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from hf_continual.bounds import whole_number
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.dropping import dropped
 from hf_continual.merging.engine.passes import Passes
@@ -130,7 +131,8 @@ class Dare(MergeMethod):
     from_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_density(self.name, self.density)
+        whole_number(self.name, "seed", self.seed, least=0)
 
     def check(self, models: Models) -> None:
         """One scale, or one per model."""
@@ -172,7 +174,8 @@ class DareTies(MergeMethod):
     from_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_density(self.name, self.density)
+        whole_number(self.name, "seed", self.seed, least=0)
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:

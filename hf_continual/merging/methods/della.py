@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_continual.bounds import number, whole_number
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.dropping import bits_at
 from hf_continual.merging.engine.passes import Passes
@@ -164,6 +165,9 @@ class Della(MergeMethod):
     from_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        number(self.name, "density", self.density)
+        number(self.name, "epsilon", self.epsilon)
+        whole_number(self.name, "seed", self.seed, least=0)
         least, most = self.density - self.epsilon / 2, self.density + self.epsilon / 2
         if not (self.epsilon >= 0 and 0 < least and most <= 1):
             raise ValueError(

@@ -117,7 +117,7 @@ class FAPM(MergeMethod):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_density(self.name, self.density)
 
     def check(self, models: Models) -> None:
         """One scale, or one per model."""

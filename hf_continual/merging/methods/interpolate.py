@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_continual.bounds import number
 from hf_continual.durable import read_json, write_json
 from hf_continual.merging.engine.average import Average
 from hf_continual.merging.engine.passes import Passes
@@ -53,7 +54,8 @@ class Interpolate(MergeMethod):
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float) or not abs(self.alpha) < float("inf"):
+        number(self.name, "alpha", self.alpha)
+        if not abs(self.alpha) < float("inf"):
             raise ValueError(f"alpha={self.alpha!r}: give a finite number, 0 for the base and 1 for the tuned model.")
 
     def prepare(self, models: Models, passes: Passes) -> Rules:

@@ -37,7 +37,8 @@ def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...
         The weights divided by their sum.
 
     Raises:
-        ValueError: If their number or their sum is wrong.
+        TypeError: If they are not numbers.
+        ValueError: If there are too many or too few, or their sum is not positive.
     """
     if weights is None:
         return (1.0 / number,) * number
@@ -45,6 +46,8 @@ def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...
         raise ValueError(
             f"weights={list(weights)!r} has {len(weights)} numbers for {number} models. Give one for each."
         )
+    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
+        raise TypeError(f"weights={list(weights)!r}: give numbers, one for each model.")
     total = float(sum(weights))
     if not total > 0 or total == float("inf"):
         raise ValueError(

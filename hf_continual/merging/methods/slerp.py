@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_continual.bounds import between
 from hf_continual.merging.engine.average import Average
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.task_vectors import cosine
@@ -96,8 +97,7 @@ class Slerp(MergeMethod):
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t <= 1:
-            raise ValueError(f"t={self.t}: it is a share of the way, 0 for the first model and 1 for the second.")
+        between(self.name, "t", self.t, 0, 1, "[]", "It is a share of the way: 0 is the first model, 1 the second.")
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
         """One pass for the angle of each tensor."""

@@ -6,11 +6,11 @@ Importing this module imports no method. A new one is one row here and one file 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from hf_continual.merging.protocol import MergeMethod
 from hf_continual.named import did_you_mean, imported
+from hf_continual.plain import hyper_parameters
 
 MERGES: dict[str, str] = {
     "recall": "hf_continual.merging.methods.recall.method:Recall",
@@ -77,7 +77,7 @@ def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeM
     if not isinstance(method, str):
         raise TypeError(f"method={method!r}: give a name such as 'ties', or a MergeMethod.")
     cls = merge_class(method)
-    known = [f.name for f in fields(cls) if f.init]
+    known = hyper_parameters(cls)
     if unknown := [k for k in options if k not in known]:
         hint = did_you_mean(unknown[0], known)
         raise TypeError(

@@ -90,7 +90,7 @@ class Ties(MergeMethod):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_density(self.name, self.density)
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from hf_continual.bounds import between, whole_number
 from hf_continual.merging.engine.chunks import OutputTensor
 from hf_continual.merging.engine.job import digest_of
 from hf_continual.merging.engine.options import Output
@@ -36,7 +37,7 @@ from hf_continual.merging.methods.kif.scores import (
 )
 from hf_continual.paper import Paper
 from hf_continual.tensors.fusion import WEIGHTS
-from hf_continual.tensors.importance import Order, Scope, share_rank
+from hf_continual.tensors.importance import Order, Scope
 
 PathLike = str | os.PathLike[str]
 Importance = PathLike | Mapping[str, PathLike] | tuple[PathLike, PathLike] | None
@@ -121,15 +122,12 @@ class Kif(MergeMethod):
             if (value := getattr(self, key)) not in known:
                 hint = " Without identification it is task_arithmetic(scale=1)." if value == "sum" else ""
                 raise ValueError(f"{key}={value!r} is not known; there are {', '.join(known)}.{hint}")
-        share_rank(1, self.top_share)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature!r} must be above 0.")
+        between(self.name, "top_share", self.top_share, 0, 1, "]")
+        between(self.name, "temperature", self.temperature, 0, float("inf"))
         for key in ("beta1", "beta2"):
-            if not 0 < getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)!r} must lie between 0 and 1.")
+            between(self.name, key, getattr(self, key), 0, 1)
         for key in ("batch_size", "max_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: at least 1 is needed.")
+            whole_number(self.name, key, getattr(self, key))
 
     def open(
         self, models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] | None, output: Output

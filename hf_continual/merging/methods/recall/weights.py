@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.structure import EMBED, FINAL
 from hf_continual.merging.methods.recall.similarity import layer_weights
@@ -31,13 +32,14 @@ def check_choices(calibration: Any, choices: Mapping[str, Any], with_base: bool,
         ValueError: If a choice is impossible or the calibration is missing.
     """
     mode = choices["calibration_mode"]
-    if mode not in ("data", "self"):
-        raise ValueError(f"calibration_mode={mode!r}: it can be 'data' or 'self'.")
+    one_of("recall", "calibration_mode", mode, ("data", "self"))
+    one_of("recall", "reference", choices["reference"], ("anchor", "all_pairs"))
     for name in ("num_typical", "pool_size", "max_length"):
-        if choices[name] < 1:
-            raise ValueError(f"{name}={choices[name]}: at least 1 is needed.")
-    if choices["reference"] not in ("anchor", "all_pairs"):
-        raise ValueError(f"reference={choices['reference']!r}: it can be 'anchor' or 'all_pairs'.")
+        whole_number("recall", name, choices[name])
+    whole_number("recall", "seed", choices["seed"], least=0)
+    between(
+        "recall", "temperature", choices["temperature"], 0, float("inf"), note="Smaller values sharpen the weights."
+    )
     layer_weights(np.zeros((1, 1, 1, 1)), 0, choices["bandwidth"], choices["temperature"])
     _nonblock(choices["nonblock"], [1.0], 0, with_base)
     if mode == "data" and calibration is None and not dry_run:
