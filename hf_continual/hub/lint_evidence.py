@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import DamagedFile, read_json, read_lines
+from hf_continual.evaluation.files import SCORES, file_name, predictions_file
 from hf_continual.hub.facts import RESULTS, Evaluation
 from hf_continual.intervals import figure_intervals, is_share
 
-SCORES = Path("continual") / "scores.json"
 BASE = "base"
 _FIGURES = {
     "op": "overall_performance",
@@ -51,9 +51,8 @@ class Moment:
 
     def rows(self, task: str) -> list[dict[str, Any]] | None:
         """The predictions of this moment on a task; None where they are not there."""
-        file = self.folder.parent / "predictions" / f"{self.folder.name}.{task.replace(' ', '-')}.jsonl"
         try:
-            lines = read_lines(file)
+            lines = read_lines(predictions_file(self.folder.parent, self.folder.name, task))
         except (FileNotFoundError, DamagedFile):
             return None
         return lines if lines and all(isinstance(line.get("score"), int | float) for line in lines) else None
@@ -95,7 +94,7 @@ def _moments(evaluation: Evaluation, folder: Path) -> list[Moment | None]:
     places = [here.parent / BASE, here.parent.parent / BASE]  # a sweep's runs share one
     found.append(next((_moment(BASE, place, here) for place in places if (place / SCORES).is_file()), None))
     for task in evaluation.tasks[: len(evaluation.matrix) - 1]:
-        pattern = re.compile(rf"task-\d+-{re.escape(task.replace(' ', '-'))}")
+        pattern = re.compile(rf"task-\d+-{re.escape(file_name(task))}")
         own = [p for p in sorted(here.parent.glob("task-*")) if pattern.fullmatch(p.name) and (p / SCORES).is_file()]
         found.append(_moment(task, own[0], here) if len(own) == 1 else None)
     last = evaluation.tasks[len(evaluation.matrix) - 1]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import read_lines, read_object
+from hf_continual.evaluation.files import file_name, predictions_file
 from hf_continual.paired import PairedTest, paired_test
 from hf_continual.stream.results import RESULTS, row_values
-from hf_continual.stream.scores import file_name, predictions_file, read_stage
+from hf_continual.stream.scores import read_stage
 
 
 def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, PairedTest]:

@@ -18,10 +18,11 @@ from accelerate.utils import broadcast_object_list
 
 from hf_continual import stopping
 from hf_continual.durable import DamagedFile, read_checked, write_checked
+from hf_continual.evaluation.files import SCORES
 from hf_continual.evaluation.result import Scored
 from hf_continual.metrics import AccuracyMatrix
 from hf_continual.stream.saved import changed_files, saved_files
-from hf_continual.stream.scores import PARTIAL, SCORES, keep_score, read_scores, read_stage
+from hf_continual.stream.scores import PARTIAL, keep_score, read_scores, read_stage
 from hf_continual.tasks import Task, TaskStream
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ import inspect
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_continual.data.handover import bring_along
 from hf_continual.durable import write_lines
+from hf_continual.evaluation.files import SCORES
 from hf_continual.evaluation.result import Scored
 from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import merge_class
 from hf_continual.named import imported
-from hf_continual.plain import is_plain
+from hf_continual.plain import hyper_parameters, is_plain
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
 from hf_continual.stream.models import is_adapter, load_finished, load_for_training
 from hf_continual.stream.prepare import Prepared
-from hf_continual.stream.scores import SCORES, keep_error
+from hf_continual.stream.scores import keep_error
 from hf_continual.tasks import Task
 from hf_continual.trainer.state import last_complete_checkpoint
 from hf_continual.trainer.trainer import ContinualTrainer
@@ -212,7 +212,7 @@ def find_merge(name: Any) -> tuple[Callable[..., Any], set[str]]:
         found = f"{found.__module__}:{found.__qualname__}"
     if not isinstance(found, str):
         return found, set(inspect.signature(found).parameters)
-    return partial(merge, found), {"base", *(f.name for f in fields(merge_class(found)) if f.init)}
+    return partial(merge, found), {"base", *hyper_parameters(merge_class(found))}
 
 
 def _copy_files(source: Path, target: Path) -> None:

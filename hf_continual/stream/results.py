@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import read_lines
+from hf_continual.evaluation.files import predictions_file
 from hf_continual.evaluation.result import Score
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.prepare import Prepared
-from hf_continual.stream.scores import predictions_file, read_stage
+from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
 
 RESULTS = "continual_results.json"

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.durable import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
+from hf_continual.evaluation.files import SCORES, predictions_file
 from hf_continual.evaluation.prompts import prompt_hash, prompt_text
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.tasks import Task, TaskStream
 
 logger = logging.getLogger(__name__)
 
-SCORES = Path("continual") / "scores.json"
-PREDICTIONS = "predictions"
 PARTIAL = ".partial"
 
 
@@ -87,16 +86,6 @@ def _sum(entry: dict[str, Any], predictions: Path) -> str:
     if entry.get("status") == "MEASURED":
         rests_on = hashlib.sha256(predictions.read_bytes()).hexdigest() if predictions.is_file() else "missing"
     return checksum({"score": entry, "predictions": rests_on})
-
-
-def predictions_file(output_dir: Path, stage: str, task: str) -> Path:
-    """Where the predictions of a moment on a task are kept."""
-    return output_dir / PREDICTIONS / f"{stage}.{file_name(task)}.jsonl"
-
-
-def file_name(task: str) -> str:
-    """A task's or gauge's name as it is part of the names of files."""
-    return task.replace(" ", "-")
 
 
 def _predictions_of(folder: Path, task: str) -> Path:
