@@ -44,7 +44,6 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
 for verb in (push, demo):
     app.command()(verb)
 app.add_typer(card, name="card")
-VERBS = app
 DEBUG = {"on": False}
 
 
@@ -68,7 +67,7 @@ def options(
 def _said(error: Exception) -> str:
     """The message of an error; of one that this library does not raise itself, also where it came from."""
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
-        return in_flags(str(error), flags_of(typer.main.get_command(VERBS), sys.argv[1:]))
+        return in_flags(str(error), flags_of(typer.main.get_command(app), sys.argv[1:]))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
