@@ -73,6 +73,13 @@ def _said(error: Exception) -> str:
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
 
 
+def _leave_processes() -> None:
+    """End the process group, which joins its threads: an exit while they run may abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     """Run the command line.
 
@@ -85,6 +92,10 @@ def main() -> None:
     try:
         with stopping.listening("The same command resumes."):
             app()
+    except SystemExit as ended:
+        if ended.code in (None, 0, stopping.EXIT_CODE):  # all processes of the run get here
+            _leave_processes()
+        raise
     except Exception as error:
         if DEBUG["on"]:
             raise

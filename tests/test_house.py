@@ -131,7 +131,7 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
 def test_plans_run_on_the_toy_world(plan, tmp_path, monkeypatch):
     from hf_continual import train_stream
-    from hf_continual.stream.read import read_plan
+    from hf_continual.stream.read_plan import read_plan
     from tests import toy
     from tests.stream import world
 

@@ -17,13 +17,13 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    from hf_continual.methods.compose import stations
+    from hf_continual.methods.compose import hooks
     from hf_continual.methods.table import TABLE, method_class
 
     classes = {name: method_class(name) for name in TABLE}
     if as_json:
         listed = [
-            {"name": name, "class": cls.__name__, "acts_on": stations(cls), "paper": cls.paper and cls.paper.url}
+            {"name": name, "class": cls.__name__, "acts_on": hooks(cls), "paper": cls.paper and cls.paper.url}
             for name, cls in classes.items()
         ]
         sys.stdout.write(json.dumps(listed, indent=1) + "\n")
@@ -34,5 +34,5 @@ def methods(
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "class", "paper"))
     for name, cls in classes.items():
         cited = "" if cls.paper is None else (cls.paper.url or "").removeprefix("https://")
-        table.add_row(name, cls.__name__, ", ".join(stations(cls)), cited)
+        table.add_row(name, cls.__name__, ", ".join(hooks(cls)), cited)
     Console().print(table)

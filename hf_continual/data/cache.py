@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hf_continual.data.together import from_first
+from hf_continual.data.distributed import from_first
 from hf_continual.disk import FULL, CannotWrite, free_space, size
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.data.kept import (
     AGAIN,
     FOLDER,
@@ -30,7 +31,6 @@ from hf_continual.data.kept import (
     file_facts,
     weight_files,
 )
-from hf_continual.durable import read_json, write_json
 
 __all__ = [
     "FOLDER",

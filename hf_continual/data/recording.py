@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_continual.atomic_files import write_text
 from hf_continual.data.cache import cannot_write, locked
 from hf_continual.data.digest import DIGEST, empty_digest, seal, whole_by_digest
+from hf_continual.data.distributed import all_well, from_first, gathered, world
 from hf_continual.data.spill import Keeping, Spill
-from hf_continual.data.together import all_well, from_first, gathered, world
-from hf_continual.durable import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from hf_continual.durable import DamagedFile, parse_json, shown
+from hf_continual.atomic_files import DamagedFile, parse_json, shown
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _FLOAT = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 
-from hf_continual.durable import shown
+from hf_continual.atomic_files import shown
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
+from hf_continual.atomic_files import DamagedFile
 from hf_continual.data.row_files import READERS, FileRows, read_row_file
 from hf_continual.data.row_values import TEXTUAL, check_values
-from hf_continual.durable import DamagedFile
 from hf_continual.paths import is_path
 
-# What a plan puts in place of these; see `hf_continual.stream.earlier`.
+# What a plan puts in place of these; see `hf_continual.stream.past_rows`.
 OF_A_PLAN = ("earlier_tasks", "kept")
 
 

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_continual.data.together import world
+from hf_continual.data.distributed import world
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
+from hf_continual.atomic_files import read_object
 from hf_continual.demo.arm import TASKS, Settings
-from hf_continual.durable import read_object
 from hf_continual.hub.damaged import loading
 from hf_continual.metrics import AccuracyMatrix
 from hf_continual.plots import plot_forgetting

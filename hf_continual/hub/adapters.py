@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_json, write_json
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.hub.folder_facts import ADAPTER
 from hf_continual.hub.refs import ModelRef, is_hub_id, model_ref
 

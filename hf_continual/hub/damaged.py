@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from hf_continual.durable import DamagedFile, read_object
+from hf_continual.atomic_files import DamagedFile, read_object
 from hf_continual.paths import check_is_there
 from hf_continual.tensors.weight_files import weight_map
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_continual.durable import DamagedFile, read_json, write_json, write_text
+from hf_continual.atomic_files import DamagedFile, read_json, write_json, write_text
 from hf_continual.hub.card import render_card
 from hf_continual.hub.facts import CONFIG, RESULTS, CardFacts, MergeFacts
 from hf_continual.hub.folder_facts import evaluation_to, with_learned

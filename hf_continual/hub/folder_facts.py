@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_continual.atomic_files import read_json
 from hf_continual.data import handover
-from hf_continual.durable import read_json
 from hf_continual.hub.facts import (
     CONFIG,
     RESULTS,

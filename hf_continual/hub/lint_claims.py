@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_json, read_object
+from hf_continual.atomic_files import read_json, read_object
 from hf_continual.hub.facts import CONFIG, RESULTS, Evaluation
 from hf_continual.hub.folder_facts import evaluation_from
 from hf_continual.hub.lint_metadata import Rule

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import DamagedFile, read_json, read_lines
+from hf_continual.atomic_files import DamagedFile, read_json, read_lines
 from hf_continual.evaluation.files import SCORES, file_name, predictions_file
 from hf_continual.hub.facts import RESULTS, Evaluation
 from hf_continual.intervals import figure_intervals, is_share

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.hub.card import render_card
 from hf_continual.hub.facts import CONFIG, RESULTS, Evaluation
 from hf_continual.hub.folder_facts import evaluation_from, read_facts

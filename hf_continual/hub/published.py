@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import DamagedFile, read_json, write_json
+from hf_continual.atomic_files import DamagedFile, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

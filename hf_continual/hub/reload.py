@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hf_continual.durable import read_json
+from hf_continual.atomic_files import read_json
 from hf_continual.hub.folder_facts import is_adapter
 
 

@@ -11,7 +11,7 @@ from hf_continual.merging.engine.options import Output
 from hf_continual.merging.engine.result import MergeResult
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import build_merge
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 
 
 def merge(

@@ -1,7 +1,7 @@
 """The protocol: what a continual-learning method is, and all that it may see of a run.
 
-A method overrides two or three *stations* of the calls below; every default does nothing.
-Stations add or edit, they never replace: rows are added, loss terms are added, gradients and
+A method overrides two or three *hooks* of the calls below; every default does nothing.
+Hooks add or edit, they never replace: rows are added, loss terms are added, gradients and
 weights are edited in place in list order, and at most one method brings an optimizer.
 
 Shapes carry a suffix wherever two axes or more matter:
@@ -184,11 +184,11 @@ class Method:
         return 0
 
     def replay(self, run: Run) -> ReplayRows | None:
-        """Station 1: rows to mix into training."""
+        """Hook 1: rows to mix into training."""
         return None
 
     def prepare_model(self, model: nn.Module, task: Task) -> None:
-        """Station 2: surgery on the model, before any wrapper and before the optimizer exists."""
+        """Hook 2: surgery on the model, before any wrapper and before the optimizer exists."""
 
     def load_task_state(self, state: State, run: Run) -> None:
         """Take over what the method left when the task before ended; see `task_state`.
@@ -212,31 +212,31 @@ class Method:
         return rows
 
     def optimizer(self, run: Run) -> OptimizerChoice | None:
-        """Station 3: an optimizer in place of the configured one; at most one method brings one."""
+        """Hook 3: an optimizer in place of the configured one; at most one method brings one."""
         return None
 
     def begin_task(self, run: Run) -> None:
         """Everything is wrapped, loaded and about to start."""
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """Station 4: scalars to add to the loss of this micro-batch, means over it, by log name."""
+        """Hook 4: scalars to add to the loss of this micro-batch, means over it, by log name."""
         return {}
 
     def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
-        """Station 5: change `.grad` in place, after accumulation and clipping, before the step."""
+        """Hook 5: change `.grad` in place, after accumulation and clipping, before the step."""
 
     def after_step(self, run: Run) -> None:
-        """Station 6a: the weights have moved and the clipped gradients are still there.
+        """Hook 6a: the weights have moved and the clipped gradients are still there.
 
         Here and in `end_step` weights may be edited in place, under ``torch.no_grad()`` and not through ``.data``: an
         optimizer that keeps residuals of weights in low precision must see the edit, and drops them.
         """
 
     def end_step(self, run: Run) -> None:
-        """Station 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""
+        """Hook 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""
 
     def end_task(self, run: Run) -> None:
-        """Station 7: training of this task is over."""
+        """Hook 7: training of this task is over."""
 
     def renew(self) -> None:
         """Be as it was built: a method that is given to another trainer takes nothing along that it learned in the last."""

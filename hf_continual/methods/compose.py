@@ -30,8 +30,8 @@ STATIONS = {
 }
 
 
-def stations(method: type[Method]) -> list[str]:
-    """The stations that a method overrides, in the order in which a step meets them."""
+def hooks(method: type[Method]) -> list[str]:
+    """The hooks that a method overrides, in the order in which a step meets them."""
     names = [title for call, title in STATIONS.items() if overrides(method, call)]
     return list(dict.fromkeys(names))
 

@@ -155,7 +155,7 @@ class EWC(Method):
     """Hold weights that mattered to earlier tasks near where those tasks left them.
 
     Idea: a weight that the old tasks' likelihood depends on moves at a price, the others are free.
-    Stations: gradients, task end. Cost: one elementwise pass over the trainable weights per step; when the task ends
+    Hooks: gradients, task end. Cost: one elementwise pass over the trainable weights per step; when the task ends
     one forward and backward pass over its rows (`rows` limits it).
     Relations: with LoRA, F and theta* are those of the adapter's factors: the diagonal form of LaLoRA. A new adapter
     (``between_tasks: new_adapter``) has no earlier weights, so nothing is held. RecAdam pulls all weights alike.

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_continual.bounds import one_of, whole_number
-from hf_continual.data.together import from_first
+from hf_continual.data.distributed import from_first
 from hf_continual.methods.base import Method, Run
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
@@ -95,7 +95,7 @@ class FreezeLayers(Method):
 
     Idea: early steps of a new task overwrite the bottom layers and misalign what lies above; frozen
     bottom layers keep old tasks readable, and the upper blocks have room enough to learn the new one.
-    Stations: model surgery. Cheaper than plain fine-tuning: no backward pass, gradients or optimizer
+    Hooks: model surgery. Cheaper than plain fine-tuning: no backward pass, gradients or optimizer
     state below the first trainable block, with gradient checkpointing too.
     Relations: composes with everything. With LoRA it means no adapters below; tokens that the adapter names in
     `trainable_token_indices` stay trainable.

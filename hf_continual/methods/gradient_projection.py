@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from hf_continual import stopping
 from hf_continual.bounds import between, one_of, whole_number
-from hf_continual.data.together import from_first
+from hf_continual.data.distributed import from_first
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.unfinished import Unfinished
 from hf_continual.paper import Paper
@@ -72,7 +72,7 @@ class GradientProjection(Method):
     """Learn without moving along the direction in which every run of the task would set out.
 
     Idea: what the first steps on a new task have in common undoes the alignment of old tasks, and the task can be learnt
-    without it. Stations: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over the
+    without it. Hooks: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over the
     projected weights per step. Adam's division by its second moment turns a step away from its gradient, so that weights may
     move a little along the direction; with SGD they do not.
     Relations: FreezeLayers and a short first task are the paper's cheaper remedies, TaskVector its correction afterwards.

@@ -66,7 +66,7 @@ class MIGU(Method):
     """Update only the rows of each weight whose output neurons respond most to the batch.
 
     Idea: which neurons respond tells which belong to a task, without labels of tasks and without old rows.
-    Stations: loss terms (reads the forward pass), gradients. Cost: one reduction over the outputs of each linear layer
+    Hooks: loss terms (reads the forward pass), gradients. Cost: one reduction over the outputs of each linear layer
     and forward pass, a selection per step; no forward pass of its own.
     Relations: nothing is kept of earlier tasks, so it adds to replay, EWC or O-LoRA. AdamW's momentum and weight decay go
     on in masked rows, as in the paper. Composes with everything.

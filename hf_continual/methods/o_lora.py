@@ -70,7 +70,7 @@ class OLoRA(Method):
     """Learn each task with a new adapter, in directions orthogonal to those of earlier tasks.
 
     Idea: an adapter whose A is orthogonal to the earlier ones' does not change what they read.
-    Stations: gradients, task end. Cost: two thin products per adapted layer and step.
+    Hooks: gradients, task end. Cost: two thin products per adapted layer and step.
     Relations: ``weight=0`` is IncLoRA, a new adapter per task and nothing else (``incremental=True`` says so).
     Needs a new adapter in each task: ``between_tasks: new_adapter`` in a plan, ``ContinualTrainer(model=ADAPTER_FOLDER,
     peft_config=...)`` in a script, or a base into which earlier adapters were merged. The saved model is one plain

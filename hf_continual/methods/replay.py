@@ -36,7 +36,7 @@ class Replay(Method):
     """Mix rows of old tasks or general text into training.
 
     Idea: the loss on what was learnt before stays part of what is minimised.
-    Stations: rows. Rows are added to the task's micro-batches, so a step costs their share more.
+    Hooks: rows. Rows are added to the task's micro-batches, so a step costs their share more.
     Relations: `GeRe` adds a constraint on hidden states to general rows. Composes with everything.
     Differs from common implementations: the share is counted in tokens and held under packing,
     accumulation and several processes, and a resumed run draws the very rows it would have drawn.

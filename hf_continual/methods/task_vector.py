@@ -40,7 +40,7 @@ class TaskVector(Method):
     """Subtract part of what the first part of the run did from the trained weights.
 
     Idea: the early movement is what every run on the task shares and what old tasks suffer from; the late movement is the
-    task. Stations: after step, task end. Cost: one copy of the trainable weights to main memory, at the start and at step e.
+    task. Hooks: after step, task end. Cost: one copy of the trainable weights to main memory, at the start and at step e.
     Relations: GradientProjection keeps weights from moving that way in the first place. It acts in every task that it is
     given to. Methods that come later in the list see the edited weights when the task ends. Composes with everything.
 

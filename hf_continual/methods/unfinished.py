@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_continual.atomic_files import checksum
+from hf_continual.data.distributed import from_first
 from hf_continual.data.rows import digest_of
-from hf_continual.data.together import from_first
-from hf_continual.durable import checksum
 from hf_continual.methods.run import Run
 from hf_continual.tensors.identity import sample_of
 

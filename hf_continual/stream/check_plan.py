@@ -11,7 +11,7 @@ from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
 from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
 from hf_continual.stream.plan import Plan
-from hf_continual.stream.source import Key, Where
+from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
 
 # What a plan sets itself, and where.
@@ -33,7 +33,7 @@ def check_plan(plan: Plan, where: Where) -> None:
     _check_methods(plan, where)
     _check_paths(plan, where)
     if plan.memory == "forbidden" or _asks_for_kept(plan):
-        from hf_continual.stream.earlier import check_memory  # imports datasets
+        from hf_continual.stream.past_rows import check_memory  # imports datasets
 
         check_memory(plan, where)
 

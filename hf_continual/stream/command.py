@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from hf_continual.stream.plan import Plan
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import Where
+from hf_continual.stream.plan_lines import Where
+from hf_continual.stream.read_plan import read_plan
 
 if TYPE_CHECKING:
     from hf_continual.stream.prepare import Prepared
@@ -104,7 +104,7 @@ def set_up(quiet: bool, as_json: bool) -> Console:
 
 def _ready(read: Plan, where: Where, only: str | None) -> list[tuple[str, Prepared]]:
     from hf_continual.stream.prepare import prepare
-    from hf_continual.stream.run import check_merge
+    from hf_continual.stream.run_plan import check_merge
     from hf_continual.stream.sweep import prepare_sweep
 
     check_merge(read, where)

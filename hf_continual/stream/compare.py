@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_lines, read_object
+from hf_continual.atomic_files import read_lines, read_object
 from hf_continual.evaluation.files import file_name, predictions_file
 from hf_continual.paired import PairedTest, paired_test
 from hf_continual.stream.results import RESULTS, row_values

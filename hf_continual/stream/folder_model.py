@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_continual.paths import check_is_there
 from hf_continual.stream.plan import ModelPlan
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.plan_lines import PlanError
 
 WEIGHTS = ("config.json", "adapter_config.json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

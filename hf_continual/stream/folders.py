@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_continual import stopping
-from hf_continual.durable import DamagedFile, read_checked, write_checked
+from hf_continual.atomic_files import DamagedFile, read_checked, write_checked
 from hf_continual.evaluation.files import SCORES
 from hf_continual.evaluation.result import Scored
 from hf_continual.metrics import AccuracyMatrix

@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from hf_continual.atomic_files import write_lines
 from hf_continual.data.handover import bring_along
-from hf_continual.durable import write_lines
 from hf_continual.evaluation.files import SCORES
 from hf_continual.evaluation.result import Scored
 from hf_continual.merging.merge import merge

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hf_continual.paths import ROW_SUFFIXES
-from hf_continual.stream.source import Key, PlanError, PlanLoader, Where
+from hf_continual.stream.plan_lines import Key, PlanError, PlanLoader, Where
 
 SHORT = {"output": "output_dir"}
 # Entries that are names: YAML reads `on`, `no` and `1e3` as something else.

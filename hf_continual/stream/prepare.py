@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from hf_continual.atomic_files import read_lines
 from hf_continual.data.biography import biography_rows
 from hf_continual.data.buffer import Memory
 from hf_continual.data.columns import check_columns, cut_prompts, map_columns, take, without_options
 from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_lines
 from hf_continual.evaluation.files import file_name
 from hf_continual.evaluation.table import Scorer, build_scorer, check_answers, columns_of, with_labels
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods, check_heirs, kind_of, overrides
 from hf_continual.methods.table import build_methods
-from hf_continual.stream.earlier import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.models import load_tokenizer
+from hf_continual.stream.past_rows import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
-from hf_continual.stream.source import Key, PlanError, Where
+from hf_continual.stream.plan_lines import Key, PlanError, Where
 from hf_continual.stream.start import split_adapter
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
 from hf_continual.trainer.config import ContinualConfig

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_lines
+from hf_continual.atomic_files import read_lines
 from hf_continual.evaluation.files import predictions_file
 from hf_continual.evaluation.result import Score
 from hf_continual.intervals import figure_intervals

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hf_continual.durable import DamagedFile, checksum, read_object
+from hf_continual.atomic_files import DamagedFile, checksum, read_object
 from hf_continual.hub.folder_facts import ADAPTER
 
 # What a push writes into an adapter's configuration: where its base is, not what the adapter is.

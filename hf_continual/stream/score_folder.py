@@ -10,7 +10,7 @@ import yaml
 
 from hf_continual.paths import check_rows_there
 from hf_continual.stream.folder_model import model_of
-from hf_continual.stream.source import PlanError, PlanLoader
+from hf_continual.stream.plan_lines import PlanError, PlanLoader
 
 
 def score_from_command(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_continual.atomic_files import write_lines
 from hf_continual.data.columns import check_columns, take
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import write_lines
 from hf_continual.evaluation.table import build_scorer, columns_of, with_labels
 from hf_continual.stream.models import load_finished, load_tokenizer
 from hf_continual.stream.plan import ModelPlan, Plan, TaskPlan
+from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.scores import prediction_lines, score_entry
-from hf_continual.stream.source import Where
 from hf_continual.stream.start import split_adapter
 
 

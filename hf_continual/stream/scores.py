@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
+from hf_continual.atomic_files import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
 from hf_continual.evaluation.files import SCORES, predictions_file
 from hf_continual.evaluation.prompts import prompt_hash, prompt_text
 from hf_continual.evaluation.result import RowScore, Scored

@@ -13,8 +13,8 @@ import yaml
 
 from hf_continual.stream.overrides import override
 from hf_continual.stream.plan import Plan
-from hf_continual.stream.read import check_read
-from hf_continual.stream.source import Key, PlanError, PlanLoader, Where, read_yaml
+from hf_continual.stream.plan_lines import Key, PlanError, PlanLoader, Where, read_yaml
+from hf_continual.stream.read_plan import check_read
 
 # Entries of the file or the command -> their place in a plan; every other one is a training argument.
 PLACES: dict[str, tuple[Key, ...]] = {

@@ -14,7 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_continual.notice import notice
 from hf_continual.stream.models import load_base, local_adapter, new_adapter
 from hf_continual.stream.plan import Plan
-from hf_continual.stream.source import Where
+from hf_continual.stream.plan_lines import Where
 from hf_continual.trainer.adapters import MERGE, MERGED, choose_way, consequence, merge_into_base
 
 logger = logging.getLogger(__name__)

@@ -12,17 +12,17 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_continual.durable import write_json
+from hf_continual.atomic_files import write_json
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import SUMMARY
 from hf_continual.stream.check_run import check_run
 from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
+from hf_continual.stream.plan_lines import Key, Where
+from hf_continual.stream.plan_record import keep_plan, plain_plan
 from hf_continual.stream.prepare import Prepared, prepare
-from hf_continual.stream.record import keep_plan, plain_plan
 from hf_continual.stream.results import RESULTS, StreamResult, row_scores
-from hf_continual.stream.run import check_merge, refuse_on_all, run_prepared
-from hf_continual.stream.source import Key, Where
+from hf_continual.stream.run_plan import check_merge, refuse_on_all, run_prepared
 from hf_continual.stream.sweep_files import write_sweep
 
 logger = logging.getLogger(__name__)

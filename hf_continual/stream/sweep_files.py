@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import write_text
+from hf_continual.atomic_files import write_text
 from hf_continual.metrics import SUMMARY
 from hf_continual.plots import plot_arms
 from hf_continual.stream.report import baseline, comparison_rows, legend, sweep_rows

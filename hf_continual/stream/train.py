@@ -9,11 +9,11 @@ from typing import Any
 from hf_continual import stopping
 from hf_continual.stream.check_run import check_run
 from hf_continual.stream.plan import Plan
+from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.prepare import prepare
-from hf_continual.stream.read import read_plan
+from hf_continual.stream.read_plan import read_plan
 from hf_continual.stream.results import StreamResult
-from hf_continual.stream.run import run_prepared
-from hf_continual.stream.source import Where
+from hf_continual.stream.run_plan import run_prepared
 from hf_continual.stream.sweep import run_sweep
 from hf_continual.tasks import TaskStream
 

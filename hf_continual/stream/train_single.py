@@ -10,17 +10,17 @@ from typing import Any
 
 from accelerate import PartialState
 
+from hf_continual.atomic_files import read_object, write_json
 from hf_continual.disk import writing
-from hf_continual.durable import read_object, write_json
 from hf_continual.evaluation.result import Scored
 from hf_continual.stream.check_run import check_run
 from hf_continual.stream.folders import main_decides, score_stage, wait
 from hf_continual.stream.learner import PlanLearner
 from hf_continual.stream.models import is_adapter
+from hf_continual.stream.plan_record import keep_plan, plain_plan
 from hf_continual.stream.prepare import Prepared
-from hf_continual.stream.record import keep_plan, plain_plan
 from hf_continual.stream.results import BASE_FOLDER
-from hf_continual.stream.run import refuse_on_all, with_start
+from hf_continual.stream.run_plan import refuse_on_all, with_start
 from hf_continual.stream.scores import keep_score, read_stage
 from hf_continual.tasks import Task
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ENDING = ".safetensors"

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from hf_continual.data import handover
-from hf_continual.data.together import from_first
+from hf_continual.data.distributed import from_first
 from hf_continual.hub.text import safe
 from hf_continual.methods.compose import check_heirs, overrides
 from hf_continual.tensors.identity import base_sample

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 
-from hf_continual.data.together import gathered
+from hf_continual.data.distributed import gathered
 from hf_continual.methods.compose import kind_of, overrides
 from hf_continual.methods.table import TABLE, method_class
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_continual.data.together import from_first
-from hf_continual.durable import read_json, write_json
+from hf_continual.atomic_files import read_json, write_json
+from hf_continual.data.distributed import from_first
 
 logger = logging.getLogger(__name__)
 

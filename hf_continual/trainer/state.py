@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hf_continual.data.together import from_first
-from hf_continual.durable import read_json, write_json
+from hf_continual.atomic_files import read_json, write_json
+from hf_continual.data.distributed import from_first
 from hf_continual.trainer.whole import FOLDER, MARKER, damage_of
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_continual import stopping
-from hf_continual.data.together import from_first
+from hf_continual.data.distributed import from_first
 from hf_continual.trainer.state import is_complete, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ class Agreement:
     def __init__(self) -> None:
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         self.group: Any = distributed.new_group(backend="gloo") if several and distributed.is_gloo_available() else None
-        self.said: tuple[Any, torch.Tensor] | None = None
+        # One tensor for all steps. A new one each time could be freed by gloo's thread, which then asks for Python's lock;
+        # a process that is just ending aborts over that.
+        self.flag = torch.zeros(1)
+        self.said: Any = None
 
     def stop(self) -> bool:
         """Whether to stop; all processes ask at each step."""
@@ -41,16 +44,16 @@ class Agreement:
         if self.group is None:
             return asked
         heard = self._heard()
-        flag = torch.tensor([float(asked)])
-        self.said = (distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True), flag)
+        self.flag.fill_(float(asked))
+        self.said = distributed.all_reduce(self.flag, distributed.ReduceOp.MAX, self.group, async_op=True)
         return heard
 
     def _heard(self) -> bool:
         if self.said is None:
             return False
-        (work, flag), self.said = self.said, None
-        work.wait()
-        return bool(flag.item())  # on the CPU
+        self.said.wait()
+        self.said = None
+        return bool(self.flag.item())  # on the CPU
 
     def close(self) -> None:
         """Nothing is said any more; all processes get here, or the run has failed."""

@@ -22,16 +22,16 @@ from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
 from hf_continual.trainer.collating import rows_named, tokens_counted
 from hf_continual.trainer.config import ContinualConfig, methods_of
+from hf_continual.trainer.hooks import MethodHooks
 from hf_continual.trainer.ledger import Ledger
 from hf_continual.trainer.method_rows import mixer_of
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
 from hf_continual.trainer.optimizer import check_live_optimizer, parameter_groups
 from hf_continual.trainer.publish import Publisher
-from hf_continual.trainer.run import TrainerRun
 from hf_continual.trainer.saving_trainer import SavingTrainer
 from hf_continual.trainer.start import open_start, options_used
-from hf_continual.trainer.stations import Stations
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
+from hf_continual.trainer.trainer_run import TrainerRun
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
@@ -174,7 +174,7 @@ class ContinualTrainer(SavingTrainer):
             plugin: Any = self.accelerator.state.dynamo_plugin
             compiled = plugin.backend != DynamoBackend.NO or self.args.torch_compile or is_compiled_module(self.model)
             self.tap = ForwardTap(self.run.model, self.methods.taps, compiled)
-        self.add_callback(Stations(self))
+        self.add_callback(MethodHooks(self))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the method that brings one, else SFTTrainer's."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_continual.durable import write_json
+from hf_continual.atomic_files import write_json
 
 FOLDER = "continual"
 MARKER = f"{FOLDER}/complete.json"

@@ -24,7 +24,7 @@ from hf_continual.methods.gere import activation_states
 from hf_continual.methods.gere.margin import margin
 from hf_continual.methods.gere.states import record
 from hf_continual.stream.models import load_finished
-from hf_continual.stream.read import read_plan
+from hf_continual.stream.read_plan import read_plan
 from hf_continual.tensors.reference import last_hidden
 
 ARMS = {

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from hf_continual import ContinualTrainer, kif_fuse
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.data.biography import people, questions
 from hf_continual.demo.model import embedded_model
-from hf_continual.durable import read_json, write_json
 from hf_continual.evaluation.exact_match import teacher_forced
 
 TASKS = {"cities": "birth_city", "fields": "major", "employers": "company"}

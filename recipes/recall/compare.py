@@ -21,9 +21,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_continual import train_stream
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.data.columns import cut_prompts, without_options
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_json, write_json
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
 from hf_continual.merging.methods.linear import merge_linear

@@ -29,8 +29,8 @@ from experts import Change, Workbench, change_of, states, train, weighted
 from variants import Variant, weights_by_name
 
 from hf_continual import merge_with_recall
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_json, write_json
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
 

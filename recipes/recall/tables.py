@@ -12,7 +12,7 @@ from pathlib import Path
 
 from explore import ORDERS, TASKS, Cell
 
-from hf_continual.durable import read_json
+from hf_continual.atomic_files import read_json
 
 REFERENCE = {"joint": "uniform", "single": "alpha 0.25"}
 Figures = dict[str, float]

@@ -168,3 +168,5 @@ if __name__ == "__main__":
         results[chosen] = outcome(place, MODE, chosen)
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(results, place / f"{MODE}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit beside them may abort

@@ -12,9 +12,9 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from hf_continual import train_stream
+from hf_continual.atomic_files import read_json, read_lines
 from hf_continual.data.columns import cut_prompts, without_options
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_json, read_lines
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.likelihood import answer_nll
 from hf_continual.evaluation.match import tool_calls
@@ -23,10 +23,10 @@ from hf_continual.evaluation.table import build_scorer
 from hf_continual.evaluation.trained import conversation_tokens, reference, trained_tokens
 from hf_continual.evaluation.turns import assistant_turns
 from hf_continual.stream.dry_run import token_counts
-from hf_continual.stream.earlier import with_earlier
+from hf_continual.stream.past_rows import with_earlier
+from hf_continual.stream.plan_lines import PlanError
 from hf_continual.stream.prepare import prepare
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.read_plan import read_plan
 from hf_continual.tasks import Task, TaskStream
 from tests import toy
 from tests.evaluation.scripted import scripted

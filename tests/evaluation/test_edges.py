@@ -16,7 +16,7 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from hf_continual.data.own_words import own_words
+from hf_continual.data.self_generated import own_words
 from hf_continual.ends import added_tokens, end_tokens, padding_token
 from hf_continual.evaluation.exact_match import generated, teacher_forced
 from hf_continual.evaluation.general import general_loss

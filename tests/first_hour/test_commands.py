@@ -222,6 +222,6 @@ def test_help_and_errors_load_nothing_that_takes_seconds(line, code, here):
 
 
 def test_a_plan_is_read_without_torch():
-    code = "import sys, hf_continual.cli, hf_continual.stream.read; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    code = "import sys, hf_continual.cli, hf_continual.stream.read_plan; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert hf_continual.__version__

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hf_continual import render_card
-from hf_continual.durable import write_json, write_lines
+from hf_continual.atomic_files import write_json, write_lines
 from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MethodFacts, TaskFacts
 from hf_continual.hub.files import write_card
 from hf_continual.hub.folder_facts import evaluation_from, read_facts

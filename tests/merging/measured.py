@@ -62,12 +62,12 @@ def main() -> None:
     import torch
 
     from hf_continual import merge_linear
-    from hf_continual.merging import run
+    from hf_continual.merging import pipeline
     from hf_continual.merging.engine.shards import memory_bound
 
     torch.set_num_threads(1)
     folder, (ranks, dora, options) = Path(sys.argv[1]), CASES[sys.argv[2]]
-    found, write = {}, run.write_shards
+    found, write = {}, pipeline.write_shards
 
     def watched(shards: Any, *args: Any) -> Any:
         found["bound"], before = memory_bound(shards), anonymous()
@@ -77,7 +77,7 @@ def main() -> None:
         found["taken"] = watch.stop() - before
         return written
 
-    run.write_shards = watched
+    pipeline.write_shards = watched
     adapters = [folder / adapter_name(r, dora, i) for i, r in enumerate(ranks)]
     out = folder / f"out {sys.argv[2]}"
     merge_linear(adapters, out, base=folder / "base", progress=False, **options)

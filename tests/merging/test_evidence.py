@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_continual import interpolate, merge_linear, merge_with_recall
-from hf_continual.merging import run as run_module
+from hf_continual.merging import pipeline
 from hf_continual.merging.inputs.members import open_members
 from hf_continual.merging.inputs.run_model import Setting, loaded, representations, token_ids
 from hf_continual.merging.methods.recall import weights as recall_weights
@@ -207,7 +207,7 @@ def test_on_a_cpu_nothing_runs_in_float16(tmp_path):
 def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys, monkeypatch):
     _, a, b = family(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    monkeypatch.setattr(run_module, "write_shards", None)
+    monkeypatch.setattr(pipeline, "write_shards", None)
     result = merge_linear([a, b], tmp_path / "out", dry_run=True, weights=[1, 3])
     merge_with_recall([a, b], tmp_path / "out", dry_run=True)
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_continual import merge_linear, ties
-from hf_continual.merging import run
+from hf_continual.merging import pipeline
 from hf_continual.merging.engine import combine, writer
 from hf_continual.merging.engine.average import Average
 from hf_continual.merging.errors import MergeError
@@ -80,7 +80,7 @@ def test_a_resumed_truncation_still_reports_its_errors(tmp_path, monkeypatch):
     call = {"base": folder, "adapter_rank": 3}
     whole = merge_linear([a, b], tmp_path / "whole", **call).report["truncation_errors"]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_side_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "write_side_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merge_linear([a, b], tmp_path / "out", **call)
         patch.undo()
@@ -91,7 +91,7 @@ def test_a_resumed_truncation_still_reports_its_errors(tmp_path, monkeypatch):
 def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
     base, a, b = family(tmp_path)
     made = {f.__name__: f([a, b], tmp_path / f.__name__, base=base) for f in (merge_linear, ties)}
-    monkeypatch.setattr(run, "write_shards", None)
+    monkeypatch.setattr(pipeline, "write_shards", None)
     for function in (merge_linear, ties):
         again = function([a, b], tmp_path / function.__name__, base=base)
         assert again.report["files"] == made[function.__name__].report["files"]

@@ -370,18 +370,18 @@ import json, sys
 import matplotlib.figure, matplotlib.backends.backend_agg
 import torch
 torch.set_num_threads(1)
-from hf_continual.merging import run
+from hf_continual.merging import pipeline
 from hf_continual.merging.methods.kif.fuse import kif_fuse
 from hf_continual.plots import plot_sides
 from tests.merging.synthetic import Watch, anonymous
 
 bounds = []
-plan = run._plan
+plan = pipeline._plan
 def noted(*a):
     made = plan(*a)
     bounds.append(made.memory)
     return made
-run._plan = noted
+pipeline._plan = noted
 plot_sides({"layer.0": {"elements": 1, "both": 0, "new_only": 0, "old_only": 0, "neither": 1}}).savefig(sys.argv[2])
 # What is stated are buffers; code of libraries that is used for the first time is mapped, not held.
 before, watch = anonymous(), Watch()
@@ -421,15 +421,15 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from hf_continual.merging.engine import workplace
+from hf_continual.merging.engine import staging
 from hf_continual.merging.methods.kif.fuse import kif_fuse
 
-record = workplace.Workplace.record
+record = staging.Staging.record
 def then_die(self, name, facts):
     record(self, name, facts)
     if len(self.finished) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-workplace.Workplace.record = then_die
+staging.Staging.record = then_die
 f = sys.argv[1]
 importance = (f"{f}/new.safetensors", f"{f}/old.safetensors")
 kif_fuse(f"{f}/base", f"{f}/m1", f"{f}/out", old=f"{f}/m2", importance=importance, max_shard_size="40KB")

@@ -158,7 +158,7 @@ def test_adapters_full_models_and_the_same_call_again(tmp_path, name):
 
 
 def test_what_passes_found_is_not_looked_for_again(tmp_path, monkeypatch):
-    from hf_continual.merging import run
+    from hf_continual.merging import pipeline
     from hf_continual.merging.engine.passes import Passes
 
     base, a, b = family(tmp_path)
@@ -167,7 +167,7 @@ def test_what_passes_found_is_not_looked_for_again(tmp_path, monkeypatch):
     over = Passes.over
     monkeypatch.setattr(Passes, "over", lambda *args: (looked.append(1), over(*args))[1])
     with monkeypatch.context() as patched:
-        patched.setattr(run, "write_shards", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(pipeline, "write_shards", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ties([a, b], tmp_path / "out", base=base)
     assert len(looked) == 4

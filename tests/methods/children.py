@@ -130,3 +130,5 @@ if __name__ == "__main__":
         from tests.methods import fsdp_on_cpu  # noqa: F401 - must come before any Accelerator
 
         ranks(target, fsdp=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit beside them may abort

@@ -198,7 +198,7 @@ def test_description_rebuilds_the_method(name, tmp_path):
 def test_it_has_a_paper_a_test_file_and_a_recipe(name):
     cls = method_class(name)
     assert isinstance(cls.paper, Paper) and cls.paper.bibtex
-    assert cls.__doc__ and "Args:" in cls.__doc__ and "Stations:" in cls.__doc__
+    assert cls.__doc__ and "Args:" in cls.__doc__ and "Hooks:" in cls.__doc__
     folder = ROOT / "recipes" / name
     assert (folder / "README.md").is_file() and list(folder.glob("*.yaml"))
 

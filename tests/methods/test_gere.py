@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from trl import SFTConfig
 
 from hf_continual import ContinualTrainer, FreezeLayers, GeRe
-from hf_continual.data.own_words import degenerate, own_words
+from hf_continual.data.self_generated import degenerate, own_words
 from hf_continual.methods.gere import activation_states, hidden_statistics, imitation, mixed_ce, tm_loss
 from hf_continual.methods.gere.states import open_recorded, record
 from hf_continual.methods.gere.ternary import pack_states, unpack_states

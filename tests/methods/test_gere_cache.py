@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from hf_continual import ContinualConfig, ContinualTrainer, FreezeLayers
 from hf_continual.data import handover
 from hf_continual.data.handover import HandOverError
-from hf_continual.data.own_words import kept_texts
+from hf_continual.data.self_generated import kept_texts
 from hf_continual.methods.gere.states import open_recorded, record
 from hf_continual.tensors.reference import as_reference, untrained, weights_fingerprint
 from hf_continual.trainer import hand_over

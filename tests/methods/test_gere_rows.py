@@ -11,7 +11,7 @@ import transformers as t
 from peft import PrefixTuningConfig, PromptTuningConfig
 from tokenizers import processors
 
-from hf_continual.data.own_words import own_words
+from hf_continual.data.self_generated import own_words
 from hf_continual.methods.gere.general_rows import general_tokens
 from hf_continual.methods.gere.ternary import unpack_states
 from hf_continual.tensors.reference import last_hidden, most_tokens, virtual_tokens, weights_fingerprint

@@ -183,9 +183,9 @@ def test_after_a_fusion_the_exact_weights_are_the_fused_ones(tmp_path, options):
 
 @dataclass
 class GoBack(Method):
-    """Puts the weights back to where they were, at one of the two stations."""
+    """Puts the weights back to where they were, at one of the two hooks."""
 
-    station: str
+    hook: str
     name: ClassVar[str] = "back"
     paper: ClassVar[Paper] = Paper("x", "y", 2020)
 
@@ -198,18 +198,18 @@ class GoBack(Method):
                 p.copy_(self.saved[name])
 
     def after_step(self, run):
-        if self.station == "after_step":
+        if self.hook == "after_step":
             self._edit(run)
 
     def end_step(self, run):
-        if self.station == "end_step":
+        if self.hook == "end_step":
             self._edit(run)
 
 
-@pytest.mark.parametrize("station", ["after_step", "end_step"])
-def test_a_method_that_edits_weights_leaves_no_residual(tmp_path, station):
+@pytest.mark.parametrize("hook", ["after_step", "end_step"])
+def test_a_method_that_edits_weights_leaves_no_residual(tmp_path, hook):
     trainer = build(
-        tmp_path, RecAdam(anneal="none", pull=0.01), GoBack(station), max_steps=3, save_steps=3, save_strategy="steps"
+        tmp_path, RecAdam(anneal="none", pull=0.01), GoBack(hook), max_steps=3, save_steps=3, save_strategy="steps"
     )
     before = toy.flat(trainer.model)
     trainer.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_continual.methods.base import Method
-from hf_continual.methods.compose import Methods, stations
+from hf_continual.methods.compose import Methods, hooks
 from hf_continual.methods.freeze import FreezeLayers
 from hf_continual.methods.recadam import RecAdam
 from hf_continual.methods.replay import Replay
@@ -19,7 +19,7 @@ def test_every_row_of_the_table_is_a_method_with_a_paper(name):
     cls = method_class(name)
     assert cls.name == name if name != "replay" else True
     assert cls.paper.title and cls.paper.url and str(cls.paper.year) in cls.paper.bibtex
-    assert stations(cls)
+    assert hooks(cls)
 
 
 def test_names_mappings_and_lists():
@@ -87,7 +87,7 @@ def test_defaults_do_nothing():
     class Silent(Method):
         name = "silent"
 
-    assert stations(Silent) == []
+    assert hooks(Silent) == []
     assert not Silent().reads_forward()
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from hf_continual import stopping, train_stream
-from hf_continual.durable import read_json
+from hf_continual.atomic_files import read_json
 from tests.stream import world
 
 STOPPED = 75

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hf_continual import train_stream
-from hf_continual.durable import DamagedFile, read_json, read_lines
+from hf_continual.atomic_files import DamagedFile, read_json, read_lines
 from hf_continual.hub.lint import lint_folder
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.plan_lines import PlanError
 from tests.stream import world
 
 SHORT = {**world.SFT, "max_steps": 2, "save_steps": 1}
@@ -296,7 +296,7 @@ def test_any_file_of_an_unfinished_run_often(runs, caplog, which, where, harm, a
 
 def test_a_row_of_the_matrix_is_never_that_of_another_task(tmp_path):
     from hf_continual.stream.prepare import prepare
-    from hf_continual.stream.read import read_plan
+    from hf_continual.stream.read_plan import read_plan
     from hf_continual.stream.results import collect
 
     plan = world.make(tmp_path, sft=SHORT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_continual import train_stream
-from hf_continual.durable import read_json, read_lines
+from hf_continual.atomic_files import read_json, read_lines
 from tests.stream import world
 
 ROOT = Path(__file__).parents[2]

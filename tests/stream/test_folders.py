@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_continual import Task, TaskStream
-from hf_continual.durable import read_json, read_lines, write_lines, write_text
+from hf_continual.atomic_files import read_json, read_lines, write_lines, write_text
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.files import SCORES, predictions_file
 from hf_continual.stream.folders import TRAINED, train_tasks

@@ -73,7 +73,7 @@ def _kill_in(module: str, name: str, call: int):
         ("hf_continual.trainer.trainer", "ContinualTrainer.save_model", 3),  # inside a checkpoint
         pytest.param("hf_continual.trainer.state", "write_state", 2, marks=pytest.mark.exhaustive),
         pytest.param("torch", "save", 2, marks=pytest.mark.exhaustive),  # the optimizer's state
-        ("hf_continual.stream.run", "collect", 2),  # a task is finished, the results do not know it yet
+        ("hf_continual.stream.run_plan", "collect", 2),  # a task is finished, the results do not know it yet
     ],
 )
 def test_moments_between_writes(quiet, tmp_path, module, name, call):

@@ -14,17 +14,17 @@ from datasets import Dataset
 from rich.console import Console
 
 from hf_continual import train_stream
+from hf_continual.atomic_files import read_lines
 from hf_continual.data.buffer import ORIGIN
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_lines
 from hf_continual.methods.base import Method
 from hf_continual.paper import Paper
 from hf_continual.stream.cost_report import dry_run_report
 from hf_continual.stream.dry_run import describe
+from hf_continual.stream.plan_lines import PlanError
 from hf_continual.stream.prepare import prepare
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.read_plan import read_plan
 from tests.stream import world
 
 REPLAY = [{"replay": {"rows": "kept", "ratio": 0.3}}]
@@ -187,15 +187,15 @@ def test_killed_while_it_is_written(straight, tmp_path, moment):
     child = os.fork()
     if child == 0:
         try:
-            from hf_continual import durable
+            from hf_continual import atomic_files
             from hf_continual.stream import learner
 
             def killed(path, rows):
                 second = "task-01" in str(path)
                 if moment == "inside the file" and second:
-                    durable.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+                    atomic_files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
                 if moment != "before the file" or not second:
-                    durable.write_lines(path, rows)
+                    atomic_files.write_lines(path, rows)
                 if second:
                     os.kill(os.getpid(), signal.SIGKILL)
 

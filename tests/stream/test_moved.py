@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_continual import train_stream
-from hf_continual.durable import read_json
-from hf_continual.stream.source import PlanError
+from hf_continual.atomic_files import read_json
+from hf_continual.stream.plan_lines import PlanError
 from tests.stream import world
 from tests.stream.test_damage import SHORT, Stopped, measured
 

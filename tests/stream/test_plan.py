@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_continual import train_stream
 from hf_continual.stream.models import load_finished
+from hf_continual.stream.plan_lines import PlanError, read_yaml
 from hf_continual.stream.prepare import prepare
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import PlanError, read_yaml
+from hf_continual.stream.read_plan import read_plan
 from tests import toy
 from tests.stream import world
 
@@ -242,10 +242,10 @@ def test_conversations_are_scored_as_they_are(tmp_path, metric):
 def test_an_error_that_nobody_foresaw_is_one_message(monkeypatch, capsys, error):
     from hf_continual import cli
 
-    def app():
+    def fails(app):
         raise error
 
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(type(cli.app), "__call__", fails)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr().err

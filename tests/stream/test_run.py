@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_continual import AccuracyMatrix, Task, TaskStream, train_stream
-from hf_continual.durable import read_json, read_lines
+from hf_continual.atomic_files import read_json, read_lines
 from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.stream.models import load_for_training
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.plan_lines import PlanError
+from hf_continual.stream.read_plan import read_plan
 from hf_continual.trainer.adapters import kept_active
 from tests import toy
 from tests.stream import world
@@ -111,7 +111,7 @@ def test_a_folder_with_something_else_is_not_written_to(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    from hf_continual.stream.record import only_one
+    from hf_continual.stream.plan_record import only_one
 
     with only_one(tmp_path / "out"), pytest.raises(PlanError, match="is being run by another process"):
         train_stream(world.make(tmp_path))

@@ -8,9 +8,9 @@ import pytest
 from peft import LoraConfig
 
 from hf_continual import EWC, KIF, ContinualConfig, ContinualTrainer, GeRe, OLoRA, train_stream
+from hf_continual.atomic_files import read_lines
 from hf_continual.data.handover import read, state_of
 from hf_continual.data.rows import load_rows
-from hf_continual.durable import read_lines
 from tests.stream import forked, world
 from tests.trainer.same import same
 

@@ -57,12 +57,12 @@ def _places():
     from hf_continual.methods.kif import KIF
     from hf_continual.stream.learner import PlanLearner
     from hf_continual.trainer import hand_over
-    from hf_continual.trainer.stations import Stations
+    from hf_continual.trainer.hooks import MethodHooks
     from hf_continual.trainer.trainer import ContinualTrainer
 
     return {
         "in a micro-batch": (ContinualTrainer, "compute_loss", 3),
-        "in the last step": (Stations, "on_step_end", 6),
+        "in the last step": (MethodHooks, "on_step_end", 6),
         "while a checkpoint is saved": (ContinualTrainer, "_save_rng_state", 2),
         "at the end of a task": (KIF, "end_task", 2),
         "while a model is saved": (ContinualTrainer, "save_finished", 1),

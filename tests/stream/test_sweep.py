@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_continual import FreezeLayers, Task, train_stream
+from hf_continual.atomic_files import read_json
 from hf_continual.cli import app
 from hf_continual.disk import size
-from hf_continual.durable import read_json
 from hf_continual.stream.compare import compare_runs
 from hf_continual.stream.cost_report import dry_run_report
 from hf_continual.stream.dry_run import describe
+from hf_continual.stream.plan_lines import PlanError
 from hf_continual.stream.prepare import prepare
-from hf_continual.stream.read import read_plan
-from hf_continual.stream.source import PlanError
+from hf_continual.stream.read_plan import read_plan
 from tests import toy
 from tests.stream import world
 

@@ -9,7 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
-from hf_continual.durable import write_json, write_lines
+from hf_continual.atomic_files import write_json, write_lines
 from hf_continual.metrics import SUMMARY
 from hf_continual.stream.compare import compare_arms, compare_runs
 from hf_continual.stream.report import matrix_table, p_text, results_report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, is_file_name, unused_index, weight_files, weight_map
 
 

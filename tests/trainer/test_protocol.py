@@ -1,4 +1,4 @@
-"""What a method sees: stations in order, one forward with its graph, the run."""
+"""What a method sees: hooks in order, one forward with its graph, the run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def build(folder, *methods, peft=None, **settings):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-def test_stations_in_order(tmp_path, checkpointing, peft):
+def test_hooks_in_order(tmp_path, checkpointing, peft):
     method = Everything()
     lora = LoraConfig(r=2, target_modules=["q_proj"]) if peft else None
     trainer = build(tmp_path, method, peft=lora, gradient_accumulation_steps=2, activation_checkpointing=checkpointing)

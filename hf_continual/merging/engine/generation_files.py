@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.merging.errors import as_merge_error
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.tokenizer_files import eos_id, places

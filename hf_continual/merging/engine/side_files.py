@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_object, write_text
+from hf_continual.atomic_files import read_object, write_text
 from hf_continual.merging.engine.generation_files import GENERATION_CONFIG, difference, generation_file
 from hf_continual.merging.errors import as_merge_error, some
 from hf_continual.merging.inputs.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint

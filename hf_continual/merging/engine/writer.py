@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_continual.disk import CannotWrite, size
 from hf_continual.merging.engine.chunks import CHUNK, SLOTS, WRITTEN, Chunk, Part, chunks
 from hf_continual.merging.engine.shards import Shard
-from hf_continual.merging.engine.workplace import Workplace
+from hf_continual.merging.engine.staging import Staging
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredFile, StoredTensor, make_buffer, view
 
@@ -34,7 +34,7 @@ SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the dis
 
 def write_shards(
     shards: Sequence[Shard],
-    work: Workplace,
+    work: Staging,
     on_bytes: Callable[[int], None] = lambda _: None,
     also: Sequence[StoredFile] = (),
 ) -> dict[str, dict[str, object]]:
@@ -193,7 +193,7 @@ class _Open:
 class _Writer:
     """Rounds chunks into buffers that one thread hashes and writes and another puts on the disk."""
 
-    def __init__(self, work: Workplace) -> None:
+    def __init__(self, work: Staging) -> None:
         self._work = work
         self._free: Queue[Tensor] = Queue()
         self._todo: Queue[tuple[Any, ...]] = Queue()

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.merging.errors import MergeError, as_merge_error
 from hf_continual.merging.inputs.safetensors_file import Files, StoredFile, StoredTensor, read_header
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, unused_index, weight_files, weight_map

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.merging.errors import MergeError, as_merge_error, some
 from hf_continual.merging.inputs.members import Member, View
 from hf_continual.merging.inputs.structure import embedding_name, is_head

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_object
+from hf_continual.atomic_files import read_object
 from hf_continual.merging.errors import as_merge_error
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.structure import embedding_name

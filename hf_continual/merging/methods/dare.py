@@ -25,7 +25,7 @@ from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.room import Room
 from hf_continual.merging.engine.task_vectors import check_density, elect_and_merge, scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.bounds import number
-from hf_continual.durable import read_json, write_json
 from hf_continual.merging.engine.average import Average
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.run import Planned, merge_by, planned
+from hf_continual.merging.pipeline import Planned, merge_by, planned
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:

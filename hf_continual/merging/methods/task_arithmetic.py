@@ -17,7 +17,7 @@ from hf_continual.merging.engine.average import Average
 from hf_continual.merging.engine.passes import Passes
 from hf_continual.merging.engine.task_vectors import scales_for
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from hf_continual.merging.engine.task_vectors import check_density, elect_and_me
 from hf_continual.merging.engine.threshold import drop_below, kth_largest
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.methods.base import MergeMethod, Models, Rules
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 from hf_continual.paper import Paper
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_continual.data.distributed import from_first, gathered
 from hf_continual.data.recording import DIGITS, facts_of, put_back, taken_out
-from hf_continual.data.together import from_first, gathered
 from hf_continual.methods.base import Forward, Run
 from hf_continual.methods.gere.states import States, open_recorded, open_whole
 from hf_continual.tensors.head import finish_of, head_bias, logits_function, recorded_logits

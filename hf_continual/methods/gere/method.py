@@ -27,10 +27,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from hf_continual.bounds import at_least, one_of, whole_number
-from hf_continual.data.own_words import kept_texts, own_words
 from hf_continual.data.recording import DIGITS, key_of
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
+from hf_continual.data.self_generated import kept_texts, own_words
 from hf_continual.methods.base import AddedRows, Forward, Method, Run
 from hf_continual.methods.gere import base_states
 from hf_continual.methods.gere.general_rows import general_tokens
@@ -53,7 +53,7 @@ class GeRe(Method):
 
     Idea: forgetting shows in how a model sees ordinary text. A fixed set of it is replayed, and its last hidden states
     may move freely between thresholds but not across them.
-    Stations: rows, loss terms. Cost: one pass over the samples before the first task, 2 bits per unit on disk (a 16th of
+    Hooks: rows, loss terms. Cost: one pass over the samples before the first task, 2 bits per unit on disk (a 16th of
     fp32), and in training one byte per replayed unit until backward.
     Relations: `constraint="none"` is the paper's BaselineR; `Replay` of general text is the same with another mix of the
     losses. Composes with everything.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_continual.data import recording
+from hf_continual.data.distributed import gathered, world
 from hf_continual.data.recording import Recorded
 from hf_continual.data.spill import Keeping
-from hf_continual.data.together import gathered, world
 from hf_continual.methods.gere.ternary import RunningStatistics, activation_states, pack_states
 
 SMALL = ("low", "high")

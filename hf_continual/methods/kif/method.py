@@ -59,7 +59,7 @@ class KIF(Method):
 
     Idea: a few steps on old rows tell which weights matter to old tasks *now*; what the new task needs is kept where
     only it matters, and what memory repaired where only that matters.
-    Stations: rows (a memory of its own, not mixed into the batches), after step.
+    Hooks: rows (a memory of its own, not mixed into the batches), after step.
     Cost: M steps on memory for Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more for
     the moments of a separate outer learner.
     Relations: `Replay` mixes the same memory into every batch. Composes with everything; edits of gradients by other

@@ -65,7 +65,7 @@ class RecAdam(Method):
 
     Idea: every step also goes a small share of the way back to the pretrained weights. The paper lets go
     of them after `t0`; `floor` or `anneal="none"` keep the pull, which is what protects in the long run.
-    Stations: optimizer. Cost: one more tensor is read per step and kept, see the module's docstring.
+    Hooks: optimizer. Cost: one more tensor is read per step and kept, see the module's docstring.
     Relations: `anneal="none"` is decoupled L2-SP. Composes with everything but another optimizer.
 
     With new LoRA adapters there are no pretrained values: the anchor is the fresh adapter (A as drawn,

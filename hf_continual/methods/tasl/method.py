@@ -52,7 +52,7 @@ class TaSL(Method):
     """Mix the weights after a task with those before it, by what matters to the task and to earlier ones.
 
     Idea: tensors that only old tasks need go back, those that only the new one needs stay, and what both need is mixed.
-    Stations: after step, task end, gradients for `orthogonality`. Cost: one elementwise pass over the trainable weights per
+    Hooks: after step, task end, gradients for `orthogonality`. Cost: one elementwise pass over the trainable weights per
     step; nothing but the mixing when the task ends.
     Relations: KIF does the same for single weights every few steps, and measures old tasks anew on a memory. The first
     task is plain fine-tuning. A new adapter (``between_tasks: new_adapter``) has no earlier weights, so nothing is mixed.

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from hf_continual.durable import read_json, write_json
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.evaluation.trained import trained_tokens
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.adapter import Adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from hf_continual.merging.methods.kif.method import Importance, Kif, PathLike, Rows
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

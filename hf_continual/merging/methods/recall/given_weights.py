@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import read_json
+from hf_continual.atomic_files import read_json
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.checkpoint import Checkpoint
 from hf_continual.merging.inputs.structure import groups_of, ordered

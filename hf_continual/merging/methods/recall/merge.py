@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.methods.recall.method import Recall, RecallMergeResult
 from hf_continual.merging.methods.recall.similarity import Bandwidth
-from hf_continual.merging.run import merge_by
+from hf_continual.merging.pipeline import merge_by
 
 if TYPE_CHECKING:
     from datasets import Dataset

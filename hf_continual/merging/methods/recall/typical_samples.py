@@ -80,7 +80,7 @@ def typical_texts(
     Returns:
         Ids and places.
     """
-    from hf_continual.data.own_words import own_words
+    from hf_continual.data.self_generated import own_words
     from hf_continual.merging.inputs.run_model import cached_representations, loaded, token_ids
 
     number, seed = choices["num_typical"], choices["seed"]

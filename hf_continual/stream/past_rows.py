@@ -13,7 +13,7 @@ from hf_continual.data.buffer import ORIGIN, Memory
 from hf_continual.data.columns import take
 from hf_continual.methods.table import method_class
 from hf_continual.stream.plan import MemoryPlan, Plan
-from hf_continual.stream.source import Key, Where
+from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.tasks import Task, TaskStream
 
 EARLIER, KEPT = "earlier_tasks", "kept"

@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_continual.atomic_files import read_json, write_json
 from hf_continual.disk import writing
-from hf_continual.durable import read_json, write_json
 from hf_continual.merging.errors import MergeError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class Workplace:
+class Staging:
     """A locked hidden folder in which one merge writes.
 
     Args:
@@ -67,7 +67,7 @@ class Workplace:
 
     def __init__(self, output_dir: Path, plan: str, resume: bool = True, notes: dict[str, Any] | None = None) -> None:
         self.output_dir = output_dir
-        self.folder = folder_beside(output_dir)
+        self.folder = staging_folder(output_dir)
         self.out = self.folder / "out"
         self._journal = self.folder / "journal.json"
         found = read_json(self._journal) if resume and self._journal.is_file() else {}
@@ -106,7 +106,7 @@ class Workplace:
         shutil.rmtree(self.folder)
 
 
-def folder_beside(output_dir: Path) -> Path:
+def staging_folder(output_dir: Path) -> Path:
     """The hidden folder in which an output grows."""
     return output_dir.parent / f".{output_dir.name}.merging"
 
@@ -135,7 +135,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _alone(output_dir: Path) -> Iterator[None]:
-    folder = folder_beside(output_dir)
+    folder = staging_folder(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)
     try:

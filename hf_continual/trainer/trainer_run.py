@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_continual import private
 from hf_continual.data.replay import shuffled
 from hf_continual.methods.run import Batch, Named
-from hf_continual.trainer import aside, checks
+from hf_continual.trainer import checks, extra_gradients
 from hf_continual.trainer.collating import check_collates
 from hf_continual.trainer.method_rows import prepare_rows
 from hf_continual.trainer.rates import peak_and_factor
@@ -212,10 +212,10 @@ class TrainerRun:
         training: bool = True,
         alone: bool = False,
     ) -> Tensor:
-        return aside.gradients(self._trainer, batches, scale, clip, training, alone)
+        return extra_gradients.gradients(self._trainer, batches, scale, clip, training, alone)
 
     def update(self, change: Callable[[], None] | None = None) -> bool:
-        return aside.step(self._trainer, change)
+        return extra_gradients.step(self._trainer, change)
 
     def zero_grad(self) -> None:
         self._trainer.model_wrapped.zero_grad()

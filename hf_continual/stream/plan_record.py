@@ -11,15 +11,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_continual.durable import DamagedFile, checksum, read_checked, write_checked
+from hf_continual.atomic_files import DamagedFile, checksum, read_checked, write_checked
 from hf_continual.methods.base import Method
 from hf_continual.methods.compose import kind_of
 from hf_continual.plain import as_plain
-from hf_continual.stream.earlier import row_options
 from hf_continual.stream.models import local_adapter
+from hf_continual.stream.past_rows import row_options
+from hf_continual.stream.plan_lines import PlanError
 from hf_continual.stream.prepare import Prepared, fingerprint
 from hf_continual.stream.saved import saved_files
-from hf_continual.stream.source import PlanError
 
 PLAN = "plan.json"
 

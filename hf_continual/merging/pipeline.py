@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_continual.durable import DamagedFile, read_json, write_json
+from hf_continual.atomic_files import DamagedFile, read_json, write_json
 from hf_continual.merging.engine.average import Average
 from hf_continual.merging.engine.job import Job
 from hf_continual.merging.engine.layout import Layout, lay_out
@@ -24,7 +24,7 @@ from hf_continual.merging.engine.result import MergeResult
 from hf_continual.merging.engine.rules import Rules
 from hf_continual.merging.engine.shards import index_of
 from hf_continual.merging.engine.side_files import SideFiles, write_side_files
-from hf_continual.merging.engine.workplace import CACHE, FOUND, Workplace, check_free, folder_beside, locked
+from hf_continual.merging.engine.staging import CACHE, FOUND, Staging, check_free, locked, staging_folder
 from hf_continual.merging.engine.writer import write_shards
 from hf_continual.merging.evidence.card import write_merge_card
 from hf_continual.merging.evidence.publishing import check_push, push
@@ -77,7 +77,7 @@ class Planned:
     def check(self) -> None:
         """Check that the output folder is free, the disk large enough, and a push possible."""
         check_free(self.target, self.options.overwrite)
-        if not (folder_beside(self.target) / "out").exists():
+        if not (staging_folder(self.target) / "out").exists():
             check_disk(self.plan, self.target)
         check_push(self.job, self.options, self.plan.layout.kind)
 
@@ -196,7 +196,7 @@ def _made(merge: Planned) -> MergeResult:
 
 def _looked(merge: Planned) -> Planned:
     """Let the method make its passes, and lay the output out with the rules that it has then."""
-    folder = folder_beside(merge.target)
+    folder = staging_folder(merge.target)
     kept = _kept(folder / FOUND, merge.plan.asked) if merge.options.resume else {}
     passes = Passes(
         kept, lambda: write_json(folder / FOUND, {"asked": merge.plan.asked, "found": kept}), folder / CACHE
@@ -219,7 +219,7 @@ def _written(merge: Planned) -> MergeResult:
     """Write the output in the folder beside it, and put it in its place."""
     started = time.perf_counter()
     job, plan, layout, target = merge.job, merge.plan, merge.plan.layout, merge.target
-    work = Workplace(target, plan.identity, merge.options.resume, layout.errors)
+    work = Staging(target, plan.identity, merge.options.resume, layout.errors)
     check_disk(plan, target, sum(facts["size"] for facts in work.finished.values()))
     total = plan.bytes_streamed + sum(t.nbytes for s in layout.shards for t in s.tensors)
     with bytes_bar(total, f"{job.method} -> {target.name}", merge.options.progress) as tell:

@@ -1,4 +1,4 @@
-"""Stations: when the trainer's loop calls the methods."""
+"""When the trainer's loop calls the methods."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer
 
 
-class Stations(TrainerCallback):
-    """Calls begin, gradient, step and end stations of a trainer's methods.
+class MethodHooks(TrainerCallback):
+    """Calls begin, gradient, step and end hooks of a trainer's methods.
 
     A step that the gradient scaler skipped moved no weight and is no step to the methods.
 

@@ -14,17 +14,17 @@ from accelerate import PartialState
 from filelock import FileLock
 
 from hf_continual import stopping
+from hf_continual.atomic_files import DamagedFile, read_lines, write_json, write_lines
 from hf_continual.disk import writing
-from hf_continual.durable import DamagedFile, read_lines, write_json, write_lines
 from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
 from hf_continual.stream.learner import PlanLearner, find_merge
 from hf_continual.stream.plan import Plan
+from hf_continual.stream.plan_lines import PlanError, Where
+from hf_continual.stream.plan_record import keep_plan, only_one, plain_plan
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.publish import write_stage_card
-from hf_continual.stream.record import keep_plan, only_one, plain_plan
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
 from hf_continual.stream.scores import read_stage
-from hf_continual.stream.source import PlanError, Where
 from hf_continual.stream.start import from_merged
 from hf_continual.tasks import Task
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from hf_continual.atomic_files import read_lines, write_lines
 from hf_continual.data.cache import cannot_write, locked
-from hf_continual.data.together import from_first
-from hf_continual.durable import read_lines, write_lines
+from hf_continual.data.distributed import from_first
 from hf_continual.ends import added_tokens, end_tokens, padding_token
 from hf_continual.tensors.reference import most_tokens
 

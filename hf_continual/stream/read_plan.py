@@ -27,7 +27,7 @@ from hf_continual.stream.plan import (
     SweepPlan,
     TaskPlan,
 )
-from hf_continual.stream.source import Key, PlanError, Where, read_yaml
+from hf_continual.stream.plan_lines import Key, PlanError, Where, read_yaml
 from hf_continual.tasks import TaskStream
 
 _PARTS: dict[str, type[BaseModel]] = {
