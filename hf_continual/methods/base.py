@@ -135,6 +135,8 @@ class Method:
             place. What lies there must be the same, which is checked for rows; a method checks the rest.
         state_with_model: Whether its state is small and needs no optimizer's, so that `save_only_model` keeps it.
         leaves: What `task_state` returns, in words for the model card.
+        general_text: Whether the rows that it replays are general text, which belongs to no task.
+        watches: Whether it only watches the run: it is in no description, card or hand-over, and is called last.
         droppable: Whether a later task may go without the method; what it left is then left behind, with a warning.
         outlives_merging: Whether what it left still holds once the adapter was merged into its base.
         bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
@@ -147,6 +149,8 @@ class Method:
     places: ClassVar[tuple[str, ...]] = ()
     state_with_model: ClassVar[bool] = False
     leaves: ClassVar[str] = ""
+    general_text: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     droppable: ClassVar[bool] = False
     outlives_merging: ClassVar[bool] = False
 
@@ -234,6 +238,10 @@ class Method:
 
     def end_step(self, run: Run) -> None:
         """Hook 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""
+
+    def measure(self, run: Run) -> dict[str, Tensor]:
+        """Scalars that say what the method does, by name; asked for where a run's gauges are measured."""
+        return {}
 
     def end_task(self, run: Run) -> None:
         """Hook 7: training of this task is over."""

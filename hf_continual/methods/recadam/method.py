@@ -49,7 +49,7 @@ from hf_continual.data.replay import RowType
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.methods.fisher import FisherKind
-from hf_continual.methods.recadam.anchored import read_anchors, say, weigh
+from hf_continual.methods.recadam.anchored import moved, read_anchors, say, weigh
 from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
 from hf_continual.methods.recadam.recall import SAVED
 from hf_continual.methods.recadam.schedule import Anneal, check_options
@@ -243,6 +243,10 @@ class RecAdam(Method):
     def end_task(self, run: Run) -> None:
         """Apply what `pull_every` has put off, where training ended before its last step."""
         self._optimizer(run).apply_owed_pulls()
+
+    def measure(self, run: Run) -> dict[str, Any]:
+        """How far the weights are from their anchors."""
+        return {"distance": moved(self._optimizer(run), self._anchored(run).values(), run)}
 
     def state_dict(self, run: Run) -> State:
         """Where the anchors can be read again, or that they are stored with the optimizer."""
