@@ -22,6 +22,7 @@ import hf_continual
 from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
+from hf_continual.commands.examples import example
 from hf_continual.commands.methods import methods
 from hf_continual.commands.run import run
 from hf_continual.commands.score import score
@@ -35,15 +36,15 @@ app = typer.Typer(
     name="hf-continual",
     help="Fine-tune a language model again and again without losing what it knows.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 for verb in (train, run, score, chat, methods):
-    app.command()(verb)
+    app.command(epilog=example(verb.__name__))(verb)
 # Its options depend on the method, so it reads its arguments itself, --help among them.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 for verb in (push, demo):
-    app.command()(verb)
+    app.command(epilog=example(verb.__name__))(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}
 

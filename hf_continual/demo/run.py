@@ -34,7 +34,12 @@ ARMS = {"sequential": "SFTTrainer", "continual": "ContinualTrainer"}
 
 
 def main(
-    model: str | None = None, out: Path = Path("demo-out"), seed: int = 0, fresh: bool = False, **changes: Any
+    model: str | None = None,
+    out: Path = Path("demo-out"),
+    seed: int = 0,
+    fresh: bool = False,
+    console: Console | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Run the demo.
 
@@ -43,6 +48,7 @@ def main(
         out: Output folder. What is finished in it is not done again.
         seed: Seed of people, order, adapters.
         fresh: Whether to start over in a folder that holds another run.
+        console: Where progress and tables go; by default the standard output.
         **changes: Other fields of `Settings`.
 
     Returns:
@@ -52,7 +58,7 @@ def main(
         ValueError: If the folder holds a run with other settings.
         RuntimeError: If an arm failed; says what it printed last.
     """
-    console = Console()
+    console = console or Console()
     started = time.time()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, message_text, trained_tokens
+from hf_continual.progress import counting
 from hf_continual.tensors.head import logits_function, plain_model
 
 Item = TypeVar("Item")
@@ -100,8 +101,10 @@ def _is_answer(message: Any) -> bool:
 def batches_by_length(items: Sequence[Item], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of rows of like length, longest first, so that little is padding and memory peaks early."""
     order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    with counting(len(order), "scoring", " rows") as shown:
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+            shown.update(min(size, len(order) - start))
 
 
 @contextmanager

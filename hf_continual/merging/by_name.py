@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_set(pairs: list[str] | None) -> dict[str, Any]:
 
 def run_file(
     file: Path, method: str | None, models: list[str] | None, out: Path | None, base: str | None, given: dict[str, Any],
-    written: dict[str, Any],
+    written: dict[str, Any], as_json: bool = False,
 ) -> None:  # fmt: skip
     """Make the merge that a file asks for; what the command says as well goes before.
 
@@ -46,6 +47,7 @@ def run_file(
         base: Base in place of the file's.
         given: Options of the method.
         written: Options of every merge.
+        as_json: Whether to print what came out as JSON.
 
     Raises:
         ValueError: If the command names models too, or no output folder is named.
@@ -64,12 +66,13 @@ def run_file(
     defaults = {"overwrite": False, "resume": True, "dry_run": False}
     said = {k: v for k, v in written.items() if v is not None and v != defaults.get(k)}
     how = {**written, **{k: v for k, v in found.options.items() if k in known}, **said}
-    run_merge(found.method, list(found.models), target, base or found.base, options, how)
+    run_merge(found.method, list(found.models), target, base or found.base, options, how, as_json)
 
 
 def run_merge(
-    method: str, models: list[str], out: Path, base: str | None, given: dict[str, Any], written: dict[str, Any]
-) -> None:
+    method: str, models: list[str], out: Path, base: str | None, given: dict[str, Any], written: dict[str, Any],
+    as_json: bool = False,
+) -> None:  # fmt: skip
     """Merge with what was given, and say what came out.
 
     Args:
@@ -79,6 +82,7 @@ def run_merge(
         base: The base, or None.
         given: Options of the method.
         written: Options of every merge.
+        as_json: Whether to print what came out as JSON.
 
     Raises:
         ValueError: If there is no such method, or it does not take an option.
@@ -91,7 +95,15 @@ def run_merge(
         _quiet_transformers()
     options = {**{k: known[k].read(v) for k, v in given.items()}, **{k: v for k, v in written.items() if v is not None}}
     result = imported("hf_continual.merging.merge:merge")(method, models, out, base=base, **options)
-    if not written["dry_run"]:
+    if as_json:
+        facts = {
+            "output": str(result.output_dir),
+            "kind": result.kind,
+            "rank": result.rank,
+            "seconds": dict(result.seconds),
+        }
+        typer.echo(json.dumps({**facts, "report": dict(result.report)}, indent=1, default=str))
+    elif not written["dry_run"]:
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         form = result.kind if result.rank is None else f"{result.kind} of rank {result.rank}"
         typer.echo(f"{form} in {result.output_dir}  ({size(result.bytes_written)}; {seconds})")

@@ -74,6 +74,7 @@ def _told(
     private: Annotated[bool | None, _publish("--private/--public", help="Whether a new repository is private.")] = None,
     license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
     quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
+    as_json: Annotated[bool, _output("--json", help="Print what came out as JSON.")] = False,
 ) -> None:
     """What every merge is told; Typer reads it."""
 
@@ -92,11 +93,11 @@ def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     method, models, out, base = told["method"], told["models"], told["out"], told["base"]
     given = {**chosen, **read_set(told["set_"])}
     if told["config"] is not None:
-        run_file(told["config"], method, models, out, base, given, written)
+        run_file(told["config"], method, models, out, base, given, written, told["as_json"])
         return
     if method is None or not models or out is None:
         raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
-    run_merge(method, models, out, base, given, written)
+    run_merge(method, models, out, base, given, written, told["as_json"])
 
 
 @cache
@@ -150,12 +151,15 @@ def _check_options(words: Sequence[str], method: str | None, known: Mapping[str,
             refuse_option(option, method, known, _shared())
 
 
+_EXAMPLE = "Example: hf-continual merge ties law tax --base Qwen/Qwen2.5-0.5B --out merged"
+
+
 def _about(method: str | None) -> tuple[str | None, str | None]:
     """What stands above and below the options."""
     if method is None:
-        return merge.__doc__, "hf-continual merge METHOD --help shows the options of a method."
+        return merge.__doc__, f"hf-continual merge METHOD --help shows the options of a method. {_EXAMPLE}"
     cls = merge_class(method)
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}"
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}. {_EXAMPLE}"
 
 
 def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:

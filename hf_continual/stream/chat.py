@@ -12,7 +12,7 @@ from hf_continual.stream.folder_model import model_of
 
 def chat_from_command(
     folder: str, *, prompt: str | None, system: str | None, base: str | None, max_new_tokens: int, temperature: float, dtype: str,
-    as_json: bool,
+    quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer one message, or a conversation line by line.
 
@@ -24,6 +24,7 @@ def chat_from_command(
         max_new_tokens: Tokens of an answer, at most.
         temperature: 0 takes the likeliest token.
         dtype: dtype of the weights.
+        quiet: Whether only answers are printed.
         as_json: Whether each answer is a line of JSON.
     """
     model = model_of(folder, base, dtype)
@@ -34,7 +35,7 @@ def chat_from_command(
 
     live, tokenizer, _ = loaded(model)
     messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-    for text in _typed(as_json) if prompt is None else iter([prompt]):
+    for text in _typed(as_json or quiet) if prompt is None else iter([prompt]):
         messages.append({"role": "user", "content": text})
         said = answer(live, tokenizer, messages, max_new_tokens, temperature)
         sys.stdout.write((json.dumps({"prompt": text, "answer": said}) if as_json else said) + "\n")
@@ -42,10 +43,10 @@ def chat_from_command(
         messages.append({"role": "assistant", "content": said})
 
 
-def _typed(as_json: bool) -> Iterator[str]:
+def _typed(bare: bool) -> Iterator[str]:
     """What the user types, until an empty line or the end."""
     while True:
-        if sys.stdin.isatty() and not as_json:
+        if sys.stdin.isatty() and not bare:
             sys.stdout.write("> ")
             sys.stdout.flush()
         line = sys.stdin.readline().strip()

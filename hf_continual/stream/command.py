@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from hf_continual.progress import be_quiet
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.read_plan import read_plan
@@ -41,7 +42,7 @@ def run_plan(
         hourly_price: Price of an hour of this machine, for the dry run's estimate.
     """
     read, where = read_plan(plan, overrides)
-    console = set_up(quiet, as_json)
+    console = set_up(quiet, as_json, bars=not quiet)
     if dry_run:
         described = estimated(_ready(read, where, only), hourly_price)
         if is_main():
@@ -75,12 +76,13 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def set_up(quiet: bool, as_json: bool) -> Console:
+def set_up(quiet: bool, as_json: bool, bars: bool = True) -> Console:
     """Silence what libraries say at every start, and send the log to a console.
 
     Args:
         quiet: Whether only warnings are logged.
         as_json: Whether the standard output is kept for JSON.
+        bars: Whether long work shows a progress bar.
 
     Returns:
         The console.
@@ -89,6 +91,8 @@ def set_up(quiet: bool, as_json: bool) -> Console:
     from transformers.utils import logging as hf_logging
 
     console = Console(stderr=as_json)
+    if not bars:
+        be_quiet()
     # Said at every start by libraries below this one, about names of their own.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
     # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from hf_continual.evaluation.trained import conversation_tokens
 from hf_continual.methods.base import AddedRows
+from hf_continual.progress import over
 from hf_continual.stream.check_run import check_curve, notes
 from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
 from hf_continual.stream.prepare import Prepared
@@ -133,10 +134,17 @@ def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list
     if "input_ids" in columns:
         lengths = [len(ids) for ids in rows["input_ids"]]
     elif "text" in columns:
-        lengths = [len(ids) + 1 for ids in tokenizer(rows["text"][:])["input_ids"]]
+        lengths = _lengths(tokenizer, rows["text"][:])
     elif "prompt" in columns and isinstance(rows[0]["prompt"], str):
         pairs = zip(rows["prompt"], rows["completion"], strict=True)
-        lengths = [len(ids) + 1 for ids in tokenizer([p + c for p, c in pairs])["input_ids"]]
+        lengths = _lengths(tokenizer, [p + c for p, c in pairs])
     else:
-        lengths = [len(conversation_tokens(row, tokenizer)) for row in rows]  # pyrefly: ignore[bad-argument-type]
+        lengths = [len(conversation_tokens(row, tokenizer)) for row in over(rows, "counting tokens", " rows")]  # pyrefly: ignore
     return lengths if max_length is None else [min(n, max_length) for n in lengths]
+
+
+def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text with the one that ends it."""
+    parts = range(0, len(texts), 1000)
+    found = (tokenizer(list(texts[i : i + 1000]))["input_ids"] for i in over(parts, "counting tokens", "k rows"))
+    return [len(ids) + 1 for part in found for ids in part]

@@ -225,3 +225,45 @@ def test_a_plan_is_read_without_torch():
     code = "import sys, hf_continual.cli, hf_continual.stream.read_plan; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert hf_continual.__version__
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "run", "score", "chat", "methods", "merge", "push", "demo", "card check", "card render"]
+)
+def test_every_verb_has_json_quiet_and_an_example(verb):
+    import typer
+
+    from hf_continual.cli import app
+    from hf_continual.merging.command import _command
+
+    command = typer.main.get_command(app)
+    for word in verb.split():
+        command = command.commands[word]
+    if verb == "merge":
+        command = _command(None, {})
+    words = {w for p in command.params for w in p.opts}
+    assert {"--json", "--quiet"} <= words, words
+    assert f"Example: hf-continual {verb} " in command.epilog
+
+
+def test_names_of_methods_alone(capsys):
+    from hf_continual.commands.methods import methods
+    from hf_continual.methods.table import TABLE
+
+    methods(quiet=True, as_json=False)
+    assert capsys.readouterr().out.split() == list(TABLE)
+
+
+def test_a_bar_shows_only_long_work_and_can_be_switched_off(monkeypatch, capsys):
+    from hf_continual import progress
+
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "_SHOWN", {"bars": True})
+    assert list(progress.over(range(3), "counting", "rows")) == [0, 1, 2]
+    assert capsys.readouterr().err == "", "the output is not a terminal"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    list(progress.over(range(3), "counting", "rows"))
+    assert "counting" in capsys.readouterr().err
+    progress.be_quiet()
+    list(progress.over(range(3), "counting", "rows"))
+    assert capsys.readouterr().err == ""
