@@ -21,8 +21,8 @@ def summary(facts: CardFacts) -> str:
         first += _by(facts) + "."
     else:
         # A run that gave its task no name has the default's.
-        learnt = f"learned {names[0]}, starting from" if names and names != [Task.name] else "was fine-tuned from"
-        first = f"{kind} that {learnt} {start}{_by(facts)}."
+        learned = f"learned {names[0]}, starting from" if names and names != [Task.name] else "was fine-tuned from"
+        first = f"{kind} that {learned} {start}{_by(facts)}."
     figures = facts.evaluation.figures
     if figures["op"] is None:
         return first + "\nIt was not scored on its tasks (NOT_RUN)."

@@ -1,4 +1,4 @@
-"""Killed, full, changed, shared: the output is the right one or the old one."""
+"""Killed, full, changed, shared: the output is either the right one or the old one."""
 
 from __future__ import annotations
 

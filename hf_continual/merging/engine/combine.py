@@ -53,7 +53,7 @@ def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
 
 
 def _beside(views: Sequence[View]) -> tuple[tuple[StoredTensor, ...], int]:
-    """Stored tensors behind the adapters' parts of a tensor, and the bytes that they take while its chunks are processed."""
+    """Stored tensors that the adapters add to a tensor, and the bytes that they take while its chunks are processed."""
     also: list[StoredTensor] = []
     kept = rows = 0
     for view in views:

@@ -51,8 +51,8 @@ def generation_file(
     ):
         wanted["eos_token_id"] = said["eos_token_id"]
     if tokenizer is not None:
-        learnt = file is None or file.parent != member.own.folder
-        notes += _end_of_tokenizer(member, tokenizer, said, wanted, learnt)
+        learned = file is None or file.parent != member.own.folder
+        notes += _end_of_tokenizer(member, tokenizer, said, wanted, learned)
     if wanted == data:
         return file, notes
     # It would make transformers read config.json, which has other values.
@@ -61,12 +61,12 @@ def generation_file(
 
 
 def _end_of_tokenizer(
-    member: Member, tokenizer: Path, said: Mapping[str, Any], wanted: dict[str, Any], learnt: bool
+    member: Member, tokenizer: Path, said: Mapping[str, Any], wanted: dict[str, Any], learned: bool
 ) -> list[str]:
     """Add the eos token of a model's own tokenizer if it is newer than the configuration; note differences."""
     ends = ids(said.get("eos_token_id") if wanted.get("eos_token_id") is None else wanted["eos_token_id"])
     last, taught = (eos_id(f, tokenizer) for f in (tokenizer, member.own.folder))
-    if learnt and ends and taught is not None and taught not in ends:
+    if learned and ends and taught is not None and taught not in ends:
         wanted |= {**said, **wanted, "eos_token_id": [*ends, taught]}
         return [
             f"{GENERATION_CONFIG} stops at {[*ends, taught]}: at {ends} as {member.checkpoint.name} does, and at {taught}, the "

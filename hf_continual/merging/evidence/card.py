@@ -92,8 +92,8 @@ def _tasks(job: Job) -> tuple[TaskFacts, ...]:
     found: dict[str, TaskFacts] = {}
     for member in job.members:
         folder = member.own.folder
-        learnt = read_facts(folder).tasks if has_facts(folder) else ()
-        for i, task in enumerate(learnt):
-            last = i == len(learnt) - 1
+        learned = read_facts(folder).tasks if has_facts(folder) else ()
+        for i, task in enumerate(learned):
+            last = i == len(learned) - 1
             found.setdefault(task.name, replace(task, checkpoint=_ref(member.own)) if last else task)
     return tuple(found.values())

@@ -79,7 +79,7 @@ def test_private_license_and_token(experts, monkeypatch):
         merge_linear([law, tax], experts / "out", **call)
     with pytest.raises(ValueError, match="license='none' is not a licence id of the Hub"):
         merge_linear([law, tax], experts / "out", **call, license="none")
-    with pytest.raises(ValueError, match="private=True says how to publish, and there is no push_to_hub="):
+    with pytest.raises(ValueError, match="private=True applies only with push_to_hub="):
         merge_linear([law, tax], experts / "out", private=True)
     assert not (experts / "out").exists()
     token = os.environ["HF_TOKEN"]
