@@ -114,7 +114,7 @@ class Evaluation:
 
     Args:
         tasks: Names of the tasks, in order.
-        matrix: Row i holds the scores after task i; None where it was not measured.
+        matrix: Row i holds the scores after task i; None if it was not measured.
         base_row: Scores of the base model, or None.
         metric: How the tasks were scored.
         lower_is_better: Whether the scores are losses.

@@ -29,8 +29,8 @@ class License:
 
     Args:
         id: An id of `hub_licenses`.
-        name: Name, where the id is ``other``.
-        link: Address or file, where the id is ``other``.
+        name: Name, if the id is ``other``.
+        link: Address or file, if the id is ``other``.
     """
 
     id: str

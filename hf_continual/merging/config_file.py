@@ -41,7 +41,7 @@ class MergeFile:
         method: Name of the merge.
         models: Folders or Hub ids, oldest first.
         base: The base, or None.
-        out: Output folder, or None where the file names none.
+        out: Output folder, or None if the file names none.
         options: Options of the method and of the output.
     """
 

@@ -36,12 +36,12 @@ def merge(
             ``dare_ties``, ``della``, ``breadcrumbs``, ``consensus``, ``fapm``, ``magnitude_max``, ``model_stock``, or
             ``"package.module:Class"``; or a `MergeMethod`.
         models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``), oldest first.
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that adapters belong to, or that changes are measured from.
         **options: Hyper-parameters of the method, if it is given by name; and how the output is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         TypeError: If an option does not exist.

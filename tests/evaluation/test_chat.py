@@ -285,7 +285,7 @@ def test_rows_without_an_answer_are_met_before_a_model_is_loaded(tmp_path, rows,
 def test_a_tokenizer_without_a_template_is_met_before_a_model_is_loaded(tmp_path):
     plan = plan_of(tmp_path, [{"messages": TALK}], evaluation={})
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    with pytest.raises(PlanError, match="conversations and the tokenizer has no chat template"):
+    with pytest.raises(PlanError, match="conversations, but the tokenizer has no chat template"):
         prepare(*read_plan(plan))
     tokenizer("qwen2.5").save_pretrained(tmp_path / "chat")
     plan["model"] = {"path": plan["model"], "tokenizer": str(tmp_path / "chat")}

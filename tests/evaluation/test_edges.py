@@ -142,9 +142,9 @@ def test_labels_that_cannot_be_chosen_are_refused(made):
     model = learned(made, rows)
     given = label_likelihood(model, made, rows, [" red", " blue", " blue red", " blue red green"])
     assert given.right == [True] * 3
-    with pytest.raises(ValueError, match="' blue red' is none of the labels"):
+    with pytest.raises(ValueError, match="' blue red' is not one of the labels"):
         label_likelihood(model, made, rows, [" red", " blue"])
-    with pytest.raises(ValueError, match="labels=' blue' is one text"):
+    with pytest.raises(ValueError, match="labels=' blue' is a single text"):
         label_likelihood(model, made, rows, " blue")
     spoken = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in ("b", "b ")

@@ -126,10 +126,10 @@ def test_what_is_said_names_both_files(tmp_path):
     for changed, said in (
         (
             {"matrix": ((0.5, 0.4), (0.25, 0.8))},
-            "says 0.5 for 'law' after law, and ../task-00-law/continual/scores.json 0.75.",
+            "says 0.5 for 'law' after law, but ../task-00-law/continual/scores.json says 0.75.",
         ),
-        ({"base_row": (0.0, 0.6)}, "says 0.6 for 'tax' of base, and ../base/continual/scores.json 0.2."),
-        ({"rows": {"law": 400, "tax": 5}}, "says 400 rows for 'law', and continual/scores.json 4."),
+        ({"base_row": (0.0, 0.6)}, "says 0.6 for 'tax' of base, but ../base/continual/scores.json says 0.2."),
+        ({"rows": {"law": 400, "tax": 5}}, "says 400 rows for 'law', but continual/scores.json says 4."),
         ({"intervals": {"op": (0.5, 0.55)}}, "says that op lies between 0.5000 and 0.5500, and the predictions give"),
     ):
         write_card(folder, replace(facts, evaluation=replace(facts.evaluation, **changed)))
@@ -186,4 +186,6 @@ def test_headline_and_limits_speak_of_general_loss(finished):
 
 def test_a_run_without_a_name_for_its_task():
     facts = CardFacts("x", base=ModelRef("org/base"), tasks=(TaskFacts("task"),))
-    assert "A language model that was fine-tuned from" in render_card(facts) and "learnt task" not in render_card(facts)
+    assert "A language model that was fine-tuned from" in render_card(facts) and "learned task" not in render_card(
+        facts
+    )

@@ -134,7 +134,7 @@ def test_a_saved_module_of_another_shape(tmp_path):
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = next(n for n in stored if n.endswith("model.norm.weight"))
     save_file({**stored, name: torch.ones(7)}, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(MergeError, match=r"a brings 'model.norm.weight' as \[7\], and it is \[32\] in base"):
+    with pytest.raises(MergeError, match=r"a has 'model.norm.weight' as \[7\], but it is \[32\] in base"):
         merge_linear([tmp_path / "a"], tmp_path / "out", base=tmp_path / "base", output="model")
 
 

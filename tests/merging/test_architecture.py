@@ -59,7 +59,7 @@ def test_an_untied_head_that_is_gone_can_be_declared_tied(tmp_path):
     _, a, b = family(tmp_path)
     for folder in (a, b):
         edit_tensors(folder, lambda t: t.pop("lm_head.weight"), MODEL)
-    with pytest.raises(MergeError, match=r"lm_head\.weight.*draw them at random.*say tie_word_embeddings"):
+    with pytest.raises(MergeError, match=r"lm_head\.weight.*initialise them at random.*set tie_word_embeddings"):
         merge_linear([a, b], tmp_path / "out")
     for folder in (a, b):
         edit(folder, "config.json", tie_word_embeddings=True)
@@ -72,7 +72,7 @@ def test_an_untied_head_that_is_gone_can_be_declared_tied(tmp_path):
     "changes, said",
     [
         ({"num_hidden_layers": 10**9}, "says 1000000000 blocks, but its files hold"),
-        ({"intermediate_size": 48}, r"mlp.* is \[.*\] in its files and \[.*\] by its config\.json"),
+        ({"intermediate_size": 48}, r"mlp.* is \[.*\] in its files but \[.*\] by its config\.json"),
         ({"num_attention_heads": 0}, "transformers cannot build m1 from its config.json"),
         ({"hidden_size": 2**60}, "transformers cannot build m1|by its config"),
     ],
@@ -143,7 +143,7 @@ WRONG = {
     "targets of nothing": (lambda f: edit(f, target_modules=["nothing"]), "PEFT cannot apply bad to base.*nothing"),
     "layers fewer": (lambda f: edit(f, layers_to_transform=[0]), r"PEFT would ignore .*layers\.1"),
     "bias unknown": (lambda f: edit(f, bias="some"), "bias='some'"),
-    "DoRA without magnitudes": (lambda f: edit(f, use_dora=True), "use_dora=True, and of lora_magnitude_vector"),
+    "DoRA without magnitudes": (lambda f: edit(f, use_dora=True), "use_dora=True, but its file has no lora_magnitude_vector"),
     "bias of B that is not there": (lambda f: edit(f, lora_bias=True), "lora_bias=True"),
     "saved module that is not there": (lambda f: edit(f, modules_to_save=["lm_head"]), "its file has no tensors for lm_head"),
     "a layer gone": (without("layers.1."), r"incomplete.*4 tensors in all \(.*layers\.1\.self_attn\.q_proj\.lora_A"),

@@ -75,7 +75,7 @@ def test_every_method_runs(world):
 def test_wrong_calls_say_what_is_right(world):
     tmp, a1, a2 = world
     for method, models, options, said in (
-        ("slurp", [a1], {}, "there is no merge 'slurp'. Did you mean 'slerp'. There are recall, kif, linear"),
+        ("slurp", [a1], {}, "there is no merge 'slurp'. Did you mean 'slerp'. The merges are recall, kif, linear"),
         ("ties", [a1, a2], {"alpha": 1.0}, "merge ties does not take --alpha; it takes --density, --scale."),
         ("interpolate", [a1, a2], {"alpha": 1.0}, r"needs one model \(got 2\), --base and --alpha"),
         ("linear", [a1, a2], {"weights": "half"}, "--weights='half': give numbers separated by commas"),

@@ -70,9 +70,9 @@ def test_options(world):
     _, _, a, b = world
     out = world[0] / "out"
     for options, said in (
-        ({"dtype": "int8"}, "dtype='int8': it can be float64, float32"),
+        ({"dtype": "int8"}, "dtype='int8': it must be one of float64, float32"),
         ({"max_shard_size": "many"}, "max_shard_size='many': give a number of bytes, or a string such as '5GB'"),
-        ({"vocab": "union"}, "vocab='union': it can be 'strict', 'extend'"),
+        ({"vocab": "union"}, "vocab='union': it must be one of 'strict', 'extend'"),
         ({"adapter_rank": 0}, "adapter_rank=0: a rank must be at least 1"),
         ({"adapter_rank": 4}, "adapter_rank=4 is for output='adapter'"),
         ({"weights": [1.0]}, "has 1 numbers for 2 models"),
@@ -80,7 +80,7 @@ def test_options(world):
     ):
         with pytest.raises(ValueError, match=said):
             merge_linear([a, b], out, **options)
-    with pytest.raises(TypeError, match="there is no option 'shards'; known are output, adapter_rank"):
+    with pytest.raises(TypeError, match="there is no option 'shards'; the options are output, adapter_rank"):
         merge_linear([a, b], out, shards=3)
     with pytest.raises(MergeError, match="output='adapter' is not possible: none of the models is an adapter"):
         merge_linear([a, b], out, output="adapter")
@@ -117,20 +117,20 @@ def test_tensors_missing_and_extra(world):
     edit_tensors(
         b, lambda t: [t.pop(f"model.layers.{i}.mlp.{p}_proj.weight") for i in range(3) for p in ("up", "down")]
     )
-    said = r"m1 has 6 tensors that m2 has not \(model.layers.0.mlp.down_proj.weight, .* and 1 more\)\. Only"
+    said = r"m1 has 6 tensors that m2 does not have \(model.layers.0.mlp.down_proj.weight, .* and 1 more\)\. Only"
     refused(world, RecallMergeError, said)
     edit_tensors(b, lambda t: t.update({"model.extra": torch.ones(2)}))
     refused(
         world,
         RecallMergeError,
-        r"m2 has 1 tensors that m1 has not \(model.extra\), and m1 has 6 that m2 has not \(.*\)\.",
+        r"m2 has 1 tensors that m1 does not have \(model.extra\), and m1 has 6 that m2 does not have \(.*\)\.",
     )
 
 
 def test_shapes_and_vocabularies(world):
     _, _, _, b = world
     edit_tensors(b, lambda t: t.update({"model.norm.weight": torch.ones(31)}))
-    refused(world, RecallMergeError, r"shape mismatch: 'model.norm.weight' is \[32\] in m1 and \[31\] in m2")
+    refused(world, RecallMergeError, r"shape mismatch: 'model.norm.weight' is \[32\] in m1 but \[31\] in m2")
     edit_tensors(
         b, lambda t: t.update({"model.norm.weight": torch.ones(32), "model.embed_tokens.weight": torch.ones(70, 32)})
     )
@@ -238,7 +238,7 @@ def test_output_folders(world):
 def test_too_little_disk(world, monkeypatch):
     monkeypatch.setattr(plan_module, "free_space", lambda _: 1000)
     with pytest.raises(
-        OSError, match=r"out needs .* kB .[0-9,]+ bytes. and 1 kB .1,000 bytes. are free.*another disk"
+        OSError, match=r"out needs .* kB .[0-9,]+ bytes. but only 1 kB .1,000 bytes. are free.*another disk"
     ) as found:
         merge_linear(list(world[2:]), world[0] / "out")
     assert found.value.errno == errno.ENOSPC and not (world[0] / "out").exists()

@@ -446,7 +446,7 @@ def test_a_killed_fusion_goes_on_to_the_same_bytes(tmp_path, world, caplog):
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.merging" / "journal.json").is_file()
     with caplog.at_level("INFO", "hf_continual"):
         kif_fuse(base, new, tmp_path / "out", **options)
-    assert "going on, 2 files of an interrupted merge are finished" in caplog.text
+    assert "resuming, 2 files of an interrupted merge are finished" in caplog.text
     assert digest(tmp_path / "out") == digest(tmp_path / "straight") and not (tmp_path / ".out.merging").exists()
     reports = [json.loads((tmp_path / n / "kif_report.json").read_text()) for n in ("out", "straight")]
     assert reports[0]["tensors"] == reports[1]["tensors"]
@@ -537,7 +537,7 @@ def test_mismatched_adapters_are_refused_with_names(tmp_path, pair):
         kif_fuse(start, moved, tmp_path / "out", **given)
     edit(moved, lora_alpha=8, base_model_name_or_path="me/other")
     edit(start, base_model_name_or_path="me/model")
-    with pytest.raises(MergeError, match=r"trained on 'me/model' .* and moved on 'me/other'"):
+    with pytest.raises(MergeError, match=r"trained on 'me/model' .* but moved on 'me/other'"):
         kif_fuse(start, moved, tmp_path / "out", **given)
     edit(moved, base_model_name_or_path=str(save(build(seed=5), tmp_path / "second")))
     edit(start, base_model_name_or_path=str(tmp_path / "whole"))

@@ -151,7 +151,7 @@ def test_what_cannot_be_is_said(tmp_path):
     a, b = adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
     call = {"base": folder, "output": "model"}
     with pytest.raises(
-        ValueError, match="quantized_base='4bit': it can be 'error', 'original', 'dequantize', or a Bits"
+        ValueError, match="quantized_base='4bit': it must be one of 'error', 'original', 'dequantize', or a Bits"
     ):
         merge_linear([a], tmp_path / "no", **call, quantized_base="4bit")
     with pytest.raises(MergeError, match="no file states how the base of a was quantised, or whether it was. Give how"):
@@ -217,7 +217,8 @@ def test_a_base_of_another_library_is_no_obstacle_to_the_original(tmp_path):
     merge_linear([a], tmp_path / "adapter", base=folder)
     merge_linear([a], tmp_path / "out", base=folder, output="model")
     assert (
-        "a was trained on a base in the form of 'gptq'; what was learnt" in (tmp_path / "out" / "README.md").read_text()
+        "a was trained on a base in the form of 'gptq'; what was learned"
+        in (tmp_path / "out" / "README.md").read_text()
     )
     for word, said in (
         ("error", "in the form of 'gptq', and quantized_base='error'"),
@@ -237,7 +238,7 @@ def test_it_is_about_adapters_and_a_base(tmp_path):
     with pytest.raises(ValueError, match="applies to base=, which was not given"):
         merge_linear([folder, other], tmp_path / "no", quantized_base="dequantize")
     a = adapter(base, tmp_path / "a", 1)
-    for wrong, said in (({"bnb_4bit_quant_typ": "nf4"}, "has the key 'bnb_4bit_quant_typ'"), ({"bnb_4bit_quant_type": "nf5"}, "'nf5': it can be"),
+    for wrong, said in (({"bnb_4bit_quant_typ": "nf4"}, "has the key 'bnb_4bit_quant_typ'"), ({"bnb_4bit_quant_type": "nf5"}, "'nf5': it must be"),
                         ({"dtype": "int4"}, "dtype='int4': bitsandbytes quantises")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             merge_linear(

@@ -217,7 +217,7 @@ def test_a_rule_of_ones_own(tmp_path):
         wanted = torch.stack([t[n].float() for t in three]).median(0).values + 2.0 * (n == "model.norm.weight")
         assert torch.allclose(got.float(), wanted), n
     merge(Median(), [base, a, b], tmp_path / "object")
-    with pytest.raises(ValueError, match="takes 3 or more models, and 2 were given"):
+    with pytest.raises(ValueError, match="takes 3 or more models, but 2 were given"):
         merge(name, [a, b], tmp_path / "x")
     with pytest.raises(ValueError, match="4 models have no middle one"):
         merge(name, [a, b, base, a], tmp_path / "x")
@@ -285,7 +285,7 @@ def test_between_the_tasks_of_a_plan_by_name(tmp_path):
         plan["evaluation"] = {"base": False, "bootstrap": 0}
         plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"]]
         if i:  # two models have no middle one, so this is set on the plan
-            with pytest.raises(ValueError, match="takes 3 or more models, and 2 were given"):
+            with pytest.raises(ValueError, match="takes 3 or more models, but 2 were given"):
                 train_stream(plan)
             continue
         train_stream(plan)
@@ -346,7 +346,7 @@ class TestTheSameCallAgain:
         assert digest(tmp_path / "out") == before and again.report == first.report
         named = merge("kif", [b, a], tmp_path / "out", base=base, importance=tuple(files))
         assert named.report == first.report and named.bytes_read == first.bytes_read
-        with pytest.raises(ValueError, match="merge kif takes 1 to 2 models, and 3 were given"):
+        with pytest.raises(ValueError, match="merge kif takes 1 to 2 models, but 3 were given"):
             merge("kif", [b, a, b], tmp_path / "no", base=base, importance=tuple(files))
         with pytest.raises(FileExistsError):
             kif_fuse(base, a, tmp_path / "out", top_share=0.3, **call)

@@ -129,7 +129,7 @@ def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: 
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = dtype
     if any(is_head(name) and name.endswith(".weight") for name in shapes):
-        # Where the key is missing, an architecture's own default decides, and it ties if the reference has no head.
+        # If the key is missing, an architecture's own default decides, and it ties if the reference has no head.
         config = _with(config, "tie_word_embeddings", False, add_to=() if head_name(reference) else ("",))
     embedding, before = find_embedding(shapes), embedding_name(reference)
     if embedding is not None and prod(shapes[embedding]):

@@ -184,8 +184,8 @@ class _Open:
                     raise
                 raise CannotWrite(
                     errno.ENOSPC,
-                    f"The disk is full: {self.shard.file} needs {size(self.shard.size)} and only {size(self.at + done)} fit. What is "
-                    f"finished stays in {self.path.parent.parent}; free some space and the same call resumes",
+                    f"The disk is full: {self.shard.file} needs {size(self.shard.size)} and only {size(self.at + done)} fit. The "
+                    f"finished files stay in {self.path.parent.parent}; free some space and the same call resumes",
                 ) from None
         self.at += done
 

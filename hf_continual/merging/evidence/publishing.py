@@ -63,7 +63,7 @@ def _check_base(job: Job) -> None:
     configs = [m.own.config for m in job.members if m.own.is_adapter]
     if named is None and model_ref(configs[-1].get("base_model_name_or_path")).hub_id is None:
         raise MergeError(
-            f"the result is an adapter on {configs[-1].get('base_model_name_or_path')!r}, which is not published: nobody could "
+            f"the result is an adapter on {configs[-1].get('base_model_name_or_path')!r}, which is not published: no one could "
             f"load it. {WAYS_OUT} Or give the published model as base=."
         )
 

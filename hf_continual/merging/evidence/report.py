@@ -26,7 +26,7 @@ def describe_job(job: Job, kind: str, rank: int | None, notes: list[str], option
         job: The merge.
         kind: ``"model"`` or ``"adapter"``.
         rank: Rank of an adapter output.
-        notes: What the user should know.
+        notes: Notes for the user.
         options: How it is written.
 
     Returns:

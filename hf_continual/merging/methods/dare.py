@@ -205,7 +205,7 @@ def dare(
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that they were fine-tuned from.
         density: Fraction of each change that is kept.
         scale: lambda, one value for all models or one per model.
@@ -213,7 +213,7 @@ def dare(
         **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -236,7 +236,7 @@ def dare_ties(
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that they were fine-tuned from.
         density: Fraction of each change that is kept.
         scale: lambda, applied to the merged change.
@@ -244,7 +244,7 @@ def dare_ties(
         **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.

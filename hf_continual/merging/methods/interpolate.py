@@ -84,12 +84,12 @@ def interpolate(
     Args:
         base: The full model that it was fine-tuned from.
         tuned: A full model, or a LoRA adapter on the base.
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         alpha: Fraction of the way; above 1 amplifies what was learned.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If `alpha` is not a finite number.

@@ -107,13 +107,13 @@ def merge_linear(
 
     Args:
         models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         weights: One number per model, divided by their sum; by default equal.
         base: The full model that adapters belong to. It is not part of the average.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.

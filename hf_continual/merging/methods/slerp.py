@@ -155,13 +155,13 @@ def slerp(
     Args:
         first: A full model, or a LoRA adapter on `base`.
         second: Another.
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         t: Fraction of the way from the first to the second.
         base: The full model that adapters belong to. It is not part of the merge.
         **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it was made from; the report holds the angles.
+        The output folder, and the report of what it was made from; the report holds the angles.
 
     Raises:
         ValueError: If an argument does not fit.

@@ -74,13 +74,13 @@ def task_arithmetic(
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that they were fine-tuned from.
         scale: lambda, one value for all models or one per model; negative to unlearn.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it was made from.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.

@@ -147,14 +147,14 @@ def ties(
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that they were fine-tuned from.
         density: Fraction of each task vector that is kept. Elements that equal the threshold are kept too.
         scale: lambda, applied to the merged change.
         **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it was made from; the report holds the thresholds.
+        The output folder, and the report of what it was made from; the report holds the thresholds.
 
     Raises:
         ValueError: If an argument does not fit.

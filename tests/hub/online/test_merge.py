@@ -93,7 +93,7 @@ def test_private_license_and_token(experts, monkeypatch):
     assert result.url is not None and result.url.endswith(repo.content_commits()[0].sha)
     assert b"license: apache-2.0" in repo.head().tree["README.md"][0]
     assert not any(token.encode() in data for data, *_ in repo.head().tree.values())
-    with pytest.raises(HubPushError, match="private=False was asked for"):
+    with pytest.raises(HubPushError, match="private=False was requested"):
         merge_linear([law, tax], experts / "other", **call, private=False, token=token, license="mit")
     assert not (experts / "other").exists()
     merge_linear([law, tax], experts / "local", license="mit", progress=False)

@@ -223,7 +223,7 @@ def test_a_private_repository_must_be_as_asked(hub, folder):
         HubPushError, match=r"private=True was requested, but the repository already exists and is public"
     ):
         push_to_hub(folder, "me/open", private=True)
-    with pytest.raises(HubPushError, match="private=False was asked for.*is private"):
+    with pytest.raises(HubPushError, match="private=False was requested.*is private"):
         push_to_hub(folder, "me/p", private=False)
     assert not HUB.repos["me/open"].content_commits()
 

@@ -54,7 +54,7 @@ def kif_fuse(
     Args:
         base: Model that both changes are measured from: a full model, or the adapter that both adapters continued from.
         new: Model that learned the new task; full models and adapters cannot be mixed.
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         old: Model that learned the old tasks. None: it equals the base, so old tasks only affect the masks, as in
             the authors' runs with LLaMA.
         importance: A checkpoint of a run with `KIF` (``checkpoint-N``) for both sides; or one per side, as a pair or by

@@ -56,7 +56,7 @@ def merge_with_recall(
 
     Args:
         models: Full models and LoRA adapters in any mix, oldest first, newest last: folders or ``"id@revision"``.
-        output_dir: Where the result goes; complete or absent.
+        output_dir: Output folder; complete or absent.
         base: The full model that adapters belong to; a single model is merged with it.
         calibration: Texts of the newest task, or rows with text, messages, or prompt and completion.
         calibration_mode: ``"self"`` lets the newest model write the texts.

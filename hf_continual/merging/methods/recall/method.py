@@ -132,7 +132,7 @@ class Recall(MergeMethod):
         return _models(experts, full, place, with_base)
 
     def check(self, models: Models) -> None:
-        """Find the group of each tensor, and the weights of each where they are given; equal weights stand in for those to be found."""
+        """Find the group of each tensor, and the weights of each if they are given; equal weights stand in for those to be found."""
         names = list(dict.fromkeys(n for m in models.members for n in m.names))
         config, self._names = models.members[0].checkpoint.config, [m.name for m in models.members]
         if self.weights is None:
