@@ -39,9 +39,9 @@ def check(
         console.print(str(finding))
     unchecked = ""
     if alone:
-        unchecked = "; its pictures, links and numbers were not checked: name the folder for that"
+        unchecked = "; its images, links and numbers were not checked: give the folder for that"
     elif not any((folder / name).is_file() for name in (CONFIG, RESULTS)):
-        unchecked = f"; its numbers were compared with nothing: there is no {RESULTS}"
+        unchecked = f"; its numbers were not checked: there is no {RESULTS}"
     console.print((f"{len(found)} finding{'s' * (len(found) != 1)}" if found else "clean") + unchecked)
     raise typer.Exit(2 if found else 0)
 
@@ -53,7 +53,7 @@ def render(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card's path as JSON.")] = False,
 ) -> None:
-    """Write the card of a folder again; the author's text in it stays."""
+    """Render the card of a folder again; the author's text in it is kept."""
     from dataclasses import replace
 
     from hf_continual.hub.files import write_card
@@ -73,24 +73,25 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Whether a new repository is private.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(help="Name for the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make every check and send nothing.")] = False,
-    license: Annotated[str | None, typer.Option(help="Licence id, where the parents' licences differ.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run every check and send nothing.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence id, needed if the parents' licences differ.")] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base model, if the folder has only a path.")
     ] = None,
     method_state: Annotated[
-        bool, typer.Option("--method-state/--no-method-state", help="Whether what methods learned goes with the model.")
+        bool,
+        typer.Option("--method-state/--no-method-state", help="Whether to push the methods' state with the model."),
     ] = True,
     include: Annotated[
-        list[str] | None, typer.Option(help="A further file by its path in the folder, such as rows of data.")
+        list[str] | None, typer.Option(help="An additional file, by its path in the folder, such as rows of data.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, and only the commit's page.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was pushed as JSON.")] = False,
 ) -> None:
-    """Publish a folder in one commit; called again it goes on where it was stopped. Exit code 3 if it was not pushed."""
+    """Publish a folder in one commit; called again, it resumes where it stopped. Exit code 3 if it was not pushed."""
     from hf_continual.hub.push import push_to_hub
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -115,9 +116,9 @@ def push(
         sys.stdout.write(f"{done.pr_url or done.commit_url or done.repo_id}\n")
         return
     console.print(
-        f"{len(done.files)} files, {done.size:,} bytes{', left here: ' + ', '.join(done.left_out) if done.left_out else ''}"
+        f"{len(done.files)} files, {done.size:,} bytes{', not pushed: ' + ', '.join(done.left_out) if done.left_out else ''}"
     )
     if done.oid is None:
         console.print(f"dry run: {done.repo_id} can be pushed to; nothing was sent")
     else:
-        console.print(f"{'pushed' if done.new else 'was there already'}: {done.pr_url or done.commit_url}")
+        console.print(f"{'pushed' if done.new else 'already there'}: {done.pr_url or done.commit_url}")

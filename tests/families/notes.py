@@ -7,7 +7,7 @@ from typing import Any
 # Training arguments that a family needs, with the reason.
 _ROUTER = (
     {"router_aux_loss_coef": 0.0},
-    "needs `router_aux_loss_coef=0.0`: SFTTrainer looks for `num_experts` in the configuration, which calls it otherwise",
+    "needs `router_aux_loss_coef=0.0`: SFTTrainer looks for `num_experts` in the configuration, which uses another name",
 )
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "granitemoe": _ROUTER,

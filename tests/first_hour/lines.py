@@ -197,7 +197,7 @@ FOLDERS = {
     "chat model --prompt w1 --dtype int8": ["--dtype int8"],
     "push gone me/x": ["gone does not exist"],
     "push nothing me/x": ["nothing"],
-    "push run me/x": ["run holds no whole model", "task-00-a, task-01-b", "push run/task-01-b"],
+    "push run me/x": ["run does not hold a complete model", "task-00-a, task-01-b", "push run/task-01-b"],
     "demo --model nowhere": ["no folder nowhere here", "Check the spelling"],
     "card check gone": ["gone does not exist"],
     "card render nothing": ["nothing"],

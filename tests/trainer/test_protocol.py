@@ -179,7 +179,7 @@ def test_all_three_on_a_quantised_base(tmp_path):
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     # What was quantised was bfloat16, whatever TRL made of the other weights for training.
     assert noted == wanted | {"dtype": "bfloat16"}
-    assert "quantised while this was trained: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
+    assert "quantised during training: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
     # What the folder knows is enough to put the adapter onto what it saw.
     errors = {}
     for how in ("dequantize", "original"):
