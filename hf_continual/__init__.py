@@ -52,7 +52,8 @@ __version__ = VERSION
 
 check_versions()
 
-# The public names, in the order of the data flow. A name is imported on first use: `import hf_continual` loads no torch.
+# The public names, in the order of the data flow. A name is imported on first use: `import hf_continual` loads no
+# torch.
 _FACE = {
     "Task": "hf_continual.tasks",
     "TaskStream": "hf_continual.tasks",

@@ -32,7 +32,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class DamagedFile(ValueError):
-    """Raised for a file that does not hold what was written to it; the message names the file and quotes its content."""
+    """Raised for a file that does not hold what was written to it; the message quotes the file's content."""
 
 
 CHECKSUM = "checksum"
@@ -59,7 +59,8 @@ def read_checked(path: Path) -> dict[str, Any]:
         The data without its checksum.
 
     Raises:
-        DamagedFile: If it is not a JSON object, or not what was written. A file without a checksum is accepted as it is.
+        DamagedFile: If it is not a JSON object, or not what was written. A file without a checksum is accepted as it
+            is.
     """
     data = read_json(path)
     if not isinstance(data, dict):

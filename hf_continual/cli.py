@@ -1,7 +1,7 @@
 """The command line: `hf-continual`, or `python -m hf_continual`.
 
-Each subcommand is a file of `hf_continual.commands` (merge, push and card are next to the code they call). None of them imports torch
-before it needs it.
+Each subcommand is a file of `hf_continual.commands` (merge, push and card are next to the code they call). None of them
+imports torch before it needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Errors for files that cannot be written: which file, how much space is free, what is safe, and what to do.
 
-Full disks, quotas, read-only file systems and missing permissions reach a program as errors of many libraries, most of them
-without a path. `writing` is the one place that turns them into a clear message.
+Full disks, quotas, read-only file systems and missing permissions reach a program as errors of many libraries, most of
+them without a path. `writing` is the one place that turns them into a clear message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ REASONS = {
     errno.EPERM: "this user has no permission to write there",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# safetensors' Rust code gives the system's error number; torch's and numpy's writers notice only that bytes are missing.
+# safetensors' Rust code gives the system's error number; torch's and numpy's writers notice only that bytes are
+# missing.
 _NUMBER = re.compile(r"os error (\d+)|Errno (\d+)")
 _CUT = re.compile(
     r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written|No space left|Disk quota exceeded"
@@ -100,7 +101,8 @@ def _cause(error: BaseException, folder: Path) -> tuple[int, Path] | None:
         if (number := _number(now)) in REASONS:
             name = getattr(now, "filename", None)
             path = folder if name is None or isinstance(name, int) else Path(os.fsdecode(name))
-            # A file without read permission can be anywhere; one without write permission is in the folder being written.
+            # A file without read permission can be anywhere; one without write permission is in the folder being
+            # written.
             if number in FULL or _below(path, folder):
                 return number, path
         now = now.__cause__ or now.__context__

@@ -1,9 +1,10 @@
 """Confidence intervals of scores that stay valid at 0 of n and n of n.
 
-A proportion gets Wilson's interval (1927), which has a width even if every row is right. A figure of the accuracy matrix is a sum
-of cells; its interval is combined from theirs by squaring and adding (Newcombe 1998 for a difference on the same rows,
-Zou & Donner 2008 in general), with the correlation of scores of the same rows after different tasks. Scores that are not 0
-or 1 get Student's interval, and their figures are bootstrapped (`hf_continual.metrics.bootstrap_intervals`).
+A proportion gets Wilson's interval (1927), which has a width even if every row is right. A figure of the accuracy
+matrix is a sum of cells; its interval is combined from theirs by squaring and adding (Newcombe 1998 for a difference on
+the same rows, Zou & Donner 2008 in general), with the correlation of scores of the same rows after different tasks.
+Scores that are not 0 or 1 get Student's interval, and their figures are bootstrapped
+(`hf_continual.metrics.bootstrap_intervals`).
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class AccuracyMatrix:
 
     Raises:
         TypeError: If a cell is neither a number nor None.
-        ValueError: If a cell is NaN or infinite, a row stops before its own task, or the base row has a different length.
+        ValueError: If a cell is NaN or infinite, a row stops before its own task, or the base row has a different
+            length.
     """
 
     scores: list[list[float | None]]
@@ -127,7 +128,7 @@ class AccuracyMatrix:
 
     @property
     def backward_transfer(self) -> Cell:
-        """BWT: mean of a_{T,j} - a_{j,j} over all tasks except the last; below 0 is forgetting (TRACE, Recurrent-KIF)."""
+        """BWT: mean of a_{T,j} - a_{j,j} over all but the last task; below 0 is forgetting (TRACE, Recurrent-KIF)."""
         return mean(self.gain(self.score(self.last, j), self.score(j, j)) for j in range(self.last))
 
     @property

@@ -1,4 +1,4 @@
-"""Private members of Hugging Face's libraries that this library uses, each once; `tests/trainer/test_seams.py` checks them.
+"""Private members of Hugging Face's libraries in use here, each once; `tests/trainer/test_seams.py` checks them.
 
 Overrides, and calls on ``self``, are in the classes themselves; their names and parameters are listed here.
 """
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Methods of SFTTrainer that subclasses here override: the private ones, and public ones whose parameters must not change.
+# Methods of SFTTrainer that subclasses here override: the private ones, and public ones whose parameters must not
+# change.
 OVERRIDDEN = {
     "create_optimizer": ["self", "model"],
     "get_train_dataloader": ["self"],

@@ -1,4 +1,4 @@
-"""Find training arguments with which nothing would be trained, or training would fail only after the model was loaded."""
+"""Find training arguments that would train nothing, or would fail only after the model was loaded."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ORIGIN = ("memory_task", "memory_row", "memory_source", "memory_seen")
 
 
 def class_balanced(labels: Sequence[Hashable], number: int, rng: random.Random) -> list[int]:
-    """Indices of `number` rows spread evenly over the classes `labels` (Recurrent-KIF's buffer); all if there are fewer.
+    """Pick `number` row indices spread evenly over the classes `labels` (Recurrent-KIF's buffer); all if there are fewer.
 
     Each class gives ``number // classes`` rows, in the order in which the classes first appear; the remainder
     is drawn from all other rows. With more classes than rows to keep, as in free text, the rows are a uniform sample

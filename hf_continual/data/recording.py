@@ -1,8 +1,9 @@
 """Per-token values of rows, recorded once with a reference model: one memory-mapped file, whole or absent, never stale.
 
-Anything that compares a model with a reference model's values on the same rows (states, log-probabilities, token scores)
-records them here: one pass split over the processes, with a progress bar; if killed, it resumes where it was. The metadata
-hold the facts a file was made for, and it has a checksum; a file for other facts, or a damaged one, is made again.
+Anything that compares a model with a reference model's values on the same rows (states, log-probabilities, token
+scores) records them here: one pass split over the processes, with a progress bar; if killed, it resumes where it was.
+The metadata hold the facts a file was made for, and it has a checksum; a file for other facts, or a damaged one, is
+made again.
 """
 
 from __future__ import annotations

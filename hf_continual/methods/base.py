@@ -81,7 +81,7 @@ class Forward:
     notes: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
 
     def note(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Log a value that is not a loss term: the mean ``total / count`` over the logged steps, under the method's name."""
+        """Log a value that is not a loss term, under the method's name: the mean ``total / count`` over the steps."""
         self.notes[name] = (total, count)
 
     def mask(self, source: str | None = None) -> Tensor:
@@ -133,7 +133,8 @@ class Method:
             below the causal language model such as ``"model.layers.3"``.
         places: Hyper-parameters that are locations, such as of rows or a cache; a resumed run may use another
             location. The content must be the same, which is checked for rows; a method checks the rest.
-        state_with_model: Whether its state is small and works without the optimizer's, so that `save_only_model` keeps it.
+        state_with_model: Whether its state is small and works without the optimizer's, so that `save_only_model` keeps
+            it.
         leaves: Description of what `task_state` returns, for the model card.
         droppable: Whether a later task may run without the method; its state is then dropped, with a warning.
         outlives_merging: Whether its state is still valid after the adapter is merged into its base.
@@ -172,7 +173,7 @@ class Method:
 
     @classmethod
     def row_sources(cls) -> tuple[str, ...]:
-        """Hyper-parameters that name rows, where a plan may put the rows of earlier tasks; by default `rows` and `memory`."""
+        """Hyper-parameters where a plan may put the rows of earlier tasks; by default `rows` and `memory`."""
         return tuple(name for name in hyper_parameters(cls) if name in ("rows", "memory"))
 
     def extra_steps(self, steps: int) -> int:
@@ -193,8 +194,8 @@ class Method:
     def load_task_state(self, state: State, run: Run) -> None:
         """Load what the method left when the previous task ended; see `task_state`.
 
-        Called once at the start of training, before `prepare`, if the weights that training starts from come with such a
-        state. Raises a `ValueError` for a state that does not fit the model.
+        Called once at the start of training, before `prepare`, if the weights that training starts from come with such
+        a state. Raises a `ValueError` for a state that does not fit the model.
         """
 
     def prepare(self, run: Run) -> None:
@@ -233,13 +234,13 @@ class Method:
         """
 
     def end_step(self, run: Run) -> None:
-        """Hook 6b: called with the schedule stepped, gradients zeroed and the step counted; before log, eval and save."""
+        """Hook 6b: called after the schedule, zeroed gradients and step count; before log, eval and save."""
 
     def end_task(self, run: Run) -> None:
         """Hook 7: called when training of this task is over."""
 
     def renew(self) -> None:
-        """Reset to the state at construction: a method given to another trainer must not keep what it learned in the last one."""
+        """Reset to the state at construction, so that nothing learned is carried over to another trainer."""
         built = self.__dict__.get("_built")
         if built is None:
             self.__dict__["_built"] = dict(self.__dict__)
@@ -254,8 +255,8 @@ class Method:
     def task_state(self, run: Run) -> State:
         """Return what later tasks need, as tensors and plain data; called on every process after `end_task`.
 
-        It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and is loaded by the next run that trains
-        it further. No rows of data: they would be published with the model.
+        It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and is loaded by the next run
+        that trains it further. No rows of data: they would be published with the model.
         """
         return {}
 

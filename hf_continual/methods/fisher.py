@@ -34,7 +34,7 @@ def add_squares_(fisher: Mapping[str, Tensor], gradients: Mapping[str, Tensor | 
 
 
 def fisher_diagonal(losses: Iterable[Tensor], params: Mapping[str, Tensor], rows: Iterable[int]) -> dict[str, Tensor]:
-    """F from losses: ``1/N sum_b n_b (grad L_b)^2``; with ``n_b = 1`` everywhere it is the definition, over single rows.
+    """F from losses: ``1/N sum_b n_b (grad L_b)^2``; with ``n_b = 1`` it is the definition, over single rows.
 
     Args:
         losses: Scalars with their graphs, one for each batch or row; may be computed lazily.

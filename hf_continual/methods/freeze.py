@@ -97,8 +97,8 @@ class FreezeLayers(Method):
     bottom layers keep old tasks readable, and the upper blocks have enough capacity to learn the new one.
     Hooks: model surgery. Cheaper than plain fine-tuning: no backward pass, gradients or optimizer
     state below the first trainable block, with gradient checkpointing too.
-    Relations: composes with everything. With LoRA there are no adapters in frozen blocks; tokens that the adapter lists in
-    `trainable_token_indices` stay trainable.
+    Relations: composes with everything. With LoRA there are no adapters in frozen blocks; tokens that the adapter lists
+    in `trainable_token_indices` stay trainable.
 
     Args:
         bottom: Number of blocks to freeze, counted from the input. The paper uses 1 to 3 of a 7B model
@@ -173,8 +173,8 @@ class FreezeLayers(Method):
 
         Gradient checkpointing and adapters make them require a gradient, which would pull the backward pass through all
         frozen blocks. Anything else below that is trained (a projector, soft prompts) keeps its gradient.
-        Re-entrant checkpointing needs an input that requires a gradient, so the first trainable block that runs gets one
-        (on text alone, Mllama's cross attention does not run).
+        Re-entrant checkpointing needs an input that requires a gradient, so the first trainable block that runs gets
+        one (on text alone, Mllama's cross attention does not run).
         """
         self.release()
         self._handles = [module.register_forward_hook(_detach_output) for module in self._embeddings]

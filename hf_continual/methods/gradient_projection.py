@@ -2,19 +2,19 @@ r"""Gradient projection: remove from the gradients the direction in which every 
 
 Zheng et al., "Spurious Forgetting in Continual Learning of Language Models", ICLR 2025, https://arxiv.org/abs/2501.13453.
 
-The first steps on a new task undo how the model answers old ones, always in roughly the same direction. It is found by k
-preliminary runs from the same start, each of n steps, as their mean movement between two of their steps:
+The first steps on a new task undo how the model answers old ones, always in roughly the same direction. It is found by
+k preliminary runs from the same start, each of n steps, as their mean movement between two of their steps:
 
     d = 1/k sum_i (theta_i(n) - theta_i(m)),        then in each step, for each row r of a weight:    g_r <- g_r - (g_r . d_r) d_r / |d_r|^2
 
-One-dimensional weights are projected as a whole. `literal=True` is the formula in the published code's comments, which subtracts
-d_r cos(g_r, d_r) from a row and d (g . d) / |d| from a vector: not a projection, and almost nothing if d is short.
+One-dimensional weights are projected as a whole. `literal=True` is the formula in the published code's comments, which
+subtracts d_r cos(g_r, d_r) from a row and d (g . d) / |d| from a vector: not a projection, and tiny if d is short.
 
-The preliminary runs are made here: a fresh AdamW with the run's settings and its peak learning rate, on different draws of the
-task's own rows. Then weights and random states are restored, bit for bit.
+The preliminary runs are made here: a fresh AdamW with the run's settings and its peak learning rate, on different draws
+of the task's own rows. Then weights and random states are restored, bit for bit.
 
-Memory: 4 bytes per trainable parameter for the directions; during the preliminary runs, their AdamW's moments in place of
-those of the run's optimizer, and the weights in main memory. Cost: k n steps before the first one.
+Memory: 4 bytes per trainable parameter for the directions; during the preliminary runs, their AdamW's moments in place
+of those of the run's optimizer, and the weights in main memory. Cost: k n steps before the first one.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def project(grad: Tensor, direction: Tensor, literal: bool = False) -> Tensor:
 class GradientProjection(Method):
     """Learn without moving along the direction in which every run of the task would start.
 
-    Idea: the common part of the first steps on a new task undoes the alignment of old tasks, and the task can be learned
-    without it. Hooks: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over the
-    projected weights per step. Adam's division by its second moment rotates a step away from its gradient, so that weights may
-    move a little along the direction; with SGD they do not.
-    Relations: FreezeLayers and a short first task are the paper's cheaper remedies, TaskVector the correction afterwards.
-    It acts in every task it is given to. Composes with everything.
+    Idea: the common part of the first steps on a new task undoes the alignment of old tasks, and the task can be
+    learned without it. Hooks: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over
+    the projected weights per step. Adam's division by its second moment rotates a step away from its gradient, so that
+    weights may move a little along the direction; with SGD they do not.
+    Relations: FreezeLayers and a short first task are the paper's cheaper remedies, TaskVector the correction
+    afterwards. It acts in every task it is given to. Composes with everything.
 
     Args:
         runs: k, number of preliminary runs; 0 is plain fine-tuning.
@@ -174,7 +174,7 @@ class GradientProjection(Method):
         return total
 
     def _preliminary(self, run: Run, which: int, chosen: list[str]) -> dict[str, Tensor]:
-        """Make one run from the current weights and return its movement between the two steps, float32. Leaves the weights moved."""
+        """Make one run from the current weights; return its movement between the two steps, float32. Moves the weights."""
         params, settings = run.named_parameters(), {**run.optimizer_defaults(), "lr": run.learning_rate}
         optimizer: Any = torch.optim.AdamW(params.values(), **settings)  # pyrefly: ignore[bad-argument-type]
         before: dict[str, Tensor] = {}
@@ -221,7 +221,7 @@ class GradientProjection(Method):
 
 
 def ready(direction: Tensor, literal: bool) -> Tensor:
-    """Scale a direction so that ``g - d (d . g)`` is the projection or, divided by the length of g_r, the published formula."""
+    """Scale a direction so that ``g - d (d . g)`` is the projection or, over the length of g_r, the published formula."""
     length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     return torch.where(length > 0, direction / (length.sqrt() if literal else length), 0.0)
 

@@ -3,18 +3,19 @@ r"""MIGU: update only the output neurons that respond most to a batch.
 Du et al., "Unlocking Continual Learning Abilities in Language Models", EMNLP Findings 2024,
 https://arxiv.org/abs/2406.17245.
 
-Tasks activate different neurons of a linear layer. The magnitude of output neuron j is summed over all tokens of an optimizer
-step, and only the rows of the weight that belong to the largest magnitudes keep their gradient (sec. 3):
+Tasks activate different neurons of a linear layer. The magnitude of output neuron j is summed over all tokens of an
+optimizer step, and only the rows of the weight that belong to the largest magnitudes keep their gradient (sec. 3):
 
     a_j = sum over tokens |(W x + b)_j|,     mask_j = a_j >= quantile(a, 1 - share),     dL/dW_j <- mask_j dL/dW_j
 
-Biases keep theirs. The masks are applied after accumulation and clipping, and come from forward passes that are made anyway.
+Biases keep theirs. The masks are applied after accumulation and clipping, and come from forward passes that are made
+anyway.
 
 With LoRA the published code masks nothing (its branch is never taken). Here rows of B are masked by the combined output
 W x + s B A x, as the rest of that code computes it; `mask_a` also masks rows of A by |A x|.
 
-Differs from the published code: padding does not count (theirs includes it), nor does a recomputed forward pass under gradient
-checkpointing, and the language-model head is not masked: its outputs are never formed by the fused loss.
+Differs from the published code: padding does not count (theirs includes it), nor does a recomputed forward pass under
+gradient checkpointing, and the language-model head is not masked: its outputs are never formed by the fused loss.
 
 Memory: two float32 values per output neuron. Only the number of tasks is kept between tasks.
 """
@@ -68,8 +69,8 @@ class MIGU(Method):
     Idea: the neurons that respond identify a task, without task labels and without old rows.
     Hooks: loss terms (reads the forward pass), gradients. Cost: one reduction over the outputs of each linear layer
     and forward pass, a selection per step; no extra forward pass.
-    Relations: nothing is kept of earlier tasks, so it can be added to replay, EWC or O-LoRA. AdamW's momentum and weight decay
-    continue in masked rows, as in the paper. Composes with everything.
+    Relations: nothing is kept of earlier tasks, so it can be added to replay, EWC or O-LoRA. AdamW's momentum and
+    weight decay continue in masked rows, as in the paper. Composes with everything.
 
     It masks the weights of trainable linear layers (for LoRA the factors). Embeddings, norms, biases, experts that
     are one tensor, and the language-model head are updated as usual.

@@ -195,7 +195,7 @@ class OLoRA(Method):
                 _add([params[name] for name in pair], [self.product * (b.T @ signs), self.product * (signs @ a.T)])
 
     def _stacked(self, params: Mapping[str, nn.Parameter]) -> list[tuple[list[str], Tensor]]:
-        """Layers of one shape with their earlier factors (L, R_old, D): one kernel for all of them instead of one each."""
+        """Layers of one shape with their earlier factors (L, R_old, D): one kernel for all instead of one each."""
         if self._stacks is None:
             alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
             for layer, old_RD in self._live.items():

@@ -58,7 +58,7 @@ class Run(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate of the run; if parameter groups differ, that of the optimizer's default or largest group."""
+        """Peak learning rate of the run; if groups differ, that of the optimizer's default or largest group."""
 
     @property
     def starts_afresh(self) -> bool:
@@ -134,8 +134,9 @@ class Run(Protocol):
     def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
         """This process's micro-batches of the `step`-th optimizer step over tokenised rows, reshuffled each pass.
 
-        A pure function of the run's seed and `step`; two processes use the same rows as one with twice the accumulation.
-        Where `auto_find_batch_size` has lowered the task's batches, a `batch_size` is lowered by the same factor.
+        A pure function of the run's seed and `step`; two processes use the same rows as one with twice the
+        accumulation. Where `auto_find_batch_size` has lowered the task's batches, a `batch_size` is lowered by the same
+        factor.
         """
 
     def loss(self, batch: Batch) -> Tensor:

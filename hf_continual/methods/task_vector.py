@@ -11,8 +11,8 @@ The same on checkpoints, without training again, is task arithmetic with weights
 ``task_arithmetic([end, checkpoint_e], out, base=start, scale=[1.0, -alpha])``. On LoRA adapters the two differ: here the factors
 are edited, as in a state dict; there, the products B A.
 
-Memory: 4 bytes per trainable parameter in main memory, from step e on also in every checkpoint; before that, the weights
-training starts from, in their own dtype.
+Memory: 4 bytes per trainable parameter in main memory, from step e on also in every checkpoint; before that, the
+weights training starts from, in their own dtype.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TaskVector(Method):
     given to. Methods that come later in the list see the edited weights when the task ends. Composes with everything.
 
     Args:
-        at: e, an optimizer step, or a number between 0 and 1, a fraction of the run. The paper's plots use epochs 12 to 18 of
-            checkpoints up to 25, so half of the run is the default.
+        at: e, an optimizer step, or a number between 0 and 1, a fraction of the run. The paper's plots use epochs 12 to
+            18 of checkpoints up to 25, so half of the run is the default.
         alpha: Fraction of v to subtract; the paper's table has 0.16 and 0.22.
         name: Prefix of the logged values, and of its files.
 

@@ -96,8 +96,8 @@ def compare_arms(
         lower_is_better: Whether scores are losses.
 
     Returns:
-        For each comparison the names, the common seeds, and a `PairedTest`; with several seeds a row's score is its mean
-        over them, so the test generalises over rows, for these seeds. Differences above 0 favour the second.
+        For each comparison the names, the common seeds, and a `PairedTest`; with several seeds a row's score is its
+        mean over them, so the test generalises over rows, for these seeds. Differences above 0 favour the second.
     """
     found = []
     for name, seeds in arms[1:]:

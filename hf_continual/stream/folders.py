@@ -46,7 +46,7 @@ class Learner(Protocol):
         """The tasks to score after a task, or on the base model (None)."""
 
     def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:
-        """Score the model of a folder (None is the base model) on tasks, reporting each result as soon as it is measured."""
+        """Score the model of a folder (None is the base model) on tasks, reporting each result once it is measured."""
 
 
 def main_decides(question: Callable[[], Value]) -> Value:

@@ -1,4 +1,4 @@
-"""Rows of earlier tasks, put where a method asks for them: all of them, or those in the plan's buffer (key `memory`)."""
+"""Rows of earlier tasks, put where a method asks for them: all, or those in the plan's buffer (key `memory`)."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _rows(
 
 
 def _joined(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
-    """Rows of several tasks; different file readers give the same text different types, and only some rows have tools."""
+    """Join rows of several tasks; file readers give the same text different types, and only some rows have tools."""
     features = parts[0][1].features
     if all(rows.features.type == features.type for _, rows in parts):
         return concatenate_datasets([rows for _, rows in parts])

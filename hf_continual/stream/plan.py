@@ -106,7 +106,8 @@ class EvaluationPlan(_Strict):
         batch_size: Rows per forward pass.
         solved_at: Refuse a task on which the base model reaches this score, as already solved; None allows all.
         gauges: General benchmarks by name.
-        bootstrap: Draws of the intervals of scores that are not 0 or 1 and over seeds; 0 omits all intervals of figures.
+        bootstrap: Draws of the intervals of scores that are not 0 or 1 and over seeds; 0 omits all intervals of
+            figures.
     """
 
     metric: Any = "exact_match"
@@ -123,8 +124,9 @@ class MergePlan(_Strict):
 
     Args:
         function: A method of `hf_continual.merge` by name, ``package.module:function``, or a function, called as
-            ``function(models, output_dir, **options)`` with a list of folders, oldest first. It also gets `base`, `task`
-            and `calibration` (the task's training rows; for ``kif`` `calibration_new`) if it has parameters with these names.
+            ``function(models, output_dir, **options)`` with a list of folders, oldest first. It also gets `base`,
+            `task` and `calibration` (the task's training rows; for ``kif`` `calibration_new`) if it has parameters with
+            these names.
         start: Each task continues from the previous ``merged`` model, and both are merged; or starts from the ``base``,
             and the models of all tasks so far are merged.
         options: Passed to the function.
@@ -147,7 +149,7 @@ class Between(_Strict):
 
 
 class MemoryPlan(_Strict):
-    """The buffer: which rows of learned tasks are kept and handed on, as ``continual/memory.jsonl`` in each task's folder.
+    """The buffer: rows of learned tasks to keep and hand on, as ``continual/memory.jsonl`` in each task's folder.
 
     Args:
         policy: ``class_balanced``: a fraction of each task's rows, spread over its classes; ``newest_first``: the same

@@ -1,7 +1,7 @@
 """Estimate how long a run takes: train one and two blocks of its model, with random weights, briefly on this machine.
 
-The time of a micro-batch grows linearly with the blocks, so two small measurements give the total: no weights are loaded and
-little memory is needed.
+The time of a micro-batch grows linearly with the blocks, so two small measurements give the total: no weights are
+loaded and little memory is needed.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def train_stream(
 
     A fresh trainer learns each task from the previous task's folder, and every model is scored as it was
     saved. Finished work in `output_dir` is not repeated: if killed at any moment, the same call resumes and
-    ends with the matrix and the weights of an undisturbed run. When stopped by SIGTERM, SIGINT, SIGUSR1 or `max_minutes`,
-    it saves and ends the process with exit code 75.
+    ends with the matrix and the weights of an undisturbed run. When stopped by SIGTERM, SIGINT, SIGUSR1 or
+    `max_minutes`, it saves and ends the process with exit code 75.
 
     Example:
         >>> result = train_stream("plan.yaml")

@@ -209,7 +209,7 @@ def base_of(model: nn.Module) -> tuple[str, str | None]:
 
 
 def is_lasting(source: str, output_dir: Path | None) -> bool:
-    """Whether a base can be expected to stay: not a trainer's checkpoint, which is rotated away, nor a folder the run writes.
+    """Whether a base can be expected to stay: not a trainer's checkpoint, which rotates away, nor the run's output.
 
     Args:
         source: Folder or Hub id.

@@ -107,7 +107,7 @@ class Flat:
 
     @torch.no_grad()
     def write(self, bucket: Bucket, values: Tensor) -> None:
-        """Write values into the bucket's weights, rounded to their dtype, and the rounding errors into the residuals."""
+        """Write values into the bucket's weights, rounded to their dtype, and rounding errors into the residuals."""
         weights, views = [local(self.params[n].detach()) for n in bucket.names], self._views(bucket, values)
         residuals = [None if self.residuals is None else self.residuals.residual(self.params[n]) for n in bucket.names]
         torch._foreach_copy_(weights, views)

@@ -48,7 +48,7 @@ def base_sample(model: nn.Module, adapted: bool = True) -> str | None:
 
 @torch.no_grad()
 def sample_of(params: Mapping[str, Tensor]) -> str:
-    """A hash over names, shapes and a few values of some weights; of their shards on this process if they are sharded."""
+    """A hash over names, shapes and a few values of some weights; if they are sharded, of this process's shards."""
     digest = hashlib.sha256("".join(f"{n}{tuple(p.shape)}" for n, p in params.items()).encode())
     for p in params.values():
         part = local(p.detach())

@@ -1,4 +1,4 @@
-"""The losses other than the threshold margin: the authors' mix of cross-entropies, and the paper's imitation baselines."""
+"""The losses other than the threshold margin: the authors' mixed cross-entropy, and the paper's imitation baselines."""
 
 from __future__ import annotations
 

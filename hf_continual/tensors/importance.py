@@ -192,8 +192,8 @@ def share_threshold(
 def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Scope = "global") -> dict[str, Tensor]:
     """Select the most important fraction of all parameters, or of each tensor: strictly above the quantile.
 
-    Ties at the quantile are not selected: if all scores are equal, none is. Exact for any number of scores (`torch.quantile`
-    stops at 2^24), and several times faster.
+    Ties at the quantile are not selected: if all scores are equal, none is. Exact for any number of scores
+    (`torch.quantile` stops at 2^24), and several times faster.
 
     Args:
         scores: Scores by parameter name.

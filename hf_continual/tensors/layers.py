@@ -106,8 +106,8 @@ class _FirstBlock(Exception):
 def modules_below(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that run before the first block when the model reads text, by name.
 
-    Token and position embeddings, and whatever normalises, projects or adds to them. The model is run on two tokens up to
-    its first block. If it cannot be run (its weights are on the meta device or sharded over processes), the modules
+    Token and position embeddings, and whatever normalises, projects or adds to them. The model is run on two tokens up
+    to its first block. If it cannot be run (its weights are on the meta device or sharded over processes), the modules
     found by name are returned, see `embedding_modules`.
 
     Args:

@@ -37,7 +37,8 @@ def masked_weights(model: nn.Module, factors_a: bool = False) -> list[MaskedWeig
         factors_a: Whether LoRA's A is listed too, with the outputs A x.
 
     Returns:
-        For LoRA layers the factors B with the combined output; for others the weight itself. Not the language-model head.
+        For LoRA layers the factors B with the combined output; for others the weight itself. Not the language-model
+        head.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     inside = {id(part) for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}

@@ -1,4 +1,4 @@
-"""A model as a reference: its weights without adapters, identified by a fingerprint, read through its last hidden states."""
+"""A model as a reference: its weights without adapters, their fingerprint, and its last hidden states."""
 
 from __future__ import annotations
 

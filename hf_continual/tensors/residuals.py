@@ -1,8 +1,8 @@
-"""Exact weights in low precision: a weight in bf16 or fp16 and, in fp32, the residual that rounding took from it (fp32 weight minus stored weight).
+"""Exact weights in low precision: a weight in bf16 or fp16 and, in fp32, the residual: what rounding took from it.
 
-An optimizer that keeps residuals trains the fp32 weights, rounded. Other code that edits such a weight in place leaves it
-with the residual of its old value. An edit therefore drops the residual, unless the editor reads and writes both, like
-`hf_continual.tensors.flat.Flat` does: it writes the exact weight.
+An optimizer that keeps residuals trains the fp32 weights, rounded. Other code that edits such a weight in place leaves
+it with the residual of its old value. An edit therefore drops the residual, unless the editor reads and writes both,
+like `hf_continual.tensors.flat.Flat` does: it writes the exact weight.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def kth_smallest(
     """The k-th smallest value of all parts together, exactly, in two passes that count.
 
     Args:
-        parts: Returns the parts afresh on each call; the same values in any order and split. Large ones are counted in pieces.
+        parts: Returns the parts afresh on each call; the same values in any order and split. Large ones are counted in
+            pieces.
         k: Rank, counted from 0.
         add_up: Sums a tensor of counts over processes that hold different parts.
 

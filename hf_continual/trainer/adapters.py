@@ -166,7 +166,8 @@ def activate_both(model: Any) -> None:
 def kept_active(model: Any) -> Iterator[None]:
     """Keep everything except the values unchanged while a checkpoint is loaded.
 
-    transformers 5.23 leaves one adapter active, all of it trainable, and in float32 where a 4-bit base had made it bfloat16.
+    transformers 5.23 leaves one adapter active, all of it trainable, and in float32 where a 4-bit base had made it
+    bfloat16.
     """
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     yield
@@ -196,7 +197,8 @@ def join(folder: Path) -> None:
     for file in parts.iterdir():
         if file.is_file() and not (joined / file.name).exists():
             os.replace(file, folder / file.name)
-    # The weights first: with the earlier configuration they fail to load; earlier weights with the new one would load silently.
+    # The weights first: with the earlier configuration they fail to load; earlier weights with the new one would load
+    # silently.
     for name in ("adapter_model.safetensors", ADAPTER):
         os.replace(joined / name, folder / name)
     shutil.rmtree(joined)

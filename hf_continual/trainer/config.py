@@ -28,8 +28,8 @@ class ContinualConfig(SFTConfig):
     """Training arguments of `ContinualTrainer`: everything in `trl.SFTConfig`, plus the methods
     against forgetting.
 
-    With the fields below at their defaults it is an SFTConfig, with one exception: where SFTConfig would fail because the
-    machine has no accelerator with bf16, such as on a CPU, it trains in fp32 unless `bf16` was set explicitly.
+    With the fields below at their defaults it is an SFTConfig, with one exception: where SFTConfig would fail because
+    the machine has no accelerator with bf16, such as on a CPU, it trains in fp32 unless `bf16` was set explicitly.
 
     Args:
         methods: The methods as data: a name, a mapping of names to hyper-parameters, or a list of
@@ -40,9 +40,9 @@ class ContinualConfig(SFTConfig):
             loaded. A model given by path or id tells.
         fresh_methods: Start without what the methods of the previous task left.
         from_adapter: What to do with a model that is the folder or Hub id of an adapter: ``continue`` trains it further,
-            ``stack`` freezes it under a new adapter and saves both as one, ``merge_then_new`` merges it into its base, saves that
-            as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a ``peft_config``, else
-            ``continue``.
+            ``stack`` freezes it under a new adapter and saves both as one, ``merge_then_new`` merges it into its base,
+            saves that as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a
+            ``peft_config``, else ``continue``.
         max_minutes: Minutes after which training saves and stops as on a signal, with exit code 75; None is no
             limit. It counts from the start of `train`.
         hub_base_model: Hub id of the base model, if `model` is a local copy of it.

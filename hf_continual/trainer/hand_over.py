@@ -161,7 +161,7 @@ def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
 
 
 def base_facts(trainer: LiveTrainer) -> dict[str, Any]:
-    """Name and a few values of the weights under and outside an adapter; empty for a full model, which is its own base."""
+    """Name and a few values of the weights without the adapter; empty for a full model, which is its own base."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         return {}

@@ -98,7 +98,7 @@ def prepare_rows(trainer: LiveTrainer, rows: Dataset, row_type: RowType | str, n
 
 
 def replay_totals(trainer: LiveTrainer) -> np.ndarray | None:
-    """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes, which must call this together."""
+    """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes; all must call this together."""
     if trainer.mixer is None:
         return None
     counters = torch.from_numpy(trainer.mixer.counters()).to(trainer.accelerator.device)

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer that a method supplies, and the check that an optimizer holds all trained parameters."""
+"""Parameter groups for an optimizer that a method supplies, and the check that an optimizer is complete."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_holds_trained(model: nn.Module, optimizer: Any, given: bool) -> None:
 
 
 def check_live_optimizer(trainer: LiveTrainer) -> None:
-    """Refuse an optimizer that lacks a trainable parameter; skipped under DeepSpeed and FSDP1, which flatten parameters."""
+    """Refuse an optimizer that lacks a trainable parameter; not under DeepSpeed and FSDP1, which flatten them."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     flattened = trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1)
     if not flattened:

@@ -1,7 +1,7 @@
 """Let only one trainer at a time train into a folder: two would overwrite and rotate away each other's checkpoints.
 
-``OUTPUT_DIR/.training.lock`` is locked by the system while `train` runs, and ``.training.json`` records the holder; both
-are removed at the end. The system releases the lock when a process dies for any reason. On NFS (version 4, or with
+``OUTPUT_DIR/.training.lock`` is locked by the system while `train` runs, and ``.training.json`` records the holder;
+both are removed at the end. The system releases the lock when a process dies for any reason. On NFS (version 4, or with
 lockd) the lock also works between machines; on a file system without locks, this is logged and nothing is locked.
 """
 

@@ -1,4 +1,4 @@
-"""What a run starts from: a model by path or id, an adapter to continue or to build on, and what the previous task left."""
+"""What a run starts from: a model by path or id, an adapter to continue or build on, and the previous task's state."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Start:
 def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, quantization_config: Any) -> Start:
     """Open the folder or Hub id of an adapter; SFTTrainer opens everything else.
 
-    `ContinualConfig.from_adapter` decides what is done with the adapter: it is trained further, kept under a new one, or merged
-    into its base. The consequence is printed.
+    `ContinualConfig.from_adapter` decides what is done with the adapter: it is trained further, kept under a new one,
+    or merged into its base. The consequence is printed.
 
     Args:
         model: As given to the trainer; so are the other parameters.

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Agreement:
     """Agreement on whether any process of the run was asked to stop; all get the same answer at the same step.
 
-    A request at the end of a step takes effect at the end of the next: the exchange, of 4 bytes between CPUs, runs during
-    the step, and no accelerator waits for it. With one process it takes effect at once.
+    A request at the end of a step takes effect at the end of the next: the exchange, of 4 bytes between CPUs, runs
+    during the step, and no accelerator waits for it. With one process it takes effect at once.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def check_finished(trainer: LiveTrainer) -> None:
 
 @contextmanager
 def at_steps(trainer: LiveTrainer) -> Iterator[None]:
-    """Train inside the context: if asked to stop, the run saves and ends at the end of a step, or where nothing would be lost.
+    """Train inside the context: if asked to stop, save and end after a step, or at once if nothing would be lost.
 
     Args:
         trainer: The trainer; its `stopping` tells afterwards whether it was asked to stop.

@@ -19,7 +19,7 @@ LAST = "last_hidden_state"
 
 
 class ForwardTap:
-    """Hooks that are active only inside `record`, so nothing is held between steps; the first `record` adds them to the model.
+    """Hooks that are active only inside `record`, so nothing is held between steps; the first `record` adds them.
 
     The loss comes from a fused language-model head that returns neither logits nor hidden states, and
     a second forward for them would double the cost. Recomputation under gradient checkpointing

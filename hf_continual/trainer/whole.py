@@ -1,4 +1,4 @@
-"""Check that a checkpoint is complete, by a marker written last with the size of every file, and by each file's content.
+"""Check that a checkpoint is complete, by a marker with all file sizes, written last, and by each file's content.
 
 Trainers with methods put ``continual/complete.json`` into a checkpoint once the bytes of all its files are on disk.
 A checkpoint without it (of SFTTrainer, of an older version, of a process killed a moment too early) is judged by its

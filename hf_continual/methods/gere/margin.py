@@ -7,8 +7,8 @@ z from its interval,
     TM = sum |d| / number of units                      ("entries")
     TM = sum |d| / number of tokens                     ("tokens")
 
-and dTM/dz = sign(d) over the same number, through which no gradient flows. Under "violations" the L1 norm of the gradient is 1
-whenever one unit is violated, however little: distances below `dead_band` count as zero.
+and dTM/dz = sign(d) over the same number, through which no gradient flows. Under "violations" the L1 norm of the
+gradient is 1 whenever one unit is violated, however little: distances below `dead_band` count as zero.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class GeRe(Method):
     may move freely between thresholds but not across them.
     Hooks: rows, loss terms. Cost: one pass over the samples before the first task, 2 bits per unit on disk (a 16th of
     fp32), and in training one byte per replayed unit until backward.
-    Relations: `constraint="none"` is the paper's BaselineR; `Replay` of general text is the same with a different mix of the
-    losses. Composes with everything.
+    Relations: `constraint="none"` is the paper's BaselineR; `Replay` of general text is the same with a different mix
+    of the losses. Composes with everything.
     Differs from the authors' code: one forward pass for task and general rows (equal to 1e-5), stable statistics, states
     instead of fp32 files, a keyed cache; a channel with zero deviation counts once.
 
@@ -68,8 +68,8 @@ class GeRe(Method):
         weight: w, or ``"dynamic"``: the micro-batch's CE / TM, at most 1e4.
         constraint: ``"tm"``; ``"none"``; ``"l1"``/``"l2"`` imitation of hidden states; ``"kl"`` of the logits.
         reduction: Divisor of TM: violated units (the paper), all units (``"entries"``) or ``"tokens"``.
-        ce_mix: ``"official"``, or ``"tokens"``: a general token counts as `ce_weight` task tokens in one mean, which does
-            not depend on how rows are split into micro-batches.
+        ce_mix: ``"official"``, or ``"tokens"``: a general token counts as `ce_weight` task tokens in one mean, which
+            does not depend on how rows are split into micro-batches.
         ce_weight: Weight of a general token under ``ce_mix="tokens"``.
         reference: Model that the states are recorded from: ``"base"``, or the model at ``"task_start"``.
         num_samples: K, the number of rows to use, the first ones.

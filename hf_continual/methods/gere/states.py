@@ -37,7 +37,7 @@ class States(Recorded):
 
 
 class Thresholds(Keeping):
-    """Compute thresholds from each channel's mean and deviation over all tokens; keep each row's states, or its hidden states.
+    """Thresholds from each channel's mean and deviation over all tokens; keeps each row's states or hidden states.
 
     Args:
         threshold: Distance of the thresholds from the mean, in standard deviations.

@@ -1,16 +1,16 @@
-r"""Recurrent-KIF: an inner learner for the new task, an outer one for old rows, fused by each weight's importance to either.
+r"""Recurrent-KIF: an inner learner for the new task, an outer one for old rows, fused by importance.
 
 Feng et al., "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning", ACL 2025,
 https://arxiv.org/abs/2502.17510.
 
-Every Q = `inner_steps` steps on the new task are followed by M = `outer_steps` steps on a small buffer of old rows. Both
-measure the importance of every weight (`hf_continual.tensors.importance`), and their movements are fused element by
-element (`hf_continual.tensors.fusion`):
+Every Q = `inner_steps` steps on the new task are followed by M = `outer_steps` steps on a small buffer of old rows.
+Both measure the importance of every weight (`hf_continual.tensors.importance`), and their movements are fused element
+by element (`hf_continual.tensors.fusion`):
 
     theta_{b+1} = theta_b + w_in tau_in + w_out tau_out,    m = score > its (1 - top_share) quantile
 
-The paper's text and its published code differ; `rule="paper"` and `rule="code"` are the two, and `published` returns each
-published setting by name.
+The paper's text and its published code differ; `rule="paper"` and `rule="code"` are the two, and `published` returns
+each published setting by name.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ CHOICES = {
 
 @dataclass
 class KIF(Method):
-    """Alternate between the new task and a buffer of old rows, and fuse both movements by the importance of each weight.
+    """Alternate between the new task and a buffer of old rows; fuse both movements by each weight's importance.
 
     Idea: a few steps on old rows tell which weights matter to old tasks *now*; the new task's change is kept where
     only the new task needs a weight, the buffer's repair where only old tasks do.
     Hooks: rows (a separate buffer, not mixed into the batches), after step.
-    Cost: M steps on the buffer per Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more for
-    the moments of a separate outer learner.
+    Cost: M steps on the buffer per Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more
+    for the moments of a separate outer learner.
     Relations: `Replay` mixes the same rows into every batch. Composes with everything; edits of gradients by other
     methods do not reach the outer steps.
     Differs from the authors' code: the outer learner learns (theirs for LLaMA has rate 0), steps are counted instead of
@@ -273,7 +273,7 @@ class KIF(Method):
         return state
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        """The tensors that the rest of the run depends on: right after a fusion, neither the anchor nor the inner averages."""
+        """The tensors that the rest of the run needs: right after a fusion, not the anchor and the inner averages."""
         kept = {} if self._sides is None else self._sides.buffers()
         if self._done == 0:
             kept = {k: v for k, v in kept.items() if k.startswith("outer")}

@@ -92,7 +92,7 @@ class TwoSides:
         self.flat.copy_weights(self.middle)
 
     def _score(self, side: list[Tensor], out: Tensor) -> None:
-        """Write the scores of a side into a buffer, which may be one of its own; by bucket, since factors are scaled in copies."""
+        """Write a side's scores into a buffer, which may be its own; by bucket, since factors are scaled in copies."""
         for bucket in self.flat.buckets:
             spread = bucket.of(side[1]) if self.fusion.uncertainty else None
             scores(bucket.of(side[0]), spread, out=bucket.of(out))
@@ -125,8 +125,8 @@ class TwoSides:
         """Fuse in place, make the result the new anchor, and forget the inner averages.
 
         Returns:
-            Fractions of the elements by side (``both``, ``in_only``, ``out_only``, ``neither``), or the mean weight of the
-            inner side (``inner_weight``) if the rule has no masks.
+            Fractions of the elements by side (``both``, ``in_only``, ``out_only``, ``neither``), or the mean weight of
+            the inner side (``inner_weight``) if the rule has no masks.
         """
         f, totals = self.fusion, torch.zeros(4, device=self.flat.device)
         mask_out = self._mask_out() if f.rule in WEIGHTS else None

@@ -1,4 +1,4 @@
-"""Set up what RecAdam's weights stay near, and how firmly: anchors from a checkpoint, Fisher information, and log messages."""
+"""Set up what RecAdam's weights stay near, and how firmly: anchors, Fisher information, and log messages."""
 
 from __future__ import annotations
 

@@ -19,20 +19,22 @@ t counts the updates of the parameter itself. The recall uses the theta already 
 linear interpolation with fraction r, so r must lie between 0 and 1. `anneal="none"` is its limit without
 annealing (L2-SP, decoupled): lambda = 1 and r = lr gamma at every step.
 
-`fisher` restores the F_i of the quadratic term, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and its
-optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the scalar form.
+`fisher` restores the F_i of the quadratic term, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and
+its optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the
+scalar form.
 
 Differs from the authors' code: the pretrained weights are not an argument but each parameter's value at the first
 step (or named tensors), an unknown schedule is refused, r outside [0, 1] is refused instead of diverging, and
 `floor` keeps some protection after t0, where the paper's recall vanishes.
 
 Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
-14 bytes (m, v and the rounding error in fp32, theta* in the parameter's dtype), so that the weights are those of an fp32
-run, rounded. `pull_every` adds nothing, `fisher` adds 4 bytes, also in checkpoints.
+14 bytes (m, v and the rounding error in fp32, theta* in the parameter's dtype), so that the weights are those of an
+fp32 run, rounded. `pull_every` adds nothing, `fisher` adds 4 bytes, also in checkpoints.
 
 `pull_every=n` reads theta* at every n-th update only. In between theta moves by Adam alone; the n-th pull then goes the
 compounded fraction 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
-within the window is pulled by the whole fraction. The owed pull is part of the state, and is applied when training ends.
+within the window is pulled by the whole fraction. The owed pull is part of the state, and is applied when training
+ends.
 """
 
 from __future__ import annotations
@@ -74,9 +76,9 @@ class RecAdam(Method):
     Args:
         anneal: ``"sigmoid"`` (paper), ``"linear"``, ``"constant"`` (no recall at all) or ``"none"`` (L2-SP).
         k: Steepness of the sigmoid per optimizer step; the paper searches 0.05 to 1.
-        t0: Update at which task and recall have equal weight; if strictly between 0 and 1, a fraction of all updates of the
-            run, including those that another method adds (KIF's outer steps, if they share the optimizer). The paper's
-            250 is 0.4 to 19 % of its runs; before t0 little of the task is learned.
+        t0: Update at which task and recall have equal weight; if strictly between 0 and 1, a fraction of all updates of
+            the run, including those that another method adds (KIF's outer steps, if they share the optimizer). The
+            paper's 250 is 0.4 to 19 % of its runs; before t0 little of the task is learned.
         anchor_strength: gamma of the paper, for learning rates around 2e-5.
         pull: Instead of `anchor_strength`: the fraction r itself at the peak learning rate, such as 0.01, whatever
             learning rate a group has. LoRA's learning rates need it, since r = lr * gamma. It follows the schedule of
@@ -93,9 +95,9 @@ class RecAdam(Method):
             Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside the run's that
             is not a trainer's checkpoint; those are read again, from the model's current or recorded location.
 
-        fisher: Use the diagonal Fisher information of each weight instead of one scalar: general or old rows, measured at
-            the weights that training starts from (in a plan ``earlier_tasks``), or the ``continual/ewc.safetensors`` of a model.
-            It is divided by its mean, so that r is the mean fraction; a weight goes min(1, r F) of the way.
+        fisher: Use the diagonal Fisher information of each weight instead of one scalar: general or old rows, measured
+            at the weights that training starts from (in a plan ``earlier_tasks``), or the ``continual/ewc.safetensors``
+            of a model. It is divided by its mean, so that r is the mean fraction; a weight goes min(1, r F) of the way.
         fisher_kind: ``"batch"`` squares the gradient of batches, ``"sample"`` that of single rows.
         fisher_rows: Maximum number of rows to measure, drawn with the run's seed; None: all.
         fisher_row_type: As in `Replay`.

@@ -168,7 +168,8 @@ class RecAdamOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], t: int, weight: float, share: float, members: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], float(group["lr"])
         root = math.sqrt(1 - beta2**t)
-        # Adam in its usual form has eps inside the bias correction; RecAdam's is outside, which equals this eps and rate.
+        # Adam in its usual form has eps inside the bias correction; RecAdam's is outside, which equals this eps and
+        # rate.
         adam = {
             "lr": lr * weight * (1.0 if group["correct_bias"] else (1 - beta1**t) / root),
             "beta1": beta1, "beta2": beta2, "weight_decay": 0.0, "eps": group["eps"] / root,
@@ -212,7 +213,7 @@ class RecAdamOptimizer(Optimizer):
 
     @torch.no_grad()
     def apply_owed_pulls(self) -> None:
-        """Apply the pull that `pull_every` has deferred, except to weights that were loaded or edited since the last update."""
+        """Apply the pull deferred by `pull_every`, except to weights loaded or edited since the last update."""
         for p, state in self.state.items():
             share = float(state.get("owed", 0.0))
             if not share or self._edited(p):

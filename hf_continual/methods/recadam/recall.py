@@ -1,7 +1,8 @@
 """The pull of RecAdam towards its anchors: one fraction for all weights, or one per weight from its Fisher information.
 
 With F the diagonal Fisher information over its mean, the quadratic term of the paper (eq. 6) is gamma / 2 sum_i F_i (theta_i -
-theta*_i)^2, which its optimizer simplifies to F_i = 1. Decoupled in the same way, a weight goes min(1, r F_i) of the way.
+theta*_i)^2, which its optimizer simplifies to F_i = 1. Decoupled in the same way, a weight goes min(1, r F_i) of the
+way.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
 
 
 def owed_share(owed: float, share: float) -> float:
-    """The fraction of the way to a fixed point after two in a row: 1 - (1 - owed) (1 - share); `share` itself after 0."""
+    """The fraction of the way to a fixed point after both: 1 - (1 - owed) (1 - share); `share` itself after 0."""
     return owed + share - owed * share
 
 

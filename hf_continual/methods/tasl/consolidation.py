@@ -35,7 +35,7 @@ def scaled(importance: Importance) -> dict[str, np.ndarray]:
 
 
 def accumulate(present: Importance, previous: Importance, previous_weight: float = PREVIOUS) -> dict[str, np.ndarray]:
-    """Importance to hand on: ``scaled((1 - w) scaled(present) + w scaled(previous))``; for a unit on one side only, that side's.
+    """Importance to hand on: ``scaled((1 - w) scaled(present) + w scaled(previous))``; for a unit on one side, that side's.
 
     Args:
         present: Importance to the task.

@@ -13,8 +13,8 @@ from (`consolidation`). Importance is accumulated and handed to the next task; n
 Differs from the published code: every step is measured (theirs skips the first), steps with gradients that are not
 finite change nothing, and the run itself keeps the weights before the task instead of reading them from a folder.
 
-Memory: 8 bytes per trainable parameter for I and U; from the second task on also the weights before the task, in main memory. Handed
-on: one number per tensor or rank.
+Memory: 8 bytes per trainable parameter for I and U; from the second task on also the weights before the task, in main
+memory. Handed on: one number per tensor or rank.
 """
 
 from __future__ import annotations
