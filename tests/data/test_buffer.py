@@ -159,7 +159,7 @@ def test_classes_by_another_column():
         ({"share": 1.5}, "share must lie in"),
         ({"rows": 0}, "must be at least 1"),
         ({"policy": "reservoir", "capacity": 0}, "must be at least 1"),
-        ({"start": [{"prompt": "x"}]}, "has no 'memory_task': no memory kept it"),
+        ({"start": [{"prompt": "x"}]}, "has no 'memory_task': it was not written by a buffer"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
@@ -170,5 +170,5 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_a_reservoir_cannot_grow():
     start = Memory("reservoir", capacity=4).records(tasks("ab" * 5))
     for capacity in (3, 5):
-        with pytest.raises(ValueError, match="start holds 4 of the 10 rows that were seen, which cannot go on"):
+        with pytest.raises(ValueError, match="start holds 4 of the 10 rows that were seen, which cannot be continued"):
             Memory("reservoir", capacity=capacity, start=start)

@@ -102,7 +102,7 @@ def test_a_full_disk_while_checkpoints_are_written(tmp_path, small_disk, kilobyt
 
     straight = build(tmp_path / "straight")
     straight.train()
-    told = r"could not be written: the disk is full .* are free there.*(checkpoint-\d is whole|No checkpoint is whole)"
+    told = r"could not be written: the disk is full .* are free there.*(checkpoint-\d is complete|No checkpoint is complete)"
     with pytest.raises(CannotWrite, match=told) as found:
         build(disk / "run").train()
     grow(disk)

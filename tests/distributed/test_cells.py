@@ -152,7 +152,7 @@ def test_methods_of_ones_own_are_refused_by_what_they_do():
     assert "DeepSpeed does both inside its engine" in refusal(Editing(), "ZeRO-1")[0]
     assert "fsdp_version: 2" in refusal(Editing(), "FSDP1")[1]
     assert refusal(Editing(), "FSDP2") is refusal(Editing(), "DDP") is refusal(Reading(), "ZeRO-2") is None
-    assert "ZeRO-3 has spread them" in refusal(Reading(), "ZeRO-3")[0]
+    assert "ZeRO-3 has sharded them" in refusal(Reading(), "ZeRO-3")[0]
 
 
 def test_the_readme_has_the_table():

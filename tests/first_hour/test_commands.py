@@ -61,7 +61,7 @@ def test_train_score_and_chat(here, capsys):
     # The same command again trains nothing; another one is refused.
     assert json.loads(ran(f"{line} --json --quiet", capsys)) == result
     code, _, err = typed.typed(line.replace("0.02", "0.03"), capsys)
-    assert code == 2 and "was begun with another plan" in err and "0.02 -> 0.03" in err
+    assert code == 2 and "was started with another plan" in err and "0.02 -> 0.03" in err
     scored = json.loads(ran("score trained --test t0.jsonl --json --predictions said.jsonl", capsys))
     assert scored["value"] == result["after"]["value"]
     for key in ("value", "interval"):

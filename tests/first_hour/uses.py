@@ -119,7 +119,7 @@ USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "a file as model": (lambda: trainer(model="afile"), ["afile", "is a file and not a folder"]),
     "stack without an adapter": (
         lambda: trainer(model="model", from_adapter="stack"),
-        ["does not hold one", "Drop it"],
+        ["is not one", "Drop it"],
     ),
     "stack without options": (
         lambda: trainer(model="adapter", from_adapter="stack"),

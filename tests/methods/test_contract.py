@@ -83,7 +83,7 @@ def test_resumed_is_uninterrupted(tmp_path, names, layout):
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert values(straight)[3:6] == values(resumed)[3:6]
     assert same(straight.task_states, resumed.task_states)
-    with pytest.raises(ValueError, match="written with other methods"):
+    with pytest.raises(ValueError, match="written with different methods"):
         build(tmp_path / "a", [], names, **settings).train(resume_from_checkpoint=True)
 
 

@@ -47,7 +47,7 @@ def test_the_published_fisher():
     fisher = fisher_diagonal((golden_loss(params, batch) for batch in (0, 1)), params, (3, 2))
     for name in NAMES:
         torch.testing.assert_close(fisher[name], GOLDEN[f"fisher/{name}"], rtol=1e-6, atol=1e-9)
-    with pytest.raises(ValueError, match="at least one loss"):
+    with pytest.raises(ValueError, match="at least one row"):
         fisher_diagonal([], params, [])
 
 
@@ -232,5 +232,5 @@ def test_sentences():
     run.is_sharded, run.task_rows = True, []
     with pytest.raises(ValueError, match="needs the gradient of one row on one process.*Use fisher='batch'"):
         EWC(fisher="sample").end_task(run)
-    with pytest.raises(ValueError, match=r"1 weights have another shape.*weight: \(4, 4\) then, \(3, 2\) now"):
+    with pytest.raises(ValueError, match=r"1 weights have a different shape.*weight: \(4, 4\) then, \(3, 2\) now"):
         EWC().load_task_state({"tasks": 1, "fisher/weight": torch.ones(4, 4), "anchor/weight": torch.ones(4, 4)}, run)

@@ -161,7 +161,7 @@ def test_from_task_learns_the_first_task_whole(caplog):
     model = toy.model()
     with caplog.at_level(logging.INFO):
         FreezeLayers(bottom=2, from_task=1).prepare_model(model, Task(index=0))
-    assert frozen_blocks(model) == [] and "learnt with all weights" in caplog.text
+    assert frozen_blocks(model) == [] and "learned with all weights" in caplog.text
     FreezeLayers(bottom=2, from_task=1).prepare_model(model, Task(index=1))
     assert frozen_blocks(model) == [0, 1]
 

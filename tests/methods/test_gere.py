@@ -302,7 +302,7 @@ def test_the_base_is_found_again_by_a_later_task(tmp_path):
             methods=[gere(tmp_path, **changes)],
         )
 
-    with pytest.raises(ValueError, match="begins with fine-tuned weights, and no GeRe of an earlier task left word"):
+    with pytest.raises(ValueError, match="starts from fine-tuned weights, and no GeRe of an earlier task recorded"):
         task(1, toy.model()).train()
     first = task(0, toy.model())
     first.train()
@@ -446,7 +446,7 @@ def test_texts_of_its_own(tmp_path):
         def generate(self, input_ids, **kwargs):
             return input_ids
 
-    with pytest.raises(ValueError, match='rows="self": of .* texts that the model wrote only 0 were longer'):
+    with pytest.raises(ValueError, match='rows="self": of .* texts that the model wrote, only 0 were longer'):
         own_words(Mute(), tokenizer, 3, 24, seed=0)
 
 
@@ -464,8 +464,8 @@ def test_texts_of_its_own(tmp_path):
         ({"weight": -1.0}, "weight=-1.0.* at least 0"),
         ({"ce_weight": 0.5}, 'belongs to ce_mix="tokens"'),
         ({"max_length": 1}, "max_length=1"),
-        ({"rows": []}, "rows is empty"),
-        ({"rows": [{"body": "x"}]}, "needs rows with a column 'text', these have"),
+        ({"rows": []}, "has no rows"),
+        ({"rows": [{"body": "x"}]}, "needs rows with a column 'text'; these have"),
     ],
 )
 def test_bad_hyper_parameters(tmp_path, options, message):

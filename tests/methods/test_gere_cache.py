@@ -111,7 +111,7 @@ def test_weights_that_were_changed_since_are_no_task_of_this_sequence(tmp_path):
 
 def test_a_later_task_without_word_of_its_base(tmp_path):
     with pytest.raises(
-        ValueError, match=r"index 1\) begins with fine-tuned weights, and no GeRe of an earlier task left word"
+        ValueError, match=r"index 1\) starts from fine-tuned weights, and no GeRe of an earlier task recorded"
     ):
         task(tmp_path, 1, toy.model())
     trainer = ContinualTrainer(
@@ -137,7 +137,7 @@ def test_states_go_with_the_model_to_another_machine(tmp_path):
     second = task(tmp_path, 1, str(tmp_path / "0"))
     assert recorded(second).file == file and file.read_bytes() == whole
     file.unlink()
-    with pytest.raises(ValueError, match="came with states for other texts, and the base is not here"):
+    with pytest.raises(ValueError, match="came with states for other texts, and the base is not available"):
         task(tmp_path, 1, str(tmp_path / "0"), rows=toy.rows(seed=3))
 
 
@@ -148,7 +148,7 @@ def test_hidden_states_stay_in_the_cache(tmp_path):
     assert not list((tmp_path / "0" / "continual").glob("gere.safetensors"))
     assert recorded(task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")).file == files(tmp_path)[0]
     files(tmp_path)[0].unlink()
-    with pytest.raises(ValueError, match="the model came without any, and the base is not here"):
+    with pytest.raises(ValueError, match="the model came without any, and the base is not available"):
         task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")
 
 
@@ -161,7 +161,7 @@ def test_a_task_may_go_without(tmp_path, caplog):
         processing_class=toy.tokenizer(), methods=[FreezeLayers(bottom=1)],
     )  # fmt: skip
     plain.train()
-    assert "comes with what method 'gere' learned, and this run has no such method: it stays behind" in caplog.text
+    assert "comes with what method 'gere' learned, and this run does not use that method: it is dropped" in caplog.text
 
 
 def test_construction_makes_no_pass(tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
     again = task(tmp_path, 1, first.model)
     assert recorded(again).file == file
     merged = first.model.merge_and_unload()
-    with pytest.raises(ValueError, match="begins with fine-tuned weights, and no GeRe"):
+    with pytest.raises(ValueError, match="starts from fine-tuned weights, and no GeRe"):
         task(tmp_path, 1, merged, peft=lora)
     merged.save_pretrained(tmp_path / "merged")
     handover.bring_along(tmp_path / "0", tmp_path / "merged")
@@ -255,7 +255,7 @@ def test_resuming_on_a_checkpoints_weights_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 1e-2}
     build(tmp_path, gere(tmp_path), **settings).train()
     wrong = build(tmp_path, gere(tmp_path), model=str(tmp_path / "checkpoint-4"), **settings)
-    with pytest.raises(ValueError, match="states of other weights than those that the run to be resumed began with"):
+    with pytest.raises(ValueError, match="states of different weights than the ones that the run to resume began with"):
         wrong.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
@@ -346,7 +346,7 @@ def test_own_words_by_two_processes_and_damaged(tmp_path, caplog):
             _write_texts(file)
         assert "is not used" in caplog.text and file.read_text() == whole
     file.write_text("{}")
-    with pytest.raises(ValueError, match="is damaged .* and the base model, which wrote it, is not here"):
+    with pytest.raises(ValueError, match="is damaged .* and the base model that wrote it is not available"):
         kept_texts(file, 20, None)
 
 

@@ -76,7 +76,7 @@ def test_rows_are_cut_where_the_model_has_no_positions(tmp_path, caplog):
         trainer = build(tmp_path, gere(tmp_path), model=model, max_steps=1, max_length=8)
         trainer.train()
     assert max(trainer.mixer.draws[0].lengths) == most_tokens(model) == 8
-    assert "max_length=563 was asked for and the model has positions for 8 tokens; 4 of 24" in caplog.text
+    assert "max_length=563 was requested, but the model has positions for 8 tokens; 4 of 24" in caplog.text
 
 
 def test_rows_that_are_left_out_are_counted(caplog):

@@ -191,7 +191,7 @@ def test_sentences(tmp_path):
             GradientProjection(**wrong)
     assert GradientProjection().first_counted == 100 and GradientProjection(runs=2, steps=3).extra_steps(9) == 6
     lora = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="of the 8 weights that are trained none belongs to an attention module"):
+    with pytest.raises(ValueError, match="none of the 8 trained weights belongs to an attention module"):
         build(tmp_path, GradientProjection(runs=1, steps=1), lora).train()
     stream = ContinualTrainer(
         toy.model(), ContinualConfig(**toy.settings(tmp_path)), train_dataset=toy.rows().to_iterable_dataset(),

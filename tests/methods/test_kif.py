@@ -608,7 +608,7 @@ def test_only_what_is_trained_is_laid_out(tmp_path):
 def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_continual"):
         first = build(tmp_path, KIF())
-    assert "first task has no memory" in caplog.text
+    assert "first task has no rows of earlier tasks" in caplog.text
     plain = build(tmp_path)
     plain.train()
     first.train()
@@ -616,7 +616,7 @@ def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
     from hf_continual import ContinualConfig
 
     for nothing in (None, [], Dataset.from_list([])):
-        with pytest.raises(ValueError, match="task 2 .'law'. has no memory of earlier tasks"):
+        with pytest.raises(ValueError, match="task 2 .'law'. has no rows of earlier tasks"):
             ContinualTrainer(
                 toy.model(),
                 ContinualConfig(**toy.settings(tmp_path), task_name="law", task_index=2),
@@ -629,7 +629,7 @@ def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
 def test_steps_that_are_no_whole_round_are_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_continual"):
         build(tmp_path, KIF(memory(), inner_steps=3), max_steps=4).train()
-    assert "the last 1 steps are no whole round of 3" in caplog.text
+    assert "the last 1 steps do not make a full round of 3" in caplog.text
 
 
 def test_everything_frozen_is_refused(tmp_path):
@@ -667,7 +667,7 @@ def test_a_state_of_another_adapter_is_refused(tmp_path):
         ({"top_share": 0}, ValueError, "must lie between 0 and 1"),
         ({"beta1": 1.0}, ValueError, "must lie between 0 and 1"),
         ({"beta2": "x"}, TypeError, "must be a number"),
-        ({"outer_optimizer": "shared", "outer_learning_rate": 1e-3}, ValueError, "has no rate of its own"),
+        ({"outer_optimizer": "shared", "outer_learning_rate": 1e-3}, ValueError, "has no separate rate"),
         ({"importance_every": 9}, ValueError, "more than the 8 inner steps"),
         ({"memory": "nowhere.jsonl"}, FileNotFoundError, "does not exist"),
     ],

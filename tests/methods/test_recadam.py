@@ -340,14 +340,14 @@ def test_a_changed_or_vanished_base_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not those that training started from"):
+    with pytest.raises(ValueError, match="not the ones that training started from"):
         method.load_state_dict(record, run)
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 of 39 parameters are missing"):
         method.load_state_dict(record, run)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no safetensors"):
         method.load_state_dict(record, run)
 
 
@@ -373,7 +373,7 @@ def test_named_anchors(tmp_path):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(toy.flat(model), toy.flat(toy.model()))
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a model"):
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a model"):
         RecAdam(anchor=str(tmp_path / "gone")).begin_task(run)
 
 

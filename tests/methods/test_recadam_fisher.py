@@ -123,7 +123,7 @@ def test_sentences(tmp_path):
         RecAdam(**PULL, fisher_rows=0)
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         RecAdam(**PULL, fisher="gone.jsonl")
-    with pytest.raises(FileNotFoundError, match="EWC leaves one in continual/ewc.safetensors"):
+    with pytest.raises(FileNotFoundError, match="EWC leaves one as continual/ewc.safetensors"):
         build(tmp_path, RecAdam(**PULL, fisher="gone.safetensors")).train()
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be read"):

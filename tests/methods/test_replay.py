@@ -129,7 +129,7 @@ def test_a_missed_share_is_said_with_numbers(tmp_path, caplog):
     long = Replay([{"text": " ".join(["w5"] * 100)}], ratio=0.05)
     with caplog.at_level(logging.WARNING):
         build(tmp_path, long, max_steps=1).train()
-    assert "ratio=0.05 was asked for and 0.0000 achieved (0 of" in caplog.text
+    assert "ratio=0.05 was requested and 0.0000 achieved (0 of" in caplog.text
 
 
 def test_prompt_and_completion_train_on_the_completion_only(tmp_path):

@@ -172,12 +172,12 @@ def test_sentences(tmp_path, base):
         train(base, tmp_path / "full", TaSL(units="rank"))
     run = FakeRun(torch.nn.Linear(2, 3))
     state = {"tasks": 1, "units": "tensor", "shapes": {"weight": [4, 4]}, "importance": {"weight": 1.0}}
-    with pytest.raises(ValueError, match=r"1 weights have another shape.*weight: \(4, 4\) then, \(3, 2\) now"):
+    with pytest.raises(ValueError, match=r"1 weights have a different shape.*weight: \(4, 4\) then, \(3, 2\) now"):
         TaSL().load_task_state(state, run)
     with pytest.raises(ValueError, match="Use units='tensor'"):
         TaSL(units="rank").load_task_state(state, run)
     run.is_sharded = True
-    with pytest.raises(ValueError, match="needs whole factors, and they are spread over processes"):
+    with pytest.raises(ValueError, match="needs whole factors, and they are sharded over processes"):
         TaSL(orthogonality=0.1).begin_task(run)
-    with pytest.raises(ValueError, match="1 numbers of importance cannot belong to 2 tensors"):
+    with pytest.raises(ValueError, match="1 importance values for 2 tensors"):
         consolidate({"a": torch.ones(1), "b": torch.ones(1)}, {}, [1.0], [1.0])

@@ -146,7 +146,7 @@ def test_differences_that_are_no_shares():
     assert found.interval[0] >= 0.2 - 1e-9 and found.interval[1] <= 0.4 + 1e-9
     assert paired_test({"a": [0.1, 0.2]}, {"a": [0.1, 0.2]}).p_value == 1.0
     assert paired_test({"a": [0.1, 0.2]}, {"a": [0.1, 0.2]}).interval is None
-    with pytest.raises(ValueError, match=r"other tasks or rows \(a: 2 and a: 1\)"):
+    with pytest.raises(ValueError, match=r"different tasks or rows \(a: 2 and a: 1\)"):
         paired_test({"a": [0.1, 0.2]}, {"a": [0.1]})
     with pytest.raises(ValueError, match="no rows to compare"):
         paired_test({}, {})

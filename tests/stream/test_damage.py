@@ -121,7 +121,7 @@ def test_a_damaged_record_of_the_plan_is_named(runs, tmp_path, harm):
     plan, _, out = copied(runs, "out", tmp_path)
     whole = (out / "plan.json").read_bytes()
     harm(out / "plan.json")
-    with pytest.raises(PlanError, match=r"(?s)run/plan\.json.*Put plan\.json back from a copy; or.*another output_dir"):
+    with pytest.raises(PlanError, match=r"(?s)run/plan\.json.*Restore plan\.json from a copy; or.*another output_dir"):
         train_stream(plan)
     (out / "plan.json").write_bytes(whole)
     assert train_stream(plan).results["complete"], "the first way out"
@@ -130,7 +130,7 @@ def test_a_damaged_record_of_the_plan_is_named(runs, tmp_path, harm):
 def test_a_record_that_is_gone_is_named(runs, tmp_path):
     plan, results, out = copied(runs, "out", tmp_path)
     (out / "plan.json").unlink()
-    with pytest.raises(PlanError, match=r"run/plan\.json is missing, and .* holds task-00-t0, task-01-t1"):
+    with pytest.raises(PlanError, match=r"run/plan\.json is missing, but .* holds task-00-t0, task-01-t1"):
         train_stream(plan)
     shutil.rmtree(out)
     assert measured(train_stream(plan).results) == measured(results), "the last way out"

@@ -106,7 +106,7 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 def test_streams_are_checked():
     with pytest.raises(ValueError, match="at least one task"):
         TaskStream([])
-    with pytest.raises(ValueError, match="'a' must be used once"):
+    with pytest.raises(ValueError, match="'a' must be unique"):
         TaskStream([Task("a"), Task("a")])
     with pytest.raises(ValueError, match="no '/'"):
         TaskStream([Task("a/b")])
@@ -125,7 +125,7 @@ def test_parents():
         TaskStream([Task("a"), Task("b", parent="c"), Task("c", parent="b")])
     with pytest.raises(ValueError, match="circular parents: a -> a"):
         TaskStream([Task("a", parent="a")])
-    with pytest.raises(ValueError, match="goes on from 'x', which is no task of this sequence"):
+    with pytest.raises(ValueError, match="continues from 'x', which is not a task of this sequence"):
         TaskStream([Task("a"), Task("b", parent="x")])
-    with pytest.raises(ValueError, match="'c', which is learnt after it"):
+    with pytest.raises(ValueError, match="'c', which is learned after it"):
         TaskStream([Task("a"), Task("b", parent="c"), Task("c", parent="a")])

@@ -159,7 +159,7 @@ def test_kept_rows_of_another_type(tmp_path):
         {"prompt", "completion"}
     ] * 3
     plan["tasks"][2]["methods"][0]["replay"]["rows"]["of"] = ["t8"]
-    with pytest.raises(PlanError, match="of names the task 't8', which there is not"):
+    with pytest.raises(PlanError, match="of lists the task 't8', which does not exist"):
         prepare(*read_plan(plan))
 
 
@@ -260,7 +260,7 @@ def test_data_free_runs_take_other_rows_and_keep_none(tmp_path):
 BAD = {
     "no memory": (
         None,
-        "rows: kept asks for rows that a memory keeps, and the plan has none",
+        "rows: kept asks for kept rows, but the plan keeps none",
         "methods[0].replay.rows",
     ),
     "unknown key": ({"polcy": "reservoir"}, "unknown key 'polcy'. Did you mean 'policy'? Known are policy", "memory"),

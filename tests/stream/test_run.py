@@ -98,14 +98,14 @@ def test_tasks_may_be_added_and_nothing_else_changed(taught, tmp_path):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": changed})
     shown = {**TEACH, "logging_steps": 7, "logging_strategy": "steps"}
     assert train_stream({**plan, "output_dir": str(tmp_path / "out"), "sft": shown}).matrix == result.matrix
-    with pytest.raises(PlanError, match=r"tasks\[1\]: 't1' -> left out"):
+    with pytest.raises(PlanError, match=r"tasks\[1\]: 't1' -> removed"):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": plan["tasks"][:1]})
 
 
 def test_a_folder_with_something_else_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(PlanError, match="is not empty and holds no run of a plan"):
+    with pytest.raises(PlanError, match="is not empty, and it is not the folder of a plan's run"):
         train_stream(world.make(tmp_path))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"thesis.txt", ".lock"}
 

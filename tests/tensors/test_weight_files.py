@@ -27,7 +27,7 @@ def index(folder: Path, weight_map: object) -> Path:
 def test_a_name_that_is_more_than_a_files_name_is_refused(tmp_path, name):
     assert not is_file_name(name)
     file = index(tmp_path, {"good": "model-00001-of-00002.safetensors", "bad.weight": name})
-    with pytest.raises(ValueError, match=r"index\.json says that 'bad\.weight' is in .*never a path to elsewhere"):
+    with pytest.raises(ValueError, match=r"index\.json says that 'bad\.weight' is in .*never a path elsewhere"):
         weight_files(tmp_path)
     assert is_file_name("model-00001-of-00002.safetensors") and weight_files(file.parent.parent)[0].name == WEIGHTS
 

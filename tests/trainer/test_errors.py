@@ -56,14 +56,14 @@ CASES = {
     "empty stream": (
         lambda t: build(t, Silent(), train_dataset=IterableDataset.from_generator(nothing)),
         ValueError,
-        "a stream that yields no row",
+        "a stream that yields no rows",
     ),
     "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "0 rows"),
     "missing file": (lambda t: build(t, Replay("gone.jsonl", ratio=0.1)), FileNotFoundError, "gone.jsonl"),
     "two optimizers": (
         lambda t: build(t, RecAdam(), **SGD),
         ValueError,
-        "RecAdam brings an optimizer and optimizer_cls",
+        "RecAdam supplies an optimizer and optimizer_cls",
     ),
     "optimizer object": (
         lambda t: build(t, RecAdam(), optimizers=(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), None)),

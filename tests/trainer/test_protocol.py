@@ -136,7 +136,7 @@ def test_the_run_trains_by_hand(tmp_path):
     trainer = build(tmp_path, method, lr_scheduler_type="constant")
     trainer.train()
     assert len(method.losses) == 2 and trainer.state.global_step == 2
-    with pytest.raises(KeyError, match="brings no replay rows"):
+    with pytest.raises(KeyError, match="adds no replay rows"):
         trainer.run.rows(method)
 
 

@@ -90,7 +90,7 @@ def test_any_damaged_file_is_named_and_the_checkpoint_before_is_taken(world, how
         caplog.clear()
         damage(newest / name, how)
         assert last_complete_checkpoint(run) == str(run / "checkpoint-2"), name
-        assert f"checkpoint-4 is passed over: {name}" in caplog.text
+        assert f"checkpoint-4 is skipped: {name}" in caplog.text
         shutil.copy2(kept / name, newest / name)
     assert last_complete_checkpoint(run) == str(newest)
 
@@ -155,7 +155,7 @@ def test_a_plain_run_gets_no_file_and_resumes_as_sfttrainer_does(tmp_path, caplo
     resumed = build(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(toy.flat(resumed.model), toy.flat(straight.model))
-    assert "checkpoint-4 is passed over: model.safetensors cannot be read" in caplog.text
+    assert "checkpoint-4 is skipped: model.safetensors cannot be read" in caplog.text
     damage(tmp_path / "checkpoint-4" / "optimizer.pt", "gone")
     assert damage_of(tmp_path / "checkpoint-4") is None
     build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -95,7 +95,7 @@ def test_masks_of_kif_and_of_a_tokenised_task(tmp_path, caplog):
         ([{"prompt": "w1", "completion": None}], "'completion': it must be text or a list of messages"),
         ([{**MASKED, "labels": [5, 6]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'labels'"),
         ([MASKED | {"completion_mask": [0, 1]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'completion_mask'"),
-        ([MASKED, {"input_ids": []}], "1 of 2 tokenised rows hold no token; the first is row 1"),
+        ([MASKED, {"input_ids": []}], "1 of 2 tokenised rows hold no tokens; the first is row 1"),
     ],
 )
 def test_rows_that_hold_something_else(tmp_path, rows, said):
@@ -225,7 +225,7 @@ def with_names(rows):
         (
             reversing,
             {},
-            "replay: The data collator returned other tokens than the replay rows hold, or in another order",
+            "replay: The data collator returned different tokens than the replay rows hold, or a different order",
         ),
         (with_names, {}, "replay: The batch key 'names'"),
         (lambda rows: {"input_ids": torch.ones(3)}, {}, "cannot collate rows of input_ids and labels"),
