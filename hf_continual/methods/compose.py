@@ -57,7 +57,9 @@ def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: s
         # Only kinds of the table are looked up: the list may be someone else's, and a lookup imports what it names.
         if name not in here and kind in TABLE and method_class(kind).droppable:
             logger.warning(
-                "%s comes with what method %r learned, and this run does not use that method: it is dropped.", where, name
+                "%s comes with what method %r learned, and this run does not use that method: it is dropped.",
+                where,
+                name,
             )
         elif here.get(name) != kind:
             has = f"a {here[name]!r} of that name" if name in here else ", ".join(here) or "none"

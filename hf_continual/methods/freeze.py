@@ -221,7 +221,9 @@ class FreezeLayers(Method):
         elif lies and lies[-1] > 0:
             advice = f"The highest block with a trainable weight is {lies[-1]}: freeze {lies[-1]} or fewer blocks."
         elif lies:
-            advice = "All trainable parameters are in block 0: let the adapter reach higher blocks, or drop FreezeLayers."
+            advice = (
+                "All trainable parameters are in block 0: let the adapter reach higher blocks, or drop FreezeLayers."
+            )
         else:
             advice = "All trainable parameters are embeddings: give embeddings=False, or drop FreezeLayers."
         raise ValueError(

@@ -26,9 +26,7 @@ from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import AddedRows, Method, Run
 from hf_continual.paper import Paper
 
-RATIO = (
-    "It is the fraction of the mix's tokens that are replayed: 0.1 means one token in ten. To train without replay, drop the method."
-)
+RATIO = "It is the fraction of the mix's tokens that are replayed: 0.1 means one token in ten. To train without replay, drop the method."
 
 
 @dataclass

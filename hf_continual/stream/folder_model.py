@@ -34,7 +34,9 @@ def model_of(folder: str, base: str | None = None, dtype: str = "auto") -> Model
     if path.is_dir() and not any((path / name).is_file() for name in WEIGHTS):
         tasks = sorted(p for p in path.glob("task-*") if not p.name.endswith(".partial"))
         if not tasks:
-            begun = " It contains an unfinished task: run the plan again to finish it." if any(path.glob("task-*")) else ""
+            begun = (
+                " It contains an unfinished task: run the plan again to finish it." if any(path.glob("task-*")) else ""
+            )
             raise PlanError(
                 f"{folder} holds no model (neither {' nor '.join(WEIGHTS)}) and no finished task of a plan.{begun or ' Give the folder of a saved model.'}"
             )

@@ -127,7 +127,9 @@ def _rows(
     parts = _kept(memory.given(task)) if memory and word == KEPT else _earlier(task, stream)
     known = {name for name, _ in parts} | {t.name for t in stream}
     if of is not None and (unknown := sorted(set(of) - known)):
-        raise ValueError(f"{option}: of lists the task {unknown[0]!r}, which does not exist. Known are {sorted(known)}.")
+        raise ValueError(
+            f"{option}: of lists the task {unknown[0]!r}, which does not exist. Known are {sorted(known)}."
+        )
     parts = [(name, take(rows, number, seed)) for name, rows in parts if of is None or name in of]
     if not parts or task.train is None:
         return None

@@ -117,7 +117,9 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
                 f"{file} is missing, but {output_dir} holds {', '.join(begun)}: the plan they were trained with is not "
                 f"known. {_way_out(output_dir)}"
             )
-        raise PlanError(f"{output_dir} is not empty, and it is not the folder of a plan's run. Choose another output_dir.")
+        raise PlanError(
+            f"{output_dir} is not empty, and it is not the folder of a plan's run. Choose another output_dir."
+        )
     write_checked(file, now)
 
 

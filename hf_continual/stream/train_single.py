@@ -45,9 +45,7 @@ def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
         PlanError: If the folder was started with other arguments.
     """
     check_run(prepared)
-    way_out = (
-        f"Finished work stays in {folder}. Free space there; then the same command resumes where it stopped."
-    )
+    way_out = f"Finished work stays in {folder}. Free space there; then the same command resumes where it stopped."
     with writing(folder, way_out):
         refuse_on_all(lambda: keep_plan(folder, plain_plan(prepared)))
         prepared = with_start(prepared, folder)

@@ -223,7 +223,9 @@ def check_token_ids(trainer: LiveTrainer, rows: dict[str, Dataset]) -> None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             wrong = high if high >= size else low
-            cause = "The rows were tokenised with a different tokenizer; tokenise them with this one, or pass them as text."
+            cause = (
+                "The rows were tokenised with a different tokenizer; tokenise them with this one, or pass them as text."
+            )
             if size <= wrong < knows:
                 # A tokenizer may have spare tokens that the model never learned, as long as no row contains one.
                 cause = (

@@ -96,7 +96,9 @@ class StopAtStep(TrainerCallback):
         """Stop: the checkpoint is complete."""
         if self.trainer.stopping:
             saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            stopping.stop(f"at step {state.global_step} of {state.max_steps}", kept=f"The training so far is saved in {saved}.")
+            stopping.stop(
+                f"at step {state.global_step} of {state.max_steps}", kept=f"The training so far is saved in {saved}."
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All steps are done; if the last one is saved, the rest can be repeated."""

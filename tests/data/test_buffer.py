@@ -1,4 +1,4 @@
-"""What a memory keeps: the authors' rows, balance, uniformity, and that parts and the whole keep the same."""
+"""The buffer's rows: the authors' rows, balance, uniformity, and the same rows whether filled in parts or at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tasks(*completions, column="completion"):
 
 
 def test_the_authors_rows():
-    """The very rows, in their order, that Recurrent-KIF's loader keeps of three tasks."""
+    """The same rows, in the same order, as Recurrent-KIF's loader keeps of three tasks."""
     learnt = tasks(*(task["classes"] for task in GOLDEN.values()))
     wanted = [(place, row) for place, task in enumerate(GOLDEN.values()) for row in task["kept"]]
     assert len(wanted) == 60 and Memory().chosen(learnt) == wanted
@@ -47,14 +47,14 @@ def test_classes_are_kept_evenly(labels, number, seed):
     assert sorted(ordered) == sorted(chosen)
     for n in range(len(ordered)):
         counts = Counter(labels[row] for row in ordered[:n])
-        # Every class that still has rows to give is at most one behind the largest.
+        # Every class that still has rows left is at most one row short of the largest.
         assert all(
             counts[label] >= max(counts.values(), default=0) - 1 for label in kept if counts[label] < kept[label]
         )
 
 
 def test_free_text_has_no_classes():
-    """More answers than rows to keep: a uniform sample, never more than asked for."""
+    """More answers than rows to keep: a uniform sample, never more than requested."""
     answers = [f"answer {i}" for i in range(97)] + ["answer 0"] * 3
     hits = Counter(row for seed in range(400) for row in Memory(rows=10, seed=seed).chosen(tasks(answers)))
     assert sum(hits.values()) == 400 * 10

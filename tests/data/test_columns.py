@@ -83,7 +83,7 @@ def test_standard_and_long_sequences():
         assert entry["train"].count("/") == 1 and entry["columns"]["prompt"].endswith(":") and len(entry["labels"]) >= 2
         row = dict.fromkeys(["text", "title", "content", "sentence", "label", "topic"], "x")
         assert entry["columns"]["completion"].strip(" {}") in row
-    with pytest.raises(ValueError, match="standard: order=4 is none of the papers' orders 1, 2, 3"):
+    with pytest.raises(ValueError, match="standard: order=4 is not one of the papers' orders 1, 2, 3"):
         standard(4)
 
 
@@ -122,7 +122,7 @@ def test_trace_folders(tmp_path):
     )[0]
     (tmp_path / "FOMC" / "test.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match="FOMC/test.json does not exist; the folder .* holds C-STANCE, FOMC, mine"
+        FileNotFoundError, match="FOMC/test.json does not exist; the folder .* contains C-STANCE, FOMC, mine"
     ):
         trace(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="contains no task"):

@@ -1,4 +1,4 @@
-"""Values per token: one pass that resumes where it was killed, of any shape and type, read row by row."""
+"""Values per token: one pass that resumes where it was killed, of any shape and dtype, read row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of replay: shares, slots, coverage and resume, without tensors."""
+"""The arithmetic of replay: ratios, slots, coverage and resume, without tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo end to end on a tiny model, killed and resumed, and the sentences of the embedded model."""
+"""The demo end to end on a tiny model, killed and resumed, and the errors of the embedded model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny(tmp_path):
 
 @pytest.mark.slow
 def test_end_to_end_and_resumed(tiny, tmp_path, capsys):
-    """One arm is killed in its second task; the demo goes on, and the matrices are whole."""
+    """One arm is killed in its second task; the demo resumes, and the matrices are complete."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "settings.json").write_text(json.dumps(Settings(model=tiny, out=str(out), **SMALL).__dict__))

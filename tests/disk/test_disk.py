@@ -1,4 +1,4 @@
-"""Where files cannot be written: what is said, that nothing is lost, and that what is said works."""
+"""Files that cannot be written: the error, that nothing is lost, and that the error's advice works."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sizes():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of a given number of kB, where this user may mount one."""
+    """A disk of a given number of kB, if this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
 

@@ -1,4 +1,4 @@
-"""Wrong lines, each with the words that its error must have: where, what was met, what to do."""
+"""Wrong lines, each with the words that its error must contain: where, what was found, what to do."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ PLANS = {
         "looked in",
     ],
     "run plan.yaml --set tasks.t0.test=./gone": ["'./gone' does not exist"],
-    "run plan.yaml --set tasks.t0.train=broken.jsonl": ["broken.jsonl, line 9", "not valid JSON", "there stands"],
-    "run plan.yaml --set tasks.t0.train=empty.jsonl": ["empty.jsonl", "0 rows"],
+    "run plan.yaml --set tasks.t0.train=broken.jsonl": ["broken.jsonl, line 9", "not valid JSON", "it contains"],
+    "run plan.yaml --set tasks.t0.train=empty.jsonl": ["empty.jsonl", "has no rows"],
     "run plan.yaml --set tasks.t0.train=number.jsonl": ["number.jsonl, line 9", "3"],
     "run plan.yaml --set tasks.t0.train=null.jsonl": ["null.jsonl, line 9", "prompt"],
     "run plan.yaml --set tasks.t0.train=list.jsonl": ["list.jsonl", "an object"],

@@ -1,4 +1,4 @@
-"""train, score, chat, --set, --json, and going on from an adapter, as they are typed."""
+"""train, score, chat, --set, --json, and starting from an adapter, as typed."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_plan_goes_on_from_an_adapter(here, capsys):
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == expected, name
     base = json.loads((here / "merged" / "task-00-a" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(base) == Path("merged") / "merged-base"
-    # What is loaded is what was scored.
+    # The loaded model is the scored one.
     scored = json.loads(ran("score merged --test t1.jsonl --json", capsys))
     cell = json.loads((here / "merged" / "continual_results.json").read_text())["cells"]["a"]["a"]
     assert scored["nll"]["value"] == pytest.approx(cell["nll"]["value"], rel=1e-5)
@@ -213,7 +213,7 @@ sys.exit(code)
     ],
 )
 def test_help_and_errors_load_nothing_that_takes_seconds(line, code, here):
-    """What makes them come at once; the seconds are measured by tests/benchmarks/startup.py."""
+    """Why they appear at once; the seconds are measured by tests/benchmarks/startup.py."""
     ran = subprocess.run(
         [sys.executable, "-c", ENDED % (HEAVY,), *line], cwd=here, capture_output=True, text=True, check=False
     )

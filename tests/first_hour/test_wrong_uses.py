@@ -1,4 +1,4 @@
-"""Wrong uses of the command line, of YAML and of Python: one message each that says where, what was met and what to do."""
+"""Wrong uses of the command line, of YAML and of Python: one message each that says where, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_wrong_line(line, furnished, capsys, monkeypatch):
     code, _, err = typed.typed(line, capsys)
     said = " ".join(err.replace("│", " ").split())
     assert code in (2, 3), said
-    assert "Traceback" not in said and "not foreseen" not in said and not PYTHON.search(said), said
+    assert "Traceback" not in said and "is unexpected" not in said and not PYTHON.search(said), said
     for part in LINES[line]:
         assert part in said, said
 

@@ -1,4 +1,4 @@
-"""Wrong calls in Python, each with its error and the words that it must have."""
+"""Wrong calls in Python, each with its error and the words it must contain."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Nameless(Method):
 
 
 class Cited(Method):
-    """A paper that is a text."""
+    """A paper that is a string."""
 
     name = "cited"
     paper: ClassVar[Any] = "Somebody, 2020"
@@ -66,7 +66,7 @@ class Parametrised(Method):
 
 @dataclass
 class OtherArguments(Method):
-    """A call with other arguments than the protocol's."""
+    """A hook with different arguments than the protocol's."""
 
     name = "other"
 
@@ -94,7 +94,7 @@ USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "kept in Python": (lambda: Replay("kept", ratio=0.1), ["kept", "plan"]),
     "replay of a missing file": (lambda: Replay("gone.jsonl", ratio=0.1), ["'gone.jsonl' does not exist", "looked in"]),
     "replay of a broken file": (lambda: Replay("broken.jsonl", ratio=0.1), ["broken.jsonl, line 9"]),
-    "replay of nothing": (lambda: Replay([], ratio=0.1), ["0 rows"]),
+    "replay of nothing": (lambda: Replay([], ratio=0.1), ["has no rows"]),
     "replay ratio": (lambda: Replay(ROWS, ratio=1.5), ["ratio=1.5", "between 0 and 1"]),
     "replay without a share": (lambda: Replay(ROWS), ["ratio"]),
     "freeze": (lambda: FreezeLayers(bottom=-1), ["bottom=-1"]),

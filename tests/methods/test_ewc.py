@@ -1,4 +1,4 @@
-"""EWC: the published code's numbers, the closed form against autograd, and what is handed to the next task."""
+"""EWC: the published code's numbers, the closed form against autograd, and the state handed to the next task."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class AsALossTerm(Method):
 
 
 def test_the_gradient_edit_is_the_penalty_in_the_loss(tmp_path):
-    """With accumulation and without clipping, which would clip the one and not the other."""
+    """With accumulation and without clipping, which would clip only one of the two."""
     train(toy.model(), tmp_path / "first").save_model()
     settings = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.05}
     edited = train(str(tmp_path / "first"), tmp_path / "a", method=EWC(weight=100.0), seed=2, **settings)
@@ -139,7 +139,7 @@ def train(start, folder, *, method=None, seed=1, peft=None, **settings):
 
 
 def by_hand(model, rows, size):
-    """The Fisher of a model's own rows with nothing of the library: batches of so many rows."""
+    """The Fisher of a model's own rows, computed without the library, in batches of `size` rows."""
     model.eval()
     fisher = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for first in range(0, len(rows), size):

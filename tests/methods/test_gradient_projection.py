@@ -35,7 +35,7 @@ def test_the_published_formula_and_the_projection(dims):
     torch.testing.assert_close(project(grad, direction, literal=True), GOLDEN[f"out{dims}"], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(project(grad, direction), GOLDEN[f"proper{dims}"], rtol=1e-6, atol=1e-7)
     assert torch.equal(project(grad, torch.zeros_like(grad)), grad)
-    for literal, key in ((False, "proper"), (True, "out")):  # the form that a step uses
+    for literal, key in ((False, "proper"), (True, "out")):  # the form used in a step
         p = torch.nn.Parameter(torch.zeros_like(grad))
         p.grad = grad.clone()
         method = GradientProjection(literal=literal)
@@ -142,7 +142,7 @@ def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatc
     again.train()
     assert made == [0, 1, 1, 2] and not file.exists()
     assert torch.equal(toy.flat(straight.model), toy.flat(again.model))
-    # Told to stop it ends after the run that it is in, and goes on after it.
+    # If asked to stop, it ends after the current run, and resumes after it.
     made.clear()
     made += [None]
     with monkeypatch.context() as patched, pytest.raises(Stopped, match="after 1 of 3 preliminary runs"):
@@ -150,7 +150,7 @@ def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatc
         build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
     build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
     assert made == [None, 0, 1, 2]
-    # Sums of other options are not taken up, nor is a file that was cut off.
+    # Sums for other options are not reused, nor is a truncated file.
     for damage in (lambda: save_file({}, file, metadata={"key": "other", "done": "2"}), lambda: file.write_bytes(b"x")):
         made.clear()
         made += [None]

@@ -1,4 +1,4 @@
-"""RecAdam against numbers of the authors' optimizer, and everything the trainer asks of it."""
+"""RecAdam against numbers of the authors' optimizer, and everything the trainer needs from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def zero(world=None):
 
 
 ZERO_TOLERANCE = 1e-5
-# RecAdam's eps stands outside the bias correction, unlike AdamW's: with 1e-8 the two differ where gradients are as small.
+# RecAdam's eps is outside the bias correction, unlike AdamW's: with 1e-8 the two differ for gradients that small.
 ZERO_SETTINGS = {"adam_epsilon": 1e-15}
 
 
@@ -93,7 +93,7 @@ def test_without_gradient_the_distance_shrinks_by_one_minus_r(share, steps, star
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_still_move(dtype):
-    """Steps below half a unit in the last place: a plain bf16 weight would stay at 1.0 for ever."""
+    """Steps below half a unit in the last place: a plain bf16 weight would stay at 1.0 forever."""
     p, optimizer = one(1.0, 0.5, dtype, anchor_strength=2e-3)
     for _ in range(2000):
         p.grad = torch.zeros_like(p)
@@ -227,7 +227,7 @@ def test_missing_anchors_are_an_error_not_a_guess():
 
 
 def test_sharded_tensors(tmp_path):
-    """DTensor parameters: state is sharded alike and the numbers are those of plain tensors."""
+    """DTensor parameters: state is sharded in the same way and the numbers equal those of plain tensors."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -431,7 +431,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_no_step():
 
 
 def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
-    """The whole way: no anchor in the checkpoint, the same weights after resuming, a changed base refused."""
+    """End to end: no anchor in the checkpoint, the same weights after resuming, a changed base refused."""
     from trl import SFTConfig
 
     from hf_continual import ContinualTrainer, FreezeLayers
@@ -466,7 +466,7 @@ def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
 
 
 def test_one_object_may_serve_two_runs(tmp_path):
-    """The second run has anchors of its own, and its checkpoints say so."""
+    """The second run has its own anchors, and its checkpoints record them."""
     _, model = saved(tmp_path)
     method = RecAdam(anneal="none", pull=0.1)
     run = FakeRun(model)

@@ -1,4 +1,4 @@
-"""Replay in the trainer: the share of tokens, the weight, what is logged, and what is refused."""
+"""Replay in the trainer: the ratio of tokens, the weight, the log, and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def zero(world=None):
     return Replay(toy.rows(seed=9, low=30, high=59), ratio=0.3, weight=0.0)
 
 
-ZERO_TOLERANCE = 1e-6  # the task's rows are computed beside others
+ZERO_TOLERANCE = 1e-6  # the task's rows are computed in a batch with others
 
 
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""Methods from plain data, and the sentences for what is not known."""
+"""Methods from plain data, and the errors for unknown names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan under torchrun: two processes train what one with twice the accumulation trains, and share the scoring."""
+"""A plan under torchrun: two processes match one with twice the accumulation, and share the scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop over tasks' folders: complete or absent, finished tasks left alone, errors written down."""
+"""The loop over tasks' folders: complete or absent, finished tasks left alone, errors recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's memory: what is kept, handed over by folder, asked for by methods, forbidden, and the same after a kill."""
+"""The plan's buffer: rows kept, handed on by folder, requested by methods, forbidden, and the same after a kill."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ POLICIES = {
 
 @dataclass
 class Remembering(Method):
-    """A method whose option is called `memory`, as KIF's is."""
+    """A method with an option called `memory`, like KIF."""
 
     memory: Dataset | str | list[dict[str, Any]] | None = None
     name: ClassVar[str] = "remembering"
@@ -311,7 +311,7 @@ def test_the_dry_run_says_what_is_kept(tmp_path):
 
 
 def test_rows_with_any_character_are_handed_on(tmp_path):
-    """U+0085 and U+2028 end a line for Python and not for JSON."""
+    """U+0085 and U+2028 end a line for Python but not for JSON."""
     odd = [{"prompt": f"w1\x85w2\u2028w{i}", "completion": " w3"} for i in range(4)]
     plan = make(tmp_path, memory={"rows": 4})
     plan["tasks"] = [{"name": "t0", "train": Dataset.from_list(odd)}]

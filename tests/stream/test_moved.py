@@ -1,4 +1,4 @@
-"""Runs, models and rows that were moved: recognised by what they hold, not by where they lie."""
+"""Runs, models and rows that were moved: recognised by their content, not by their path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.stream.test_damage import SHORT, Stopped, measured
 
 
 def moved(plan, old, new):
-    """A plan with every path below one folder put below another."""
+    """A plan with every path under one folder moved to another."""
     if isinstance(plan, dict):
         return {k: moved(v, old, new) for k, v in plan.items()}
     if isinstance(plan, list):

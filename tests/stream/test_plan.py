@@ -29,7 +29,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def change(plan, path, value):
-    """Set an entry by its path; None of a list index appends."""
+    """Set an entry by its path; a list index of None appends."""
     at = plan
     for key in path[:-1]:
         at = at[key]

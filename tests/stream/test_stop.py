@@ -1,4 +1,4 @@
-"""Told to stop, a plan saves, ends with exit code 75, and resumes to the same matrix, weights and state."""
+"""When asked to stop, a plan saves, ends with exit code 75, and resumes to the same matrix, weights and state."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_moments(quiet, tmp_path, place, number):
 
 @pytest.mark.slow
 def test_in_accumulation_nothing_is_counted_twice(tmp_path):
-    """With transformers' own way of saving on SIGTERM asked for, too; a stopped task is not taken for a learnt one."""
+    """With transformers' own saving on SIGTERM enabled, too; a stopped task does not count as a learned one."""
     plan = forked.everything_on(tmp_path)
     plan["sft"] |= {
         "per_device_train_batch_size": 1,

@@ -175,7 +175,7 @@ def render(report) -> str:
 
 
 def test_the_dry_run_says_what_added_rows_take(tmp_path, monkeypatch):
-    """Rows that are longer than the task's widen the whole micro-batch: said before anything is loaded."""
+    """Rows that are longer than the task's widen the whole micro-batch: reported before anything is loaded."""
 
     def said(gere, **sft):
         plan = world.make(tmp_path)

@@ -58,7 +58,7 @@ def printed(report, width=80):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_sweep_can_be_read_on_a_narrow_terminal(width):
-    """No name and no number is cut off, whatever the width; every block names its arms."""
+    """No name or number is cut off at any width; every block names its arms."""
     text = printed(results_report(sweep()), width)
     assert "…" not in text and "..." not in text and max(map(len, text.splitlines())) <= width
     together = "".join(text.split())
@@ -132,7 +132,7 @@ def test_rows_that_count_differently_have_the_mean_of_their_cell():
 
 
 class Task:
-    """A task as far as scores need one."""
+    """A task with just what scores need."""
 
     def __init__(self, name, rows):
         self.name, self.test = name, rows

@@ -1,4 +1,4 @@
-"""Weights to stay near are told by what they are, not by where they lie or what an adapter is called."""
+"""Weights to stay near are identified by their values, not by their path or an adapter's name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_base_that_moved_is_found_with_the_model(tmp_path):
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert record(tmp_path / "b" / "checkpoint-4")["base"] == str(new)
     shutil.rmtree(new)
-    with pytest.raises(ValueError, match=r"no place .* has them: \(1\) .*'.*new'.*\(2\) .*fingerprint"):
+    with pytest.raises(ValueError, match=r"none of the places .* has them: \(1\) .*'.*new'.*\(2\) .*fingerprint"):
         train(base(tmp_path / "other", seed=5), tmp_path / "b", 6, resume=True)
 
 

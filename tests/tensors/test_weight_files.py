@@ -1,4 +1,4 @@
-"""Which files are a model's weights: what from_pretrained loads, and never a file outside the folder."""
+"""The files with a model's weights: those from_pretrained loads, and never a file outside the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: a typed sentence before anything is written, and nothing lost."""
+"""Bad input: a typed error before anything is written, and nothing lost."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES = {
         ValueError,
         "a stream that yields no rows",
     ),
-    "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "0 rows"),
+    "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "has no rows"),
     "missing file": (lambda t: build(t, Replay("gone.jsonl", ratio=0.1)), FileNotFoundError, "gone.jsonl"),
     "two optimizers": (
         lambda t: build(t, RecAdam(), **SGD),

@@ -1,4 +1,4 @@
-"""What a method learned goes with the model: taken over from folders, refused where it does not belong."""
+"""A method's state goes with the model: loaded from folders, refused where it does not belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import toy
 
 @dataclass
 class Counting(Method):
-    """Counts tasks and writes down what is called."""
+    """Counts tasks and records its calls."""
 
     name: str = "counting"
     paper: ClassVar[Paper] = Paper("Counting", "Nobody", 2026)
@@ -158,7 +158,7 @@ class Cut(Exception):
 
 
 def saves(monkeypatch, cut_at: int | None) -> list[str]:
-    """Count what touches the disk while a hand-over is written, and stop before one of it."""
+    """Count disk operations while a hand-over is written, and stop before one of them."""
     done: list[str] = []
 
     def watched(name: str, call: Any) -> Any:
@@ -180,7 +180,7 @@ def saves(monkeypatch, cut_at: int | None) -> list[str]:
 
 
 def test_cut_between_any_two_writes_it_is_both_or_neither(tmp_path, first, monkeypatch):
-    """A second task is saved into the folder of the first: the folder holds one of the two whole, or is refused."""
+    """A second task is saved into the folder of the first: the folder holds one of the two completely, or is refused."""
     trainer = train(str(first), tmp_path / "second", [Counting()], save=False)
     kept = tmp_path / "kept"
     shutil.copytree(first, kept)
@@ -294,7 +294,7 @@ def test_what_a_method_froze_stays_frozen_under_a_stack_that_is_resumed(tmp_path
 
 
 def test_what_a_list_names_is_not_imported(tmp_path, first):
-    """The list may be somebody else's: a kind that is no method of the table names a module of their choice."""
+    """The list may be someone else's: a kind that is not a method of the table names a module of their choice."""
     file = first / "continual" / "methods.json"
     listed = json.loads(file.read_text())
     listed["methods"][0]["kind"] = "this:Class"  # a module of Python that prints when it is imported

@@ -139,7 +139,7 @@ def test_a_share_of_the_run_counts_the_updates_that_another_method_adds(tmp_path
 
 @pytest.mark.parametrize("asked", [None, 8])
 def test_memory_steps_take_the_batch_that_fits(tmp_path, asked):
-    """A device with room for 3 rows; 6 are asked for, and of memory 6 or 8."""
+    """A device with memory for 3 rows; 6 are requested, and 6 or 8 of the buffer."""
     trainer = build(
         tmp_path, kif(memory_batch=asked), per_device_train_batch_size=6, auto_find_batch_size=True, max_steps=2
     )

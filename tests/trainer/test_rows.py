@@ -1,4 +1,4 @@
-"""Rows that methods bring: prepared as the trainer was told, in their own order, joined by any collator that can."""
+"""Rows that methods add: prepared with the trainer's settings, in their own order, joined by any capable collator."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def left_padding():
 
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_collators_of_ones_own(tmp_path, collator):
-    """Every replayed token stands where the maps say, and the loss is the mean over all tokens."""
+    """Every replayed token is where the maps say, and the loss is the mean over all tokens."""
     trainer = build(tmp_path, old(), data_collator=COLLATORS[collator](), settings={"max_steps": 2})
     for batch in spied(trainer):
         origin, rows = batch[ORIGIN], trainer.mixer.rows[0]["input_ids"]

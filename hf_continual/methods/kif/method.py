@@ -249,10 +249,10 @@ class KIF(Method):
         """Log steps that were not fused or not measured."""
         if self._memory is not None and self._done:
             logger.info(
-                "KIF: the last %d steps do not make a full round of %d, so they were not fused.", self._done, self.inner_steps
+                "KIF: the last %d steps do not make a full round of %d: not fused.", self._done, self.inner_steps
             )
         if self._sides is not None and (count := int(self._sides.left_out)):
-            logger.warning("KIF: %d steps had gradients that were not finite; they were skipped in the importance.", count)
+            logger.warning("KIF: %d steps had gradients that were not finite; the importance skips them.", count)
 
     def memory_bytes(self) -> int:
         """Bytes of all buffers on this process, masks and moments of the outer learner included."""

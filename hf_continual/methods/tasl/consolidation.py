@@ -124,9 +124,7 @@ def consolidate(
             sides.append({n: side[n] for n in present if n in side})
             continue
         if len(side) != len(present):
-            raise ValueError(
-                f"{len(side)} importance values for {len(present)} tensors. Give one per tensor."
-            )
+            raise ValueError(f"{len(side)} importance values for {len(present)} tensors. Give one per tensor.")
         sides.append(dict(zip(present, side, strict=True)))
     known = [n for n in present if n in previous and all(n in side for side in sides)]
     now, then = ({n: side[n] for n in known} for side in sides)
