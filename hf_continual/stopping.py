@@ -124,7 +124,7 @@ def listening(resumes: str | Callable[[], str], minutes: float | None = None) ->
         None: While signals are obeyed.
 
     Raises:
-        Stopped: If the process was told to stop.
+        Stopped: If the process was asked to stop.
     """
     outermost = not _process.listeners
     if outermost:

@@ -46,5 +46,5 @@ def cannot_write(file: Path, error: Exception, why: str) -> OSError:
     said, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
     room = f" ({size(free_space(file))} are free there)" if number in FULL else ""
     return CannotWrite(
-        number, f"{file} could not be written: {said}{room}. Make room or name another cache_dir; {why}."
+        number, f"{file} could not be written: {said}{room}. Free space or choose another cache_dir; {why}."
     )

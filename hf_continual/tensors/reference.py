@@ -90,10 +90,10 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
 
 def untrained(model: nn.Module) -> bool:
     """Whether no adapter has learned anything yet: everything learned is then in the weights."""
-    learnt = [p for name, p in model.named_parameters() if "lora_B." in name or "lora_embedding_B." in name]
+    learned = [p for name, p in model.named_parameters() if "lora_B." in name or "lora_embedding_B." in name]
     if not isinstance(model, PeftModel):
         return True
-    return bool(learnt) and not any(bool(p.detach().count_nonzero()) for p in learnt)
+    return bool(learned) and not any(bool(p.detach().count_nonzero()) for p in learned)
 
 
 def _of_adapter(name: str, prefix: str) -> bool:

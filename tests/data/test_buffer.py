@@ -26,12 +26,12 @@ def tasks(*completions, column="completion"):
 
 def test_the_authors_rows():
     """The same rows, in the same order, as Recurrent-KIF's loader keeps of three tasks."""
-    learnt = tasks(*(task["classes"] for task in GOLDEN.values()))
+    learned = tasks(*(task["classes"] for task in GOLDEN.values()))
     wanted = [(place, row) for place, task in enumerate(GOLDEN.values()) for row in task["kept"]]
-    assert len(wanted) == 60 and Memory().chosen(learnt) == wanted
-    assert Memory(share=0.02).chosen(learnt[:2]) == wanted[:40], "an old task's rows stay when a new one comes"
-    assert Memory(rows=20).chosen(learnt) == wanted
-    assert Memory(seed=43).chosen(learnt) != wanted
+    assert len(wanted) == 60 and Memory().chosen(learned) == wanted
+    assert Memory(share=0.02).chosen(learned[:2]) == wanted[:40], "an old task's rows stay when a new one comes"
+    assert Memory(rows=20).chosen(learned) == wanted
+    assert Memory(seed=43).chosen(learned) != wanted
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,9 +95,9 @@ def test_newest_first():
     assert newest_first([4, 3, 2], 9) == [4, 3, 2]
     assert newest_first([4, 3, 2], 6) == [1, 3, 2]
     assert newest_first([4, 3, 2], 1) == [0, 0, 1]
-    learnt = tasks("ab" * 10, "ab" * 10, "ab" * 10)
+    learned = tasks("ab" * 10, "ab" * 10, "ab" * 10)
     memory = Memory("newest_first", rows=6, capacity=10)
-    one, two, three = (memory.chosen(learnt[:n]) for n in (1, 2, 3))
+    one, two, three = (memory.chosen(learned[:n]) for n in (1, 2, 3))
     assert [Counter(place for place, _ in kept) for kept in (one, two, three)] == [{0: 6}, {0: 4, 1: 6}, {1: 4, 2: 6}]
     assert {pair for pair in two if pair[0] == 0} < set(one), "rows that left do not come back"
     assert {pair for pair in three if pair[0] == 1} < {pair for pair in two if pair[0] == 1}
@@ -108,16 +108,16 @@ def test_newest_first():
 
 
 @pytest.mark.parametrize("policy", ["reservoir", "newest_first", "class_balanced"])
-def test_another_run_goes_on_with_what_was_kept(policy):
-    learnt = tasks("abc" * 10, "de" * 9, "f" * 12)
+def test_another_run_continues_with_what_was_kept(policy):
+    learned = tasks("abc" * 10, "de" * 9, "f" * 12)
     options = {"reservoir": {"capacity": 8}, "newest_first": {"capacity": 8, "rows": 5}, "class_balanced": {"rows": 5}}
     memory = Memory(policy, **options[policy])
-    handed_on = memory.records(learnt[:2], {"t0": "a.jsonl"})
+    handed_on = memory.records(learned[:2], {"t0": "a.jsonl"})
     later = Memory(policy, **options[policy], start=handed_on)
-    together = later.records(learnt[2:])
-    assert later.seen(learnt[2:]) == 60 == together[0]["memory_seen"]
+    together = later.records(learned[2:])
+    assert later.seen(learned[2:]) == 60 == together[0]["memory_seen"]
     if policy == "reservoir":
-        at_once = memory.records(learnt)
+        at_once = memory.records(learned)
         assert [(r["memory_task"], r["memory_row"]) for r in together] == [
             (r["memory_task"], r["memory_row"]) for r in at_once
         ]
@@ -125,14 +125,14 @@ def test_another_run_goes_on_with_what_was_kept(policy):
     if policy != "reservoir":
         assert kept == ({"t1": 3, "t2": 5} if policy == "newest_first" else {"t0": 5, "t1": 5, "t2": 5})
     for row in together:
-        task = learnt[int(row["memory_task"][1])]
+        task = learned[int(row["memory_task"][1])]
         assert row["completion"] == task.train[row["memory_row"]]["completion"]
         assert row["memory_source"] == ("a.jsonl" if row["memory_task"] == "t0" else None)
 
 
 def test_kept_rows_are_a_dataset_with_their_origin():
-    learnt = tasks("ab" * 5, "cd" * 5)
-    kept = Memory(rows=2).kept(learnt, {"t0": "x.jsonl"})
+    learned = tasks("ab" * 5, "cd" * 5)
+    kept = Memory(rows=2).kept(learned, {"t0": "x.jsonl"})
     assert set(kept.column_names) == {"prompt", "completion", *ORIGIN} and len(kept) == 4
     assert kept["memory_task"][:] == ["t0", "t0", "t1", "t1"] and set(kept["memory_seen"]) == {20}
     for row in kept:

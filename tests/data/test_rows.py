@@ -106,7 +106,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_line_that_is_no_row_is_named(tmp_path, name):
+def test_the_line_that_is_not_a_row_is_named(tmp_path, name):
     content, said = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"(?s){name}.*{said}"):
@@ -126,7 +126,7 @@ def test_text_of_a_file_stays_what_it_is(tmp_path):
     assert load_rows(tmp_path / "rows.jsonl").to_list() == [{**lines[0], "more": None}, lines[1]]
 
 
-def test_columns_that_nobody_reads_may_hold_anything(tmp_path):
+def test_columns_that_are_not_read_may_hold_anything(tmp_path):
     tools = [{"text": "a", "extra": 1}, {"text": "b", "extra": {"k": [None]}}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tools))
     assert load_rows(tmp_path / "rows.jsonl")["extra"][:] == [1, {"k": [None]}]

@@ -171,7 +171,7 @@ def test_the_readme_has_the_table():
         ("killed", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_no_process_waits_for_ever(tmp_path, what, said):
+def test_no_process_waits_forever(tmp_path, what, said):
     """Different rows, an error of one process, a process that is gone: all end within a minute, reporting the first error."""
     done = start("tests.distributed.faults", [what, str(tmp_path)], timeout=60)
     assert done.returncode != 0 and said in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]

@@ -113,7 +113,7 @@ def test_set_replaces_entries_of_a_plan(here, capsys):
     assert [t["rows"] for t in run["tasks"]] == [4, 4, 4]
 
 
-def test_a_plan_goes_on_from_an_adapter(here, capsys):
+def test_a_plan_starts_from_an_adapter(here, capsys):
     first, rank = "tasks=[{name: a, train: t0.jsonl, test: t1.jsonl}]", 2
     run = json.loads(ran("run plan.yaml --dry-run --json --set model=adapter", capsys))["runs"][0]
     assert run["start"].startswith("continuing adapter adapter (r=2) on model, 0 new") and run["model"] == "model"
@@ -134,7 +134,7 @@ def test_a_plan_goes_on_from_an_adapter(here, capsys):
 
 
 @pytest.mark.parametrize("way", ["continue", "stack", "merge_then_new"])
-def test_the_trainer_goes_on_from_an_adapter(way, here, tmp_path, capsys):
+def test_the_trainer_starts_from_an_adapter(way, here, tmp_path, capsys):
     """At learning rate 0 the result acts exactly as the adapter did, in each way."""
     lora = None if way == "continue" else LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
     for tensor in (adapter := load_file(here / "adapter" / "adapter_model.safetensors")).values():
@@ -161,7 +161,7 @@ def test_the_trainer_goes_on_from_an_adapter(way, here, tmp_path, capsys):
     assert adapter
 
 
-def test_an_own_method_beside_the_plan_needs_no_paper(here, capsys):
+def test_an_own_method_next_to_the_plan_needs_no_paper(here, capsys):
     out = ran(
         "run plan.yaml --json --quiet --set output=own --set 'methods=[\"mylib:Own\"]' --set 'tasks=[{name: a, train: t0.jsonl, test: t0.jsonl}]'",
         capsys,

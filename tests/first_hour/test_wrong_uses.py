@@ -37,7 +37,7 @@ def test_a_wrong_line(line, furnished, capsys, monkeypatch):
 
 
 def test_nothing_was_written(furnished, capsys, monkeypatch):
-    """A refused line leaves no output folder behind."""
+    """A refused line leaves no output folder."""
     monkeypatch.chdir(furnished)
     typed.typed("run plan.yaml --set output=fresh --set 'methods={freeze: {bottom: 40}}'", capsys)
     assert not (furnished / "fresh").exists()

@@ -138,7 +138,7 @@ USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["'model' is missing"],
     ),
     "rows of numbers": (lambda: load_rows([1, 2]), ["dictionaries", "int"]),  # pyrefly: ignore
-    "rows that are no rows": (lambda: load_rows(3), ["int"]),  # pyrefly: ignore
+    "rows that are not rows": (lambda: load_rows(3), ["int"]),  # pyrefly: ignore
     "unknown merge": (lambda: merge("tie", ["model", "model"], "m"), ["tie"]),
     "merge without models": (lambda: merge("linear", [], "m"), ["model"]),
     "merge of a missing folder": (lambda: merge("linear", ["./gone", "model"], "m"), ["./gone"]),

@@ -88,7 +88,7 @@ def test_resumed_is_uninterrupted(tmp_path, names, layout):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     """All methods on, the process killed while it trains, a half-written checkpoint next to the complete one."""
     command = [sys.executable, "-m", "tests.methods.children", "train", str(tmp_path / "killed")]
     child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "KILL_AT": "5"})

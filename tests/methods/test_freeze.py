@@ -199,7 +199,7 @@ def test_new_adapters_below_are_taken_off(tmp_path, targets):
         assert torch.equal(again(ids).logits, trainer.model(ids).logits)
 
 
-def test_adapters_that_learnt_something_are_kept_and_frozen(tmp_path):
+def test_adapters_that_learned_something_are_kept_and_frozen(tmp_path):
     first = build(tmp_path / "1", None, None, LoraConfig(r=2, target_modules=["q_proj"]))
     first.train()
     first.save_model(str(tmp_path / "adapter"))

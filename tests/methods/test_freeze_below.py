@@ -176,7 +176,7 @@ def new_tokens():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_new_tokens_are_learnt(tied, caplog):
+def test_rows_of_new_tokens_are_learned(tied, caplog):
     lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": NEW})
     model = get_peft_model(toy.model(tie_word_embeddings=tied), lora)
     torch.nn.init.normal_(model.get_parameter("base_model.model.model.layers.3.self_attn.q_proj.lora_B.default.weight"))

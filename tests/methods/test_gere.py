@@ -407,7 +407,7 @@ def test_killed_in_the_offline_pass(tmp_path, monkeypatch):
 
 
 def test_resuming_never_records_fine_tuned_weights(tmp_path):
-    """The states are those of the weights that the run began with, even if the cache is gone on resume."""
+    """The states are those of the weights that the run started with, even if the cache is gone on resume."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
     straight = build(tmp_path / "a", gere(tmp_path / "a"), **settings)
     straight.train()

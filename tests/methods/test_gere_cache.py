@@ -99,7 +99,7 @@ def test_two_bases_in_one_folder_are_not_mixed_up(tmp_path):
     assert len(files(tmp_path)) == 2
 
 
-def test_weights_that_were_changed_since_are_no_task_of_this_sequence(tmp_path):
+def test_weights_that_were_changed_since_are_not_a_task_of_this_sequence(tmp_path):
     first = task(tmp_path, 0, toy.model())
     first.train()
     torch.nn.init.normal_(first.model.lm_head.weight)
@@ -218,7 +218,7 @@ def test_a_damaged_checksum_loses_no_states(tmp_path, caplog, damage):
         assert file.read_bytes() == whole, "what came with the model mends it"
 
 
-def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
+def test_an_adapter_merged_into_the_base_is_not_a_reference(tmp_path):
     """A fresh adapter on weights that have moved: the base's states, or an error; a trained one is switched off."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True)
     first = task(tmp_path, 0, toy.model(), peft=lora)
@@ -271,7 +271,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("hf_continual.data.recording.save_file", full)
-    with pytest.raises(OSError, match="could not be written: .*No space left on device.*Make room or name another"):
+    with pytest.raises(OSError, match="could not be written: .*No space left on device.*Free space or choose another"):
         build(tmp_path, gere(tmp_path))
     assert not files(tmp_path, "part") and not files(tmp_path)
     monkeypatch.undo()
@@ -302,9 +302,9 @@ def test_the_system_refuses_to_write(tmp_path, limit):
 
 def test_a_cache_that_cannot_be_read_or_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="could not be written: .*Make room or name another cache_dir"):
+    with pytest.raises(OSError, match="could not be written: .*Free space or choose another cache_dir"):
         build(tmp_path, gere(tmp_path, cache_dir=str(tmp_path / "file")))
-    with pytest.raises(OSError, match="could not be written: .*Make room or name another cache_dir"):
+    with pytest.raises(OSError, match="could not be written: .*Free space or choose another cache_dir"):
         build(tmp_path, gere(tmp_path, cache_dir=str(tmp_path / "file"), rows="self", num_samples=2, max_length=20))
     build(tmp_path, gere(tmp_path))
     (file,) = files(tmp_path)

@@ -121,7 +121,7 @@ def test_nothing_is_left_along_the_directions(tmp_path, layers):
     assert all(m.abs().max() > 0 for m in moved.values())
 
 
-def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatch):
+def test_a_run_killed_in_its_preliminary_runs_resumes_there(tmp_path, monkeypatch):
     method = GradientProjection(runs=3, steps=2, since=1)
     straight = build(tmp_path / "straight", method)
     straight.train()

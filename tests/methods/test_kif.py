@@ -585,7 +585,7 @@ def test_a_gradient_scaler_skips_the_outer_step(tmp_path, monkeypatch):
     assert not run.update(lambda: called.append(1)) and len(called) == 2
 
 
-def test_an_object_that_serves_a_second_run_begins_anew(tmp_path):
+def test_an_object_that_serves_a_second_run_starts_over(tmp_path):
     method = example()
     build(tmp_path / "a", method).train()
     again = build(tmp_path / "b", method)
@@ -626,7 +626,7 @@ def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
             )
 
 
-def test_steps_that_are_no_whole_round_are_said(tmp_path, caplog):
+def test_steps_that_do_not_make_a_full_round_are_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_continual"):
         build(tmp_path, KIF(memory(), inner_steps=3), max_steps=4).train()
     assert "the last 1 steps do not make a full round of 3" in caplog.text

@@ -190,7 +190,7 @@ def train(model, optimizer, steps, seed=3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
+def test_state_round_trip_resumes_bit_for_bit(tmp_path, dtype):
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 5).to(dtype)
     again = copy.deepcopy(model)
@@ -287,7 +287,7 @@ def test_pull_is_r_at_the_peak_learning_rate_and_t0_a_share_of_the_run():
         RecAdam(t0=0.5).optimizer(FakeRun(torch.nn.Linear(2, 2), max_steps=0))
 
 
-def test_nothing_anchored_is_an_error_and_a_late_t0_is_said(caplog):
+def test_nothing_anchored_is_an_error_and_a_late_t0_is_logged(caplog):
     run = FakeRun(toy.model())
     method = RecAdam(anneal_w=0.0)
     run.build(method)
@@ -415,7 +415,7 @@ def test_a_closure_is_called():
     assert optimizer.step(closure) == 3.5 and math.isfinite(float(p.detach()[0]))
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_no_step():
+def test_a_step_that_the_gradient_scaler_skips_does_not_count():
     """An overflow in fp16: no Adam, no recall, no count."""
     p, optimizer = one(1.0, 0.5, torch.float32, lr=0.1, anchor_strength=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

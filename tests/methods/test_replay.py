@@ -125,7 +125,7 @@ def test_merged_rows_train_like_rows_of_the_task(tmp_path):
     torch.testing.assert_close(toy.flat(mixed.model), toy.flat(plain.model), rtol=0, atol=2e-6)
 
 
-def test_a_missed_share_is_said_with_numbers(tmp_path, caplog):
+def test_a_missed_share_is_logged_with_numbers(tmp_path, caplog):
     long = Replay([{"text": " ".join(["w5"] * 100)}], ratio=0.05)
     with caplog.at_level(logging.WARNING):
         build(tmp_path, long, max_steps=1).train()

@@ -46,7 +46,7 @@ def test_wilson(x, n, low, high):
     assert mean_interval([1.0] * x + [0.0] * (n - x)) == share_interval(x, n)
 
 
-def test_means_that_are_no_shares():
+def test_means_that_are_not_fractions():
     """0.2, 0.4, 0.6: mean 0.4, sd 0.2, t with 2 degrees of freedom 4.3027: 0.4 -+ 4.3027 * 0.2 / sqrt(3)."""
     low, high = mean_interval([0.2, 0.4, 0.6])
     assert low == pytest.approx(0.4 - 4.30265 * 0.2 / math.sqrt(3), abs=1e-5) and high == pytest.approx(0.8 - low)
@@ -90,7 +90,7 @@ def test_a_difference_on_the_same_rows_is_newcombes():
     assert kept["backward_transfer"] == (pytest.approx(-0.1936, abs=5e-5), pytest.approx(0.1936, abs=5e-5))
 
 
-def test_scores_that_are_no_shares_are_bootstrapped_and_edges_among_them_stay_wide():
+def test_scores_that_are_not_fractions_are_bootstrapped_and_edges_among_them_stay_wide():
     half = [0.25, 0.5, 0.75, 1.0] * 4
     drawn = figure_intervals([{(0, 0): half}], 1, draws=500)["overall_performance"]
     assert 0.4 < drawn[0] < 0.6 < 0.65 < drawn[1] < 0.8
@@ -139,7 +139,7 @@ def test_mcnemar():
     assert two.difference == pytest.approx((0.2 + 1) / 2) and two.p_value == pytest.approx(2 * 15 / 2**14)
 
 
-def test_differences_that_are_no_shares():
+def test_differences_that_are_not_fractions():
     """Three rows all better: of 2^3 signs two are as far from 0, p = 0.25."""
     found = paired_test({"a": [0.1, 0.2, 0.3]}, {"a": [0.4, 0.6, 0.5]})
     assert found.p_value == pytest.approx(0.25) and found.difference == pytest.approx(0.3)

@@ -36,7 +36,7 @@ def test_random_moments(quiet, tmp_path, trials):
     wanted = outcome(straight)
     for out, code, said in forked.interrupted(plan, seconds, tmp_path, trials, signal.SIGKILL):
         assert code == -signal.SIGKILL, said
-        assert run(plan, out) == 0, f"the run does not go on: {said}"
+        assert run(plan, out) == 0, f"the run does not resume: {said}"
         assert outcome(out) == wanted, f"another outcome: {said}"
         assert not list(out.rglob("*.partial")) and not list(out.rglob("checkpoint-*"))
 

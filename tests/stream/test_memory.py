@@ -180,7 +180,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before the file", "inside the file", "behind the file"])
+@pytest.mark.parametrize("moment", ["before the file", "inside the file", "after the file"])
 def test_killed_while_it_is_written(straight, tmp_path, moment):
     plan, wanted = straight
     plan = {**plan, "output_dir": str(tmp_path / "out")}
@@ -205,7 +205,7 @@ def test_killed_while_it_is_written(straight, tmp_path, moment):
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     partial = tmp_path / "out" / "task-01-t1.partial" / "continual"
-    assert (partial / "memory.jsonl").is_file() == (moment == "behind the file")
+    assert (partial / "memory.jsonl").is_file() == (moment == "after the file")
     train_stream(plan)
     for i in range(3):
         assert file_of(tmp_path / "out", i).read_bytes() == file_of(wanted, i).read_bytes()

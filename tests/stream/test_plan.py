@@ -239,7 +239,7 @@ def test_conversations_are_scored_as_they_are(tmp_path, metric):
 @pytest.mark.parametrize(
     "error", [KeyError("weight_map"), RecursionError("too deep"), Exception("of a library"), ValueError()]
 )
-def test_an_error_that_nobody_foresaw_is_one_message(monkeypatch, capsys, error):
+def test_an_unexpected_error_is_one_message(monkeypatch, capsys, error):
     from hf_continual import cli
 
     def fails(app):

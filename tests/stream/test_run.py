@@ -239,7 +239,7 @@ def test_a_merge_that_does_not_exist_is_met_before_training(tmp_path):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("checkpoint*"))
 
 
-def test_branches_go_on_from_their_parents(tmp_path):
+def test_branches_continue_from_their_parents(tmp_path):
     plan = world.make(tmp_path)
     plan["tasks"][2]["parent"] = "t0"
     plan["evaluation"]["tasks"] = "seen"

@@ -36,7 +36,7 @@ def test_random_moments(quiet, tmp_path, trials):
     wanted = outcome(straight)
     for out, code, said in forked.interrupted(plan, seconds, tmp_path, trials, signal.SIGTERM):
         assert code == STOPPED, said
-        assert run(plan, out) == 0, f"the run does not go on: {said}"
+        assert run(plan, out) == 0, f"the run does not resume: {said}"
         assert outcome(out) == wanted, f"another outcome: {said}"
 
 
@@ -184,7 +184,7 @@ class TestSignals:
     def test_outside_a_deferral_it_stops_at_once(self):
         with pytest.raises(stopping.Stopped), stopping.listening(""):
             signal.raise_signal(signal.SIGINT)
-            pytest.fail("went on")
+            pytest.fail("continued")
 
     def test_in_a_thread_nothing_is_installed(self):
         def work():

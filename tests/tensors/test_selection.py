@@ -60,7 +60,7 @@ def sides(scope="global", uncertainty=False, number=40, size=100_000, add_up=Non
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_fusion_takes_two_bytes_a_weight_beside_its_buffers(scope, uncertainty, sharded):
+def test_a_fusion_takes_two_bytes_a_weight_on_top_of_its_buffers(scope, uncertainty, sharded):
     """The two masks, and memory that does not grow with the model."""
     made = sides(scope, uncertainty, add_up=(lambda counts: counts) if sharded else None)
     size = made.flat.size

@@ -56,7 +56,7 @@ def test_an_index_without_a_map(tmp_path, found):
         (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
     ],
 )
-def test_what_somebody_else_wrote_is_named_when_it_cannot_be_read(tmp_path, data, said):
+def test_a_foreign_file_is_named_when_it_cannot_be_read(tmp_path, data, said):
     file = tmp_path / "theirs.json"
     file.write_bytes(data)
     with pytest.raises(ValueError, match=rf"theirs\.json .*{said}|theirs\.json {said}"):

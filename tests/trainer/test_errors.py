@@ -121,7 +121,7 @@ def test_sentences_of_the_configuration(tmp_path, options, error, said):
         ContinualConfig(**toy.settings(tmp_path, **options))
 
 
-def test_patterns_that_match_nothing_are_said_when_training_begins(tmp_path):
+def test_patterns_that_match_nothing_are_reported_when_training_begins(tmp_path):
     trainer = build(tmp_path, RecAdam(groups={"classifier": {"anneal_w": 0.0}}))
     with pytest.raises(ValueError, match="pattern 'classifier' matches none of the 39 trainable parameters"):
         trainer.train()

@@ -120,7 +120,7 @@ def test_another_set_of_methods_is_refused_and_can_begin_afresh(tmp_path, first,
     assert "this run has no methods and ignores it" in caplog.text
 
 
-def test_other_weights_beside_it_are_refused(tmp_path, first):
+def test_other_weights_next_to_it_are_refused(tmp_path, first):
     weights = load_file(first / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, first / "model.safetensors", metadata={"format": "pt"})

@@ -99,7 +99,7 @@ class Method_(Method):
     name, paper = "nothing", Paper("x", "y", 2020)
 
 
-def test_parameters_that_left_the_model_are_said(tmp_path, caplog):
+def test_parameters_that_left_the_model_are_logged(tmp_path, caplog):
     """Adapters below the cut are removed; an optimizer that holds them still works."""
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["q_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -93,7 +93,7 @@ def build(folder, *methods, model=None, optimizers=(None, None), **settings):
 
 
 @pytest.mark.parametrize("asked, wanted", [(4e-4, 4e-4), (None, 2e-3)])
-def test_the_outer_learner_beside_a_given_optimizer(tmp_path, rates, asked, wanted):
+def test_the_outer_learner_next_to_a_given_optimizer(tmp_path, rates, asked, wanted):
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=8.0)
     method = kif(outer_learning_rate=asked)
@@ -112,7 +112,7 @@ def test_the_outer_learner_follows_a_given_scheduler(tmp_path, rates):
 
 
 @pytest.mark.parametrize("own", [0.0, 3e-2])
-def test_the_outer_learner_beside_groups(tmp_path, rates, own):
+def test_the_outer_learner_next_to_groups(tmp_path, rates, own):
     recall = RecAdam(anneal="none", anchor_strength=1.0, groups={"embed_tokens|layers.0": {"lr": own}})
     build(tmp_path, recall, kif(outer_learning_rate=6e-4), learning_rate=2e-3).train()
     assert rates == pytest.approx([6e-4] * 2)

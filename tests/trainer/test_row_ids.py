@@ -59,7 +59,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("replay", [False, True], ids=["alone", "with replay"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore:.*(padding-free|flash|Flash).*")
-def test_tokens_are_where_they_are_said_to_be(tmp_path, layout, replay):
+def test_tokens_are_where_they_are_reported_to_be(tmp_path, layout, replay):
     kind = "tokenized" if layout == "unused columns kept" else "text"
     methods = [method := Looking(), *([Replay(toy.rows(kind, seed=9), per_batch=2)] if replay else [])]
     settings = {"max_steps": 6, **LAYOUTS[layout]}
