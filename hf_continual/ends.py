@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and which are never part of its text."""
+"""Tokens that end an answer, and tokens that are never part of its text."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class AccuracyMatrix:
         return row[task] if task < len(row) else None
 
     def gain(self, new: Cell, old: Cell) -> Cell:
-        """How much better `new` is than `old`."""
+        """Improvement of `new` over `old`."""
         return difference(old, new) if self.lower_is_better else difference(new, old)
 
     @property
@@ -151,7 +151,7 @@ class AccuracyMatrix:
         return mean(self.forgotten(j) for j in range(self.last))
 
     def forgotten(self, task: int) -> Cell:
-        """How far a task fell below its best score before the last; below 0 if it gained. None if a cell is missing."""
+        """Drop of a task's last score below its best earlier one; below 0 if it gained. None if a cell is missing."""
         past = [self.score(i, task) for i in range(self.last)]
         if None in past[task:]:
             return None

@@ -22,7 +22,7 @@ class PairedTest:
         n: Number of rows.
         better: Rows on which the second scored higher.
         worse: Rows on which it scored lower.
-        test: How the p-value was computed.
+        test: Test that computed the p-value.
     """
 
     difference: float

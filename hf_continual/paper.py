@@ -14,7 +14,7 @@ class Paper:
         authors: Surnames in order, as in a bibliography ("Chen et al." is fine for long lists).
         year: Year of publication.
         arxiv: arXiv identifier such as ``"2004.12651"``, without a version.
-        venue: Where it was published, such as ``"EMNLP 2020"``.
+        venue: Place of publication, such as ``"EMNLP 2020"``.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What is learned, in which order, and what each task continues from."""
+"""Tasks, their order, and the task that each continues from."""
 
 from __future__ import annotations
 

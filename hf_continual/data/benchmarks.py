@@ -120,7 +120,7 @@ def published(task: str, folder: str) -> dict[str, Any]:
 
     Args:
         task: Name of the task.
-        folder: Where the files are.
+        folder: Folder of the files.
 
     Returns:
         An entry of a plan's `tasks`.
@@ -154,7 +154,7 @@ def trace(folder: str, tasks: list[str] | None = None) -> list[dict[str, Any]]:
     """A TRACE-style folder: one folder per task with ``train.json`` and ``test.json`` of ``{"prompt", "answer"}``.
 
     Args:
-        folder: Where the tasks' folders are.
+        folder: Parent of the tasks' folders.
         tasks: Names in order; by default TRACE's eight, or all folders by name if none of them is there.
 
     Returns:

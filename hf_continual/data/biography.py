@@ -113,7 +113,7 @@ def people(number: int, seed: int = 0) -> list[Person]:
     """Invent people with unique names and independent attributes.
 
     Args:
-        number: How many; at most 23,040, the number of names.
+        number: Number of people; at most 23,040, the number of names.
         seed: Seed of names and attributes. A longer list begins with the shorter list's people.
 
     Returns:

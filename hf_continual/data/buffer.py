@@ -56,7 +56,7 @@ def balanced_order(rows: Sequence[int], labels: Sequence[Hashable]) -> list[int]
 
 
 def newest_first(counts: Sequence[int], capacity: int) -> list[int]:
-    """How many rows of each task fit, the oldest task first: the newest are served first."""
+    """Number of rows that fit per task, oldest task first; the newest tasks are served first."""
     fitting: list[int] = []
     for count in reversed(counts):
         fitting.append(min(count, capacity - sum(fitting)))
@@ -154,7 +154,7 @@ class Memory:
         return list(map(repr, rows[self.by][:])) if self.by in rows.column_names else range(len(rows))
 
     def records(self, tasks: Sequence[Task], sources: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-        """The kept rows with their origin, as plain data; `sources` says where each task's rows were read from."""
+        """The kept rows with their origin, as plain data; `sources` gives the file of each task's rows."""
         found: list[dict[str, Any]] = []
         for place, row in self.chosen(tasks):
             task: Any = tasks[place] if place >= 0 else None

@@ -71,7 +71,7 @@ def token_maps(
     """Map each token of a collated batch to the row it comes from.
 
     Args:
-        batch: What the collator made of the rows.
+        batch: The collated rows.
         named: ``(source, index of the row in its source, row)`` of each row, in order.
         flattened: Whether the batch is one long row.
         whose: Name of the rows in messages.
@@ -136,7 +136,7 @@ class ReplayCollator:
     Args:
         collate: The task's own collator; replay rows go through the same code.
         flattened: Whether batches are one long row without padding (packing "bfd", padding-free).
-        pad_token_id: What fills `input_ids` when rows of different widths meet.
+        pad_token_id: Fills `input_ids` when rows of different widths are merged.
     """
 
     collate: Callable[[Rows], dict[str, Any]]

@@ -74,7 +74,7 @@ def check_columns(rows: Dataset, wanted: Sequence[str], what: str) -> None:
     Args:
         rows: The rows.
         wanted: Columns that must be there.
-        what: What needs them, for the message.
+        what: Purpose, for the message.
 
     Raises:
         ValueError: If one is missing; suggests the closest name.

@@ -41,7 +41,7 @@ def whole_by_digest(file: Path) -> bool:
 
 
 def _place(file: Path) -> int | None:
-    """Where in the file the digest is."""
+    """Offset of the digest in the file."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         entry = json.loads(opened.read(size)).get(DIGEST)

@@ -1,4 +1,4 @@
-"""What the methods of a finished task leave for the next one, on disk next to the model they learned it with.
+"""State that the methods of a finished task leave for the next one, on disk next to the model they learned it with.
 
 ``continual/NAME.safetensors`` and ``continual/NAME.json`` hold what method NAME returned from `task_state`;
 ``continual/methods.json``, written last, lists them with their checksums and with those of the weight files. A model
@@ -63,7 +63,7 @@ def stage(
         states: What each method leaves, by name; values are tensors or plain data. Empty ones leave no file.
         described: ``(name, kind, hyper-parameters)`` of each method.
         task: Name and index of the task.
-        base: What is known about the weights below an adapter.
+        base: Facts about the weights below an adapter.
         words: A description of what each method leaves, by its name.
     """
     room = folder / FOLDER / STAGED

@@ -1,4 +1,4 @@
-"""What the methods of a finished task left: the list, and the facts about its files."""
+"""State that the methods of a finished task left: the list, and the facts about its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HandOverError(ValueError):
 
 @dataclass(frozen=True)
 class Kept:
-    """What one method left.
+    """State that one method left.
 
     Args:
         name: Name of the instance, and of its files.
@@ -47,14 +47,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class HandOver:
-    """What all methods of a finished task left.
+    """State that all methods of a finished task left.
 
     Args:
         folder: The model's folder.
         task: Name and index of the task.
         methods: What each left.
         weights: Checksum and bytes of the weight files it was saved with, by name.
-        base: What is known about the weights below an adapter.
+        base: Facts about the weights below an adapter.
         held: What each method left, if that is in this process and not in files.
     """
 

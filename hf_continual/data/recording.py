@@ -38,7 +38,7 @@ class Recorded:
     """An open file of recorded rows.
 
     Args:
-        file: Where it is.
+        file: Its path.
         offsets: Token at which each row begins, and the end; (K + 1).
     """
 
@@ -49,8 +49,8 @@ class Recorded:
         """The first tokens of one row; reads its own bytes only.
 
         Args:
-            index: Which row.
-            tokens: How many of its tokens.
+            index: Index of the row.
+            tokens: Number of its tokens to read.
             what: Name of the tensor.
 
         Returns:
@@ -159,11 +159,11 @@ def record(
     """Record rows with one forward pass each, unless there is a valid file; two runs at once make one file.
 
     Args:
-        file: Where it goes.
+        file: Path to write to.
         facts: The facts it depends on.
         rows: Tokens of each row.
         values: Values (S, ...) of a row's tokens.
-        keeping: Which of them are kept.
+        keeping: Chooses the values to keep.
         extra: Further tensors to keep, such as a language-model head.
         able: Whether this process holds the weights; process 0 must, the others leave the rows to those that do.
         title: Title of the progress bar.
@@ -232,7 +232,7 @@ def write_recorded(file: Path, facts: Any, tensors: dict[str, Tensor]) -> None:
     """Write a file completely or not at all, and its checksum next to it.
 
     Args:
-        file: Where it goes.
+        file: Path to write to.
         facts: The facts it is made for.
         tensors: Its tensors.
     """
@@ -258,7 +258,7 @@ def put_back(file: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -
     """Write what `taken_out` returned into this machine's cache, byte for byte the original file.
 
     Args:
-        file: Where it goes.
+        file: Path to write to.
         facts: The facts it was made for.
         tensors: Its tensors.
 

@@ -1,4 +1,4 @@
-"""Which old rows join which micro-batch: the arithmetic of replay, without tensors.
+"""Choose which old rows join which micro-batch: the arithmetic of replay, without tensors.
 
 A *slot* is one micro-batch of one optimizer step: ``micro_index * world_size + rank``. Two ranks
 without accumulation and one rank with two accumulation steps have the same slots, so they draw the
@@ -77,7 +77,7 @@ def shuffled(seed: int, rows: int, draw: int, source: int = 0) -> int:
     Args:
         seed: Seed of the orders.
         rows: Number of rows.
-        draw: Which draw, counted from 0.
+        draw: Number of the draw, counted from 0.
         source: Tells the orders of several sources apart.
 
     Returns:
@@ -128,7 +128,7 @@ class ReplayDraw:
         is never off by more than one row, however long the run, and it averages out over the slots.
 
         Args:
-            slot: Which micro-batch of the optimizer step, over all processes.
+            slot: Index of the micro-batch of the optimizer step, over all processes.
             task_tokens: Tokens of the task in this micro-batch.
             fixed_tokens: Tokens that sources with `per_batch` have added in this slot so far.
 

@@ -45,7 +45,7 @@ def own_words(
     Args:
         model: A causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
-        number: How many texts.
+        number: Number of texts.
         max_new_tokens: Maximum number of tokens of a text.
         seed: Seed of the sampling.
         batch_size: Texts generated at once.
@@ -103,7 +103,7 @@ def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -
 
     Args:
         file: Lines of JSON.
-        number: How many texts it must hold.
+        number: Number of texts it must hold.
         write: Returns the texts; None if they can no longer be written.
 
     Returns:

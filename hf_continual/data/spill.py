@@ -25,7 +25,7 @@ SYNC = 64  # rows after which the file is synced to disk
 
 
 class Keeping:
-    """Which values of each row are kept: all of them, unless a subclass overrides this.
+    """Choice of the values to keep of each row: all of them, unless a subclass overrides this.
 
     Class attributes:
         what: Name of the tensor in the file.
@@ -51,7 +51,7 @@ class Spill:
     """Values of a process's rows, one after the other, in the dtype they were computed in.
 
     Args:
-        file: Where they are.
+        file: Its path.
     """
 
     def __init__(self, file: Path) -> None:

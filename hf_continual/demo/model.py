@@ -27,7 +27,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``HF_CONTINUAL_CACHE``, else a folder in the user's cache."""
+    """Folder of converted models: ``HF_CONTINUAL_CACHE``, else a folder in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_continual"
     return Path(os.environ.get("HF_CONTINUAL_CACHE", default))
 

@@ -47,7 +47,7 @@ class Forward:
     """One micro-batch after its single forward pass, all with its graph.
 
     Attributes:
-        inputs: What the model was called with (`input_ids`, `labels`, `attention_mask` or positions).
+        inputs: The model's arguments (`input_ids`, `labels`, `attention_mask` or positions).
         token_loss_BS: Loss of predicting token t + 1 at position t, zero where the label is ignored;
             shape (B, S - 1).
         taps: Outputs of the modules named in `Method.taps`, by that name.
@@ -181,7 +181,7 @@ class Method:
         return 0
 
     def extra_updates(self, steps: int) -> int:
-        """How often it calls `Run.update()` or `Run.optimizer_step()` in a run of `steps` steps."""
+        """Number of its calls of `Run.update()` or `Run.optimizer_step()` in a run of `steps` steps."""
         return 0
 
     def replay(self, run: Run) -> ReplayRows | None:

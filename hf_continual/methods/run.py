@@ -62,7 +62,7 @@ class Run(Protocol):
 
     @property
     def starts_afresh(self) -> bool:
-        """Whether the run was told to start without what an earlier task left (`ContinualConfig.fresh_methods`)."""
+        """Whether the run should start without what an earlier task left (`ContinualConfig.fresh_methods`)."""
 
     @property
     def seed(self) -> int:
@@ -82,7 +82,7 @@ class Run(Protocol):
 
     @property
     def output_dir(self) -> Path | None:
-        """Where the run writes its checkpoints."""
+        """Folder of the run's checkpoints."""
 
     @property
     def is_main_process(self) -> bool:

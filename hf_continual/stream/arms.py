@@ -14,7 +14,7 @@ def arms_of(plan: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
 
     Args:
         plan: As read; without a sweep it is its only arm.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Yields:
         tuple[str, Plan, Where]: The arm's name, "" if there is one arm; its plan, without a sweep; where its entries are written.

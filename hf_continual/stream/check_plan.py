@@ -24,7 +24,7 @@ def check_plan(plan: Plan, where: Where) -> None:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Raises:
         PlanError: If something cannot be used; names the place.

@@ -47,7 +47,7 @@ def check_curve(prepared: Prepared, task: Task, steps: int) -> None:
     Args:
         prepared: The prepared plan.
         task: One of its tasks.
-        steps: How many steps it has.
+        steps: Number of its steps.
 
     Raises:
         PlanError: If there is one; names the place.

@@ -28,7 +28,7 @@ def on_paper(plan: Plan, where: Where) -> tuple[Any, int, float]:
 
     Args:
         plan: As prepared.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         The model, its parameters without adapters, and the bytes of its weights.
@@ -68,7 +68,7 @@ def explained(where: Where, path: tuple[Key, ...], model: Any = None) -> Iterato
     """Turn errors of adapters and methods inside the context into errors of the plan at this place.
 
     Args:
-        where: Where its entries are written.
+        where: Places of its entries.
         path: The place.
         model: The model whose modules are listed if an adapter matches none; None if the error says enough.
 
@@ -89,7 +89,7 @@ def explained(where: Where, path: tuple[Key, ...], model: Any = None) -> Iterato
 
 
 def place_of_methods(prepared: Prepared, task: Task) -> tuple[Key, ...]:
-    """Where a task's methods are written."""
+    """Place of a task's methods in the plan."""
     return ("methods",) if prepared.plan.tasks[task.index].methods is None else ("tasks", task.index, "methods")
 
 

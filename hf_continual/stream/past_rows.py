@@ -102,7 +102,7 @@ def with_earlier(description: Any, task: Task, stream: TaskStream, memory: KeptR
 
 
 def _asked(option: str, value: Any) -> dict[str, Any] | None:
-    """What an option asks of earlier tasks; None if nothing."""
+    """An option's request for rows of earlier tasks; None if it has none."""
     if isinstance(value, str) and value in (EARLIER, KEPT):
         return {"word": value}
     if not isinstance(value, Mapping) or (word := next((w for w in (EARLIER, KEPT) if w in value), None)) is None:
@@ -197,7 +197,7 @@ def check_memory(plan: Plan, where: Where) -> None:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Raises:
         PlanError: If one does; names the place.

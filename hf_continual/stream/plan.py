@@ -86,7 +86,7 @@ class GaugePlan(_Strict):
         split: Split of `rows`.
         columns: As in `TaskPlan`.
         limit: Maximum number of rows.
-        metric: How they are scored.
+        metric: How to score them.
     """
 
     rows: Any = None
@@ -120,7 +120,7 @@ class EvaluationPlan(_Strict):
 
 
 class MergePlan(_Strict):
-    """How a task's model is merged with the earlier ones.
+    """Merge of a task's model with the earlier ones.
 
     Args:
         function: A method of `hf_continual.merge` by name, ``package.module:function``, or a function, called as
@@ -224,7 +224,7 @@ class Plan(_Strict):
             None keeps none.
         between_tasks: ``continue`` (the adapter or the weights), ``new_adapter`` (earlier ones stay, frozen), or
             ``{merge: ...}``.
-        evaluation: What to score.
+        evaluation: The evaluation after each task.
         tasks: The tasks in order, or ``{benchmark: NAME, ...}`` for several.
         sweep: Several runs.
         max_minutes: Minutes after which the run saves and stops, with exit code 75; the same command resumes it.
@@ -251,5 +251,5 @@ class Plan(_Strict):
 
     @property
     def merge(self) -> MergePlan | None:
-        """How tasks are merged, or None."""
+        """The merge between tasks, or None."""
         return self.between_tasks.merge if isinstance(self.between_tasks, Between) else None

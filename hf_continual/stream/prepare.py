@@ -42,7 +42,7 @@ class Prepared:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
         stream: The tasks with their rows.
         tokenizer: The model's.
         scorers: Scorer of each scored task and gauge by name.
@@ -101,7 +101,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         The prepared plan.

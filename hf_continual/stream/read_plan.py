@@ -95,7 +95,7 @@ def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
 
     Args:
         data: The plan as plain data.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         The plan, and where its entries are written.

@@ -26,7 +26,7 @@ PACKAGES = ("hf-continual", "torch", "transformers", "trl", "peft", "accelerate"
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What `train_stream` returns.
+    """Result of `train_stream`.
 
     Args:
         output_dir: The run's folder.

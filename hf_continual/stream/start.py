@@ -27,7 +27,7 @@ def split_adapter(plan: Plan, where: Where) -> Plan:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         The plan with `ModelPlan.path`, `adapter` and `from_adapter` filled in; unchanged for a full model.

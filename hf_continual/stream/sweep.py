@@ -39,7 +39,7 @@ class Member:
         order: Name of its order, or "".
         seed: Its seed.
         plan: Its plan.
-        where: Where the plan's entries are written.
+        where: Places of the plan's entries.
     """
 
     name: str
@@ -60,7 +60,7 @@ def members(plan: Plan, where: Where) -> list[Member]:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         Every combination of arms, orders and seeds.
@@ -118,7 +118,7 @@ def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tup
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
         only: Name of the only run to prepare.
 
     Returns:
@@ -141,7 +141,7 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
         only: Name of the only run to make, so that several processes can share a sweep.
 
     Returns:

@@ -58,7 +58,7 @@ def run_read(read: Plan, where: Where, only: str | None = None) -> StreamResult:
 
     Args:
         read: The plan.
-        where: Where its entries are written.
+        where: Places of its entries.
         only: Name of the only run of a sweep to make.
 
     Returns:

@@ -204,7 +204,7 @@ def _same(source: str, other: str) -> bool:
 
 
 def base_of(model: nn.Module) -> tuple[str, str | None]:
-    """What a model records as its source: folder or id, empty if none, and the commit of an id."""
+    """The source that a model records: folder or id, empty if none, and the commit of an id."""
     return loaded_from(model.config)
 
 
@@ -213,7 +213,7 @@ def is_lasting(source: str, output_dir: Path | None) -> bool:
 
     Args:
         source: Folder or Hub id.
-        output_dir: Where the run writes.
+        output_dir: Output folder of the run.
 
     Returns:
         True for Hub ids and for folders elsewhere.
@@ -241,7 +241,7 @@ def recorded_base(
     Args:
         model: The model; its configuration records what it was loaded from.
         anchors: Anchors by parameter name, not sharded.
-        output_dir: Where the run writes.
+        output_dir: Output folder of the run.
 
     Returns:
         ``{"base": folder or id, "revision": commit or None}``, or None when the checkpoint is not there, is not

@@ -103,7 +103,7 @@ def _of_adapter(name: str, prefix: str) -> bool:
 
 
 def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What else the last hidden states depend on: configuration, dtype of the weights, attention, tokenizer."""
+    """Other inputs of the last hidden states: configuration, dtype of the weights, attention, tokenizer."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
     shape = {k: v for k, v in base.config.to_dict().items() if v is not None and not _IDLE.search(k)}

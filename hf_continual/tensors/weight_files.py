@@ -41,7 +41,7 @@ def unused_index(folder: Path) -> Path | None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file an index says holds which tensor.
+    """Read from an index which file holds each tensor.
 
     Args:
         index: The ``*.safetensors.index.json``.

@@ -71,7 +71,7 @@ def choose_way(asked: str | None, adapter: str, new: Any) -> str:
     """Choose what to do with an adapter that training starts from.
 
     Args:
-        asked: What the configuration says, or None.
+        asked: The configured way, or None.
         adapter: Its folder or Hub id.
         new: The new adapter's configuration, or None.
 
@@ -104,7 +104,7 @@ def consequence(way: str, adapter: str, config: PeftConfig, new: Any, merged: st
         adapter: Folder or Hub id of the adapter.
         config: Its configuration.
         new: The new adapter's configuration, or None.
-        merged: Where the merged base is kept.
+        merged: Folder of the merged base.
 
     Returns:
         The sentence.
@@ -126,7 +126,7 @@ def merge_into_base(base: Any, folder: Path, target: Path, tokenizer: Any = None
     Args:
         base: The base model, not quantised.
         folder: Folder of the adapter.
-        target: Where the merged model is kept; complete or absent.
+        target: Folder of the merged model; complete or absent.
         tokenizer: Saved with it, if given.
 
     Returns:

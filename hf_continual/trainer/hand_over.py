@@ -1,4 +1,4 @@
-"""Between tasks: what methods load when training starts, and leave when the model of a finished task is saved."""
+"""Hand-over between tasks: methods load state when training starts, and leave it when a finished task is saved."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _edited(method: Any, run: Any, rows: Any) -> Dataset:
 
 
 def task_states(trainer: LiveTrainer) -> dict[str, dict[str, Any]]:
-    """What each method leaves, after its `end_task`; all processes must call this together."""
+    """The state that each method leaves, after its `end_task`; all processes must call this together."""
     return {m.name: dict(m.task_state(trainer.run)) for m in trainer.methods if overrides(type(m), "task_state")}
 
 

@@ -45,9 +45,9 @@ class LiveTrainer(SFTTrainer):
     row_digests: dict[str, str]
     """A fingerprint of each method's rows, by its name."""
     task_states: dict[str, dict[str, Any]] | None
-    """What methods leave for the next task; None until the task has ended."""
+    """State that methods leave for the next task; None until the task has ended."""
     predecessor: HandOver | None
-    """What methods of the previous task left."""
+    """State that methods of the previous task left."""
     rows_as_given: Any
     """The task's rows before methods edited them."""
     given_optimizer: torch.optim.Optimizer | None

@@ -1,4 +1,4 @@
-"""What a run starts from: a model by path or id, an adapter to continue or build on, and the previous task's state."""
+"""The start of a run: a model by path or id, an adapter to continue or build on, and the previous task's state."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def with_virtual_tokens(
     """Widen inputs and maps to the model's outputs: the tokens that prompt learning prepends belong to no source.
 
     Args:
-        inputs: What the model was called with.
+        inputs: The model's arguments.
         origin: The maps ``source``, ``row`` and ``offset`` of shape (B, S).
         width: Tokens of a row that the model saw, at least S.
 

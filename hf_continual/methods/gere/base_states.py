@@ -111,7 +111,7 @@ def recorded_before(file: Path, facts: dict[str, Any], left: Mapping[str, Any]) 
 
 
 def left_for(base: str, states: States | None) -> dict[str, Any]:
-    """What a later task needs: the base's fingerprint, and its states if they can no longer be recorded."""
+    """State for a later task: the base's fingerprint, and its states if they can no longer be recorded."""
     found: dict[str, Any] = {"weights": base}
     if states is not None:
         found["facts"] = facts_of(states.file)

@@ -224,7 +224,7 @@ class GeRe(Method):
             return record(file, facts, tokens, hidden, self.threshold, keep, extra, able)
 
     def task_state(self, run: Run) -> dict[str, Any]:
-        """Which base the weights come from; with full weights also its states, which can no longer be recorded.
+        """The base that the weights come from; with full weights also its states, which can no longer be recorded.
 
         States take 2 bits per unit. Hidden states, 16 times as large, stay in the cache, and so do self-written texts.
         """

@@ -99,7 +99,7 @@ def record(
     """Record the states of rows; see `hf_continual.data.recording.record`.
 
     Args:
-        file: Where they go.
+        file: Path to write to.
         facts: The facts they depend on.
         rows: Tokens of each row.
         hidden: Last hidden states (S, D) of a row's tokens.

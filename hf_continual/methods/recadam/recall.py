@@ -73,7 +73,7 @@ def read_fisher(file: str, params: Mapping[str, Tensor], device: torch.device) -
     Args:
         file: The file.
         params: Weights by name.
-        device: Where they live.
+        device: Their device.
 
     Returns:
         F by name, float32.
