@@ -169,6 +169,7 @@ def _method_text(facts: CardFacts) -> str:
         run.append(f"{facts.seconds:.0f} s of training")
     if run:
         lines.append(f"\nLast stage: {', '.join(run)}.")
+    lines += [f"\nA rule ended or changed it: {safe(reason).replace('|', '/')}." for reason in facts.ended]
     lines.append(f"{chr(10) if lines else ''}Everything that was set is in [{CONFIG}]({CONFIG}).")
     return "\n".join(lines)
 

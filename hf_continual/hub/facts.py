@@ -203,6 +203,7 @@ class CardFacts:
         seed: Seed of training.
         steps: Optimizer steps of the last stage.
         seconds: Wall time of the last stage.
+        ended: What rules on gauges did: why the last stage ended early, which weights were kept.
         hardware: What it ran on.
         license: Licence of this model; None if unknown.
         license_name: Its name, where the licence is ``other``.
@@ -232,6 +233,7 @@ class CardFacts:
     seed: int | None = None
     steps: int | None = None
     seconds: float | None = None
+    ended: tuple[str, ...] = ()
     hardware: str | None = None
     license: str | None = None
     license_name: str | None = None

@@ -83,6 +83,7 @@ def facts_from(data: Mapping[str, Any]) -> CardFacts:
         MethodFacts(m["name"], m.get("options") or {}, _paper(m.get("paper"))) for m in data.get("methods", [])
     )
     values["tags"] = tuple(data.get("tags", ()))
+    values["ended"] = tuple(data.get("ended") or ())
     values["languages"] = tuple(data.get("languages", ()))
     if merge := data.get("merge"):
         inputs = tuple(_ref(r) or ModelRef() for r in merge["inputs"])

@@ -136,6 +136,8 @@ class Method:
         state_with_model: Whether its state is small and works without the optimizer's, so that `save_only_model` keeps
             it.
         leaves: Description of what `task_state` returns, for the model card.
+        general_text: Whether the rows that it replays are general text, which belongs to no task.
+        watches: Whether it only watches the run: it is in no description, card or hand-over, and is called last.
         droppable: Whether a later task may run without the method; its state is then dropped, with a warning.
         outlives_merging: Whether its state is still valid after the adapter is merged into its base.
         bytes_per_parameter: Bytes it keeps per trainable parameter, on top of AdamW's two moments.
@@ -148,6 +150,8 @@ class Method:
     places: ClassVar[tuple[str, ...]] = ()
     state_with_model: ClassVar[bool] = False
     leaves: ClassVar[str] = ""
+    general_text: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     droppable: ClassVar[bool] = False
     outlives_merging: ClassVar[bool] = False
 
@@ -235,6 +239,10 @@ class Method:
 
     def end_step(self, run: Run) -> None:
         """Hook 6b: called after the schedule, zeroed gradients and step count; before log, eval and save."""
+
+    def measure(self, run: Run) -> dict[str, Tensor]:
+        """Scalars that say what the method does, by name; asked for where a run's gauges are measured."""
+        return {}
 
     def end_task(self, run: Run) -> None:
         """Hook 7: called when training of this task is over."""

@@ -152,7 +152,7 @@ class Methods:
                 f"methods={methods!r} describes methods as data, and here they must be objects. Give it to the configuration: "
                 f"ContinualConfig(methods={methods!r})."
             )
-        self.methods = tuple(methods)
+        self.methods = tuple(sorted(methods, key=lambda method: bool(getattr(method, "watches", False))))
         for method in self.methods:
             if isinstance(method, type) and issubclass(method, Method):
                 raise TypeError(
@@ -185,6 +185,11 @@ class Methods:
     def __len__(self) -> int:
         return len(self.methods)
 
+    @property
+    def acting(self) -> tuple[Method, ...]:
+        """The methods that change how the model learns, without those that only watch."""
+        return tuple(m for m in self.methods if not m.watches)
+
     def at(self, call: str) -> list[Method]:
         """The methods that override a hook."""
         return [m for m in self.methods if overrides(type(m), call)]
@@ -196,8 +201,8 @@ class Methods:
 
     def kinds(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Name, kind and hyper-parameters of each method; a kind is a key of the table or ``"package.module:Class"``."""
-        return [(m.name, kind_of(type(m)), m.describe()) for m in self.methods]
+        return [(m.name, kind_of(type(m)), m.describe()) for m in self.acting]
 
     def describe(self) -> list[dict[str, Any]]:
         """The methods as data, in order, from which they can be rebuilt: ``[{kind: hyper-parameters}, ...]``."""
-        return [{kind_of(type(m)): m.describe()} for m in self.methods]
+        return [{kind_of(type(m)): m.describe()} for m in self.acting]

@@ -39,6 +39,7 @@ from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.fisher import add_squares_, fisher_diagonal, measure_fisher
 from hf_continual.paper import Paper
+from hf_continual.tensors.anchors import distance
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import sharded_as, whole
 
@@ -256,6 +257,11 @@ class EWC(Method):
         grads = {n: local(p.grad) for n, p in params.items() if n in fisher and p.grad is not None}
         weights, springs, where = ({n: local(t[n].detach()) for n in grads} for t in (params, fisher, anchors))
         add_penalty_gradients_(grads, weights, where, springs, self.weight)
+
+    def measure(self, run: Run) -> dict[str, Tensor]:
+        """How far the weights are from where earlier tasks left them."""
+        anchors, params = self._live[0] if self._live else {}, run.named_parameters()
+        return {"distance": distance(((params[n], a) for n, a in anchors.items()), run.sum if run.is_sharded else None)}
 
     def end_task(self, run: Run) -> None:
         """Measure F on the task's own rows, and store the weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -98,6 +98,19 @@ class Run(Protocol):
 
     def optimizer_defaults(self) -> dict[str, Any]:
         """`lr`, `betas`, `eps` and `weight_decay` from the training arguments."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Number of processes, and which one this is."""
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Log values at once, at the current step, to every logger of the trainer."""
+
+    def measures(self) -> dict[str, Tensor]:
+        """What the run's methods measure of themselves, see `Method.measure`, by ``method/name``."""
+
+    def stop(self, reason: str) -> None:
+        """End training after this step, as finished; the reason is kept."""
 
     @property
     def is_sharded(self) -> bool:

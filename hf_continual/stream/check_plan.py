@@ -15,6 +15,8 @@ from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
 
+# Options of ContinualConfig that a plan may set for its tasks.
+_OURS = ("fresh_methods", "gauges", "stop_if", "rollback_if", "keep_best", "stop_when")
 # Options that a plan sets itself, and where.
 _PLANS_OWN = ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint")
 
@@ -68,7 +70,7 @@ def _check_tasks(plan: Plan, where: Where) -> None:
 
 def _check_options(plan: Plan, where: Where) -> None:
     """Check options of SFTConfig and LoraConfig, and numbers with which nothing would be trained."""
-    sft = {**option_names(SFT_CONFIG), "fresh_methods": False}
+    sft = {**option_names(SFT_CONFIG), **dict.fromkeys(_OURS, False)}
     lora = option_names(LORA_CONFIG)
     for label, options, owner, known in [
         (("sft",), plan.sft, "SFTConfig", sft),

@@ -27,6 +27,7 @@ from hf_continual.methods.table import build_methods
 from hf_continual.stream.models import load_tokenizer
 from hf_continual.stream.past_rows import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
+from hf_continual.stream.plan_gauges import with_earlier_tests
 from hf_continual.stream.plan_lines import Key, PlanError, Where
 from hf_continual.stream.start import split_adapter
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
@@ -84,7 +85,7 @@ class Prepared:
             task_name=task.name,
             task_index=task.index,
             seed=seed,
-            **{**defaults, **self.options(task)},
+            **{**defaults, **with_earlier_tests(self.options(task), task, self.stream)},
         )
 
     def methods(self, task: Task) -> list[Method]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_continual.private import loaded_from
 from hf_continual.tensors.adapters import adapter_names
+from hf_continual.tensors.flat import local
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, weight_files
 
 ADAPTER, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+
+
+def distance(pairs: Iterable[tuple[Tensor, Tensor]], add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Euclidean distance of weights from their anchors, the square root of sum (theta - theta*)^2, in float64.
+
+    Args:
+        pairs: Weights and anchors of equal shapes.
+        add_up: Sums a tensor over the processes that hold parts of the weights; None where each holds all.
+
+    Returns:
+        Scalar.
+    """
+    parts = [
+        (local(p.detach()).float() - local(a).to(local(p).device).float()).square().sum(dtype=torch.float64)
+        for p, a in pairs
+    ]
+    total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    return (total if add_up is None else add_up(total)).sqrt()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

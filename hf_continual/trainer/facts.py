@@ -80,12 +80,20 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
         seed=args.seed,
         steps=trainer.state.global_step,
         seconds=next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None),
+        ended=tuple(
+            f"{e['event'].replace('_', ' ')} at step {e['step']}: {e['reason']}" for e in gauge_events(trainer)
+        ),
         hardware=hardware(args.world_size),
         tags=trl_tags(model.config),
         tracking=tracking_pages(),
         chat=getattr(trainer.processing_class, "chat_template", None) is not None,
         versions=installed_versions(),
     )
+
+
+def gauge_events(trainer: LiveTrainer) -> list[dict[str, Any]]:
+    """What rules on gauges have done in a run."""
+    return [event for method in trainer.methods if method.watches for event in getattr(method, "events", ())]
 
 
 def trl_tags(config: Any = None) -> tuple[str, ...]:
@@ -129,7 +137,7 @@ def _loaded_from(model: Any) -> tuple[str | None, str | None]:
 
 def method_facts(methods: Sequence[Method]) -> tuple[MethodFacts, ...]:
     """Describe methods for a card."""
-    return tuple(MethodFacts(m.name, m.describe(), m.paper) for m in methods)
+    return tuple(MethodFacts(m.name, m.describe(), m.paper) for m in methods if not m.watches)
 
 
 def settings_of(args: Any) -> dict[str, Any]:

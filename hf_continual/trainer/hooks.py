@@ -29,10 +29,12 @@ class MethodHooks(TrainerCallback):
         self.editing = trainer.methods.at("edit_gradients")
         self.after = trainer.methods.at("after_step")
         self.end = trainer.methods.at("end_step")
+        self.watching = [method for method in self.end if method.watches]
         self.params: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when everything is wrapped and loaded."""
+        self.trainer.ended = None
         if self.trainer.mixer is not None and state.global_step == 0:
             self.trainer.mixer.reset()
         remember_peaks(self.trainer.run.optimizer)
@@ -58,11 +60,17 @@ class MethodHooks(TrainerCallback):
             self.trainer.mixer.settle()
         if self.end and not self.trainer.accelerator.optimizer_step_was_skipped:
             for method in self.end:
-                method.end_step(self.trainer.run)
+                if not method.watches:
+                    method.end_step(self.trainer.run)
         if state.global_step >= state.max_steps and (
             apply := getattr(self.trainer.run.optimizer, "apply_owed_pulls", None)
         ):
             apply()  # before the last checkpoint
+        for method in self.watching:
+            method.end_step(self.trainer.run)
+        if self.trainer.ended is not None:
+            # A checkpoint of this step would be resumed and trained further; the one before gets here again.
+            control.should_training_stop, control.should_save = True, False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when the task is learned."""

@@ -52,6 +52,8 @@ class LiveTrainer(SFTTrainer):
     """The task's rows before methods edited them."""
     given_optimizer: torch.optim.Optimizer | None
     """The optimizer that was given as an object."""
+    ended: str | None = None
+    """Why a rule ended training before its last step."""
     stopping: bool = False
     """Whether the run was asked to stop before its task ended."""
     told_to_stop: str | None = None

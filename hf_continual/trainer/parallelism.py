@@ -28,6 +28,7 @@ _ENGINE = "changes gradients or weights between backward and step, and DeepSpeed
 _FLAT = "supplies an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
 _SPREAD = "reads the weights before training, and ZeRO-3 has sharded them over the processes by then"
 _FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
+_OUTSIDE = "runs forward passes between steps, outside the engine that gathers spread weights"
 _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 
 # Kind of method -> mode -> why it is refused there, although its hooks alone would not show it, and what to do.
@@ -66,6 +67,8 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
 
 
 def _by_what_it_does(method: type[Method], mode: str) -> tuple[str, str] | None:
+    if method.watches:
+        return (_OUTSIDE, "Use DDP, FSDP2 or ZeRO-2, or train without gauges.") if mode in ("ZeRO-3", "FSDP1") else None
     touched = [call for call in CALLS if overrides(method, call)]
     if mode.startswith("ZeRO") and touched:
         return CALLS[touched[0]], _OUT

@@ -87,7 +87,8 @@ class StopAtStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save here: only now does a checkpoint hold everything."""
-        if self.agreement is not None and self.agreement.stop():
+        # A run that ends by itself at this step is saved as a finished one.
+        if self.agreement is not None and self.agreement.stop() and not control.should_training_stop:
             self.trainer.stopping = True
             args.save_only_model = False  # a run cannot resume from the weights alone
             control.should_save = True

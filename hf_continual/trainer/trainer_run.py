@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from hf_continual import private
 from hf_continual.data.replay import shuffled
@@ -87,6 +88,23 @@ class TrainerRun:
             raise RuntimeError("The optimizer does not exist before training starts; ask for it in begin_task.")
         # accelerate's wrapper keeps the real one in `.optimizer`; before `prepare` there is no wrapper.
         return getattr(optimizer, "optimizer", optimizer)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self._trainer.args.world_size, self._trainer.args.process_index
+
+    def log(self, values: Mapping[str, float]) -> None:
+        # Not the trainer's own: SFTTrainer and the ledger would end the means that the next log is made of.
+        control = self._trainer.control
+        asked = control.should_log
+        Trainer.log(self._trainer, dict(values))
+        control.should_log = asked  # a log that is due at this step comes all the same
+
+    def measures(self) -> dict[str, Tensor]:
+        return {f"{m.name}/{k}": v for m in self._trainer.methods for k, v in m.measure(self).items()}
+
+    def stop(self, reason: str) -> None:
+        self._trainer.ended = reason
 
     @property
     def is_sharded(self) -> bool:

@@ -101,6 +101,7 @@ class GeRe(Method):
     name: str = "gere"  # pyrefly: ignore[bad-override]
 
     taps: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
+    general_text: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("rows", "cache_dir")
     state_with_model: ClassVar[bool] = True
     leaves: ClassVar[str] = (

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn import Parameter
 
 from hf_continual.methods.fisher import FisherKind, measure_fisher
 from hf_continual.methods.recadam.recall import over_mean, read_fisher
 from hf_continual.methods.recadam.schedule import recall_schedule
-from hf_continual.tensors.anchors import like, read_named
+from hf_continual.tensors.anchors import distance, like, read_named
 from hf_continual.tensors.flat import local
 
 if TYPE_CHECKING:
@@ -103,3 +104,10 @@ def say(optimizer: RecAdamOptimizer, named: Mapping[str, Parameter], anchor: str
         " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
         max(peaks), ", times its F" if any("fisher" in optimizer.state.get(p, {}) for p in named.values()) else "",
     )  # fmt: skip
+
+
+def moved(optimizer: RecAdamOptimizer, params: Iterable[Tensor], run: Run) -> Tensor:
+    """Distance of anchored weights from their anchors, see `hf_continual.tensors.anchors.distance`."""
+    state = optimizer.state
+    pairs = ((p, state[p]["anchor"]) for p in params if "anchor" in state.get(p, {}))
+    return distance(pairs, run.sum if run.is_sharded else None)

@@ -51,7 +51,7 @@ from hf_continual.data.replay import RowType
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.methods.fisher import FisherKind
-from hf_continual.methods.recadam.anchored import read_anchors, say, weigh
+from hf_continual.methods.recadam.anchored import moved, read_anchors, say, weigh
 from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
 from hf_continual.methods.recadam.recall import SAVED
 from hf_continual.methods.recadam.schedule import Anneal, check_options
@@ -245,6 +245,10 @@ class RecAdam(Method):
     def end_task(self, run: Run) -> None:
         """Apply the pull that `pull_every` has deferred, if training ended before its last step."""
         self._optimizer(run).apply_owed_pulls()
+
+    def measure(self, run: Run) -> dict[str, Any]:
+        """How far the weights are from their anchors."""
+        return {"distance": moved(self._optimizer(run), self._anchored(run).values(), run)}
 
     def state_dict(self, run: Run) -> State:
         """Where the anchors can be read again, or a note that they are stored with the optimizer."""
