@@ -222,7 +222,7 @@ def _rows(results: dict[str, Any]) -> int:
 
 
 def _changes_table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="What became of the old tasks", title_justify="left")
+    table = Table(title="forgetting, side by side", title_justify="left")
     table.add_column("")
     for arm in ARMS:
         table.add_column(f"{arm}", justify="right")

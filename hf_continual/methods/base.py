@@ -133,8 +133,7 @@ class Method:
             below the causal language model such as ``"model.layers.3"``.
         places: Hyper-parameters that are locations, such as of rows or a cache; a resumed run may use another
             location. The content must be the same, which is checked for rows; a method checks the rest.
-        state_with_model: Whether its state is small and works without the optimizer's, so that `save_only_model` keeps
-            it.
+        state_with_model: Whether its state is small and needs no optimizer state, so `save_only_model` keeps it.
         leaves: Description of what `task_state` returns, for the model card.
         general_text: Whether the rows that it replays are general text, which belongs to no task.
         watches: Whether it only watches the run: it is in no description, card or hand-over, and is called last.

@@ -146,7 +146,7 @@ class Methods:
     def __init__(self, methods: Iterable[Method]) -> None:
         if isinstance(methods, Method):
             name = type(methods).__name__
-            raise TypeError(f"methods is a {name}, and it must be a list: methods=[{name}(...)].")
+            raise TypeError(f"methods is a single {name}, and it must be a list: methods=[{name}(...)].")
         if isinstance(methods, str | Mapping):
             raise TypeError(
                 f"methods={methods!r} describes methods as data, and here they must be objects. Give it to the configuration: "

@@ -1,4 +1,4 @@
-"""Scores after a task and the predictions behind them: written together, and trusted only together.
+"""Scores after a task, with the predictions they come from: written together, and trusted only together.
 
 A score carries a checksum over itself and its file of predictions. If the two do not agree, because one was truncated,
 edited or removed, the score is dropped, and the next run measures it again.

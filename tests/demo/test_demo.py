@@ -62,7 +62,7 @@ def test_end_to_end_and_resumed(tiny, tmp_path, capsys):
     assert (out / "continual" / "model" / "model.safetensors").is_file()
     assert not list(out.rglob("*.partial"))
     shown = capsys.readouterr().out
-    assert "What became of the old tasks" in shown and "loaded again with AutoModelForCausalLM" in shown
+    assert "forgetting, side by side" in shown and "loaded again with AutoModelForCausalLM" in shown
     assert main(model=tiny, out=out, **SMALL)["continual"]["matrix"] == summary["continual"]["matrix"]
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         main(model=tiny, out=out, seed=1, **SMALL)

@@ -183,7 +183,7 @@ TRAINING = {
 FOLDERS = {
     "score gone --test t0.jsonl": ["no folder gone here"],
     "score ./gone --test t0.jsonl": ["./gone does not exist"],
-    "score nothing --test t0.jsonl": ["nothing holds no model", "Name the folder"],
+    "score nothing --test t0.jsonl": ["nothing holds no model", "Give the folder"],
     "score model --test gone.jsonl": ["--test", "'gone.jsonl' does not exist"],
     "score model --test broken.jsonl": ["broken.jsonl, line 9"],
     "score model --test columns.jsonl": ["'prompt'"],

@@ -85,7 +85,7 @@ USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "other arguments": (lambda: trainer([OtherArguments()]), ["OtherArguments.loss_terms", "forward"]),
     "a class": (lambda: trainer([RecAdam]), ["holds the class RecAdam", "RecAdam(...)"]),
-    "one method, no list": (lambda: trainer(RecAdam()), ["one RecAdam", "methods=[RecAdam(...)]"]),
+    "one method, no list": (lambda: trainer(RecAdam()), ["single RecAdam", "methods=[RecAdam(...)]"]),
     "a name": (lambda: trainer("recadam"), ["'recadam'", "ContinualConfig(methods="]),
     "twice": (lambda: trainer([RecAdam()], methods_="recadam"), ["methods_"]),
     "methods in both": (lambda: _both(), ["given twice"]),
@@ -129,7 +129,7 @@ USES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: trainer(model="adapter", from_adapter="continue", peft=LORA),
         ["continue", "Drop them"],
     ),
-    "task names": (lambda: TaskStream([Task("a"), Task("a")]), ["'a'", "once"]),
+    "task names": (lambda: TaskStream([Task("a"), Task("a")]), ["'a'", "must be unique"]),
     "no tasks": (lambda: TaskStream([]), ["at least one task"]),
     "a stream that is a list": (lambda: train_stream([Task("a")]), ["TaskStream"]),  # pyrefly: ignore
     "no plan": (lambda: train_stream("gone.yaml"), ["'gone.yaml'"]),

@@ -87,9 +87,8 @@ class RecAdam(Method):
         anneal_w: Sum of both weights.
         correct_bias: Whether to apply Adam's bias correction.
         out_of_range: ``"error"`` or ``"clamp"`` for r outside [0, 1].
-        groups: Options of single parameters: regular expression on the name -> options of the
-            optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a new head. First match wins. `t0` may be a
-            fraction of the run here too.
+        groups: Options of single parameters: regular expression on the name -> optimizer options, such as
+            ``{"lm_head": {"anneal_w": 0.0}}`` for a new head. First match wins. `t0` may be a fraction of the run, too.
         pull_every: Updates between two pulls; 1 pulls at each one. 8 makes a step about as fast as AdamW's.
         anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near; an adapter may have any name.
             Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside the run's that
