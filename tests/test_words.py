@@ -20,6 +20,7 @@ CHECKED = (
     "hf_continual/commands",
     "hf_continual/data",
     "hf_continual/demo",
+    "hf_continual/gauges",
     "hf_continual/methods",
     "hf_continual/stream",
     "hf_continual/tensors",

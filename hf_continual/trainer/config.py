@@ -44,8 +44,8 @@ class ContinualConfig(SFTConfig):
             saves that as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a
             ``peft_config``, else ``continue``.
         gauges: Measurements during training, on a handful of rows each: names and rows, see
-            `hf_continual.gauges.spec.read_gauges`. By default the general text that GeRe, or a replay source called ``general``,
-            adds; False measures nothing.
+            `hf_continual.gauges.spec.read_gauges`. By default the general text that GeRe, or a replay source called
+            ``general``, adds; False measures nothing.
         stop_if: A rule or a list of rules on gauges that end training, such as ``"general/loss_change > 0.1 for 2"``: above 0.1
             nats by more than two standard errors in two measurements in a row. See `hf_continual.gauges.rules.read_rules`.
         rollback_if: The same; training ends with the weights of the last measurement that passed.

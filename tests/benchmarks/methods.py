@@ -3,9 +3,9 @@
     python tests/benchmarks/methods.py [MODEL] [--methods NAME ...] [--rounds N] [--small]
 
 MODEL is a folder or Hub id; by default the embedded SmolLM2-135M, LoRA of rank 8 on all linear layers, float32, second task;
-`--small` uses a random Llama of 8 layers and 384 channels, whose steps are so short that overhead shows. One thread, processor
-time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before the first step and
-after the last are not steps and are not in the ratio.
+`--small` uses a random Llama of 8 layers and 384 channels, whose steps are so short that overhead shows. One thread,
+processor time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before the
+first step and after the last are not steps and are not in the ratio.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def equal_one_process(world, mode, names):
         assert "error" not in got and "resume_error" not in got, (mode, name, got)
         far = (one["weights"] - got["weights"]).abs()
         if "4-bit" in name:
-            # The adapter is bfloat16 there: sums in a different order change its last digit; ZeRO also keeps it in float32.
+            # The adapter is bfloat16 there: sums in a different order change its last digit; ZeRO also keeps it in
+            # float32.
             assert far.max() <= 2e-3 and far.mean() < 2e-4, (mode, name, far.max(), far.mean())
         else:
             # KIF puts an element on one side or the other, and Adam's first steps divide by gradients near zero.

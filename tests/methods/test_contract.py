@@ -1,7 +1,7 @@
 """The contract of every method in the table, alone and in pairs. New methods are found automatically.
 
-Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may set
-`ADAPTERS_ONLY`, `NEEDS_PREDECESSOR` (it does nothing without an earlier task) and `EXTRA_FORWARDS`.
+Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may
+set `ADAPTERS_ONLY`, `NEEDS_PREDECESSOR` (it does nothing without an earlier task) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
