@@ -116,7 +116,7 @@ def test_a_full_disk_while_checkpoints_are_written(tmp_path, small_disk, kilobyt
 def test_a_full_disk_while_a_plan_runs(tmp_path, small_disk, kilobytes):
     plan = plans.make(tmp_path, methods=[{"replay": {"rows": "earlier_tasks", "ratio": 0.3}}])
     disk = small_disk(kilobytes)
-    with pytest.raises(CannotWrite, match="the disk is full.*What is finished stays in .*the same command resumes"):
+    with pytest.raises(CannotWrite, match="the disk is full.*Finished work stays in .*the same command resumes"):
         train_stream(plan, output_dir=str(disk / "o"))
     grow(disk)
     assert train_stream(plan, output_dir=str(disk / "o"))

@@ -197,5 +197,5 @@ def test_sentences(tmp_path):
         toy.model(), ContinualConfig(**toy.settings(tmp_path)), train_dataset=toy.rows().to_iterable_dataset(),
         processing_class=toy.tokenizer(), methods=[GradientProjection(runs=1, steps=1)],
     )  # fmt: skip
-    with pytest.raises(ValueError, match="asks for the task's own rows, and they are a stream"):
+    with pytest.raises(ValueError, match="asks for the task's own rows, but they are a stream"):
         stream.train()

@@ -165,7 +165,7 @@ def test_merged_into_the_base_only_the_factors_are_needed(tmp_path, base):
 def test_sentences(tmp_path, base):
     with pytest.raises(ValueError, match="IncLoRA, which has no terms"):
         OLoRA(incremental=True, weight=0.5)
-    with pytest.raises(ValueError, match="works on LoRA adapters, and the model is a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="works on LoRA adapters, but the model is a LlamaForCausalLM"):
         train(base, tmp_path / "full", OLoRA())
     train(base, tmp_path / "0", OLoRA(), peft=lora())
     with pytest.raises(ValueError, match="needs a new adapter for each task"):

@@ -157,7 +157,7 @@ def test_rows_of_another_type_are_refused(tmp_path):
 
 def test_rows_of_another_tokenizer_are_refused(tmp_path):
     rows = [{"input_ids": [3, 900], "labels": [3, 900]}]
-    with pytest.raises(ValueError, match="token id 900, and the model embeds ids 0 to 63"):
+    with pytest.raises(ValueError, match="token id 900, but the model embeds ids 0 to 63"):
         build(tmp_path, Replay(rows, ratio=0.3))
     with pytest.raises(ValueError, match=r"tokenizer knows \d+ tokens and the model embeds 40"):
         ContinualTrainer(

@@ -70,7 +70,7 @@ BAD = {
     "unknown between": (["between_tasks"], "stack", "expected 'continue' or 'new_adapter'"),
     "unknown key of a merge": (["between_tasks"], {"merge": {"functoin": "a:b"}}, "unknown key 'functoin'. Did you mean 'function'?"),
     "unknown benchmark": (["tasks", 0], {"benchmark": "standrd"}, "unknown benchmark 'standrd'"),
-    "unknown order": (["tasks", 0], {"benchmark": "standard", "order": 9}, "order=9 is none of the papers' orders 1, 2, 3"),
+    "unknown order": (["tasks", 0], {"benchmark": "standard", "order": 9}, "order=9 is not one of the papers' orders 1, 2, 3"),
     "benchmark without files": (["tasks", 0], {"benchmark": "standard", "folder": "nowhere"}, "nowhere has no training rows of 'dbpedia'"),
     "gauge without rows": (["evaluation", "gauges"], {"general": {}}, "the gauge 'general' needs rows"),
     "gauge without text": (["evaluation", "gauges"], {"g": {"rows": [{"x": 1}]}}, "needs the column 'text'"),

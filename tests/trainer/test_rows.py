@@ -153,7 +153,7 @@ def test_rows_longer_than_the_models_table_of_positions(tmp_path):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=12))
         return build(tmp_path, Replay([{"text": "w1 " * 20}], per_batch=1), model=model, settings=settings)
 
-    with pytest.raises(ValueError, match="a row has 21 tokens and the model has positions for 12. Set max_length=12"):
+    with pytest.raises(ValueError, match="a row has 21 tokens but the model has positions for 12. Set max_length=12"):
         make()
     make(max_length=12, max_steps=1).train()
 
