@@ -90,8 +90,8 @@ def test_masks_of_kif_and_of_a_tokenised_task(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"text": "w1 w2"}, {"text": None}], "row 2: 'text': it must be text, and is "),
-        (Dataset.from_list([{"text": 5}]), "'text': it must be text, and is a number, 5"),
+        ([{"text": "w1 w2"}, {"text": None}], "row 2: 'text': it must be text, but is "),
+        (Dataset.from_list([{"text": 5}]), "'text': it must be text, but is a number, 5"),
         ([{"prompt": "w1", "completion": None}], "'completion': it must be text or a list of messages"),
         ([{**MASKED, "labels": [5, 6]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'labels'"),
         ([MASKED | {"completion_mask": [0, 1]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'completion_mask'"),
