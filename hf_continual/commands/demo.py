@@ -31,7 +31,7 @@ def demo(
         check_is_there(model, "--model")
     if problem := cannot_hold(out):
         raise ValueError(f"--out {out}: {problem}. Name another folder.")
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    # bitsandbytes, which PEFT imports, announces at import that one of its kernels is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from hf_continual.demo.run import main as run_demo
 

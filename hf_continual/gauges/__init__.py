@@ -1,4 +1,4 @@
-"""What is kept, measured while a model is trained: gauges on a handful of rows, and rules that act on them."""
+"""Retention measured during training: gauges on a handful of rows, and rules that act on them."""
 
 from __future__ import annotations
 

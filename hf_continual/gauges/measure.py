@@ -1,4 +1,4 @@
-"""Loss, exact match and KL of rows, from one forward pass of each; logits exist of the predicted tokens only."""
+"""Loss, exact match and KL of rows, from one forward pass each; logits exist only for the predicted tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch.nn.functional import linear
 from hf_continual.gauges.probe import ProbeRow
 from hf_continual.tensors.head import finish_of, plain_model
 
-# Tokens whose logits are turned into float32 at the same time.
+# Tokens whose logits are converted to float32 at the same time.
 CHUNK = 64
 COLUMNS = ("nll", "tokens", "exact", "kl")
 
 
 class Base:
-    """What the base model predicts: its last hidden states of the predicted tokens, on the CPU, and its head.
+    """The base model's predictions: its last hidden states for the predicted tokens, on the CPU, and its head.
 
-    Its memory is tokens x hidden size, and the head's once where the head is trained.
+    Memory: tokens x hidden size, plus one copy of the head if the head is trained.
 
     Args:
-        model: The model; adapters are switched off while the base is recorded, a model without is its own base.
+        model: The model; adapters are switched off while the base is recorded, a model without adapters is its own
+            base.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,7 +49,7 @@ class Base:
 
 
 def switched_off(model: Any) -> AbstractContextManager[Any]:
-    """The base model inside: adapters do not act."""
+    """Use the base model inside the context: adapters are disabled."""
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
@@ -68,19 +69,19 @@ def quiet(model: Any) -> Iterator[None]:
 def chosen(
     model: Any, rows: Sequence[ProbeRow], device: torch.device, pad: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass whose head sees the hidden states before predicted tokens only.
+    """Run one forward pass whose head gets only the hidden states before predicted tokens.
 
     Args:
         model: A causal language model, with or without adapters, in evaluation mode.
         rows: The rows of the batch.
-        device: Where the inputs go.
-        pad: A token to fill up with.
+        device: Device of the inputs.
+        pad: A padding token.
 
     Returns:
         Logits (N, V) and hidden states (N, D) before each predicted token, the tokens (N), and their row (N).
 
     Raises:
-        RuntimeError: If the head was not seen, as in compiled code.
+        RuntimeError: If the head was not called, as in compiled code.
     """
     width = max(len(row.ids) for row in rows)
     ids_BS = torch.tensor([[*row.ids, *[pad] * (width - len(row.ids))] for row in rows], device=device)
@@ -90,7 +91,7 @@ def chosen(
     seen: list[Tensor] = []
 
     def only_predicted(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Prompt learning puts virtual tokens in front, so the row's own are the last ones.
+        # Prompt learning prepends virtual tokens, so the row's own are the last ones.
         hidden_BSD = args[0][:, -width:][:, :-1]
         seen.append(hidden_BSD[where_BS.to(hidden_BSD.device)])
         return (seen[-1][None], *args[1:])
@@ -102,7 +103,7 @@ def chosen(
         hook.remove()
     if not seen:
         raise RuntimeError(
-            "The head was not seen at work: hooks are not called in compiled code. Drop torch_compile, or gauges."
+            "The head's hook was not called, as happens in compiled code. Drop torch_compile, or gauges."
         )
     row_N = torch.arange(len(rows), device=device)[:, None].expand_as(where_BS)[where_BS]
     return logits_NV, seen[-1], ids_BS[:, 1:][where_BS], row_N
@@ -120,15 +121,15 @@ def record(
 def measured(
     model: Any, rows: Sequence[ProbeRow], batch: Sequence[int], base: Base | None, device: torch.device, pad: int
 ) -> Tensor:
-    """What each row of a batch gives.
+    """Measure each row of a batch.
 
     Args:
         model: The model in evaluation mode.
         rows: All rows of the gauge.
-        batch: Places of those to measure.
-        base: What the base predicts, for the KL; None leaves it 0.
-        device: Where to compute.
-        pad: A token to fill up with.
+        batch: Indices of the rows to measure.
+        base: The base's predictions, for the KL; None leaves it 0.
+        device: Device to compute on.
+        pad: A padding token.
 
     Returns:
         Per row of the batch the columns of `COLUMNS`, float64: summed negative log-likelihood in nats, predicted tokens,

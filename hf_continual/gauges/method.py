@@ -1,4 +1,4 @@
-"""Gauges: a watcher among a run's methods. It measures and may end the run; training itself is the same without it."""
+"""Gauges: a method that only watches. It measures and may end the run; training itself is the same without it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _IN_FILE = ("loss_ratio", "exact_change")
 
 @dataclass
 class Gauges(Method):
-    """Measure during training what is kept, stop before harm is done, and keep the best weights.
+    """Measure retention during training, stop before harm is done, and keep the best weights.
 
-    Each gauge is a handful of rows, of which one forward pass gives loss, exact match and, if asked for, the forward KL from
-    the base model. It is measured before the first step, every `every` steps and after the last; between these nothing is
-    computed. Logits exist of at most 512 predicted tokens at a time. The base is the model without its adapters, or, where
-    all weights are trained, the model that training starts from; of it the hidden states before predicted tokens are kept
-    (rows x tokens x hidden size, on the CPU), and a copy of the head where that is trained. `rollback_if` and `keep_best`
-    keep a copy of the trained weights on the CPU, which checkpoints hold too.
+    Each gauge is a handful of rows, for which one forward pass gives loss, exact match and, optionally, the forward KL
+    from the base model. It is measured before the first step, every `every` steps and after the last; between these
+    nothing is computed. Logits exist for at most 512 predicted tokens at a time. The base is the model without its
+    adapters or, if all weights are trained, the model that training starts from; its hidden states before predicted
+    tokens are kept (rows x tokens x hidden size, on the CPU), and a copy of the head if that is trained. `rollback_if`
+    and `keep_best` keep a copy of the trained weights on the CPU, and in checkpoints.
 
     Args:
         gauges: By name; see `hf_continual.gauges.spec.read_gauges`.
@@ -45,12 +45,13 @@ class Gauges(Method):
         batch_size: Rows of a forward pass.
         stop_if: Rules; when one holds, training ends after the step.
         rollback_if: Rules; when one holds, training ends with the weights of the last measurement that passed them all.
-        keep_best: Weights of the measures whose sum is to be small; the run ends with the weights that had the smallest.
+        keep_best: Weights of the measures in the sum to minimise; the run ends with the model weights that had the
+            smallest sum.
         saturated: Ends training once the new task is learned.
 
     Raises:
         TypeError: If an option has the wrong type.
-        ValueError: If a rule names a gauge or a measure that there is not.
+        ValueError: If a rule names a gauge or a measure that does not exist.
     """
 
     gauges: Mapping[str, Gauge]
@@ -80,7 +81,7 @@ class Gauges(Method):
             whole_number("gauges", "every", self.every, unit="optimizer steps")
         if self.rollback_if and self.keep_best:
             raise ValueError(
-                "rollback_if and keep_best both say which weights the run ends with. Keep one; a rule in stop_if ends a run too."
+                "rollback_if and keep_best both choose the final weights. Keep one; a rule in stop_if ends a run too."
             )
         asked = [("stop_if", r.gauge) for r in self.stop_if] + [("rollback_if", r.gauge) for r in self.rollback_if]
         asked += [("keep_best", g) for g in self.keep_best]
@@ -93,19 +94,19 @@ class Gauges(Method):
                 )
 
     def describe(self) -> dict[str, Any]:
-        """Nothing: gauges change no weight, and another attempt may measure something else."""
+        """Empty: gauges change no weights, and another attempt may measure something else."""
         return {}
 
     @property
     def events(self) -> tuple[dict[str, Any], ...]:
-        """What rules have done: step, event, rule and reason."""
+        """Actions of the rules: step, event, rule and reason."""
         return tuple(self._events)
 
     def prepare(self, run: Run) -> None:
         """Tokenise the rows, and measure the model that training starts from."""
         if run.is_sharded and (self._weights_are_kept or any(g.kl for g in self.gauges.values())):
             raise ValueError(
-                "The weights are spread over processes (FSDP, ZeRO), and gauges with kl, rollback_if and keep_best need them whole. "
+                "The weights are sharded over processes (FSDP, ZeRO), and gauges with kl, rollback_if and keep_best need them whole. "
                 "Drop these options, or train with DDP."
             )
         for name, gauge in self.gauges.items():
@@ -128,7 +129,7 @@ class Gauges(Method):
             self._start[name] = self._measured(run, name)
 
     def begin_task(self, run: Run) -> None:
-        """Measure once before the first step; rows that other methods bring are there now."""
+        """Measure once before the first step; rows that other methods add exist now."""
         for name, gauge in self.gauges.items():
             if gauge.source is not None:
                 self._open(run, name, gauge)
@@ -138,7 +139,7 @@ class Gauges(Method):
             self._keep_if_good(run)
 
     def end_step(self, run: Run) -> None:
-        """Measure where it is due, and act on it."""
+        """Measure if it is due, and act on it."""
         last = run.step >= run.max_steps
         if run.step % self._due == 0 or last:
             self._note(run)
@@ -152,12 +153,12 @@ class Gauges(Method):
 
     def _batches(self, run: Run, name: str) -> list[list[int]]:
         rows = self._rows[name]
-        # Spread weights are gathered by all processes together, so that all must make the same passes.
+        # Sharded weights are gathered by all processes together, so all must make the same passes.
         world, rank = (1, 0) if run.is_sharded else run.place
         return list(batches(rows, range(rank, len(rows), world), self.batch_size))
 
     def _measured(self, run: Run, name: str) -> np.ndarray:
-        """What each row gives now, the same on all processes; shape (R, 4)."""
+        """Each row's current values, the same on all processes; shape (R, 4)."""
         found = torch.zeros(len(self._rows[name]), 4, dtype=torch.float64, device=run.device)
         pad, base = padding_token(run.tokenizer), self._base.get(name)
         with quiet(run.model), run.autocast():
@@ -166,7 +167,7 @@ class Gauges(Method):
         return (found if run.is_sharded else run.sum(found)).cpu().numpy()
 
     def _note(self, run: Run) -> None:
-        """Measure every gauge, log it and write it down."""
+        """Measure every gauge, log it and record it."""
         point: dict[str, Value] = {}
         for name, gauge in self.gauges.items():
             rows = self._start[name] if run.step == 0 else self._measured(run, name)
@@ -180,7 +181,7 @@ class Gauges(Method):
         self._write(run)
 
     def _logged(self, point: Mapping[str, Value]) -> dict[str, float]:
-        """The values that loggers show, each with its error; the others are in the file."""
+        """The logged values, each with its error; the others are only in the file."""
         texts = {name for name, rows in self._rows.items() if are_texts(rows)}
         logged: dict[str, float] = {}
         for key, value in point.items():
@@ -249,7 +250,7 @@ class Gauges(Method):
             for name, p in run.named_parameters().items():
                 p.copy_(self._kept[name])
             for state in run.optimizer.state.values():
-                if "owed" in state:  # pulls that RecAdam has put off were owed to the weights that are gone
+                if "owed" in state:  # pulls that RecAdam has deferred belong to the discarded weights
                     state["owed"].zero_()
 
     def _write(self, run: Run) -> None:
@@ -264,7 +265,7 @@ class Gauges(Method):
         write_lines(run.output_dir / FILE, [*lines, *({**event, "task": run.task.name} for event in self._events)])
 
     def state_dict(self, run: Run) -> State:
-        """What was measured so far, and the weights that are kept."""
+        """The measurements so far, and the kept weights."""
         names = sorted(self._points[0]) if self._points else []
         table = [[[p[n].value, p[n].se] for n in names] for p in self._points]
         start = {f"start.{name}": torch.from_numpy(rows).clone() for name, rows in self._start.items()}
@@ -275,11 +276,11 @@ class Gauges(Method):
         }  # fmt: skip
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """As it was at the checkpoint."""
+        """Restore the state of the checkpoint."""
         if not state:
             return  # a checkpoint without gauges
         if set(state.get("names") or ()) - {f"{n}/{m}" for n, g in self.gauges.items() for m in g.measures}:
-            logger.warning("The gauges are not those of the checkpoint: what was measured before is left out.")
+            logger.warning("The gauges are not those of the checkpoint: earlier measurements are dropped.")
             return
         self._points = [{n: Value(*v) for n, v in zip(state["names"], row, strict=True)} for row in state["points"]]
         self._steps, self._events = list(state["steps"]), list(state["events"])

@@ -1,4 +1,4 @@
-"""The rows of a gauge as tokens, with the tokens that are predicted."""
+"""The rows of a gauge as tokens, with a mask of the predicted ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITIONS = 512
 
 
 def are_texts(rows: Sequence[ProbeRow]) -> bool:
-    """Whether every token but the first is predicted in all rows."""
+    """Whether every token except the first is predicted in all rows."""
     return all(all(row.predicted[1:]) for row in rows)
 
 
@@ -33,7 +33,7 @@ class ProbeRow:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are predicted."""
+        """Number of predicted tokens."""
         return sum(self.predicted)
 
 
@@ -41,11 +41,11 @@ def probe_rows(rows: Dataset, tokenizer: Any, max_length: int, name: str) -> lis
     """Tokenise the rows of a gauge as scoring does, so that a gauge and a score of the same rows agree.
 
     Args:
-        rows: With ``text``, of which every token but the first is predicted; or with ``prompt`` and ``completion`` or
-            ``messages``, of which the answer is; or tokenised, with ``input_ids`` and ``labels``.
+        rows: With ``text``, where every token except the first is predicted; or with ``prompt`` and ``completion`` or
+            ``messages``, where the answer is; or tokenised, with ``input_ids`` and ``labels``.
         tokenizer: The model's.
-        max_length: Tokens at which a row is cut.
-        name: Of the gauge, for messages.
+        max_length: Number of tokens to which a row is truncated.
+        name: Name of the gauge, for messages.
 
     Returns:
         The rows.
@@ -60,7 +60,7 @@ def probe_rows(rows: Dataset, tokenizer: Any, max_length: int, name: str) -> lis
         if not any(predicted):
             raise ValueError(
                 f"gauge {name!r}: row {i + 1} has no token to predict within its first {max_length} tokens. Raise max_length, "
-                f"or take the row out."
+                f"or remove the row."
             )
         found.append(ProbeRow(tuple(ids), tuple(predicted)))
     return found
@@ -91,7 +91,7 @@ def batches(rows: Sequence[ProbeRow], mine: Sequence[int], most: int) -> Iterato
         most: Rows of a batch.
 
     Yields:
-        list[int]: Places of the rows of a batch; rows of like length come together.
+        list[int]: Indices of a batch's rows; rows of similar length are grouped.
     """
     batch: list[int] = []
     for i in sorted(mine, key=lambda i: (-len(rows[i].ids), i)):

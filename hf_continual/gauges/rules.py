@@ -1,4 +1,4 @@
-"""Rules on gauges: when to stop, when to go back, which weights were best."""
+"""Rules on gauges: when to stop, when to roll back, which weights were best."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rule:
         return f"{self.gauge} {'>' if self.sign > 0 else '<'} {self.limit:g} for {self.times}"
 
     def passes(self, point: Point) -> bool:
-        """Whether a point is on the right side of the limit, its noise left out."""
+        """Whether a point is on the right side of the limit, ignoring its noise."""
         return self.sign * (point[self.gauge].value - self.limit) <= 0
 
     def crossed(self, points: Sequence[Point]) -> str | None:
@@ -49,7 +49,7 @@ class Rule:
             points: All points so far, the newest last.
 
         Returns:
-            The reason in words.
+            The reason, as text.
         """
         last = points[-self.times :]
         if len(last) < self.times:
@@ -72,8 +72,8 @@ class Saturated:
 
     Args:
         gauge: The loss that must have stopped falling.
-        share: Part of the whole fall so far that the last evaluations must have added for training to go on.
-        times: How many evaluations are looked at.
+        share: Fraction of the total drop so far that the last evaluations must have added for training to continue.
+        times: Number of evaluations considered.
     """
 
     gauge: str = "task/loss"
@@ -99,13 +99,14 @@ class Saturated:
 
 
 def read_rules(owner: str, key: str, given: Any) -> tuple[Rule, ...]:
-    """Rules from what a user writes.
+    """Parse rules that a user writes.
 
     Args:
         owner: Class whose option it is.
         key: The option.
         given: None, a rule, or a list of rules. A rule is ``"general/loss_change > 0.1 for 2"``, or a mapping with ``gauge``
-            and ``above`` or ``below``, and maybe ``for`` (evaluations in a row, 2) and ``noise`` (standard errors, 2.0).
+            and ``above`` or ``below``, and optionally ``for`` (evaluations in a row, 2) and ``noise`` (standard errors,
+            2.0).
 
     Returns:
         The rules.
@@ -131,7 +132,7 @@ def _rule(owner: str, key: str, given: Any) -> Rule:
         gauge, sign, limit, times = met.groups()
         return _checked(owner, key, given, Rule(gauge, 1 if sign == ">" else -1, float(limit), int(times or 2)))
     if not isinstance(given, Mapping):
-        raise TypeError(f"{owner}({key}) has {given!r} ({type(given).__name__}), and a rule is {example}.")
+        raise TypeError(f"{owner}({key}) has {given!r} ({type(given).__name__}), but a rule is {example}.")
     if unknown := [k for k in given if k not in _KEYS]:
         raise ValueError(f"{owner}({key}) has a rule with the key {unknown[0]!r}. Known are {', '.join(_KEYS)}.")
     if "gauge" not in given or ("above" in given) == ("below" in given):
@@ -155,7 +156,7 @@ def _checked(owner: str, key: str, given: Any, rule: Rule) -> Rule:
 
 
 def read_weights(owner: str, key: str, given: Any) -> dict[str, float]:
-    """The sum of gauges that is smallest where weights are best.
+    """Parse the sum of gauges that is smallest for the best weights.
 
     Args:
         owner: Class whose option it is.
@@ -163,7 +164,7 @@ def read_weights(owner: str, key: str, given: Any) -> dict[str, float]:
         given: None, a gauge, a list of gauges, or a mapping of gauges to their weights in the sum.
 
     Returns:
-        Weight by ``gauge/measure``; empty for None. Measures of which more is better have negative weights.
+        Weight by ``gauge/measure``; empty for None. Measures where higher is better have negative weights.
 
     Raises:
         TypeError: If it is none of these, or a weight is not a number.
@@ -176,7 +177,7 @@ def read_weights(owner: str, key: str, given: Any) -> dict[str, float]:
         given = {str(gauge): -1.0 if "/exact" in str(gauge) else 1.0 for gauge in given}
     if not isinstance(given, Mapping) or not given:
         raise TypeError(
-            f"{owner}({key}={given!r}) must be gauges whose sum is to be small, such as ['task/loss', 'general/loss'], or a "
+            f"{owner}({key}={given!r}) must be gauges whose sum should be small, such as ['task/loss', 'general/loss'], or a "
             f"mapping of gauges to weights."
         )
     for gauge, weight in given.items():

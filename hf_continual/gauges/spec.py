@@ -1,4 +1,4 @@
-"""Gauges from what a user writes in a configuration."""
+"""Parse the gauges in a configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEYS = ("rows", "kl", "limit", "max_length", "source")
 
 
 class _Named:
-    """Stands for a method where only its name matters."""
+    """A stand-in for a method if only its name matters."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -27,14 +27,14 @@ class _Named:
 
 @dataclass(frozen=True)
 class Gauge:
-    """A handful of rows that are measured.
+    """A handful of rows to measure.
 
     Args:
-        given: The rows as named; None for the first rows of the task.
-        kl: Whether the KL from the base model is measured.
-        limit: Rows at most.
-        max_length: Tokens at which a row is cut.
-        source: Name of the method whose replay rows are taken instead.
+        given: The rows as given; None for the first rows of the task.
+        kl: Whether to measure the KL from the base model.
+        limit: Maximum number of rows.
+        max_length: Number of tokens to which a row is truncated.
+        source: Name of the method whose replay rows are used instead.
     """
 
     given: Any = None
@@ -45,7 +45,7 @@ class Gauge:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What it gives."""
+        """Names of its measures."""
         return ("loss", "exact", "loss_change", "exact_change", "loss_ratio", *(["kl"] if self.kl else []))
 
     def rows(self, run: Run) -> Dataset:
@@ -57,12 +57,12 @@ class Gauge:
 
 
 def read_gauges(given: Any) -> tuple[dict[str, Gauge], dict[str, Any]]:
-    """Gauges from ``ContinualConfig(gauges=...)``.
+    """Parse ``ContinualConfig(gauges=...)``.
 
     Args:
         given: A mapping of names to rows (a file, a Hub id, a `datasets.Dataset`, a list of rows), or to
             ``{rows, kl, limit, max_length}``. ``task: {}`` takes the first rows of the task itself and measures the KL.
-            ``every`` (optimizer steps) and ``batch_size`` stand beside the names. True is ``{"task": {}}``.
+            ``every`` (optimizer steps) and ``batch_size`` are keys next to the names. True is ``{"task": {}}``.
 
     Returns:
         The gauges by name, and the options.
@@ -99,7 +99,7 @@ def _gauge(name: str, given: Any) -> Gauge:
         hint = did_you_mean(unknown[0], _KEYS)
         raise ValueError(f"gauge {name!r} has the unknown key {unknown[0]!r}.{hint} Known are {', '.join(_KEYS[:-1])}.")
     if given.get("rows") is None and name != TASK and given.get("source") is None:
-        raise ValueError(f"gauge {name!r} has no rows. Name some, {{rows: FILE}}; only 'task' takes the task's own.")
+        raise ValueError(f"gauge {name!r} has no rows. Give some, {{rows: FILE}}; only 'task' uses the task's own.")
     for key in ("limit", "max_length"):
         if key in given:
             whole_number(f"gauge {name!r} ", key, given[key])

@@ -1,4 +1,4 @@
-"""From what each row gives to the values of a gauge, each with its standard error."""
+"""Compute the values of a gauge from its rows' measurements, each with its standard error."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def values_of(rows: np.ndarray, start: np.ndarray | None, kl: bool, by_row: bool
     """The values of a gauge.
 
     Args:
-        rows: What each row gives now, shape (R, 4) with the columns of `hf_continual.gauges.measure.COLUMNS`.
+        rows: Each row's current measurements, shape (R, 4) with the columns of `hf_continual.gauges.measure.COLUMNS`.
         start: The same before the first step, or None.
         kl: Whether the KL was measured.
-        by_row: Whether each row counts once, as answers do in a plan's scores, whatever its length; else each token does.
+        by_row: Whether each row counts once, like answers in a plan's scores, regardless of length; otherwise each
+            token counts.
 
     Returns:
-        ``loss`` in nats per token (with `by_row` the mean over rows of each row's), ``exact`` (share of rows), with a start ``loss_change``, ``loss_ratio`` and
-        ``exact_change`` paired row by row, and ``kl`` in nats per token.
+        ``loss`` in nats per token (with `by_row` the mean over rows of each row's), ``exact`` (fraction of rows), with
+        a start ``loss_change``, ``loss_ratio`` and ``exact_change`` paired row by row, and ``kl`` in nats per token.
     """
     one = np.ones(len(rows))
     if by_row:

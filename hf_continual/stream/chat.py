@@ -20,9 +20,9 @@ def chat_from_command(
         folder: Folder or Hub id of a model or adapter, or the folder of a plan's run.
         prompt: The one message, or None for a conversation.
         system: System message, or None.
-        base: The adapter's base in place of what it names.
-        max_new_tokens: Tokens of an answer, at most.
-        temperature: 0 takes the likeliest token.
+        base: The adapter's base, instead of the recorded one.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: 0 always takes the likeliest token.
         dtype: dtype of the weights.
         quiet: Whether only answers are printed.
         as_json: Whether each answer is a line of JSON.
@@ -44,7 +44,7 @@ def chat_from_command(
 
 
 def _typed(bare: bool) -> Iterator[str]:
-    """What the user types, until an empty line or the end."""
+    """The user's lines, until an empty line or the end of input."""
     while True:
         if sys.stdin.isatty() and not bare:
             sys.stdout.write("> ")
@@ -58,14 +58,14 @@ def _typed(bare: bool) -> Iterator[str]:
 def answer(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int = 256, temperature: float = 0.0
 ) -> str:
-    """What a model says next.
+    """Generate the model's next message.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer; without a chat template the texts of the conversation are simply joined.
         messages: The conversation so far, a user's message last.
-        max_new_tokens: Tokens of the answer, at most.
-        temperature: 0 takes the likeliest token.
+        max_new_tokens: Maximum number of tokens of the answer.
+        temperature: 0 always takes the likeliest token.
 
     Returns:
         The answer, without special tokens.

@@ -1,6 +1,6 @@
-"""`hf-continual run`: train_stream with a log, tables and a picture.
+"""`hf-continual run`: train_stream with a log, tables and a plot.
 
-The plan is read before anything heavy is imported, so that a mistake in it is reported in a second.
+The plan is read before anything heavy is imported, so that a mistake in it is reported within a second.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def run_plan(
     plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, as_json: bool = False,
     overrides: Sequence[str] = (), hourly_price: float | None = None,
 ) -> None:  # fmt: skip
-    """Run a plan, or say what it would do.
+    """Run a plan, or show what it would do.
 
     Args:
         plan: A YAML file.
         dry_run: Whether to stop before any weights are loaded.
         only: One run of a sweep.
         quiet: Whether to show tables only.
-        as_json: Whether to print the numbers as JSON on the standard output, and everything else on the other.
-        overrides: Entries in place of the plan's, as ``KEY=VALUE``.
+        as_json: Whether to print the numbers as JSON to standard output, and everything else to standard error.
+        overrides: Entries that override the plan's, as ``KEY=VALUE``.
         hourly_price: Price of an hour of this machine, for the dry run's estimate.
     """
     read, where = read_plan(plan, overrides)
@@ -71,13 +71,13 @@ def run_plan(
 def is_main() -> bool:
     """Whether this is the process that prints.
 
-    Not asked of accelerate's state: it would be set up here without what the plan says of devices.
+    Does not use accelerate's state, which would be initialised here without the plan's device settings.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
 def set_up(quiet: bool, as_json: bool, bars: bool = True) -> Console:
-    """Silence what libraries say at every start, and send the log to a console.
+    """Silence libraries' messages at every start, and send the log to a console.
 
     Args:
         quiet: Whether only warnings are logged.
@@ -93,9 +93,9 @@ def set_up(quiet: bool, as_json: bool, bars: bool = True) -> Console:
     console = Console(stderr=as_json)
     if not bars:
         be_quiet()
-    # Said at every start by libraries below this one, about names of their own.
+    # Dependencies say this at every start, about their own names.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    # bitsandbytes, which PEFT imports, announces at import that one of its kernels is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
@@ -118,7 +118,7 @@ def _ready(read: Plan, where: Where, only: str | None) -> list[tuple[str, Prepar
 
 
 def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None) -> list[tuple[str, dict[str, Any]]]:
-    """What runs will do and cost, with the time that a short probe on this machine foretells.
+    """Describe what runs will do and cost, with the time estimated by a short probe on this machine.
 
     Args:
         ready: The runs by name.
@@ -139,7 +139,7 @@ def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None)
 
 
 def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
-    """Print what runs will do, as tables or as JSON."""
+    """Print what runs would do, as tables or as JSON."""
     if as_json:
         sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
         return

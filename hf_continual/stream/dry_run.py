@@ -1,4 +1,4 @@
-"""What a plan will do and cost, said before any weights are loaded."""
+"""Describe what a plan will do and cost, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     of the activations (a rough figure: 16 values per token, channel and block, or 2 with checkpointing).
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
 
     Returns:
         Plain data: ``tasks`` one entry each, and totals.
@@ -107,7 +107,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
 
 
 def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: float) -> tuple[int, int]:
-    """Rows that methods add to a micro-batch, at least, and the most tokens that it then holds, padding included."""
+    """Minimum number of rows that methods add to a micro-batch, and its maximum number of tokens, including padding."""
     rows = args.per_device_train_batch_size
     widest = max([longest, *(m.max_length or longest for m in mixed)])
     widest = min(widest, args.max_length or widest)
@@ -120,14 +120,14 @@ def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: flo
 
 
 def _memory_here() -> int:
-    """Of an accelerator, or of the machine."""
+    """Memory of the accelerator, or of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(PartialState().local_process_index).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list[int]:
-    """Tokens of each training row as it will be cut."""
+    """Number of tokens of each training row after truncation."""
     tokenizer, rows = prepared.tokenizer, task.train
     assert rows is not None
     columns = set(rows.column_names)

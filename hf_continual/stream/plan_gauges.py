@@ -18,7 +18,7 @@ _COLUMNS = ("prompt", "completion", "messages", "text")
 
 
 def with_earlier_tests(options: Mapping[str, Any], task: Task, stream: TaskStream) -> dict[str, Any]:
-    """The training options of a task, with datasets in place of ``earlier_tests``.
+    """The training options of a task, with datasets instead of ``earlier_tests``.
 
     Args:
         options: Options of `ContinualConfig`.
@@ -26,7 +26,7 @@ def with_earlier_tests(options: Mapping[str, Any], task: Task, stream: TaskStrea
         stream: All tasks.
 
     Returns:
-        The options. A gauge that finds no earlier task, as on the first one, is left out, and the rules on it.
+        The options. A gauge without an earlier task, as in the first task, is dropped with its rules.
 
     Raises:
         ValueError: If rows of earlier tasks are of different kinds.
@@ -49,7 +49,7 @@ def with_earlier_tests(options: Mapping[str, Any], task: Task, stream: TaskStrea
 
 
 def _tests(task: Task, stream: TaskStream, given: Any) -> Dataset | None:
-    """As many test rows of each earlier task as make up the gauge's limit."""
+    """Test rows of the earlier tasks, an equal number each, up to the gauge's limit."""
     earlier = [t for t in stream.lineage(task)[:-1] if t.test is not None]
     if not earlier:
         return None
@@ -58,7 +58,7 @@ def _tests(task: Task, stream: TaskStream, given: Any) -> Dataset | None:
     if len(kinds) > 1:
         raise ValueError(
             f"{EARLIER}: the test rows of {', '.join(t.name for t in earlier)} have different columns ({sorted(kinds)}), so they "
-            f"cannot be one gauge. Name the rows of one task by their file."
+            f"cannot be one gauge. Give the rows of one task by their file."
         )
     (columns,) = kinds
     each = max(limit // len(earlier), 1)
@@ -67,7 +67,7 @@ def _tests(task: Task, stream: TaskStream, given: Any) -> Dataset | None:
 
 
 def _without(key: str, rules: Any, gone: set[str]) -> Any:
-    """The rules on gauges that are there."""
+    """The rules on the remaining gauges."""
     if key == "keep_best":
         kept = {g: w for g, w in read_weights("a plan", key, rules).items() if g.partition("/")[0] not in gone}
         return kept or None

@@ -23,9 +23,9 @@ def score_from_command(
         folder: Folder or Hub id of a model or adapter, or the folder of a plan's run.
         test: The rows.
         metric: A name, or YAML.
-        base: The adapter's base in place of what it names.
+        base: The adapter's base, instead of the recorded one.
         split: Split of the rows.
-        limit: At most so many rows.
+        limit: Maximum number of rows.
         batch_size: Rows per forward pass.
         predictions: File for the predictions, or None.
         dtype: dtype of the weights.

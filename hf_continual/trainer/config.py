@@ -1,4 +1,4 @@
-"""ContinualConfig: SFTConfig and a few fields of its own."""
+"""ContinualConfig: SFTConfig and a few fields."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class ContinualConfig(SFTConfig):
     """Training arguments of `ContinualTrainer`: everything in `trl.SFTConfig`, plus the methods
     against forgetting.
 
-    With the fields below left alone it is an SFTConfig in every respect, but for one: where SFTConfig would stop because the
-    machine has no accelerator with bf16, such as on a CPU, it trains in fp32 unless `bf16` was asked for.
+    With the fields below at their defaults it is an SFTConfig, with one exception: where SFTConfig would fail because
+    the machine has no accelerator with bf16, such as on a CPU, it trains in fp32 unless `bf16` was set explicitly.
 
     Args:
         methods: The methods as data: a name, a mapping of names to hyper-parameters, or a list of
             these; on a command line as JSON. Exclusive with ``ContinualTrainer(methods=...)``.
         task_name: Name of the task in logs, folders and cards.
         task_index: Place of the task in its sequence, counted from 0.
-        predecessor: Folder or Hub id of the task before, where the model does not say it: its methods' state is taken
-            over. A model given by path or id says it.
-        fresh_methods: Start without what the methods of the task before left.
+        predecessor: Folder or Hub id of the previous task, if the model does not tell: its methods' state is
+            loaded. A model given by path or id tells.
+        fresh_methods: Start without what the methods of the previous task left.
         from_adapter: What to do with a model that is the folder or Hub id of an adapter: ``continue`` trains it further,
-            ``stack`` freezes it beneath a new adapter and saves both as one, ``merge_then_new`` merges it into its base, saves that
-            as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a ``peft_config``, else
-            ``continue``.
-        gauges: What is measured during training, on a handful of rows each: names and rows, see
-            `hf_continual.gauges.spec.read_gauges`. By default the general text that GeRe or a replay source called ``general``
-            brings; False measures nothing.
+            ``stack`` freezes it under a new adapter and saves both as one, ``merge_then_new`` merges it into its base,
+            saves that as ``output_dir/merged-base`` and trains a new adapter on it. By default ``stack`` with a
+            ``peft_config``, else ``continue``.
+        gauges: Measurements during training, on a handful of rows each: names and rows, see
+            `hf_continual.gauges.spec.read_gauges`. By default the general text that GeRe, or a replay source called
+            ``general``, adds; False measures nothing.
         stop_if: A rule or a list of rules on gauges that end training, such as ``"general/loss_change > 0.1 for 2"``: above 0.1
             nats by more than two standard errors in two measurements in a row. See `hf_continual.gauges.rules.read_rules`.
         rollback_if: The same; training ends with the weights of the last measurement that passed.
-        keep_best: Measures whose weighted sum is smallest where the weights are best, such as ``["task/loss",
+        keep_best: Measures whose weighted sum is smallest for the best weights, such as ``["task/loss",
             "general/loss"]``; training ends with those weights.
         stop_when: ``"task saturated"`` ends training once the loss of the task no longer falls.
-        max_minutes: Minutes after which training saves and stops as if told to by a signal, with exit code 75; None is no
+        max_minutes: Minutes after which training saves and stops as on a signal, with exit code 75; None is no
             limit. It counts from the start of `train`.
-        hub_base_model: Hub id of the base model, where `model` is a folder that holds a copy of it.
-        hub_license: Licence id of the pushed model, where the parents' licences differ.
+        hub_base_model: Hub id of the base model, if `model` is a local copy of it.
+        hub_license: Licence id of the pushed model, if the parents' licences differ.
 
     Raises:
         TypeError: If a hyper-parameter of a method has the wrong type.
@@ -76,10 +76,10 @@ class ContinualConfig(SFTConfig):
     task_index: int = field(default=0, metadata={"help": "Place of the task in its sequence, counted from 0."})
     predecessor: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the task before, where the model does not say it."},
+        metadata={"help": "Folder or Hub id of the previous task, if the model does not tell."},
     )
     fresh_methods: bool = field(
-        default=False, metadata={"help": "Start without what the methods of the task before left."}
+        default=False, metadata={"help": "Start without what the methods of the previous task left."}
     )
     from_adapter: str | None = field(
         default=None,
@@ -109,14 +109,14 @@ class ContinualConfig(SFTConfig):
         default=None, metadata={"help": "'task saturated' ends training once the loss of the task no longer falls."}
     )
     max_minutes: float | None = field(
-        default=None, metadata={"help": "Minutes after which training saves and stops, to be resumed."}
+        default=None, metadata={"help": "Minutes after which training saves and stops; it can be resumed."}
     )
     hub_base_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id of the base model, where the model is a folder that holds a copy of it."},
+        metadata={"help": "Hub id of the base model, if the model is a local copy of it."},
     )
     hub_license: str | None = field(
-        default=None, metadata={"help": "Licence id of the pushed model, where the parents' licences differ."}
+        default=None, metadata={"help": "Licence id of the pushed model, if the parents' licences differ."}
     )
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class ContinualConfig(SFTConfig):
             if getattr(self, name) is False:
                 setattr(self, name, "no")  # YAML reads `save_strategy: no` as false
         if self.bf16 is None and not (self.fp16 or self.use_cpu) and not is_torch_bf16_gpu_available():
-            self.bf16 = False  # where SFTConfig would stop, because this machine has no accelerator with bf16
+            self.bf16 = False  # where SFTConfig would fail, because this machine has no accelerator with bf16
         super().__post_init__()
         if self.task_index < 0:
             raise ValueError(f"task_index={self.task_index} must be 0 or more: tasks are counted from 0.")
@@ -135,7 +135,7 @@ class ContinualConfig(SFTConfig):
         one_of("ContinualConfig", "from_adapter", self.from_adapter, (None, *FROM_ADAPTER))
         if problem := check_numbers(vars(self), trains=False):
             raise ValueError(problem[1])
-        # Built and dropped: a wrong name or type must fail here, before any weights are loaded.
+        # Built and discarded: a wrong name or type must fail here, before any weights are loaded.
         build_methods(self.methods)
         gauges_of(self, ())
 
@@ -165,10 +165,10 @@ def methods_of(args: Any, given: Iterable[Method] | None) -> Iterable[Method]:
         given: ``ContinualTrainer(methods=...)``.
 
     Returns:
-        Those that were given, or those that the arguments describe, built.
+        The methods given, or those described by the arguments, built.
 
     Raises:
-        ValueError: If both name methods.
+        ValueError: If both specify methods.
     """
     described = args.methods if isinstance(args, ContinualConfig) else None
     if given is not None and described is not None:

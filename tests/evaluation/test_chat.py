@@ -308,7 +308,7 @@ def test_tools_go_along_with_replayed_rows(tmp_path):
     told = Dataset.from_list([{"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}])
     stream = TaskStream([Task("a", train=told), Task("b", train=second), Task("c", train=third)])
     with pytest.raises(
-        ValueError, match="the earlier task 'b' have no chat_template_kwargs, and those of another have"
+        ValueError, match="the earlier task 'b' have no chat_template_kwargs, but those of another have"
     ):
         with_earlier(asked, stream[2], stream, None)
 
@@ -316,7 +316,7 @@ def test_tools_go_along_with_replayed_rows(tmp_path):
 @pytest.mark.parametrize("change", [cut_prompts, without_options])
 def test_prompts_of_messages_are_not_cut_as_text(change):
     rows = Dataset.from_list([{"prompt": TALK[:1], "completion": TALK[1:2]}])
-    with pytest.raises(ValueError, match="shortens prompts that are text, and these are lists of messages"):
+    with pytest.raises(ValueError, match="shortens text prompts, and these are lists of messages"):
         change(rows, 5, None) if change is cut_prompts else change(rows)
 
 

@@ -1,4 +1,4 @@
-"""What is particular about families in the table: settings they need, and what TRL and PEFT do with them."""
+"""Special cases of families in the table: settings they need, and what TRL and PEFT do with them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAILS: dict[str, str] = {
 
 
 def outcome(kind: str, method: str) -> str:
-    """What a cell must come to."""
+    """The expected result of a cell."""
     if kind in REFUSED and (REFUSED[kind][1] is None or method in REFUSED[kind][1]):
         return "refused"
     return "SFTTrainer fails" if kind in FAILS else "yes"

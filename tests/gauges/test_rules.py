@@ -82,5 +82,5 @@ def test_weights_of_keep_best():
     assert read_weights("C", "k", {"task/loss": 2}) == {"task/loss": 2.0} and read_weights("C", "k", None) == {}
     with pytest.raises(TypeError, match="the weight of 'task/loss' must be a number, got 'a'"):
         read_weights("C", "k", {"task/loss": "a"})
-    with pytest.raises(TypeError, match="must be gauges whose sum is to be small"):
+    with pytest.raises(TypeError, match="must be gauges whose sum should be small"):
         read_weights("C", "k", 3)

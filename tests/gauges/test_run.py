@@ -178,7 +178,7 @@ def test_distances_to_anchors_are_measured(tmp_path):
         ({"gauges": {"a/b": "x.jsonl"}}, "'a/b'.*must not be empty or contain '/'"),
         ({"gauges": {**GENERAL, "every": 0}}, "every=0\\) must be at least 1"),
         ({"gauges": GENERAL, "stop_when": "bored"}, "stop_when='bored'\\) must be 'task saturated' or None"),
-        ({"gauges": GENERAL, "rollback_if": "general/loss > 1", "keep_best": "general/loss"}, "rollback_if and keep_best both say"),
+        ({"gauges": GENERAL, "rollback_if": "general/loss > 1", "keep_best": "general/loss"}, "rollback_if and keep_best both choose"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, words):

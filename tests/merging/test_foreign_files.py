@@ -50,7 +50,7 @@ def test_no_merge_and_no_push_reads_outside_the_folder(three, tmp_path, where, r
     last = sorted(listed["weight_map"])[-1]
     listed["weight_map"][last] = where if where != "ABSOLUTE" else str(b / "model.safetensors")
     (here / INDEX).write_text(json.dumps(listed))
-    out, said = tmp_path / "out", rf"index\.json says that '{last}' is in .* never a path to elsewhere"
+    out, said = tmp_path / "out", rf"index\.json says that '{last}' is in .* never a path elsewhere"
     calls = {
         "linear": lambda: merge_linear([a, here], out),
         "ties": lambda: ties([a, here], out, base=base),

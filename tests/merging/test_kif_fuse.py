@@ -616,7 +616,7 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
     [
         ({}, ValueError, "which elements matter to the new and the old side: give calibration_new=ROWS"),
         ({"calibration_new": [{"text": "w1 w2"}]}, ValueError, "matter to the old side: give calibration_old=ROWS"),
-        ({"calibration_new": [], "calibration_old": []}, ValueError, "rows is empty"),
+        ({"calibration_new": [], "calibration_old": []}, ValueError, "has no rows"),
         ({"calibration_new": [{"text": "w1"}] * 2, "calibration_old": [{"q": 1}]}, TypeError, "has the columns 'q'"),
         ({"importance": "nowhere"}, FileNotFoundError, "nowhere holds no importance"),
         ({"importance": ("a", "b", "c")}, ValueError, "is not a pair"),
