@@ -23,6 +23,7 @@ from hf_continual.private import fingerprint_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from peft import PeftConfig
     from torch import Tensor, nn
     from torch.nn import Parameter
     from torch.optim import Optimizer
@@ -168,6 +169,13 @@ class Method:
 
     def added_rows(self) -> AddedRows | None:
         """What `replay` will mix in, told before there is a run; None adds no rows."""
+        return None
+
+    def adapter(self) -> PeftConfig | None:
+        """The modules that it brings and trains in place of `peft_config`, as a kind of `hf_continual.inference.kinds`.
+
+        Asked before the model is loaded; a run has one such method at most. None brings none.
+        """
         return None
 
     @classmethod

@@ -16,6 +16,7 @@ from hf_continual.plain import hyper_parameters
 logger = logging.getLogger(__name__)
 
 STATIONS = {
+    "adapter": "own modules",
     "replay": "rows",
     "prepare_model": "model surgery",
     "prepare": "before training",
@@ -138,7 +139,7 @@ class Methods:
 
     Raises:
         TypeError: If an entry is not a method.
-        ValueError: If two have the same name, or two bring an optimizer.
+        ValueError: If two have the same name, or two bring an optimizer or modules of their own.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
@@ -176,6 +177,13 @@ class Methods:
             both = " and ".join(type(m).__name__ for m in bringing)
             raise ValueError(f"{both} both bring an optimizer, and a step can have one. Drop one of them.")
         self.optimizing: Method | None = bringing[0] if bringing else None
+        adapting = [m for m in self.methods if overrides(type(m), "adapter")]
+        if len(adapting) > 1:
+            both = " and ".join(type(m).__name__ for m in adapting)
+            raise ValueError(
+                f"{both} both bring modules of their own, and a model can have those of one. Drop one of them."
+            )
+        self.adapting: Method | None = adapting[0] if adapting else None
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)
