@@ -11,6 +11,7 @@ from hf_continual.methods.table import check_description
 from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
 from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
+from hf_continual.stream.arms import arms_of
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
@@ -34,6 +35,13 @@ def check_plan(plan: Plan, where: Where) -> None:
     _check_methods(plan, where)
     _check_own_modules(plan, where)
     _check_paths(plan, where)
+    if plan.sweep and plan.sweep.arms:
+        if plan.sweep.methods is not None:
+            raise where.error(
+                ("sweep", "arms"), "the sweep names methods and arms. Keep one: arms may have methods too."
+            )
+        for _, arm, its in arms_of(plan, where):
+            check_plan(arm, its)
     if plan.memory == "forbidden" or _asks_for_kept(plan):
         from hf_continual.stream.past_rows import check_memory  # imports datasets
 
