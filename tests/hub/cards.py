@@ -43,7 +43,9 @@ def recipe_facts(recipe: Path) -> CardFacts:
         tasks=(TaskFacts("new-task", started_from=BASE),),
         methods=tuple(MethodFacts(name, options or {}, method_class(name).paper) for name, options in named.items()),
         settings=settings_of(config),
-        adapter=next((adapter_facts_of(m) for m in build_methods(methods) if m.adapter() is not None), {}) if own else {},
+        adapter=next((adapter_facts_of(m) for m in build_methods(methods) if m.adapter() is not None), {})
+        if own
+        else {},
         tags=trl_tags(),
         chat=True,
     )
@@ -59,7 +61,9 @@ def cards() -> dict[str, str]:
     """Text by file name."""
     made = {}
     for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
-        if recipe.parent.name in ("accelerate", "baselines", "sequence") or "methods" not in recipe.read_text(encoding="utf-8"):
+        if recipe.parent.name in ("accelerate", "baselines", "sequence") or "methods" not in recipe.read_text(
+            encoding="utf-8"
+        ):
             continue
         facts = recipe_facts(recipe)
         made[f"{facts.name}.md"] = render_card(facts, "")

@@ -188,7 +188,9 @@ def test_the_snippet_of_what_changes_inference_uses_its_loader(kind):
     text = render_card(facts)
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     ast.parse(code)
-    assert f'model = {NAMES[kind].loader}("me/three")' in code and f"from hf_continual import {NAMES[kind].loader}" in code
+    assert (
+        f'model = {NAMES[kind].loader}("me/three")' in code and f"from hf_continual import {NAMES[kind].loader}" in code
+    )
     assert "AutoPeft" not in text and "LoRA" not in text and not lint_card(text)
 
 

@@ -161,9 +161,14 @@ def test_every_merge_refuses_it(made, tmp_path, method, place):
         models, base = [str(folder / "base")] * 2, str(folder / "out")
     if method == "interpolate":  # of a base and one model
         models = models[1:]
-    needed = {"recall": {"calibration": toy.rows()}, "kif": {"calibration_old": toy.rows(), "calibration_new": toy.rows()}}
+    needed = {
+        "recall": {"calibration": toy.rows()},
+        "kif": {"calibration_old": toy.rows(), "calibration_new": toy.rows()},
+    }
     needed["interpolate"] = {"alpha": 0.5}
-    with pytest.raises(MergeError, match=rf"out is {NAMES[kind].title} \({kind}\), .*cannot be merged.*{NAMES[kind].loader}"):
+    with pytest.raises(
+        MergeError, match=rf"out is {NAMES[kind].title} \({kind}\), .*cannot be merged.*{NAMES[kind].loader}"
+    ):
         merge(method, models, tmp_path / "merged", base=base, **needed.get(method, {}))
     assert not (tmp_path / "merged").exists()
 
