@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_continual.hub.card import render_card
     from hf_continual.hub.errors import HubPushError
     from hf_continual.hub.push import push_to_hub
+    from hf_continual.inference.loading import load_prompt_pool
     from hf_continual.merging.merge import merge
     from hf_continual.merging.methods.dare import dare, dare_ties
     from hf_continual.merging.methods.interpolate import interpolate, scan_alpha
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.l2p import L2P
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
@@ -79,6 +81,8 @@ _FACE = {
     "TaSL": "hf_continual.methods.tasl",
     "GradientProjection": "hf_continual.methods.gradient_projection",
     "TaskVector": "hf_continual.methods.task_vector",
+    "L2P": "hf_continual.methods.l2p",
+    "load_prompt_pool": "hf_continual.inference.loading",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -122,6 +126,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "TaSL",
     "GradientProjection",
     "TaskVector",
+    "L2P",
+    "load_prompt_pool",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

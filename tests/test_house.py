@@ -28,7 +28,7 @@ TOP = {
     "Makefile",
     "LICENSE",
 }
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "sequence"))
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "baselines", "sequence"))
 PLANS = sorted((ROOT / "recipes" / "sequence").glob("*.yaml"))
 
 
@@ -159,6 +159,19 @@ def test_plans_run_on_the_toy_world(plan, tmp_path, monkeypatch):
     result = train_stream(plan, model=small["model"], peft=peft, sft={**small["sft"], "max_steps": 2}, sweep=sweep)
     assert result.results.get("complete", True) and len(result.matrix.scores) in (2, 4)
     assert (tmp_path / read.output_dir / "continual_results.json").is_file()
+
+
+def test_every_system_of_the_papers_is_an_arm_of_the_baselines(tmp_path):
+    """Read, not trained: each method of the table trains in its own recipe's test."""
+    from hf_continual.methods.table import TABLE
+    from hf_continual.stream.arms import arms_of
+    from hf_continual.stream.read_plan import read_plan
+
+    plan, where = read_plan(ROOT / "recipes" / "baselines" / "sweep.yaml", ["data=" + str(ROOT / "recipes/data/longseq")])
+    arms = {name: arm for name, arm, _ in arms_of(plan, where)}
+    used = {next(iter(m)) if isinstance(m, dict) else m for arm in arms.values() for m in arm.methods or ()}
+    assert used >= set(TABLE) - {"gere", "freeze", "kif"}, "those three are compared in recipes of their papers"
+    assert arms["sequential"].methods is None and len(arms) == len(plan.sweep.arms)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

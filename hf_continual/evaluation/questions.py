@@ -11,6 +11,7 @@ from hf_continual.ends import AddedTokens, added_tokens, end_tokens
 from hf_continual.evaluation.frame import Frame, answer_text, frame_of
 from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.trained import Row, has_thoughts, reference, trained_tokens
+from hf_continual.tensors.reference import tokens_in_front
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,7 +135,7 @@ def positions(model: Any) -> int | None:
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     config = getattr(base, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    return found - tokens_in_front(model) if isinstance(found, int) and found > 0 else None
 
 
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from hf_continual.plain import hyper_parameters
 logger = logging.getLogger(__name__)
 
 STATIONS = {
+    "adapter": "own modules",
     "replay": "rows",
     "prepare_model": "model surgery",
     "prepare": "before training",
@@ -140,7 +141,7 @@ class Methods:
 
     Raises:
         TypeError: If an entry is not a method.
-        ValueError: If two have the same name, or two supply an optimizer.
+        ValueError: If two have the same name, or two supply an optimizer or their own modules.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
@@ -178,6 +179,13 @@ class Methods:
             both = " and ".join(type(m).__name__ for m in bringing)
             raise ValueError(f"{both} both supply an optimizer, and a run can have only one. Drop one of them.")
         self.optimizing: Method | None = bringing[0] if bringing else None
+        adapting = [m for m in self.methods if overrides(type(m), "adapter")]
+        if len(adapting) > 1:
+            both = " and ".join(type(m).__name__ for m in adapting)
+            raise ValueError(
+                f"{both} both supply their own modules, and a model can have those of only one. Drop one of them."
+            )
+        self.adapting: Method | None = adapting[0] if adapting else None
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)

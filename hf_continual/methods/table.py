@@ -30,6 +30,7 @@ TABLE: dict[str, str] = {
     "tasl": "hf_continual.methods.tasl.method:TaSL",
     "gradient_projection": "hf_continual.methods.gradient_projection:GradientProjection",
     "task_vector": "hf_continual.methods.task_vector:TaskVector",
+    "l2p": "hf_continual.methods.l2p:L2P",
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_continual.inference.names import METHODS
 from hf_continual.methods.table import check_description
 from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
@@ -34,6 +35,7 @@ def check_plan(plan: Plan, where: Where) -> None:
     _check_tasks(plan, where)
     _check_options(plan, where)
     _check_methods(plan, where)
+    _check_own_modules(plan, where)
     _check_paths(plan, where)
     if plan.sweep and plan.sweep.arms:
         if plan.sweep.methods is not None:
@@ -96,6 +98,40 @@ def _check_methods(plan: Plan, where: Where) -> None:
             check_description(methods)
         except (TypeError, ValueError) as error:
             raise where.error(path, str(error)) from error
+
+
+def _check_own_modules(plan: Plan, where: Where) -> None:
+    """Refuse what cannot go with a method that supplies its own modules."""
+    for path, methods in described_methods(plan):
+        for name in sorted(set(_names_in(methods)) & set(METHODS)):
+            said = f"the method {name!r} brings the modules that it trains"
+            if plan.peft is not None:
+                raise where.error(
+                    ("peft",), f"{said}, and peft asks for others. Leave peft out, or {name} ({where.of(path)})."
+                )
+            if plan.between_tasks == "new_adapter":
+                raise where.error(
+                    ("between_tasks",), f"{said} and trains them further in each task. Say between_tasks: continue."
+                )
+            if plan.merge is not None:
+                raise where.error(
+                    ("between_tasks",),
+                    f"{said}, which choose anew for each row and cannot be merged. Say between_tasks: continue.",
+                )
+
+
+def bring_modules(plan: Plan) -> bool:
+    """Whether one of a plan's methods supplies its own modules."""
+    return any(set(_names_in(methods)) & set(METHODS) for _, methods in described_methods(plan))
+
+
+def _names_in(description: Any) -> list[str]:
+    """Names of the methods in a description of methods."""
+    if isinstance(description, str):
+        return [description]
+    if isinstance(description, Mapping):
+        return [str(name) for name in description]
+    return [n for item in description for n in _names_in(item)] if isinstance(description, Sequence) else []
 
 
 def described_methods(plan: Plan) -> Iterator[tuple[tuple[Key, ...], Any]]:

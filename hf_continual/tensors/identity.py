@@ -27,7 +27,10 @@ def base_sample(model: nn.Module, adapted: bool = True) -> str | None:
     """
     names, samples = [], []
     for name, tensor in model.named_parameters():
-        if any(part in name for part in ("lora_", ".modules_to_save.", ".trainable_tokens_", "prompt_encoder")):
+        if any(
+            part in name
+            for part in ("lora_", ".modules_to_save.", ".trainable_tokens_", "prompt_encoder", "prompt_pool.")
+        ):
             continue
         if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point() or hasattr(tensor, "placements"):
             return None

@@ -170,6 +170,12 @@ def virtual_tokens(model: nn.Module) -> int:
     return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 
+def tokens_in_front(model: Any) -> int:
+    """Positions that an adapter takes in front of every row, whether the model's outputs show them or not."""
+    hidden = getattr(getattr(model, "active_peft_config", None), "tokens_in_front", 0)
+    return virtual_tokens(model) + int(hidden)
+
+
 def learned_positions(model: nn.Module) -> bool:
     """Whether positions are rows of a table (GPT-2, OPT), which has a last one."""
     base: Any = plain_model(model)
@@ -182,4 +188,4 @@ def most_tokens(model: nn.Module) -> int | None:
     """Maximum number of tokens of a row, or None if the configuration sets no limit."""
     config = getattr(plain_model(model), "config", None)
     positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
-    return None if not isinstance(positions, int) or positions < 1 else positions - virtual_tokens(model)
+    return None if not isinstance(positions, int) or positions < 1 else positions - tokens_in_front(model)

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 
+import hf_continual.inference.kinds  # noqa: F401 - makes its kinds known to PEFT
 from hf_continual.tensors.concatenate import concatenate_adapters
 
 ADAPTER = "adapter_config.json"
@@ -183,6 +184,18 @@ def kept_active(model: Any) -> Iterator[None]:
 def is_stacked(model: Any) -> bool:
     """Whether a model has an earlier adapter under the one being trained."""
     return isinstance(model, PeftModel) and {EARLIER, "default"} <= set(model.peft_config)
+
+
+def put_in_place(folder: Path) -> None:
+    """Move what was saved in ``folder/.parts`` into the folder, whole files, what makes it a model last.
+
+    Args:
+        folder: The model's folder.
+    """
+    parts = folder / PARTS
+    for file in sorted((f for f in parts.iterdir() if f.is_file()), key=lambda f: (f.name == ADAPTER, f.name)):
+        os.replace(file, folder / file.name)
+    shutil.rmtree(parts)
 
 
 def join(folder: Path) -> None:

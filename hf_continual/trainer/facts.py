@@ -19,6 +19,7 @@ from hf_continual.hub.facts import CardFacts, Evaluation, MethodFacts, TaskFacts
 from hf_continual.hub.files import installed_versions
 from hf_continual.hub.folder_facts import has_facts, read_facts
 from hf_continual.hub.refs import ModelRef, loaded_ref
+from hf_continual.inference.kinds import KindConfig
 from hf_continual.methods.base import Method
 from hf_continual.trainer.rates import peak_and_factor
 
@@ -170,6 +171,8 @@ def _live_settings(trainer: LiveTrainer) -> dict[str, Any]:
 def adapter_facts(model: Any) -> dict[str, Any]:
     """Describe the adapter."""
     config = next(iter(model.peft_config.values()))
+    if isinstance(config, KindConfig):
+        return {"kind": str(config.peft_type), **config.sizes}
     modules = config.target_modules
     found = {
         "r": config.r,

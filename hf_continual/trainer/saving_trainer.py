@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from hf_continual.data import handover
 from hf_continual.disk import writing
 from hf_continual.hub.text import kept_text
-from hf_continual.methods.compose import kind_of
+from hf_continual.inference.kinds import kind_of
+from hf_continual.methods.compose import kind_of as kind_of_method
 from hf_continual.trainer import adapters, hand_over, run_lock, state, stop, whole
 from hf_continual.trainer.live import LiveTrainer
 from hf_continual.trainer.method_rows import replay_totals
@@ -89,10 +90,11 @@ class SavingTrainer(LiveTrainer):
         """Save the model with what its methods leave for the next task; stacked adapters are joined into one."""
         target, main = Path(folder), self.args.should_save
         staged = main and hand_over.stage(self, target)
-        if adapters.is_stacked(self.accelerator.unwrap_model(self.model)):
+        live = self.accelerator.unwrap_model(self.model)
+        if (stacked := adapters.is_stacked(live)) or kind_of(live) is not None:
             super().save_model(str(target / adapters.PARTS), _internal_call=True)
             if main:
-                adapters.join(target)
+                (adapters.join if stacked else adapters.put_in_place)(target)
         else:
             super().save_model(folder, _internal_call=True)
         if staged:
@@ -148,7 +150,7 @@ class SavingTrainer(LiveTrainer):
             checkpoint = Path(resume_from_checkpoint)
             if self.methods or state.read_run(checkpoint):
                 state.check_whole(checkpoint)
-            places = {kind_of(type(m)): m.places for m in self.methods}
+            places = {kind_of_method(type(m)): m.places for m in self.methods}
             state.check_same_methods(checkpoint, self.methods.describe(), places)
         self.task_states = None
         with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext(), stop.at_steps(self):

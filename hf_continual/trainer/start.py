@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -39,6 +39,10 @@ from hf_continual.trainer.adapters import (
     merge_into_base,
     stacked,
 )
+from hf_continual.trainer.own_modules import config_to_add
+
+if TYPE_CHECKING:
+    from hf_continual.methods.base import Method
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,14 @@ class Start:
     opened: bool = False
 
 
-def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, quantization_config: Any) -> Start:
+def open_start(
+    model: Any,
+    args: Any,
+    processing_class: Any,
+    peft_config: Any,
+    quantization_config: Any,
+    bringing: Method | None = None,
+) -> Start:
     """Open the folder or Hub id of an adapter; SFTTrainer opens everything else.
 
     `ContinualConfig.from_adapter` decides what is done with the adapter: it is trained further, kept under a new one,
@@ -74,6 +85,7 @@ def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, q
         processing_class: A tokenizer, or None.
         peft_config: A new adapter, or None.
         quantization_config: Quantisation of the base, or None.
+        bringing: The method that supplies its own modules, or None.
 
     Returns:
         Arguments for SFTTrainer.
@@ -81,22 +93,25 @@ def open_start(model: Any, args: Any, processing_class: Any, peft_config: Any, q
     Raises:
         ValueError: If training cannot start from the adapter.
     """
+    asked = getattr(args, "from_adapter", None)
     if not isinstance(model, str):
+        held = model.active_peft_config if isinstance(model, PeftModel) else None
+        peft_config = config_to_add(bringing, held, f"the {type(model).__name__}", asked, peft_config)
         return Start(model, processing_class, peft_config, source=_named_by(model))
     check_is_there(model, "the model")
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     revision = options.pop("revision", None)
     file = find_adapter_config_file(model, revision=revision)
-    asked = getattr(args, "from_adapter", None)
     if file is None:
         if asked is not None:
             raise ValueError(
                 f"from_adapter={asked!r} says what to do with an adapter, but {model} is not one (there is no "
                 f"adapter_config.json). Drop it, or give the adapter's folder."
             )
-        return Start(model, processing_class, peft_config, source=model)
+        return Start(model, processing_class, config_to_add(bringing, None, model, None, peft_config), source=model)
     folder = Path(file).parent if Path(model).is_dir() else _downloaded(model, revision)
     config = PeftConfig.from_pretrained(str(folder))
+    peft_config = config_to_add(bringing, config, model, asked, peft_config)
     way = choose_way(asked, model, peft_config)
     set_seed(42 if args is None else args.seed)  # as SFTTrainer does before it draws an adapter
     if quantization_config is not None:

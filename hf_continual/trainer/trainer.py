@@ -19,7 +19,7 @@ from hf_continual.data.collator import ORIGIN
 from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.tasks import Task
-from hf_continual.trainer import checks, hand_over
+from hf_continual.trainer import checks, hand_over, own_modules
 from hf_continual.trainer.collating import rows_named, tokens_counted
 from hf_continual.trainer.config import ContinualConfig, methods_of
 from hf_continual.trainer.hooks import MethodHooks
@@ -123,7 +123,7 @@ class ContinualTrainer(SavingTrainer):
             checks.check_arguments(self.methods, args, compute_loss_func, optimizers, optimizer_cls_and_kwargs)
         task_row = checks.first_row(train_dataset) if self.methods else {}
         left = hand_over.left_with(model, args) if self.methods else None
-        start = open_start(model, args, processing_class, peft_config, quantization_config)
+        start = open_start(model, args, processing_class, peft_config, quantization_config, self.methods.adapting)
         self.publisher = Publisher(self, len(train_dataset) if isinstance(train_dataset, Dataset) else None)
         with options_used(args, start):
             super().__init__(
@@ -162,6 +162,7 @@ class ContinualTrainer(SavingTrainer):
             method.renew()
         self.run = TrainerRun(self, Task(name, index))
         checks.check_trainer(self)
+        own_modules.check_layout(self)
         self.mixer = mixer_of(self)
         for method in self.methods:
             method.prepare_model(self.run.model, self.run.task)

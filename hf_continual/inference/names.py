@@ -1,0 +1,53 @@
+"""The kinds of modules that change inference, by name, for those who need no torch: cards, checks of plans, merging."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+PROMPT_POOL = "PROMPT_POOL"
+
+
+@dataclass(frozen=True)
+class KindName:
+    """What a kind is called elsewhere.
+
+    Args:
+        title: In words, with its article.
+        method: The method that trains it, as the table of methods has it.
+        loader: The function of `hf_continual` that loads it.
+        sizes: Entries of its configuration that hold for all tasks, and that a card shows.
+    """
+
+    title: str
+    method: str
+    loader: str
+    sizes: tuple[str, ...]
+
+
+NAMES: dict[str, KindName] = {
+    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool", ("pool", "length", "top"))
+}
+
+
+METHODS = tuple(named.method for named in NAMES.values())
+
+
+def sizes_in(folder: str | Path) -> dict[str, Any]:
+    """The kind that a folder holds and its configuration, as a card has it; empty for what is none."""
+    if (kind := kind_in(folder)) is None:
+        return {}
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    return {"kind": kind, **{k: v for k, v in config.items() if k in NAMES[kind].sizes}}
+
+
+def kind_in(folder: str | Path) -> str | None:
+    """The kind that a folder holds; None for a plain adapter, a whole model and what cannot be read."""
+    try:
+        found = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if found in NAMES else None
