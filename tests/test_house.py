@@ -28,7 +28,9 @@ TOP = {
     "Makefile",
     "LICENSE",
 }
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "baselines", "sequence"))
+RECIPES = sorted(
+    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "baselines", "sequence")
+)
 PLANS = sorted((ROOT / "recipes" / "sequence").glob("*.yaml"))
 
 
@@ -167,7 +169,9 @@ def test_every_system_of_the_papers_is_an_arm_of_the_baselines(tmp_path):
     from hf_continual.stream.arms import arms_of
     from hf_continual.stream.read_plan import read_plan
 
-    plan, where = read_plan(ROOT / "recipes" / "baselines" / "sweep.yaml", ["data=" + str(ROOT / "recipes/data/longseq")])
+    plan, where = read_plan(
+        ROOT / "recipes" / "baselines" / "sweep.yaml", ["data=" + str(ROOT / "recipes/data/longseq")]
+    )
     arms = {name: arm for name, arm, _ in arms_of(plan, where)}
     used = {next(iter(m)) if isinstance(m, dict) else m for arm in arms.values() for m in arm.methods or ()}
     assert used >= set(TABLE) - {"gere", "freeze", "kif"}, "those three are compared in recipes of their papers"
