@@ -96,7 +96,7 @@ def figures(results: dict, seconds: float) -> dict[str, float]:
         "BWT": statistics.fmean(scores[last][i] - scores[i][i] for i in range(last)),
         "old NLL": statistics.fmean(nll[last][:last]),
         "new NLL": nll[last][last],
-        "learnt": statistics.fmean(scores[i][i] for i in range(last + 1)),
+        "learned": statistics.fmean(scores[i][i] for i in range(last + 1)),
         "general": list(results["gauges"]["general"]["after"].values())[-1]["value"],
         "seconds": seconds,
     }

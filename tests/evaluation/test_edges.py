@@ -152,7 +152,7 @@ def test_labels_that_cannot_be_chosen_are_refused(made):
     with pytest.raises(ValueError, match="the labels 'b' and 'b ' have the same tokens"):  # the template strips
         label_likelihood(model, made, spoken)
     wrong = Dataset.from_list([{"context": "a", "choices": ["b", "c"], "answer": 2}])
-    with pytest.raises(ValueError, match="row 0 has the answer 2, and 2 choices"):
+    with pytest.raises(ValueError, match="row 0 has the answer 2 and 2 choices"):
         multiple_choice(model, made, wrong)
 
 

@@ -62,7 +62,7 @@ def test_what_a_reader_reads():
     card = render_card(FACTS)
     matrix = AccuracyMatrix([[0.75, None, None], [0.5, 0.875, None], [0.25, 0.5, 1.0]], [0.0, 0.125, 0.25])
     for said in (
-        "learnt 3 tasks one after the other (law, tax, tickets)", f"**{matrix.overall_performance:.4f}**",
+        "learned 3 tasks one after another (law, tax, tickets)", f"**{matrix.overall_performance:.4f}**",
         f"| BWT | {matrix.backward_transfer:.4f} |", f"| Forgetting | {matrix.forgetting:.4f} |", "| FWT | NOT_RUN |",
         "| after law | 0.7500 | - | - |", "| base model | 0.0000 | 0.1250 | 0.2500 |", "| general text (nats, lower is better) | 3.5000 | 3.2500 | -0.2500 |",
         "ERROR: out of memory", "[org/law](https://huggingface.co/datasets/org/law) en (bbbbbbb)", "(aaaaaaa)", "pull=0.01, rows=rows.jsonl",

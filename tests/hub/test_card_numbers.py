@@ -130,14 +130,14 @@ def test_what_is_said_names_both_files(tmp_path):
         ),
         ({"base_row": (0.0, 0.6)}, "says 0.6 for 'tax' of base, but ../base/continual/scores.json says 0.2."),
         ({"rows": {"law": 400, "tax": 5}}, "says 400 rows for 'law', but continual/scores.json says 4."),
-        ({"intervals": {"op": (0.5, 0.55)}}, "says that op lies between 0.5000 and 0.5500, and the predictions give"),
+        ({"intervals": {"op": (0.5, 0.55)}}, "says that op lies between 0.5000 and 0.5500, but the predictions give"),
     ):
         write_card(folder, replace(facts, evaluation=replace(facts.evaluation, **changed)))
         assert any(said in f.message for f in lint_folder(folder)), [f.message for f in lint_folder(folder)]
     write_card(folder, facts)
     write_lines(tmp_path / "predictions" / "task-00-law.law.jsonl", [{"score": 1.0}] * 4)
     assert any(
-        "says 0.75 for 'law' after law, and its 4 predictions give 1.0." in f.message for f in lint_folder(folder)
+        "says 0.75 for 'law' after law, but its 4 predictions give 1.0." in f.message for f in lint_folder(folder)
     )
 
 

@@ -234,7 +234,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         {"format": "pt"},
     )
     with pytest.raises(
-        MergeError, match="a1 adapts 'model.blocks.0.self_attn.q_proj.weight', and base has no such tensor"
+        MergeError, match="a1 adapts 'model.blocks.0.self_attn.q_proj.weight', but base has no such tensor"
     ):
         merge_linear([a1], tmp_path / "out", base=tmp_path / "base")
     save_file(

@@ -60,7 +60,7 @@ def test_every_method_runs(world):
         done = run(method, *models, "--out", tmp / method, *base, *options)
         assert done.exit_code == 0, (method, done.output, done.exception)
         assert f"in {tmp / method}" in done.output.replace("\n", "")
-    # kif needs models that went on from one: tests/merging/test_kif_fuse.py.
+    # kif needs models that continued from one: tests/merging/test_kif_fuse.py.
     assert set(METHODS) - {"kif"} == {p.name for p in tmp.iterdir()} - {"base", "a1", "a2", "rows.jsonl"}
     merge_linear([a1, a2], tmp / "same", base=tmp / "base", weights=[0.7, 0.3])
     assert digest(tmp / "same") == digest(tmp / "linear")

@@ -57,7 +57,7 @@ def test_arguments(world):
     refused(world, ValueError, "include_base=False there is nothing", models=[a], base=base, include_base=False)
     refused(world, ValueError, "include_base=True needs base=", include_base=True)
     refused(world, ValueError, "anchor=2 is out of range: there are 2 models", anchor=2)
-    refused(world, ValueError, "anchor='m7' is none of the models: m1, m2", anchor="m7")
+    refused(world, ValueError, "anchor='m7' is not one of the models: m1, m2", anchor="m7")
     refused(world, FileNotFoundError, "'/nowhere' is neither a folder nor a valid Hub id", models=["/nowhere", a])
     lora = adapter(build(), tmp / "lora", 1)
     refused(world, ValueError, "lora is an adapter: give base=, the full model it was trained on", models=[lora, a])
@@ -134,11 +134,11 @@ def test_shapes_and_vocabularies(world):
     edit_tensors(
         b, lambda t: t.update({"model.norm.weight": torch.ones(32), "model.embed_tokens.weight": torch.ones(70, 32)})
     )
-    said = r"shape mismatch: 'model.embed_tokens.weight' is \[\d+, 32\] in m1 and \[70, 32\] in m2.*vocab='extend'"
+    said = r"shape mismatch: 'model.embed_tokens.weight' is \[\d+, 32\] in m1 but \[70, 32\] in m2.*vocab='extend'"
     refused(world, RecallMergeError, said)
     whole = load_file(world[2] / "model.safetensors")
     edit_tensors(b, lambda t: t.update({**whole, "model.norm.weight": torch.ones(32, dtype=torch.int64)}))
-    refused(world, RecallMergeError, "'model.norm.weight' is F32 in m1 and I64 in m2")
+    refused(world, RecallMergeError, "'model.norm.weight' is F32 in m1 but I64 in m2")
 
 
 def test_tokenizers(world):

@@ -132,7 +132,7 @@ def shift(header, name, by):
 DAMAGES = {
     "shared bytes": (lambda h: shift(h, "model.norm.weight", -4), "'.*' begins at byte .*: they share bytes"),
     "a hole": (lambda h: h.pop("model.embed_tokens.weight"), "the bytes between belong to no tensor"),
-    "bytes behind": (lambda h: h.pop(max((k for k in h if k[0] != "_"), key=lambda k: h[k]["data_offsets"])),
+    "bytes after": (lambda h: h.pop(max((k for k in h if k[0] != "_"), key=lambda k: h[k]["data_offsets"])),
                      "the bytes after it belong to no tensor"),
     "beyond the end": (lambda h: shift(h, "model.norm.weight", 10**9), "'model.norm.weight'"),
     "negative": (lambda h: h["model.norm.weight"].update(data_offsets=[-4, 124]), "its header has .* for 'model.norm.weight'"),

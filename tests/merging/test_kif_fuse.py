@@ -625,7 +625,7 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
         ({"importance": "x", "scope": "row"}, ValueError, "scope='row'"),
         ({"importance": "x", "top_share": 0}, ValueError, r"kif\(top_share=0\) must lie between 0 and 1"),
         ({"importance": "x", "old_from": "else"}, ValueError, "old_from='else'"),
-        ({"importance": "x", "old_from": "new"}, ValueError, "there is no old="),
+        ({"importance": "x", "old_from": "new"}, ValueError, "old= was not given"),
         (
             {"importance": "x", "calibration_new": [{"text": "w1 w2"}], "calibration_old": [{"text": "w1 w2"}]},
             ValueError,

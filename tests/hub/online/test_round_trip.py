@@ -305,7 +305,7 @@ def test_stages_are_lineage(base, tmp_path):
     second.push_to_hub()
     card = HUB.repos["me/two"].head().tree["README.md"][0].decode()
     assert "base_model: me/m\nbase_model_relation: finetune" in card
-    assert "learnt 2 tasks one after the other (law, tax), starting from [org/base]" in card
+    assert "learned 2 tasks one after another (law, tax), starting from [org/base]" in card
     assert f"[me/m](https://huggingface.co/me/m) ({sha[:7]})" in card and "the licence of org/base and me/m" in card
 
 
