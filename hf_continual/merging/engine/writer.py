@@ -274,7 +274,7 @@ class _Writer:
             self._failed = error
             self._free.put(
                 torch.empty(0, dtype=torch.uint8)
-            )  # a thread that waits for a buffer wakes up and sees the error
+            )  # wakes a thread that waits for a buffer; it sees the error
         finally:
             if now is not None:
                 self._disk.submit(os.close, now.descriptor)
