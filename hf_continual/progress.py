@@ -1,4 +1,4 @@
-"""Progress bars of what takes more than a few seconds; none where nobody looks."""
+"""Progress bars for work of more than a few seconds; none if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ DELAY = 3.0
 
 
 def be_quiet() -> None:
-    """Show no bar in this process from now on."""
+    """Turn off all bars in this process."""
     _SHOWN["bars"] = False
 
 
 @contextmanager
 def counting(total: int, what: str, unit: str) -> Iterator[Any]:
-    """A bar that is moved by hand, on the standard error of a terminal.
+    """A bar that is updated by hand, on the standard error of a terminal.
 
     Args:
-        total: How many there are.
-        what: What is done, for the bar.
-        unit: What is counted.
+        total: Number of items.
+        what: Title of the bar.
+        unit: Unit of the items.
 
     Yields:
         tqdm: Call its ``update(n)``.
     """
-    # None leaves it to tqdm, which shows nothing where the output is not a terminal.
+    # None leaves it to tqdm, which shows nothing if the output is not a terminal.
     hidden = None if _SHOWN["bars"] else True
     with tqdm(total=total, desc=what, unit=unit, delay=DELAY, leave=False, disable=hidden) as shown:
         yield shown
 
 
 def over(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
-    """The items, with a bar."""
+    """Yield the items, with a bar."""
     with counting(len(items) if isinstance(items, Sized) else 0, what, unit) as shown:
         for item in items:
             yield item

@@ -17,7 +17,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="dtype of the weights: float32, bfloat16, float16 or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only, no sign to type at.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only answers, without a prompt sign.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
 ) -> None:
     """Talk to a model: type a message, read the answer; an empty line or Ctrl-D ends."""

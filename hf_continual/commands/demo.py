@@ -18,7 +18,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each task.")] = 45,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over if the folder holds a run.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress and no tables, only where the results are.")
+        bool, typer.Option("--quiet", help="No progress bars and no tables, only the path of the results.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and the rest on stderr.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""One line to type for each verb, shown below its help."""
+"""One example command for each subcommand, shown below its help."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ EXAMPLES: dict[str, str] = {
 
 
 def example(verb: str) -> str:
-    """The line for the end of a verb's help."""
+    """The example at the end of a subcommand's help."""
     return f"Example: {EXAMPLES[verb]}"

@@ -10,7 +10,7 @@ import typer
 
 
 def methods(
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only, one a line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the names, one per line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """List the methods against forgetting, where they act, and their papers."""

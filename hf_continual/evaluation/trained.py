@@ -91,7 +91,7 @@ def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def conversation_tokens(row: Row, tokenizer: Any) -> list[int]:
-    """The tokens of a whole conversation, whoever speaks last.
+    """The tokens of a whole conversation, whichever role is last.
 
     Args:
         row: ``{"messages"}``, ``{"conversations"}``, or ``{"prompt", "completion"}`` as messages.
@@ -141,7 +141,7 @@ def has_thoughts(row: Row) -> bool:
 
 
 def with_answer(row: Row, text: str) -> dict[str, Any]:
-    """The row with another answer, without tool calls, in place of its own; in the row's form."""
+    """The row with its answer replaced by another, without tool calls; in the row's form."""
     pair = as_pair(row)
     if isinstance(pair["completion"], str):
         return {**pair, "completion": text}

@@ -103,7 +103,7 @@ def linked_pictures(folder: Path, readme: str = "README.md") -> dict[str, Path]:
 
 
 def _goes(folder: Path, name: str) -> bool:
-    """Whether a file is of a kind that is pushed, and not in a hidden folder or behind a link to another folder."""
+    """Whether a file is of a kind that is pushed, and not in a hidden folder or reached through a link to another folder."""
     inside = (folder / name).parent.resolve().is_relative_to(folder.resolve())
     return inside and name.lower().endswith(KINDS) and not any(part.startswith(".") for part in name.split("/"))
 

@@ -89,7 +89,7 @@ class OutputTensor:
         shape: Its shape.
         parts: Where its elements come from, in order; most tensors have one part, see `stream`.
         produce: Makes a small tensor whole (an adapter's factor), instead of parts.
-        scratch: Bytes needed to make it, on top of its own.
+        scratch: Bytes needed to make it, on top of its size.
         also: Stored tensors that it is made from.
     """
 

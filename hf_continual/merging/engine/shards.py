@@ -48,7 +48,7 @@ def make_shards(outputs: Sequence[OutputTensor], max_shard_size: int, stem: str 
 
     Args:
         outputs: The tensors in order.
-        max_shard_size: Bytes of tensors per file; a larger tensor gets a file of its own.
+        max_shard_size: Bytes of tensors per file; a larger tensor gets its own file.
         stem: Name of the file without its suffix.
 
     Returns:

@@ -272,7 +272,9 @@ class _Writer:
                     now = None
         except BaseException as error:
             self._failed = error
-            self._free.put(torch.empty(0, dtype=torch.uint8))  # whoever waits for a buffer wakes up and sees the error
+            self._free.put(
+                torch.empty(0, dtype=torch.uint8)
+            )  # wakes a thread that waits for a buffer; it sees the error
         finally:
             if now is not None:
                 self._disk.submit(os.close, now.descriptor)

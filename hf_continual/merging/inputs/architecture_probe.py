@@ -124,7 +124,7 @@ def _meaning(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         elif key == "rope_parameters" and isinstance(value, dict):
             meaning[key] = _rotation(value)
     heads = getattr(config, "num_attention_heads", None)
-    # Without a size of its own, a model's class divides the width by the number of heads.
+    # If no size is given, a model's class divides the width by the number of heads.
     width = getattr(config, "hidden_size", None)
     if meaning.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
         meaning["head_dim"] = width // heads
