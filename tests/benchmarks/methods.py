@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_continual import (
     EWC,
+    L2P,
     MIGU,
     ContinualConfig,
     ContinualTrainer,
@@ -52,6 +53,7 @@ MAKE: dict[str, Any] = {
     "tasl": lambda rows: TaSL(),
     "gradient_projection": lambda rows: GradientProjection(runs=1, steps=1, layers="all"),
     "task_vector": lambda rows: TaskVector(),
+    "l2p": lambda rows: L2P(),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }
@@ -117,7 +119,7 @@ def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], flo
             start = first(name.split(",")[0], path, folder, settings, common, lora)
         if name.endswith("merged"):
             start, predecessor = path, start
-        new = not name.startswith(("ewc", "tasl"))
+        new = not name.startswith(("ewc", "tasl", "l2p"))  # the last brings its own modules
         trainer = ContinualTrainer(
             start, ContinualConfig(**settings, predecessor=predecessor), peft_config=lora if new else None,
             methods=[MAKE[name](rows)], **common,
