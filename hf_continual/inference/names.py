@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG = "adapter_config.json"
-PROMPT_POOL = "PROMPT_POOL"
+PROMPT_POOL, MOE_LORA, SAPT_LORA = "PROMPT_POOL", "MOE_LORA", "SAPT_LORA"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,11 @@ class KindName:
     loader: str
 
 
-NAMES: dict[str, KindName] = {PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool")}
+NAMES: dict[str, KindName] = {
+    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool"),
+    MOE_LORA: KindName("a mixture of LoRA experts", "moe_lora", "load_moe_lora"),
+    SAPT_LORA: KindName("a mixture of LoRA pairs, one per task", "sapt_lora", "load_sapt_lora"),
+}
 
 
 def kind_in(folder: str | Path) -> str | None:
