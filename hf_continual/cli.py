@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,15 @@ def _said(error: Exception) -> str:
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
 
 
+def _warned(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this library as one sentence; of others with the place, as Python shows it."""
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"Warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def _leave_processes() -> None:
     """End the process group, which joins its threads: an exit while they run may abort."""
     torch = sys.modules.get("torch")
@@ -86,6 +96,7 @@ def main() -> None:
     Exit code 0: done. 2: an error, printed as one message. 3: a push that failed. 75: stopped by SIGTERM, SIGINT or SIGUSR1
     or a time limit; the same command resumes.
     """
+    warnings.formatwarning = _warned
     # As with `python -m`: methods and metrics of one's own are found in the current folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -8,8 +8,10 @@ transfer below 0 and a forgetting above 0 always mean that something was lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 Cell = float | None
 
@@ -34,6 +36,21 @@ def harmonic_mean(general: Cell, task: Cell) -> Cell:
     return 2 * general * task / (general + task) if general + task > 0 else 0.0
 
 
+def _check_row(name: str, row: Sequence[Cell]) -> None:
+    for j, cell in enumerate(row):
+        if cell is None:
+            continue
+        if isinstance(cell, bool) or not isinstance(cell, Real):
+            raise TypeError(
+                f"{name}[{j}] is {cell!r} ({type(cell).__name__}). Give a number, or None where it was not measured."
+            )
+        if not math.isfinite(cell):
+            raise ValueError(
+                f"{name}[{j}] is {cell}: no mean over it says anything. Give None where a score was not measured; NaN from a "
+                f"metric usually means that the model's weights or logits are broken."
+            )
+
+
 @dataclass(frozen=True)
 class AccuracyMatrix:
     """Scores of every task after every task.
@@ -45,7 +62,8 @@ class AccuracyMatrix:
         lower_is_better: Whether the scores are losses; the signs of transfer and forgetting keep their meaning.
 
     Raises:
-        ValueError: If a row is longer than the number of tasks, or the base row is of another length.
+        TypeError: If a cell is neither a number nor None.
+        ValueError: If a cell is NaN or infinite, a row stops before its own task, or the base row has another length.
     """
 
     scores: list[list[float | None]]
@@ -54,10 +72,29 @@ class AccuracyMatrix:
 
     def __post_init__(self) -> None:
         tasks = max((len(row) for row in self.scores), default=0)
-        if tasks < len(self.scores):
-            raise ValueError(f"{len(self.scores)} rows, but no row has a score for task {len(self.scores) - 1}.")
+        for i, row in enumerate(self.scores):
+            _check_row(f"scores[{i}]", row)
+            if len(row) <= i:
+                raise ValueError(
+                    f"scores[{i}] has {len(row)} scores; the row after task {i} needs one for each of the {i + 1} tasks learned "
+                    f"by then, None where it was not measured."
+                )
+        _check_row("base", self.base or [])
         if self.base is not None and self.scores and len(self.base) != tasks:
             raise ValueError(f"base has {len(self.base)} scores and the matrix {tasks} tasks.")
+
+    def check_named(self, tasks: Sequence[str]) -> None:
+        """Refuse names of tasks that do not fit the matrix.
+
+        Args:
+            tasks: One name per task; of tasks to come too, if there are more names than columns.
+
+        Raises:
+            ValueError: If there are more rows or columns than names.
+        """
+        wide = max([len(row) for row in self.scores] + [len(self.base or [])])
+        if wide > len(tasks):
+            raise ValueError(f"the matrix has scores for {wide} tasks and {len(tasks)} names: {', '.join(tasks)}.")
 
     def score(self, after: int, task: int) -> Cell:
         """a_{after,task}; `after` = -1 is the base model. None where it was not measured."""

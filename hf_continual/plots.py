@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hf_continual.metrics import AccuracyMatrix
+
 # Okabe-Ito: told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
@@ -98,6 +100,7 @@ def plot_matrix(
     Returns:
         The figure; save it with ``figure.savefig(path)``.
     """
+    AccuracyMatrix([list(row) for row in scores], list(base) if base else None).check_named(tasks)
     rows = [*([("base model", base)] if base is not None else []), *zip(tasks, scores, strict=False)]
     figure = Figure(figsize=(2.2 + 0.95 * len(tasks), 1.7 + 0.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -142,6 +145,7 @@ def plot_stages(
     Returns:
         The figure; save it with ``figure.savefig(path)``.
     """
+    AccuracyMatrix([list(row) for row in scores], list(base) if base else None).check_named(tasks)
     stages = [*([("base model", base)] if base is not None else []), *zip(tasks, scores, strict=False)]
     figure = Figure(figsize=(2.6 + 0.9 * max(len(stages), 3), 3.8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -10,6 +10,7 @@ import torch
 from hf_continual.ends import padding_token
 from hf_continual.evaluation.generation import rows_are_apart
 from hf_continual.evaluation.prompts import NOT_NUMBERS, batches_by_length, decoder, evaluating
+from hf_continual.inference.kinds import asked, keep_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +86,7 @@ def _behind(
     if not rows_are_apart(cache):
         return _whole(model, prefixes, suffixes, owners, pad, device)
     cache.batch_select_indices(owner)
+    keep_rows(model, owner)
     rest = body(
         input_ids=tail, attention_mask=whole_mask, position_ids=places[:, width:], past_key_values=cache, use_cache=True
     ).last_hidden_state
@@ -106,7 +108,9 @@ def _whole(
     width = max(map(len, wholes))
     ids = torch.tensor([w + [pad] * (width - len(w)) for w in wholes], device=device)
     mask = torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in wholes], device=device)
-    hidden_BSD = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    sizes = torch.tensor([[len(prefixes[owner])] for owner in owners], device=device)
+    with asked(model, torch.arange(width, device=device) < sizes):
+        hidden_BSD = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     # Position t predicts token t + 1.
     counted = [
         (whole[1:], len(prefixes[owner]) + skipped - 1)

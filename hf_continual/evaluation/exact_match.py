@@ -23,6 +23,7 @@ from hf_continual.evaluation.questions import Question, positions, read_question
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.evaluation.trained import Row
 from hf_continual.evaluation.turns import Turns, by_turns, check_turns
+from hf_continual.inference.kinds import asked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,14 +62,14 @@ def teacher_forced(
     with evaluating(model) as device:
         for picked in batches_by_length(questions, [len(q.prompt) + len(q.answer) for q in questions], batch_size):
             batch = [questions[i] for i in picked]
-            said, means = _forced(parts, batch, padding_token(tokenizer), device)
+            said, means = _forced(model, parts, batch, padding_token(tokenizer), device)
             for i, question, tokens, loss in zip(picked, batch, said, means, strict=True):
                 found[i] = _row(tokens, question, loss, tokenizer)
     return Scored([found[i] for i in range(len(questions))], "exact match, teacher forced")
 
 
 def _forced(
-    parts: tuple[Any, Any], batch: Sequence[Question], pad: int, device: torch.device
+    model: Any, parts: tuple[Any, Any], batch: Sequence[Question], pad: int, device: torch.device
 ) -> tuple[list[list[int]], list[float]]:
     """The most likely token at each place of each answer, and the mean NLL of each answer."""
     body, head = parts
@@ -79,7 +80,11 @@ def _forced(
         size = len(q.prompt) + len(q.answer)
         ids_BS[i, :size] = torch.tensor([*q.prompt, *q.answer])
         mask_BS[i, :size] = 1
-    hidden_BSD = body(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).last_hidden_state
+    places_S = torch.arange(width, device=device)
+    question_BS = places_S < torch.tensor([[len(q.prompt)] for q in batch], device=device)
+    with asked(model, question_BS):
+        out = body(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False)
+    hidden_BSD = out.last_hidden_state
     # Position t predicts token t + 1, so an answer is predicted from the last token of its prompt on.
     states = [hidden_BSD[i, len(q.prompt) - 1 : len(q.prompt) + len(q.answer) - 1] for i, q in enumerate(batch)]
     logits = head(torch.cat(states)).float()

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from hf_continual.ends import added_tokens, end_tokens, padding_token
 from hf_continual.evaluation.prompts import NOT_NUMBERS, batches_by_length, decoder, evaluating
+from hf_continual.inference.kinds import keep_rows
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def _continue(
         if len(alive) <= 0.75 * len(rows):
             kept = torch.tensor(alive, device=device)
             cache.batch_select_indices(kept)  # pyrefly: ignore[missing-attribute]
+            keep_rows(model, kept)
             rows = [rows[k] for k in alive]
             mask_BS, places_BS, chosen_B = mask_BS[kept], places_BS[kept], chosen_B[kept]
         ids_BS, places_BS = chosen_B.clamp(min=0)[:, None], places_BS[:, -1:] + 1

@@ -8,10 +8,14 @@ from typing import Any
 from hf_continual.atomic_files import read_json, write_json
 from hf_continual.hub.folder_facts import ADAPTER
 from hf_continual.hub.refs import ModelRef, is_hub_id, model_ref
+from hf_continual.inference.names import kind_in
 
 WAYS_OUT = (
     "Two ways out: publish that model first (push_to_hub of its folder; then push this adapter again), or merge the adapter "
     "into it (merge_and_unload, save_pretrained) and push the full model."
+)
+ONE_WAY_OUT = (
+    "Publish that model first (push_to_hub of its folder; then push this folder again)."  # of what cannot be merged
 )
 
 
@@ -36,9 +40,10 @@ def named_base(folder: Path, facts_base: ModelRef) -> ModelRef:
     """
     config = read_json(folder / ADAPTER)
     said = model_ref(config.get("base_model_name_or_path"), config.get("revision"))
+    ways = WAYS_OUT if kind_in(folder) is None else ONE_WAY_OUT
     if facts_base.hub_id is None and said.hub_id is None:
         raise ValueError(
-            f"it is an adapter on {said.name or 'a local model'}, which is not published: nobody could load it. {WAYS_OUT} If "
+            f"it is an adapter on {said.name or 'a local model'}, which is not published: nobody could load it. {ways} If "
             f"that folder is a copy of a published model, name it: ContinualConfig(hub_base_model='...'), or "
             f"push_to_hub(..., base_model='...')."
         )

@@ -15,6 +15,7 @@ from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
 from hf_continual.hub.summary import summary
 from hf_continual.hub.text import GENERATED, KEEP, KEEP_END, foreign_metadata, kept_text, safe
+from hf_continual.inference.names import NAMES
 from hf_continual.versions import VERSION
 
 LIBRARY_BIBTEX = "@software{hf_continual,\n  title = {{hf_continual}},\n  note = {version VERSION}\n}"
@@ -107,6 +108,10 @@ def snippet(facts: CardFacts) -> str:
         if facts.kind == "adapter"
         else "from transformers import AutoModelForCausalLM, AutoTokenizer"
     )
+    if (kind := facts.adapter.get("kind")) is not None:
+        cls = f"{NAMES[kind].loader}"
+        imports = f"from hf_continual import {cls}\nfrom transformers import AutoTokenizer"
+    load = cls if kind is not None else f"{cls}.from_pretrained"
     if facts.chat:
         ask = (
             'messages = [{"role": "user", "content": "Hello!"}]\n'
@@ -116,7 +121,7 @@ def snippet(facts: CardFacts) -> str:
         ask = 'inputs = tokenizer("Hello!", return_tensors="pt", return_token_type_ids=False)'
     return (
         f'{imports}\n\ntokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
-        f'model = {cls}.from_pretrained("{model_id}")\n'
+        f'model = {load}("{model_id}")\n'
         f"{ask}\noutputs = model.generate(**inputs, max_new_tokens=32, do_sample=False)\n"
         f'print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     )
@@ -155,7 +160,8 @@ def _method_text(facts: CardFacts) -> str:
     if not lines and facts.merge is None:
         lines.append("No method against forgetting: plain sequential fine-tuning.")
     if facts.adapter:
-        lines.append(f"- LoRA: {tables.options_text({k: v for k, v in facts.adapter.items() if k != 'quantization'})}")
+        shown = {k: v for k, v in facts.adapter.items() if k not in ("quantization", "kind")}
+        lines.append(f"- {kind_title(facts) or 'LoRA'}: {tables.options_text(shown)}")
         if quantization := facts.adapter.get("quantization"):
             lines.append(f"- The base was quantised while this was trained: {tables.options_text(quantization)}")
     run = []
@@ -171,6 +177,12 @@ def _method_text(facts: CardFacts) -> str:
         lines.append(f"\nLast stage: {', '.join(run)}.")
     lines.append(f"{chr(10) if lines else ''}Everything that was set is in [{CONFIG}]({CONFIG}).")
     return "\n".join(lines)
+
+
+def kind_title(facts: CardFacts) -> str | None:
+    """What an adapter that changes inference is called; None for LoRA and full models."""
+    kind = facts.adapter.get("kind")
+    return None if kind is None else NAMES[kind].title.split(" ", 1)[1]
 
 
 def _settings_table(facts: CardFacts) -> str:

@@ -24,7 +24,7 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
     tags = ["continual-learning", LIBRARY_TAG, *(m.name for m in facts.methods)]
     if facts.merge is not None:
         tags += ["merge", facts.merge.method]
-    if facts.kind == "adapter":
+    if facts.kind == "adapter" and "kind" not in facts.adapter:
         tags.append("lora")
     tags += facts.tags
     datasets = dict.fromkeys(t.dataset for t in facts.tasks if is_hub_id(t.dataset))

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from hf_continual.atomic_files import read_json
 from hf_continual.hub.folder_facts import is_adapter
+from hf_continual.inference.names import NAMES
 
 
 class WrongModel(ValueError):
@@ -115,5 +116,5 @@ def _same_adapter(folder: Path, live: Any) -> None:
     for name, tensor in saved.items():
         if not torch.equal(tensor, held[name].to(tensor.dtype)):
             raise WrongModel(f"{name} of the adapter on the disk is not what the model holds. Save it again.")
-    rank = read_json(folder / "adapter_config.json").get("r")
-    assert rank is not None
+    config = read_json(folder / "adapter_config.json")
+    assert config.get("r") is not None or config["peft_type"] in NAMES

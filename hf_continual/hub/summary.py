@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_continual.hub import tables
 from hf_continual.hub.facts import CardFacts, Evaluation
+from hf_continual.inference.names import NAMES
 from hf_continual.tasks import Task
 
 
@@ -11,6 +12,8 @@ def summary(facts: CardFacts) -> str:
     """Two sentences from the numbers: what it learnt, from what, by which method; what it knows and forgot."""
     names = [t.name for t in facts.tasks]
     kind = "A LoRA adapter" if facts.kind == "adapter" else "A language model"
+    if (own := facts.adapter.get("kind")) is not None:
+        kind = f"{NAMES[own].title[0].upper()}{NAMES[own].title[1:]} for a frozen language model"
     start = facts.base.shown if facts.base.hub_id or facts.base.name else "a local base model"
     if facts.merge is not None:
         inputs = len(facts.merge.inputs)

@@ -37,9 +37,10 @@ class KindConfig(PeftConfig):
         """What the kind is called elsewhere."""
         return NAMES[str(self.peft_type)]
 
-    def must_equal(self) -> dict[str, Any]:
+    @property
+    def sizes(self) -> dict[str, Any]:
         """What another configuration must say too, if training is to go on from modules that have this one."""
-        return {}
+        return {key: getattr(self, key) for key in self.named.sizes}
 
     @property
     def chooses_by_row(self) -> bool:

@@ -4,11 +4,11 @@ Its folder is that of a PEFT adapter, ``adapter_config.json`` (kind, configurati
 from another) and ``adapter_model.safetensors`` (only what was trained). A kind is registered with PEFT when this module is
 imported, so `PeftModel` saves, resumes, loads and generates it, and everything that knows adapters knows it.
 
-To add a kind, name it in `names.py` (title, method, loader), write two classes in a module of this package, and name them
+To add a kind, name it in `names.py` (title, method, loader, sizes), write two classes in a module of this package, and name them
 in `_KINDS` below:
 
 1. A configuration, a dataclass below `KindConfig` (and below `LoraConfig` where the layers are LoRA's) that sets
-   `peft_type` to the kind's name and answers `must_equal` and, where it is not 0, `tokens_in_front`.
+   `peft_type` to the kind's name and answers `tokens_in_front` where it is not 0.
 2. A tuner below `KindTuner` and one of PEFT's (`BaseTuner`, `LoraModel`): `prefix`, and `inject_adapter`, which puts the
    modules onto the model and calls `check_base`. What acts at inference hangs on the modules themselves as hooks, since
    `generate()` and `evaluation/` call the parts of a model and not the tuner. `asked` says which tokens may choose

@@ -130,11 +130,6 @@ class MoELoraConfig(KindConfig, LoraConfig):  # pyrefly: ignore[inconsistent-inh
         super().__post_init__()
         self.peft_type = MOE_LORA  # pyrefly: ignore[bad-assignment]
 
-    def must_equal(self) -> dict[str, Any]:
-        """Sizes, and what the gate sees."""
-        gate = {"task_size": self.task_size} if self.gate == TASK else {"top_k": self.top_k}
-        return {"experts": self.experts, "gate": self.gate, "rank": self.r, "alpha": self.lora_alpha, **gate}
-
     @property
     def chooses_by_row(self) -> bool:
         """The gate is the same for all rows of a run, or chooses by the token."""

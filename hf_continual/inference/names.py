@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONFIG = "adapter_config.json"
 PROMPT_POOL, MOE_LORA, SAPT_LORA = "PROMPT_POOL", "MOE_LORA", "SAPT_LORA"
@@ -18,18 +19,38 @@ class KindName:
         title: In words, with its article.
         method: The method that trains it, as the table of methods has it.
         loader: The function of `hf_continual` that loads it.
+        sizes: Entries of its configuration that hold for all tasks, and that a card shows.
     """
 
     title: str
     method: str
     loader: str
+    sizes: tuple[str, ...]
 
 
 NAMES: dict[str, KindName] = {
-    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool"),
-    MOE_LORA: KindName("a mixture of LoRA experts", "moe_lora", "load_moe_lora"),
-    SAPT_LORA: KindName("a mixture of LoRA pairs, one per task", "sapt_lora", "load_sapt_lora"),
+    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool", ("pool", "length", "top")),
+    MOE_LORA: KindName(
+        "a mixture of LoRA experts",
+        "moe_lora",
+        "load_moe_lora",
+        ("experts", "gate", "r", "lora_alpha", "top_k", "task_size"),
+    ),
+    SAPT_LORA: KindName(
+        "a mixture of LoRA pairs, one per task", "sapt_lora", "load_sapt_lora", ("r", "lora_alpha", "hidden")
+    ),
 }
+
+
+METHODS = tuple(named.method for named in NAMES.values())
+
+
+def sizes_in(folder: str | Path) -> dict[str, Any]:
+    """The kind that a folder holds and its configuration, as a card has it; empty for what is none."""
+    if (kind := kind_in(folder)) is None:
+        return {}
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    return {"kind": kind, **{k: v for k, v in config.items() if k in NAMES[kind].sizes}}
 
 
 def kind_in(folder: str | Path) -> str | None:

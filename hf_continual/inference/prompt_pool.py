@@ -106,10 +106,6 @@ class PromptPoolConfig(KindConfig):
         super().__post_init__()
         self.peft_type = PROMPT_POOL  # pyrefly: ignore[bad-assignment]
 
-    def must_equal(self) -> dict[str, Any]:
-        """The sizes."""
-        return {"pool": self.pool, "length": self.length, "top": self.top}
-
     @property
     def tokens_in_front(self) -> int:
         """N * L."""

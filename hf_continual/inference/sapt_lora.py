@@ -94,10 +94,6 @@ class SaptLoraConfig(KindConfig, LoraConfig):  # pyrefly: ignore[inconsistent-in
         super().__post_init__()
         self.peft_type = SAPT_LORA  # pyrefly: ignore[bad-assignment]
 
-    def must_equal(self) -> dict[str, Any]:
-        """Sizes."""
-        return {"rank": self.r, "alpha": self.lora_alpha, "hidden": self.hidden}
-
 
 class SharedAttention(nn.Module):
     """The query, which all tasks share and train, and the keys, of which the last is trained.

@@ -142,7 +142,7 @@ def _check_given(
     if fits and not lacking and not (cls.from_base and base is None):
         return
     count = f"{least} to {most} models" if most and most > least else NUMBERS.get(least, f"{least} models")
-    needs = [f"{count} (got {len(models)})"] if most or not fits else []
+    needs = [] if fits else [f"{count} (got {len(models)})"]
     needs += ["--base"] if cls.from_base else []
     needs += required
     raise ValueError(

@@ -31,7 +31,7 @@ from hf_continual.merging.evidence.publishing import check_push, push
 from hf_continual.merging.evidence.report import describe_job
 from hf_continual.merging.inputs.architecture import check_whole
 from hf_continual.merging.inputs.checkpoint import INDEX
-from hf_continual.merging.inputs.compatibility import check_tokenizers, warn_identical
+from hf_continual.merging.inputs.compatibility import check_tokenizers, warn_alone, warn_identical
 from hf_continual.merging.inputs.configs import check_configs
 from hf_continual.merging.inputs.members import check_list
 from hf_continual.merging.protocol import MergeMethod, Models
@@ -242,6 +242,7 @@ def _plan(job: Job, options: Output) -> MergePlan:
     """Compare the models and lay the output out."""
     notes: list[str] = [] if job.members[0].checkpoint.is_adapter else check_configs(job.members)
     notes += check_tokenizers(job.members, options.vocab)
+    warn_alone(job.members)
     warn_identical(job.members)
     notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     layout = lay_out(job, options, notes)

@@ -69,9 +69,9 @@ class MoELoRA(Method):
     Args:
         experts: E; 8 in the published script of the gate by task, 4 in that by token.
         gate: What the gate sees, the ``"task"`` or the ``"token"``.
-        rank: r, the rank of all experts together, a multiple of `experts`; 16, or 4 times 8.
-        alpha: The update is scaled by alpha / r.
-        dropout: Dropout before the experts.
+        r: The rank of all experts together, a multiple of `experts`; 16, or 4 times 8.
+        lora_alpha: The update is scaled by lora_alpha / r.
+        lora_dropout: Dropout before the experts.
         target_modules: Layers that get experts, as PEFT takes them: a regular expression, or a list of names, separated by
             commas.
         top_k: Experts of a token.
@@ -88,9 +88,9 @@ class MoELoRA(Method):
 
     experts: int = 8
     gate: Literal["task", "token"] = "task"
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
     target_modules: str = "all-linear"
     top_k: int = 2
     task_size: int = 64
@@ -110,17 +110,17 @@ class MoELoRA(Method):
 
     def __post_init__(self) -> None:
         one_of("MoELoRA", "gate", self.gate, GATES)
-        for key in ("experts", "rank", "alpha", "top_k", "task_size"):
+        for key in ("experts", "r", "lora_alpha", "top_k", "task_size"):
             whole_number("MoELoRA", key, getattr(self, key))
         between("MoELoRA", "temperature", self.temperature, 0, float("inf"))
-        between("MoELoRA", "dropout", self.dropout, 0, 1, "[")
+        between("MoELoRA", "lora_dropout", self.lora_dropout, 0, 1, "[")
         for key in ("balance", "contrastive"):
             if getattr(self, key) is not None:
                 at_least("MoELoRA", key, getattr(self, key), 0)
-        if self.rank % self.experts:
+        if self.r % self.experts:
             raise ValueError(
-                f"MoELoRA(rank={self.rank}, experts={self.experts}): the rank is shared out over the experts, and must be a "
-                f"multiple of their number. Give rank={-(-self.rank // self.experts) * self.experts}."
+                f"MoELoRA(r={self.r}, experts={self.experts}): the rank is shared out over the experts, and must be a "
+                f"multiple of their number. Give r={-(-self.r // self.experts) * self.experts}."
             )
         if self.gate == TOKEN and self.top_k > self.experts:
             raise ValueError(
@@ -136,7 +136,7 @@ class MoELoRA(Method):
         """The experts."""
         names = self.target_modules.split(",") if "," in self.target_modules else self.target_modules
         return MoELoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, experts=self.experts,
+            r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, target_modules=names, experts=self.experts,
             gate=self.gate, top_k=self.top_k, task_size=self.task_size,
         )  # fmt: skip
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_continual.inference.names import METHODS
 from hf_continual.methods.table import check_description
 from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
 from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
+from hf_continual.stream.arms import arms_of
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
@@ -31,7 +33,15 @@ def check_plan(plan: Plan, where: Where) -> None:
     _check_tasks(plan, where)
     _check_options(plan, where)
     _check_methods(plan, where)
+    _check_own_modules(plan, where)
     _check_paths(plan, where)
+    if plan.sweep and plan.sweep.arms:
+        if plan.sweep.methods is not None:
+            raise where.error(
+                ("sweep", "arms"), "the sweep names methods and arms. Keep one: arms may have methods too."
+            )
+        for _, arm, its in arms_of(plan, where):
+            check_plan(arm, its)
     if plan.memory == "forbidden" or _asks_for_kept(plan):
         from hf_continual.stream.past_rows import check_memory  # imports datasets
 
@@ -86,6 +96,40 @@ def _check_methods(plan: Plan, where: Where) -> None:
             check_description(methods)
         except (TypeError, ValueError) as error:
             raise where.error(path, str(error)) from error
+
+
+def _check_own_modules(plan: Plan, where: Where) -> None:
+    """What a method that brings modules of its own leaves no room for."""
+    for path, methods in described_methods(plan):
+        for name in sorted(set(_names_in(methods)) & set(METHODS)):
+            said = f"the method {name!r} brings the modules that it trains"
+            if plan.peft is not None:
+                raise where.error(
+                    ("peft",), f"{said}, and peft asks for others. Leave peft out, or {name} ({where.of(path)})."
+                )
+            if plan.between_tasks == "new_adapter":
+                raise where.error(
+                    ("between_tasks",), f"{said} and trains them further in each task. Say between_tasks: continue."
+                )
+            if plan.merge is not None:
+                raise where.error(
+                    ("between_tasks",),
+                    f"{said}, which choose anew for each row and cannot be merged. Say between_tasks: continue.",
+                )
+
+
+def bring_modules(plan: Plan) -> bool:
+    """Whether one of a plan's methods brings modules of its own."""
+    return any(set(_names_in(methods)) & set(METHODS) for _, methods in described_methods(plan))
+
+
+def _names_in(description: Any) -> list[str]:
+    """Names of the methods in a description of methods."""
+    if isinstance(description, str):
+        return [description]
+    if isinstance(description, Mapping):
+        return [str(name) for name in description]
+    return [n for item in description for n in _names_in(item)] if isinstance(description, Sequence) else []
 
 
 def described_methods(plan: Plan) -> Iterator[tuple[tuple[Key, ...], Any]]:

@@ -31,7 +31,7 @@ def check_run(prepared: Prepared) -> None:
         described = [(type(m), m.describe()) for m in methods]
         if described not in tried:
             tried.append(described)
-            model, _, _ = on_paper(prepared.plan, prepared.where)
+            model, _, _ = on_paper(prepared.plan, prepared.where, methods)
             with explained(prepared.where, place_of_methods(prepared, task)):
                 for method in methods:
                     method.prepare_model(model, task)

@@ -15,10 +15,12 @@ from accelerate import PartialState
 from hf_continual.evaluation.trained import conversation_tokens
 from hf_continual.methods.base import AddedRows
 from hf_continual.stream.check_run import check_curve, notes
+from hf_continual.stream.models import adapter_to_add
 from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.start import said_of_start
 from hf_continual.tasks import Task
+from hf_continual.tensors.reference import tokens_in_front
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = prepared.config(task, Path(folder))
     methods = prepared.methods(task)
-    model, total, weights = on_paper(prepared.plan, prepared.where)
+    model, total, weights = on_paper(prepared.plan, prepared.where, methods)
     with explained(prepared.where, place_of_methods(prepared, task)):
         for method in methods:
             method.prepare_model(model, task)
@@ -74,10 +76,11 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     config = model.config
     values = 2 if args.gradient_checkpointing else 16
     kept = 2.0 if args.bf16 or prepared.plan.model.dtype in ("bfloat16", "float16") else 4.0
-    activations = tokens * config.hidden_size * config.num_hidden_layers * values * kept
+    front = tokens_in_front(model) * (args.per_device_train_batch_size + added)
+    activations = (tokens + front) * config.hidden_size * config.num_hidden_layers * values * kept
     state = 8.0 + sum(type(m).bytes_per_parameter for m in methods)
     grown = trainable * (task.index + 1 if prepared.plan.between_tasks == "new_adapter" else 1)
-    saved = 4.0 * grown if prepared.plan.peft else weights
+    saved = 4.0 * grown if adapter_to_add(prepared.plan, methods) is not None else weights
     return {
         "name": task.name,
         "parent": getattr(prepared.stream.parent(task), "name", "base"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -12,10 +13,15 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_continual.hub.damaged import loading
+from hf_continual.inference.names import kind_in
 from hf_continual.stream.plan import ModelPlan, Plan
 from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
 
+if TYPE_CHECKING:
+    from hf_continual.methods.base import Method
+
 __all__ = [
+    "adapter_to_add",
     "is_adapter",
     "load_adapter",
     "load_base",
@@ -107,6 +113,12 @@ def new_adapter(plan: Plan) -> LoraConfig | None:
     return None if plan.peft is None else LoraConfig(**options)
 
 
+def adapter_to_add(plan: Plan, methods: Iterable[Method]) -> Any:
+    """What a task's training puts onto its model: modules that one of its methods brings, or the plan's new adapter."""
+    brought = next((config for method in methods if (config := method.adapter()) is not None), None)
+    return new_adapter(plan) if brought is None else brought
+
+
 def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None]:
     """The model that a task goes on from.
 
@@ -131,7 +143,7 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
     if not is_adapter(parent):
         # A merge may turn adapters into a whole model; a new adapter goes on top of it.
         return load_base(plan.model, parent), config
-    if config is None and plan.model.adapter is None:
+    if config is None and plan.model.adapter is None and kind_in(parent) is None:
         raise ValueError(
             f"{parent} holds an adapter and the plan has no `peft`: nothing would be trained. Give it `peft`."
         )

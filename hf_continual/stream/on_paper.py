@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_continual.hub.damaged import loading
-from hf_continual.stream.models import local_adapter, new_adapter
+from hf_continual.inference.kinds import KindConfig
+from hf_continual.methods.base import Method
+from hf_continual.stream.models import adapter_to_add, local_adapter
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.stream.prepare import Prepared
@@ -23,12 +25,13 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 FOUR_BIT = 0.56  # NF4 with its scales, per quantised weight
 
 
-def on_paper(plan: Plan, where: Where) -> tuple[Any, int, float]:
+def on_paper(plan: Plan, where: Where, methods: Iterable[Method] = ()) -> tuple[Any, int, float]:
     """The model with its adapters on the meta device.
 
     Args:
         plan: As prepared.
         where: Where its entries are written.
+        methods: Those of a task, one of which may bring modules of its own.
 
     Returns:
         The model, its parameters without adapters, and the bytes of its weights.
@@ -53,12 +56,14 @@ def on_paper(plan: Plan, where: Where) -> tuple[Any, int, float]:
         )
         each = FOUR_BIT if plan.model.quantization.get("load_in_4bit") else 1.0
         weights -= linear * (BYTES.get(dtype, 4.0) - each)
-    adapter: Any = new_adapter(plan)
+    adapter: Any = adapter_to_add(plan, methods)
     if adapter is None and plan.model.adapter is not None:
         adapter = PeftConfig.from_pretrained(str(local_adapter(plan.model.adapter)))
         adapter.inference_mode = False
     if adapter is not None:
-        with explained(where, ("peft", "target_modules"), model), torch.device("meta"):
+        own = isinstance(adapter, KindConfig)
+        place = ("methods",) if own else ("peft", "target_modules")
+        with explained(where, place, None if own else model), torch.device("meta"):
             model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     return model, total, weights
 

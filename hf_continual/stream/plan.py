@@ -169,16 +169,39 @@ class MemoryPlan(_Strict):
     start: str | None = None
 
 
+BetweenTasks = Literal["continue", "new_adapter"] | Between
+
+
+class ArmPlan(_Strict):
+    """What one arm of a sweep changes in the plan.
+
+    Args:
+        methods: In place of the plan's.
+        sft: Options added to the plan's, for every task that does not set them itself.
+        peft: Options added to the plan's; None trains all weights.
+        memory: In place of the plan's.
+        between_tasks: In place of the plan's.
+    """
+
+    methods: Any = None
+    sft: dict[str, Any] = {}
+    peft: dict[str, Any] | None = None
+    memory: Literal["forbidden"] | MemoryPlan | None = None
+    between_tasks: BetweenTasks = "continue"
+
+
 class SweepPlan(_Strict):
     """Several runs of one plan: every combination of what is named.
 
     Args:
         methods: Methods by the name of the arm.
+        arms: What each arm changes, by its name: methods and other keys; instead of `methods`.
         seeds: Seeds of training.
         orders: Names of the tasks in order, by the name of the order.
     """
 
     methods: dict[str, Any] | None = None
+    arms: dict[str, ArmPlan] | None = None
     seeds: list[int] | None = None
     orders: dict[str, list[str]] | None = None
 
@@ -213,7 +236,7 @@ class Plan(_Strict):
     sft: dict[str, Any] = {}
     methods: Any = None
     memory: Literal["forbidden"] | MemoryPlan | None = None
-    between_tasks: Literal["continue", "new_adapter"] | Between = "continue"
+    between_tasks: BetweenTasks = "continue"
     evaluation: EvaluationPlan = EvaluationPlan()
     tasks: list[TaskPlan]
     sweep: SweepPlan | None = None

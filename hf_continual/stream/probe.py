@@ -18,7 +18,7 @@ from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_continual.stream.models import new_adapter
+from hf_continual.stream.models import adapter_to_add
 from hf_continual.stream.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _times(prepared: Prepared, rows: int, width: int, checkpointing: bool) -> tu
             if isinstance(listed := getattr(small, name, None), list):
                 setattr(small, name, listed[:number])
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype).to(PartialState().device)
-        if (adapter := new_adapter(plan)) is not None:
+        if (adapter := adapter_to_add(plan, prepared.methods(prepared.stream[0]))) is not None:
             model = get_peft_model(model, adapter)
         if checkpointing:
             model.gradient_checkpointing_enable()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_continual.hub.facts import CardFacts, Evaluation, GaugeFacts, MergeFacts, TaskFacts
 from hf_continual.hub.files import installed_versions, write_card
 from hf_continual.hub.refs import ModelRef, is_hub_id, loaded_ref, model_ref
+from hf_continual.inference.names import sizes_in
 from hf_continual.stream.folders import read_trained
 from hf_continual.stream.models import is_adapter
 from hf_continual.stream.results import BASE_FOLDER, protocols
@@ -77,7 +78,7 @@ def stage_facts(
         merge=_merge(prepared, task, output_dir, line, root),
         evaluation=stage_evaluation(prepared, line, output_dir, base_dir, intervals),
         settings=settings_of(prepared.config(task, folder)),
-        adapter={k: v for k, v in (plan.peft or {}).items()} if adapter else {},
+        adapter=(sizes_in(folder) or {k: v for k, v in (plan.peft or {}).items()}) if adapter else {},
         seed=plan.seed,
         steps=trained.get("steps"),
         tags=trl_tags(),

@@ -17,6 +17,7 @@ from hf_continual.named import did_you_mean
 from hf_continual.stream.check_plan import check_plan
 from hf_continual.stream.overrides import override
 from hf_continual.stream.plan import (
+    ArmPlan,
     Between,
     EvaluationPlan,
     GaugePlan,
@@ -40,6 +41,7 @@ _BRANCHES = {"Between", "MemoryPlan"}
 # What pydantic says of a wrong type, and an example of the right one.
 _EXAMPLES = {
     "orders": "a mapping of names to lists of tasks, such as {a: [law, tax], b: [tax, law]}",
+    "arms": "a mapping of arms to what they change, such as {plain: {}, o_lora: {methods: [o_lora], between_tasks: new_adapter}}",
     "methods": "a mapping of arms to methods, such as {plain: [], replay: [{replay: {rows: earlier_tasks}}]}",
 }
 Said = TypeVar("Said")
@@ -184,6 +186,8 @@ def _known(loc: Sequence[Key]) -> list[str]:
         part = GaugePlan
     elif loc[0] == "between_tasks":
         part = MergePlan if len(loc) > 2 else Between
+    elif loc[:2] == ["sweep", "arms"] and len(loc) > 3:
+        part = ArmPlan if len(loc) == 4 else {"memory": MemoryPlan, "between_tasks": Between}.get(str(loc[3]), ArmPlan)
     elif len(loc) > 1:
         part = _PARTS.get(str(loc[0]), Plan)
     return list(part.model_fields) + (["benchmark"] if part is TaskPlan else [])

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_continual.notice import notice
+from hf_continual.stream.check_plan import bring_modules
 from hf_continual.stream.models import load_base, local_adapter, new_adapter
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Where
@@ -51,7 +52,8 @@ def split_adapter(plan: Plan, where: Where) -> Plan:
             ("model",), f"{source} does not say its base. Name both: model: {{path: BASE, adapter: {source}}}."
         )
     try:
-        way = choose_way(model.from_adapter, source, plan.peft)
+        brings = model.from_adapter == MERGE and bring_modules(plan)
+        way = choose_way(model.from_adapter, source, {} if brings else plan.peft)
     except ValueError as error:
         raise where.error(("model",), str(error)) from None
     if plan.merge is not None and way != MERGE:

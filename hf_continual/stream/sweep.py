@@ -15,6 +15,7 @@ from accelerate import PartialState
 from hf_continual.atomic_files import write_json
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import SUMMARY
+from hf_continual.stream.arms import arms_of
 from hf_continual.stream.check_run import check_run
 from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
@@ -69,29 +70,20 @@ def members(plan: Plan, where: Where) -> list[Member]:
     """
     sweep = plan.sweep
     assert sweep is not None
-    arms = sweep.methods if sweep.methods is not None else {"": plan.methods}
     orders = sweep.orders if sweep.orders is not None else {"": [t.name for t in plan.tasks]}
     seeds = sweep.seeds if sweep.seeds is not None else [plan.seed]
-    for axis, values in (("methods", arms), ("orders", orders), ("seeds", seeds)):
-        if not values:
+    for axis, values in (("methods", sweep.methods), ("arms", sweep.arms), ("orders", orders), ("seeds", seeds)):
+        if values is not None and not values:
             raise where.error(("sweep", axis), f"the sweep has no {axis}. Name some, or leave the key out.")
         for name in values if isinstance(values, Mapping) else ():
             if "/" in name:
                 raise where.error(("sweep", axis, name), f"the name {name!r} becomes a folder and must hold no '/'.")
     found = []
-    for (arm, methods), (order, names), seed in itertools.product(arms.items(), orders.items(), seeds):
+    for (arm, changed, its), (order, names), seed in itertools.product(arms_of(plan, where), orders.items(), seeds):
         places = _places(plan, where, order, names)
         name = "-".join(part for part in (arm, order, f"seed{seed}") if part)
-        changed = plan.model_copy(
-            update={
-                "methods": methods,
-                "seed": seed,
-                "tasks": [plan.tasks[i] for i in places],
-                "output_dir": str(Path(plan.output_dir) / name),
-                "sweep": None,
-            }
-        )
-        found.append(Member(name, arm, order, seed, changed, _moved(where, places, arm)))
+        own = {"seed": seed, "tasks": [plan.tasks[i] for i in places], "output_dir": str(Path(plan.output_dir) / name)}
+        found.append(Member(name, arm, order, seed, changed.model_copy(update=own), _moved(its, places)))
     return found
 
 
@@ -106,14 +98,12 @@ def _places(plan: Plan, where: Where, order: str, names: Sequence[str]) -> list[
     return [known.index(name) for name in names]
 
 
-def _moved(where: Where, places: Sequence[int], arm: str) -> Where:
-    """The same lines for tasks in another order, and for the methods of an arm."""
+def _moved(where: Where, places: Sequence[int]) -> Where:
+    """The same lines for tasks in another order."""
     lines: dict[tuple[Key, ...], int] = {p: n for p, n in where.lines.items() if p[:1] != ("tasks",) or len(p) == 1}
     for path, line in where.lines.items():
         if path[:1] == ("tasks",) and len(path) > 1 and path[1] in places:
             lines[("tasks", places.index(int(path[1])), *path[2:])] = line
-    if arm and ("sweep", "methods", arm) in lines:
-        lines[("methods",)] = lines[("sweep", "methods", arm)]
     moved = Where(where.file, lines)
     for path, said in where.overridden.items():
         if path[:1] != ("tasks",) or len(path) == 1:
@@ -159,8 +149,8 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     """
     output_dir = Path(plan.output_dir)
     ready = prepare_sweep(plan, where, only)
-    check_merge(plan, where)
-    for _, prepared in ready:
+    for member, prepared in ready:
+        check_merge(member.plan, member.where)
         check_run(prepared)
     whole = prepare(plan.model_copy(update={"sweep": None}), where)
     refuse_on_all(lambda: keep_plan(output_dir, {**plain_plan(whole), "seed": None, "methods": None}))

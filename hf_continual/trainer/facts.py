@@ -164,7 +164,7 @@ def adapter_facts(model: Any) -> dict[str, Any]:
     """What the adapter is."""
     config = next(iter(model.peft_config.values()))
     if isinstance(config, KindConfig):
-        return {"kind": str(config.peft_type), **config.must_equal()}
+        return {"kind": str(config.peft_type), **config.sizes}
     modules = config.target_modules
     found = {
         "r": config.r,

@@ -81,11 +81,11 @@ def check_layout(trainer: LiveTrainer) -> None:
 
 
 def _check_same(name: str, held: KindConfig, config: KindConfig, where: str) -> None:
-    then, now = held.must_equal(), config.must_equal()
+    then, now = held.sizes, config.sizes
     if lines := [f"{key} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]:
         raise ValueError(f"{name}: {where} was trained with other sizes ({'; '.join(lines)}). Give {_described(held)}.")
 
 
 def _described(held: KindConfig) -> str:
-    options = ", ".join(f"{key}: {value}" for key, value in held.must_equal().items())
+    options = ", ".join(f"{key}: {value}" for key, value in held.sizes.items())
     return f"methods: {{{held.named.method}: {{{options}}}}}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import HubStrategy
 
-from hf_continual.hub.adapters import WAYS_OUT
+from hf_continual.hub.adapters import ONE_WAY_OUT, WAYS_OUT
 from hf_continual.hub.card import render_card
 from hf_continual.hub.contents import WANTED
 from hf_continual.hub.errors import HubPushError
@@ -130,7 +130,7 @@ class Publisher:
         if facts.kind == "adapter" and facts.base.hub_id is None:
             raise target.error(
                 f"it will be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load "
-                f"it. {WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
+                f"it. {ONE_WAY_OUT if 'kind' in facts.adapter else WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
             )
         known = check_bases(target, facts)
         try:

@@ -96,8 +96,6 @@ def open_start(
     asked = getattr(args, "from_adapter", None)
     if not isinstance(model, str):
         held = model.active_peft_config if isinstance(model, PeftModel) else None
-        if held is not None and bringing is None:  # SFTTrainer's to judge
-            return Start(model, processing_class, peft_config, source=_named_by(model))
         peft_config = config_to_add(bringing, held, f"the {type(model).__name__}", asked, peft_config)
         return Start(model, processing_class, peft_config, source=_named_by(model))
     check_is_there(model, "the model")

@@ -118,6 +118,7 @@ def test_help_shows_the_options_of_the_method(monkeypatch):
         ("--density 0.2 --config gone.yaml", "gone.yaml does not exist"),
         ("--densty 0.2", "--densty is no option of every merge. Name the METHOD that has it."),
         ("kif a b c --out x --base d", "merge kif needs 1 to 2 models (got 3) and --base."),
+        ("kif a --out x", "merge kif needs --base. The base is the model"),
         ("ties a b", "a merge needs METHOD, MODELS and --out"),
     ],
 )
@@ -211,3 +212,10 @@ def test_full_models_of_a_plan(tmp_path):
         train_stream(plan)
         told = json.loads((tmp_path / report / "task-01-t1" / report).read_text())
         assert [m["name"] for m in told["models"]][1:] in (["task-00-t0", "trained"], ["trained", "task-00-t0"])
+
+
+def test_a_warning_is_a_sentence_without_a_line_of_code(tmp_path):
+    save(build(), tmp_path / "a")
+    command = [sys.executable, "-m", "hf_continual", "merge", "linear", "a", "--out", "out", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Warning: a is the only model" in done.stderr and "pipeline.py" not in done.stderr

@@ -65,6 +65,14 @@ def test_equal_models_give_their_own_bytes(tmp_path, layout):
     )
 
 
+def test_one_model_alone_comes_out_as_it_went_in(tmp_path):
+    _, a, _ = family(tmp_path)
+    with pytest.warns(UserWarning, match="m1 is the only model: the output is a copy of it. Name a second model"):
+        merge_linear([a], tmp_path / "out")
+    one, out = tensors(a), tensors(tmp_path / "out")
+    assert one.keys() == out.keys() and all(torch.equal(one[n], out[n]) for n in one)
+
+
 def test_shards_have_a_true_index(tmp_path):
     _, a, b = family(tmp_path)
     result = merge_linear([a, b], tmp_path / "out", max_shard_size="30KB")

@@ -30,15 +30,15 @@ PLAIN_ADAPTER = LoraConfig(
 
 
 def example(world):
-    return MoELoRA(experts=2, gate="token", rank=4, top_k=1, balance=0.1, contrastive=0.01)
+    return MoELoRA(experts=2, gate="token", r=4, top_k=1, balance=0.1, contrastive=0.01)
 
 
 def zero(world):
-    return MoELoRA(experts=1, rank=4)
+    return MoELoRA(experts=1, r=4)
 
 
 def by_task(**changes):
-    return MoELoRA(**{"experts": 2, "rank": 4, "task_size": 8, **changes})
+    return MoELoRA(**{"experts": 2, "r": 4, "task_size": 8, **changes})
 
 
 def train(start, folder, method, *, seed=1, **settings):
@@ -219,8 +219,8 @@ def test_checkpointing_changes_nothing(tmp_path):
 
 
 def test_sentences(tmp_path, base):
-    with pytest.raises(ValueError, match=r"rank=6, experts=4.*Give rank=8"):
-        MoELoRA(rank=6, experts=4)
+    with pytest.raises(ValueError, match=r"r=6, experts=4.*Give r=8"):
+        MoELoRA(r=6, experts=4)
     with pytest.raises(ValueError, match="cannot use more experts than there are"):
         MoELoRA(gate="token", experts=2, top_k=3)
     with pytest.raises(ValueError, match="no load to balance"):
@@ -233,7 +233,7 @@ def test_sentences(tmp_path, base):
         train(toy.model(), tmp_path, by_task(target_modules="embed_tokens,q_proj"))
     train(base, tmp_path / "0", example(None))
     with pytest.raises(ValueError, match="trained with other sizes"):
-        train(str(tmp_path / "0"), tmp_path / "1", MoELoRA(experts=4, gate="token", rank=4, top_k=1))
+        train(str(tmp_path / "0"), tmp_path / "1", MoELoRA(experts=4, gate="token", r=4, top_k=1))
     with pytest.raises(ValueError, match="The gate sees the token, and needs no task"):
         load_moe_lora(tmp_path / "0", task="law")
     assert isinstance(load_moe_lora(tmp_path / "0").get_base_model(), LlamaForCausalLM)

@@ -34,10 +34,43 @@ def test_what_was_not_measured_is_none():
 
 
 def test_shapes_are_checked():
-    with pytest.raises(ValueError, match="2 rows, but no row has a score for task 1"):
+    with pytest.raises(
+        ValueError, match=r"scores\[1\] has 1 scores; the row after task 1 needs one for each of the 2 tasks"
+    ):
         AccuracyMatrix([[0.5], [0.5]], None)
     with pytest.raises(ValueError, match="base has 1 scores and the matrix 2 tasks"):
         AccuracyMatrix([[0.5], [0.5, 0.5]], [0.1])
+    with pytest.raises(ValueError, match=r"scores\[0\] has 0 scores"):
+        AccuracyMatrix([[]])
+
+
+@pytest.mark.parametrize(
+    ("scores", "base", "error", "words"),
+    [
+        ([[0.5, float("nan")], [0.5, 0.5]], None, ValueError, r"scores\[0\]\[1\] is nan.*Give None"),
+        ([[0.5, 0.1], [float("inf"), 0.5]], None, ValueError, r"scores\[1\]\[0\] is inf"),
+        ([[0.5, 0.1], ["high", 0.5]], None, TypeError, r"scores\[1\]\[0\] is 'high' \(str\)"),
+        ([[True]], None, TypeError, r"scores\[0\]\[0\] is True"),
+        ([[0.5]], [float("nan")], ValueError, r"base\[0\] is nan"),
+    ],
+)
+def test_cells_that_no_mean_is_made_of(scores, base, error, words):
+    from hf_continual.plots import plot_matrix, plot_stages
+
+    for made in (
+        AccuracyMatrix,
+        lambda s, b: plot_matrix(s, ["a", "b"], b),
+        lambda s, b: plot_stages(s, ["a", "b"], b),
+    ):
+        with pytest.raises(error, match=words):
+            made(scores, base)
+
+
+def test_a_picture_needs_a_name_for_each_task():
+    from hf_continual.plots import plot_matrix
+
+    with pytest.raises(ValueError, match="scores for 2 tasks and 1 names: a"):
+        plot_matrix([[0.5, 0.1]], ["a"])
 
 
 @given(

@@ -74,6 +74,59 @@ def test_a_sweep_is_its_runs_side_by_side(tmp_path):
         train_stream(alone, only="x")
 
 
+def test_an_arm_changes_more_than_its_methods(tmp_path):
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    arms = {
+        "plain": {},
+        "slow": {"sft": {"learning_rate": 1e-3}},
+        "stacked": {"methods": ["o_lora"], "peft": lora, "between_tasks": "new_adapter"},
+    }
+    plan = world.make(tmp_path, sweep={"arms": arms})
+    whole = train_stream(plan).results
+    assert list(whole["arms"]) == list(arms) and len(whole["comparisons"]) == 2
+    out = tmp_path / "out"
+    assert (out / "stacked-seed0/task-02-t2/adapter_config.json").is_file()
+    alone = {**plan, "sweep": None, "sft": {**world.SFT, "learning_rate": 1e-3}, "output_dir": str(tmp_path / "alone")}
+    train_stream(alone)
+    assert torch.equal(world.weights(out / "slow-seed0/task-02-t2"), world.weights(tmp_path / "alone/task-02-t2"))
+    assert not torch.equal(world.weights(out / "plain-seed0/task-02-t2"), world.weights(tmp_path / "alone/task-02-t2"))
+
+
+@pytest.mark.parametrize(
+    ("arms", "line", "words"),
+    [
+        ("{a: {lr: 1}}", 9, r"sweep.arms.a.lr: unknown key 'lr'. .*methods, sft, peft, memory, between_tasks"),
+        ("{a: {methods: [ewx]}}", 9, "Unknown method 'ewx'. Did you mean 'ewc'"),
+        ("{a: {sft: {learning_rat: 1}}}", 9, "SFTConfig has no option 'learning_rat'. Did you mean 'learning_rate'"),
+        ("{a: {sft: {learning_rate: -1.0}}}", 9, "learning_rate"),
+        ("{a: {methods: [{replay: {rows: kept, ratio: 0.1}}]}}", 9, "rows that a memory keeps"),
+        ("{a: {between_tasks: join}}", 9, "got 'join'"),
+        ("[a, b]", 9, "expected a mapping of arms to what they change, such as {plain: {}"),
+        ("{}", 9, "the sweep has no arms"),
+        ("{a: {}}\n  methods: {b: []}", 9, "the sweep names methods and arms. Keep one"),
+    ],
+)
+def test_mistakes_in_an_arm_are_met_where_they_are_written(tmp_path, arms, line, words):
+    from hf_continual.stream.sweep import prepare_sweep
+
+    world.make(tmp_path)
+    file = tmp_path / "plan.yaml"
+    text = f"""model: {tmp_path}/model
+output_dir: {tmp_path}/out
+tasks:
+- name: t0
+  train: {tmp_path}/t0.jsonl
+  test: {tmp_path}/t0.jsonl
+sft: {{max_steps: 1, use_cpu: true, bf16: false}}
+sweep:
+  arms: {arms}
+"""
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError, match=words) as met:
+        prepare_sweep(*read_plan(file))
+    assert f"line {line}" in str(met.value)
+
+
 def test_the_dry_run_is_what_will_be(tmp_path, monkeypatch):
     plan = world.make(
         tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,13 @@ def _adapter(job: Job, options: Output) -> Layout:
     errors: dict[str, float] = {}
     outputs, ranks = adapter_tensors(job.members, job.rule_for, options.adapter_rank, options.dtype, errors)
     config, rank = adapter_config(job.members, ranks), max(ranks.values(), default=0)
+    if options.adapter_rank is not None and rank < options.adapter_rank:
+        warnings.warn(
+            f"adapter_rank={options.adapter_rank} is more than the exact sum has: the adapter has rank {rank} and nothing is "
+            f"truncated.",
+            UserWarning,
+            stacklevel=5,
+        )
     return Layout("adapter", rank, _one_file(outputs), config, None, errors)
 
 

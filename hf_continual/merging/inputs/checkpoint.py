@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.atomic_files import read_object
+from hf_continual.inference.names import NAMES
 from hf_continual.merging.errors import MergeError, as_merge_error
 from hf_continual.merging.inputs.safetensors_file import Files, StoredFile, StoredTensor, read_header
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, unused_index, weight_files, weight_map
@@ -124,6 +125,11 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     with as_merge_error():
         config = read_object(config_file)
         paths = [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder)
+    if (kind := config.get("peft_type")) in NAMES:
+        raise MergeError(
+            f"{name} is {NAMES[kind].title} ({kind}), whose modules choose anew for each row: it cannot be merged, and nothing can be "
+            f"merged on top of it. Merge full models or LoRA adapters; this one loads with hf_continual.{NAMES[kind].loader}."
+        )
     if missing := [p.name for p in paths if not p.is_file()]:
         _explain_missing(folder, missing)
     tensors: dict[str, StoredTensor] = {}

@@ -157,6 +157,17 @@ def _added(folder: Path) -> dict[int, str]:
     return added
 
 
+def warn_alone(members: Sequence[Member]) -> None:
+    """Warn if there is nothing to merge: one full model comes out as it went in."""
+    if len(members) == 1 and members[0].adapter is None:
+        warnings.warn(
+            f"{members[0].name} is the only model: the output is a copy of it. Name a second model if that is not meant; a "
+            f"pattern such as runs/*/ may have matched one folder only.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def warn_identical(members: Sequence[Member]) -> None:
     """Warn if two models are one: the average counts it twice, which is rarely meant."""
     seen: dict[str, list[str]] = {}

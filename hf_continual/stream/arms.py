@@ -1,0 +1,55 @@
+"""The arms of a sweep: what each changes in the plan, and where that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hf_continual.stream.plan import ArmPlan, Plan, SweepPlan
+from hf_continual.stream.plan_lines import Key, Where
+
+
+def arms_of(plan: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
+    """Every arm of a plan's sweep as a plan of its own.
+
+    Args:
+        plan: As read; without a sweep it is its only arm.
+        where: Where its entries are written.
+
+    Yields:
+        tuple[str, Plan, Where]: The arm's name, "" if there is one arm; its plan, without a sweep; where its entries are written.
+    """
+    sweep, alone = plan.sweep or SweepPlan(), plan.model_copy(update={"sweep": None})
+    if sweep.methods is None and sweep.arms is None:
+        yield "", alone, where
+    for name, methods in (sweep.methods or {}).items():
+        yield (
+            name,
+            alone.model_copy(update={"methods": methods}),
+            _moved(where, ("sweep", "methods", name), ("methods",)),
+        )
+    for name, arm in (sweep.arms or {}).items():
+        yield name, alone.model_copy(update=_changes(plan, arm)), _moved(where, ("sweep", "arms", name), ())
+
+
+def _changes(plan: Plan, arm: ArmPlan) -> dict[str, Any]:
+    """Options of `sft` and `peft` are added to the plan's; the other keys replace the plan's."""
+    changes = {key: getattr(arm, key) for key in arm.model_fields_set}
+    for key in ("sft", "peft"):
+        if changes.get(key):
+            changes[key] = {**(getattr(plan, key) or {}), **changes[key]}
+    return changes
+
+
+def _moved(where: Where, written: tuple[Key, ...], stands_for: tuple[Key, ...]) -> Where:
+    """The same places, with those below `written` also known by the keys of the plan that they stand for."""
+    moved = Where(where.file, dict(where.lines))
+    moved.overridden |= where.overridden
+    size = len(written)
+    for path, line in where.lines.items():
+        if path[:size] == written and stands_for + path[size:]:
+            moved.lines[stands_for + path[size:]] = line
+    for path, words in where.overridden.items():
+        if path[:size] == written and stands_for + path[size:]:
+            moved.overridden[stands_for + path[size:]] = words
+    return moved
