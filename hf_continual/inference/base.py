@@ -91,12 +91,17 @@ class KindTuner:
     def keep_rows(self, index_N: Tensor) -> None:
         """Rows of the batch that go on; a kind that keeps something per row from the first pass on picks it here."""
 
-    def for_task(self, name: str) -> None:
-        """Before a task is scored; a kind whose choice depends on the task is set to it here.
+    @contextmanager
+    def for_task(self, name: str) -> Iterator[None]:
+        """While a task is scored; a kind whose choice depends on the task is set to it here.
 
         Args:
             name: Name of the task, which may be one that was not learned.
+
+        Yields:
+            None: While it is set.
         """
+        yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, from an empty cache and with one: what a row chose at its first token holds to its last.

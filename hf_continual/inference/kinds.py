@@ -72,15 +72,18 @@ def asked(model: Any, mask_BS: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if tuner is None else tuner.asked(mask_BS)
 
 
-def for_task(model: Any, name: str) -> None:
-    """Say which task is scored next, to a model that must be told.
+def for_task(model: Any, name: str) -> AbstractContextManager[Any]:
+    """Say which task is scored, to a model that must be told.
 
     Args:
         model: A causal language model of whatever kind.
         name: Name of the task, which may be one that was not learned.
+
+    Returns:
+        A context; it does nothing for a model that needs no task.
     """
-    if (tuner := tuner_of(model)) is not None:
-        tuner.for_task(name)
+    tuner = tuner_of(model)
+    return nullcontext() if tuner is None else tuner.for_task(name)
 
 
 def keep_rows(model: Any, index_N: Tensor) -> None:

@@ -11,7 +11,8 @@ Parameter-Efficient Fine-Tuning for Large Language Models", https://arxiv.org/ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -318,8 +319,14 @@ class MoELoraTuner(KindTuner, LoraModel):
             )
         self.task = self.tasks.index(name) if isinstance(name, str) else [self.tasks.index(n) for n in names]
 
-    def for_task(self, name: str) -> None:
-        """Before a task is scored: its own gate where it was learned, else that of the task learned last."""
+    @contextmanager
+    def for_task(self, name: str) -> Iterator[None]:
+        """While a task is scored: its own gate where it was learned, else that of the task learned last."""
         config: Any = self.active_config
+        before = self.task
         if config.gate == TASK and self.tasks:
             self.use_task(name if name in self.tasks else self.tasks[-1])
+        try:
+            yield
+        finally:
+            self.task = before

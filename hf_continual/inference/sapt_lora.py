@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,10 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_continual.inference.base import KindConfig, KindTuner
+from hf_continual.inference.base import KindConfig, KindTuner, question_mask
 from hf_continual.inference.names import SAPT_LORA
 from hf_continual.tensors.rank_gates import gated_layers, weigh_ranks
+from hf_continual.tensors.whole import whole
 
 ATTENTION, EARLIER = "lora_attention", "lora_earlier"
 
@@ -75,7 +77,7 @@ def reflection_loss(weights_BT: Tensor, label_T: Tensor) -> Tensor:
     Returns:
         Scalar of at least 0.
     """
-    return functional.kl_div(weights_BT.log(), label_T.expand_as(weights_BT), reduction="batchmean")
+    return functional.kl_div(weights_BT.clamp(min=1e-12).log(), label_T.expand_as(weights_BT), reduction="batchmean")
 
 
 @dataclass
@@ -114,6 +116,11 @@ class SharedAttention(nn.Module):
         for _ in range(tasks):
             self.add_key()
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.down.in_features
+
     def add_key(self) -> None:
         """Draw the key of a further task from torch's generator."""
         like = self.down.weight
@@ -123,11 +130,9 @@ class SharedAttention(nn.Module):
         """Weight of each task's pair, (B, T), in float32."""
         # Not under autocast: training and inference must weigh alike.
         with torch.autocast(pooled_BD.device.type, enabled=False):
-            query_BD = query(
-                pooled_BD.float(), self.down.weight.float(), self.up.weight.float(), self.norm.weight.float(),
-                self.norm.bias.float(),
-            )  # fmt: skip
-            return attention(query_BD, torch.stack([key.float() for key in self.keys]))
+            own = (self.down.weight, self.up.weight, self.norm.weight, self.norm.bias)
+            query_BD = query(pooled_BD.float(), *(whole(p).float() for p in own))
+            return attention(query_BD, torch.stack([whole(key).float() for key in self.keys]))
 
 
 class EarlierPairs(nn.Module):
@@ -289,6 +294,21 @@ class SaptLoraTuner(KindTuner, LoraModel):
         self.reflected = None
         if body.training and self.reflection:
             self.reflected = torch.stack([reflection_loss(shared(x), label) for x, label in self.reflection]).sum()
+
+    @torch.no_grad()
+    def pool(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the attention reads of rows, (B, D), without a forward pass.
+
+        Args:
+            batch: Collated rows with labels.
+
+        Returns:
+            See `pooled`.
+        """
+        embedding: Any = self.model.get_input_embeddings()  # pyrefly: ignore[not-callable]
+        values = {name: whole(p) for name, p in embedding.named_parameters()}
+        embeds_BSD = torch.func.functional_call(embedding, values, (batch["input_ids"],))
+        return pooled(embeds_BSD, question_mask(batch["labels"], batch.get("attention_mask")))
 
     def weights(self, x: Tensor) -> Tensor:
         """The weights of the batch, (B, T), as the first pass over its rows left them.

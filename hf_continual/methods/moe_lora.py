@@ -40,6 +40,8 @@ from hf_continual.inference.moe_lora import (
 )
 from hf_continual.methods.base import Forward, Method, Run
 from hf_continual.paper import Paper
+from hf_continual.tasks import name_among
+from hf_continual.tensors.rank_gates import is_reentrant
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -161,13 +163,12 @@ class MoELoRA(Method):
             )
         self._tuner = tuner
         if self.gate == TASK:
-            name = task.name if task.name != type(task).name or not task.index else f"{task.name}-{task.index}"
             with torch.random.fork_rng(devices=[]):  # what is drawn for the gate moves no other draw
-                tuner.learn_task(name)
+                tuner.learn_task(name_among(task, tuner.tasks))
 
     def begin_task(self, run: Run) -> None:
         """Let the terms be computed with the forward passes."""
-        if self.weights and _is_reentrant(run.model):
+        if self.weights and is_reentrant(run.model):
             raise ValueError(
                 "MoELoRA: the terms of its loss are computed inside the model's layers, and reentrant gradient checkpointing "
                 "keeps no gradient of what leaves them. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or balance=0."
@@ -182,10 +183,3 @@ class MoELoRA(Method):
         """No term is computed any more."""
         if self._tuner is not None:
             self._tuner.wanted = frozenset()
-
-
-def _is_reentrant(model: nn.Module) -> bool:
-    """Whether a layer is checkpointed in the old way."""
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
-    used = [f for m, f in zip(model.modules(), functions, strict=True) if getattr(m, "gradient_checkpointing", False)]
-    return any(getattr(f, "keywords", {}).get("use_reentrant") for f in used)

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-__all__ = ["expand_ranks", "gated_layers", "mixed_delta", "weigh_ranks"]
+__all__ = ["expand_ranks", "gated_layers", "is_reentrant", "mixed_delta", "weigh_ranks"]
 
 
 def expand_ranks(weights: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -108,3 +108,10 @@ def gated_layers(model: nn.Module, adapter: str, owner: str) -> dict[str, Any]:
             f"peft_config=LoraConfig(target_modules='all-linear')."
         )
     return found
+
+
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether layers are checkpointed in the old way, which keeps no gradient of what goes in or out beside their tensors."""
+    used = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in used]
+    return any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)

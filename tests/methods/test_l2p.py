@@ -211,6 +211,8 @@ def test_with_replay_and_fisher(base, tmp_path):
     first = train(base, tmp_path / "1", [example(None), EWC(rows=8)])
     first.save_model()
     old = toy.rows("prompt_completion", seed=9, low=30, high=59)
-    second = train(str(tmp_path / "1"), tmp_path / "2", [example(None), EWC(rows=8, weight=10.0), Replay(old, ratio=0.3)])
+    second = train(
+        str(tmp_path / "1"), tmp_path / "2", [example(None), EWC(rows=8, weight=10.0), Replay(old, ratio=0.3)]
+    )
     assert sorted(n.rpartition(".")[0].rpartition(".")[2] for n in second.run.named_parameters()) == ["keys", "prompts"]
     assert second.task_states["ewc"]

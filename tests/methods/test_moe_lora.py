@@ -176,8 +176,8 @@ def test_each_task_has_its_gate(tmp_path, base):
     loaded.use_task(["law", "tax"])
     torch.testing.assert_close(loaded(IDS).logits, torch.stack([law[0], tax[1]]))
     for task, expected in (("law", law), ("unseen", tax), ("tax", tax)):
-        for_task(loaded, task)
-        assert torch.equal(loaded(IDS).logits, expected)
+        with for_task(loaded, task):
+            assert torch.equal(loaded(IDS).logits, expected)
     with pytest.raises(ValueError, match="No task is called 'fun': learned were law, tax"):
         loaded.use_task("fun")
     assert first.model.tasks == ["law"]
