@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from hf_continual.bounds import at_least, between, whole_number
 from hf_continual.data.buffer import ORIGIN
@@ -50,7 +51,7 @@ from hf_continual.tensors.rank_gates import is_reentrant
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor, nn
+    from torch import nn
 
     from hf_continual.tasks import Task
 
