@@ -155,8 +155,9 @@ class EarlierPairs(nn.Module):
         self.__dict__.update(tuner=tuner, layer=layer, name=name)  # not modules below this one
         self.rank = a.shape[0]
         A_RD, B_OR = torch.zeros(self.rank * pairs, a.shape[1]), torch.zeros(b.shape[0], self.rank * pairs)
-        self.A = nn.Parameter(A_RD.to(a.device), requires_grad=False)
-        self.B = nn.Parameter(B_OR.to(b.device), requires_grad=False)
+        # A parameter without an element cannot be saved under FSDP2.
+        self.A = nn.Parameter(A_RD.to(a.device), requires_grad=False) if pairs else None
+        self.B = nn.Parameter(B_OR.to(b.device), requires_grad=False) if pairs else None
 
     @staticmethod
     def _factors(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -166,8 +167,11 @@ class EarlierPairs(nn.Module):
     def freeze_pair(self) -> None:
         """Put the pair that was trained last to the frozen ones, and begin a new one."""
         a, b = self._factors(self.layer, self.name)
-        self.A = nn.Parameter(torch.cat([self.A.to(a.device), a.float()]), requires_grad=False)
-        self.B = nn.Parameter(torch.cat([self.B.to(b.device), b.float()], dim=1), requires_grad=False)
+        A_RD, B_OR = a.float(), b.float()
+        if self.A is not None and self.B is not None:
+            A_RD, B_OR = torch.cat([self.A.to(a.device), A_RD]), torch.cat([self.B.to(b.device), B_OR], dim=1)
+        self.A = nn.Parameter(A_RD.clone(), requires_grad=False)
+        self.B = nn.Parameter(B_OR.clone(), requires_grad=False)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         nn.init.zeros_(b)
 
@@ -177,9 +181,9 @@ class EarlierPairs(nn.Module):
 
     def add(self, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Forward hook of the layer: add what the earlier pairs say."""
-        pairs = self.A.shape[0] // self.rank
-        if not pairs or layer.disable_adapters:
+        if self.A is None or self.B is None or layer.disable_adapters:
             return output
+        pairs = self.A.shape[0] // self.rank
         x = args[0].to(self.A.dtype)
         weights_BT = self.tuner.weights(x)[:, :-1]
         inner = weigh_ranks(functional.linear(x, self.A), weights_BT, [self.rank] * pairs)
