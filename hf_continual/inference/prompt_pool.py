@@ -121,6 +121,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("prompts", "keys")
     tuner: KindTuner
+    weight = bias = None  # pyrefly: ignore[bad-override] - PEFT's look at a layer below, and there is none
 
     def __init__(self, tuner: KindTuner) -> None:
         super().__init__()
@@ -182,11 +183,15 @@ class PromptPool(nn.Module, BaseTunerLayer):
         name = self.active_adapters[0]
         asked_BS = self.tuner.asked_BS
         counted_BS = mask_BS if asked_BS is None else asked_BS.to(embeds_BSD.device)
-        query_BD, keys_MD = mean_query(embeds_BSD, counted_BS), self.keys[name].float()
+        # A copy: FSDP may free the keys after the forward pass, and the key term's backward reads them.
+        query_BD, keys_MD = mean_query(embeds_BSD, counted_BS), self.keys[name].to(torch.float32, copy=True)
         with torch.no_grad():
             self.chosen_BN = select(similarities(query_BD, keys_MD), config.top, config.batchwise and training)
         self.pull = pull(query_BD, keys_MD, self.chosen_BN) if training and keys_MD.requires_grad else None
-        return prompted(self.prompts[name], self.chosen_BN, embeds_BSD)
+        prompts_MLD = self.prompts[name]
+        if self.pull is not None:
+            prompts_MLD = prompts_MLD + 0.0 * self.pull  # DDP looks from the output for all that is trained, also the keys
+        return prompted(prompts_MLD, self.chosen_BN, embeds_BSD)
 
     def after(self, body: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook of the body: leave the states of the prompts out."""
@@ -232,9 +237,15 @@ class PromptPoolTuner(KindTuner, BaseTuner):
             raise ValueError(
                 "the model carries a prompt pool, and can carry one. Train that further, or load the base."
             )
+        embeddings_VD = body.get_input_embeddings().weight
+        if embeddings_VD.dim() != 2:
+            raise ValueError(
+                "a prompt pool under ZeRO-3: it reads the embeddings before training, and ZeRO-3 has spread them over the processes by "
+                "then. Use ZeRO-2, DDP or FSDP2."
+            )
         self.check_base(config, plain)
         pool = PromptPool(self)
-        pool.add(adapter_name, config, body.get_input_embeddings().weight)
+        pool.add(adapter_name, config, embeddings_VD)
         self.handles = [
             body.register_forward_pre_hook(pool.before, with_kwargs=True),
             body.register_forward_hook(pool.after, with_kwargs=True),

@@ -115,7 +115,7 @@ def build(folder: Path, mode: str, kind: str, weights: str, name: str, start: st
     further = kind in FURTHER and earlier.is_dir() and weights == "LoRA" and start is None
     return ContinualTrainer(
         model, ContinualConfig(**toy.settings(folder / mode / name, **settings)), train_dataset=toy.rows(),
-        processing_class=toy.tokenizer(), peft_config=adapter() if weights != "full" and not further else None,
+        processing_class=toy.tokenizer(), peft_config=adapter() if weights != "full" and not further and not covering.own_modules([kind]) else None,
         methods=[method(kind, folder)],
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ for place, name in enumerate(
     m for m in TABLE if not any(cell.startswith(f"{m}:") for c in CHOSEN.values() for cell in c)
 ):
     kind_of_weights = "LoRA" if covering.adapters_only([name]) or place % 4 in (0, 3) else "full"
+    kind_of_weights = "full" if covering.own_modules([name]) else kind_of_weights
     CHOSEN["FSDP2" if place % 2 else "DDP"].append(f"{name}:{kind_of_weights}")
 ALL = {
     mode: [
@@ -40,6 +41,7 @@ ALL = {
         for m in TABLE
         for w in WEIGHTS
         if (w != "full" or not covering.adapters_only([m])) and mode not in refused(m)
+        if w != "LoRA" or not covering.own_modules([m])  # which are what "full" and "4-bit LoRA" train
     ]
     for mode in MODES[1:]
 }

@@ -45,9 +45,16 @@ def adapters_only(names: Sequence[str]) -> bool:
     return any(getattr(module(name), "ADAPTERS_ONLY", False) for name in names)
 
 
+def own_modules(names: Sequence[str]) -> bool:
+    """Whether one of the methods brings the modules that are trained, in place of an adapter or all weights."""
+    return any(overrides(method_class(name), "adapter") for name in names)
+
+
 def allowed(names: Sequence[str]) -> bool:
-    """Whether methods can be in one run: at most one brings an optimizer."""
-    return sum(overrides(method_class(name), "optimizer") for name in names) <= 1
+    """Whether methods can be in one run: at most one brings an optimizer, or modules in place of what others need."""
+    one_each = all(sum(overrides(method_class(n), call) for n in names) <= 1 for call in ("optimizer", "adapter"))
+    layers = adapters_only(names) or any(getattr(module(n), "LINEAR_ONLY", False) for n in names)
+    return one_each and not (own_modules(names) and layers)
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -98,7 +105,7 @@ def first_task(names: tuple[str, ...], peft: bool) -> Path:
 
 def start(names: Sequence[str], peft: bool = False) -> dict[str, Any]:
     """`model` and `peft_config` of a run: the toy, or a model that learned a task before where a method needs one."""
-    peft = peft or adapters_only(names)
+    peft = (peft or adapters_only(names)) and not own_modules(names)
     needy = tuple(name for name in names if getattr(module(name), "NEEDS_PREDECESSOR", False))
     model = str(first_task(needy, peft)) if needy else toy.model()
     return {"model": model, "peft_config": lora() if peft else None}

@@ -1,7 +1,7 @@
 """What every method of the table must keep, alone and in pairs. A new method is found here by itself.
 
 Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may say
-`ADAPTERS_ONLY`, `NEEDS_PREDECESSOR` (it does nothing without a task before) and `EXTRA_FORWARDS`.
+`ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs linear weights that are trained), `NEEDS_PREDECESSOR` (it does nothing without a task before) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def values(trainer):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
+    if covering.own_modules([name]):
+        return nothing_of_the_base_moves(tmp_path, name)
     changes = {"max_steps": 6, **getattr(module(name), "ZERO_SETTINGS", {})}
     settings = toy.settings(tmp_path, **changes)
     plain = SFTTrainer(
@@ -69,6 +71,19 @@ def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
     assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and strength does something
 
 
+def nothing_of_the_base_moves(folder, name):
+    """A method that trains modules of its own is never plain fine-tuning: what it says it leaves alone is the base, bit for bit."""
+    trainer, base = build(folder, [example(name)], [name], max_steps=6), toy.model()
+    trainer.train()
+    assert {n for n, _ in base.named_parameters()} & {n.removeprefix("base_model.model.") for n in trainer.run.named_parameters()} == set()
+    ids = torch.tensor([[5, 9, 12, 30]])
+    with torch.no_grad():
+        plain, ours = base.eval()(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits
+        with trainer.model.disable_adapter():
+            assert torch.equal(trainer.model(input_ids=ids).logits, plain)
+    assert (ours - plain).abs().max() > 1e-4  # and the modules do something
+
+
 @pytest.mark.parametrize("names", [[n] for n in TABLE] + [list(TOGETHER)], ids=lambda n: "+".join(n))
 @pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 32}], ids=["padded", "packed"])
 def test_resumed_is_uninterrupted(tmp_path, names, layout):
@@ -76,6 +91,10 @@ def test_resumed_is_uninterrupted(tmp_path, names, layout):
         return [example(name) for name in names]
 
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2, **layout}
+    if layout and covering.own_modules(names):
+        with pytest.raises(ValueError, match="chooses for each row, and with packing=True"):
+            build(tmp_path / "a", methods(), names, **settings)
+        return
     straight = build(tmp_path / "a", methods(), names, **settings)
     straight.train()
     resumed = build(tmp_path / "a", methods(), names, **settings)
@@ -212,6 +231,8 @@ def train_together(folder, names, peft):
 
 
 def kinds_of_weights(names):
+    if covering.own_modules(names):
+        return [False]
     return [True] if covering.adapters_only(names) else [False, True]
 
 

@@ -17,6 +17,7 @@ from tests import toy
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "baselines" / "migu_mask.safetensors")
 
+LINEAR_ONLY = True
 ZERO_TOLERANCE = 0.0
 NEEDS_PREDECESSOR = True
 
