@@ -190,7 +190,9 @@ class PromptPool(nn.Module, BaseTunerLayer):
         self.pull = pull(query_BD, keys_MD, self.chosen_BN) if training and keys_MD.requires_grad else None
         prompts_MLD = self.prompts[name]
         if self.pull is not None:
-            prompts_MLD = prompts_MLD + 0.0 * self.pull  # DDP looks from the output for all that is trained, also the keys
+            prompts_MLD = (
+                prompts_MLD + 0.0 * self.pull
+            )  # DDP looks from the output for all that is trained, also the keys
         return prompted(prompts_MLD, self.chosen_BN, embeds_BSD)
 
     def after(self, body: Any, args: Any, kwargs: Any, output: Any) -> Any:

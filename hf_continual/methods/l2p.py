@@ -104,6 +104,10 @@ class L2P(Method):
         """Whether there is a key term."""
         return self.weight > 0
 
+    def reads_reference(self) -> bool:
+        """The embeddings, and a few values of every weight, when the pool is made."""
+        return True
+
     def prepare_model(self, model: nn.Module, task: Task) -> None:
         """Find the pool, which a task before may have trained, and train its keys if there is a term for them."""
         tuner = tuner_of(model)

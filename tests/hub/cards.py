@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,9 @@ from hf_continual import ContinualConfig, render_card
 from hf_continual.hub.facts import CardFacts, MethodFacts, TaskFacts
 from hf_continual.hub.folder_facts import evaluation_from, facts_from
 from hf_continual.hub.refs import ModelRef
-from hf_continual.methods.table import method_class
+from hf_continual.inference.names import METHODS
+from hf_continual.methods.base import Method
+from hf_continual.methods.table import build_methods, method_class
 from hf_continual.trainer.facts import settings_of, trl_tags
 
 HERE = Path(__file__).parent
@@ -31,7 +34,7 @@ def recipe_facts(recipe: Path) -> CardFacts:
     methods = fields.pop("methods")
     named = {k: v for m in (methods if isinstance(methods, list) else [methods]) for k, v in m.items()}
     config = ContinualConfig(**{"output_dir": "out", "use_cpu": True, "bf16": False, **fields})
-    adapter = recipe.stem != "full"
+    adapter, own = recipe.stem != "full", bool(set(named) & set(METHODS))
     return CardFacts(
         f"{recipe.parent.name}-{recipe.stem}",
         repo_id=f"me/{recipe.parent.name}-{recipe.stem}",
@@ -40,16 +43,27 @@ def recipe_facts(recipe: Path) -> CardFacts:
         tasks=(TaskFacts("new-task", started_from=BASE),),
         methods=tuple(MethodFacts(name, options or {}, method_class(name).paper) for name, options in named.items()),
         settings=settings_of(config),
+        adapter=next((adapter_facts_of(m) for m in build_methods(methods) if m.adapter() is not None), {})
+        if own
+        else {},
         tags=trl_tags(),
         chat=True,
     )
+
+
+def adapter_facts_of(method: Method) -> dict[str, Any]:
+    """What a method's own modules are."""
+    config = method.adapter()
+    return {"kind": str(config.peft_type), **config.sizes}
 
 
 def cards() -> dict[str, str]:
     """Text by file name."""
     made = {}
     for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
-        if recipe.parent.name in ("accelerate", "sequence") or "methods" not in recipe.read_text(encoding="utf-8"):
+        if recipe.parent.name in ("accelerate", "baselines", "sequence") or "methods" not in recipe.read_text(
+            encoding="utf-8"
+        ):
             continue
         facts = recipe_facts(recipe)
         made[f"{facts.name}.md"] = render_card(facts, "")

@@ -23,6 +23,7 @@ from hf_continual.hub.licences import License, LicenseConflict, hub_licenses, in
 from hf_continual.hub.lint import lint_card, lint_folder
 from hf_continual.hub.refs import ModelRef, is_hub_id, model_ref
 from hf_continual.hub.text import KEEP, kept_text, merged_author, read_card, safe
+from hf_continual.inference.names import NAMES
 from hf_continual.methods.recadam import RecAdam
 from tests.hub.cards import OUT, cards
 
@@ -179,6 +180,18 @@ def test_the_snippet_compiles_for_every_kind():
         code = re.search(r"```python\n(.*?)```", render_card(facts), re.DOTALL)[1]
         ast.parse(code)
         assert '"me/three"' in code and ("AutoPeftModel" in code) == (facts.kind == "adapter")
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_snippet_of_what_changes_inference_uses_its_loader(kind):
+    facts = replace(FACTS, kind="adapter", adapter={"kind": kind, "pool": 4})
+    text = render_card(facts)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ast.parse(code)
+    assert (
+        f'model = {NAMES[kind].loader}("me/three")' in code and f"from hf_continual import {NAMES[kind].loader}" in code
+    )
+    assert "AutoPeft" not in text and "LoRA" not in text and not lint_card(text)
 
 
 GOOD = "---\nbase_model: org/base\nbase_model_relation: finetune\nlicense: mit\nlanguage: en\ntags: [a]\n---\n\n# T\n\nText.\n"

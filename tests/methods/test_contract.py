@@ -75,7 +75,9 @@ def nothing_of_the_base_moves(folder, name):
     """A method that trains modules of its own is never plain fine-tuning: what it says it leaves alone is the base, bit for bit."""
     trainer, base = build(folder, [example(name)], [name], max_steps=6), toy.model()
     trainer.train()
-    assert {n for n, _ in base.named_parameters()} & {n.removeprefix("base_model.model.") for n in trainer.run.named_parameters()} == set()
+    assert {n for n, _ in base.named_parameters()} & {
+        n.removeprefix("base_model.model.") for n in trainer.run.named_parameters()
+    } == set()
     ids = torch.tensor([[5, 9, 12, 30]])
     with torch.no_grad():
         plain, ours = base.eval()(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_continual import (
+    L2P,
     AccuracyMatrix,
     ContinualConfig,
     ContinualTrainer,
     FreezeLayers,
     HubPushError,
     Replay,
+    load_prompt_pool,
     push_to_hub,
     render_card,
 )
@@ -167,6 +169,35 @@ def test_an_adapter(base, tmp_path):
         "- lora",
     ):
         assert said in card, said
+    run_snippet(card, tmp_path)
+
+
+def test_a_prompt_pool(base, tmp_path):
+    """What changes inference, loaded by the loader that its card names, from the Hub and onto the base of the Hub."""
+    with pytest.raises(
+        HubPushError, match=r"not published: nobody could load it\. Publish that model first .*hub_base_model"
+    ):
+        trainer(str(tmp_path / "base"), tmp_path / "local", methods=[L2P(pool=4, length=2, top=2)])
+    t = trainer(base, tmp_path / "out", methods=[L2P(pool=4, length=2, top=2)])
+    t.train()
+    t.push_to_hub(evaluation=MEASURED)
+    assert len(content()) == 1
+    there = pulled(tmp_path)
+    assert json.loads(text(there, "adapter_config.json"))["base_model_name_or_path"] == "org/base"
+    live = t.accelerator.unwrap_model(t.model)
+    del live.get_base_model().forward  # TRL's fused head answers without logits
+    assert torch.equal(logits(load_prompt_pool("me/m")), logits(live))
+    same_bytes(tmp_path / "out", there)
+    nothing_leaked()
+    card = text(there, "README.md")
+    for said in (
+        "base_model: org/base",
+        "base_model_relation: adapter",
+        "A prompt pool for a frozen",
+        "load_prompt_pool",
+    ):
+        assert said in card, said
+    assert "LoRA" not in card and "- lora" not in card and not lint_folder(tmp_path / "out")
     run_snippet(card, tmp_path)
 
 
