@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from hf_continual.inference.base import KindConfig, KindTuner
 from hf_continual.inference.names import MOE_LORA
-from hf_continual.tensors.rank_gates import gated_layers, weigh_ranks
+from hf_continual.tensors.rank_gates import check_not_spread, gated_layers, weigh_ranks
 
 TASK, TOKEN = GATES = ("task", "token")
 GATE = "lora_gate"
@@ -229,6 +229,7 @@ class MoELoraTuner(KindTuner, LoraModel):
             raise ValueError(
                 "The model carries experts, and can carry one set of them. Train those further, or load the base."
             )
+        check_not_spread(model, "MoELoRA")
         self.check_base(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.task: int | Sequence[int] = max(len(config.tasks) - 1, 0)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from hf_continual.inference.base import KindConfig, KindTuner, question_mask
 from hf_continual.inference.names import SAPT_LORA
-from hf_continual.tensors.rank_gates import gated_layers, weigh_ranks
+from hf_continual.tensors.rank_gates import check_not_spread, gated_layers, weigh_ranks
 from hf_continual.tensors.whole import whole
 
 ATTENTION, EARLIER = "lora_attention", "lora_earlier"
@@ -218,6 +218,7 @@ class SaptLoraTuner(KindTuner, LoraModel):
             raise ValueError(
                 "The model carries pairs of SAPT-LoRA, and can carry one set. Train those further, or load the base."
             )
+        check_not_spread(model, "SAPTLoRA")
         self.check_base(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         body: Any = getattr(model, "base_model", None)

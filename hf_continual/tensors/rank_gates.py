@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-__all__ = ["expand_ranks", "gated_layers", "is_reentrant", "mixed_delta", "weigh_ranks"]
+__all__ = ["check_not_spread", "expand_ranks", "gated_layers", "is_reentrant", "mixed_delta", "weigh_ranks"]
 
 
 def expand_ranks(weights: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -115,3 +115,20 @@ def is_reentrant(model: nn.Module) -> bool:
     used = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     functions = [getattr(m, "_gradient_checkpointing_func", None) for m in used]
     return any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
+
+
+def check_not_spread(model: nn.Module, owner: str) -> None:
+    """Refuse weights that ZeRO-3 has spread over the processes, whose sizes cannot be read.
+
+    Args:
+        model: The model.
+        owner: The class that asks, for messages.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            f"{owner} under ZeRO-3: it reads the weights before training, and ZeRO-3 has spread them over the processes by then. "
+            f"Use ZeRO-2, DDP or FSDP2, or drop the method."
+        )
