@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_continual.hub.card import render_card
     from hf_continual.hub.errors import HubPushError
     from hf_continual.hub.push import push_to_hub
-    from hf_continual.inference.loading import load_prompt_pool
+    from hf_continual.inference.loading import load_moe_lora, load_prompt_pool, load_sapt_lora
     from hf_continual.merging.merge import merge
     from hf_continual.merging.methods.dare import dare, dare_ties
     from hf_continual.merging.methods.interpolate import interpolate, scan_alpha
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from hf_continual.methods.kif import KIF
     from hf_continual.methods.l2p import L2P
     from hf_continual.methods.migu import MIGU
+    from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
+    from hf_continual.methods.sapt_lora import SAPTLoRA
     from hf_continual.methods.task_vector import TaskVector
     from hf_continual.methods.tasl import TaSL
     from hf_continual.metrics import AccuracyMatrix
@@ -82,7 +84,11 @@ _FACE = {
     "GradientProjection": "hf_continual.methods.gradient_projection",
     "TaskVector": "hf_continual.methods.task_vector",
     "L2P": "hf_continual.methods.l2p",
+    "MoELoRA": "hf_continual.methods.moe_lora",
+    "SAPTLoRA": "hf_continual.methods.sapt_lora",
     "load_prompt_pool": "hf_continual.inference.loading",
+    "load_moe_lora": "hf_continual.inference.loading",
+    "load_sapt_lora": "hf_continual.inference.loading",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -127,7 +133,11 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "GradientProjection",
     "TaskVector",
     "L2P",
+    "MoELoRA",
+    "SAPTLoRA",
     "load_prompt_pool",
+    "load_moe_lora",
+    "load_sapt_lora",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -37,6 +37,21 @@ class Task:
         return f"task-{self.index:02d}-{self.name.replace(' ', '-')}"
 
 
+def name_among(task: Task, known: Sequence[str]) -> str:
+    """What a task is called among those that were learned before; one without a name is always a new one.
+
+    Args:
+        task: The task.
+        known: Names of earlier tasks.
+
+    Returns:
+        Its name, or ``"task"``, ``"task-1"``, ... where nobody named it.
+    """
+    if task.name != Task.name or task.name not in known:
+        return task.name
+    return next(name for i in range(1, len(known) + 1) if (name := f"{task.name}-{i}") not in known)
+
+
 class TaskStream:
     """Tasks in the order in which they are learned; each gets its index.
 

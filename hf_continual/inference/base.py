@@ -43,6 +43,11 @@ class KindConfig(PeftConfig):
         return {key: getattr(self, key) for key in self.named.sizes}
 
     @property
+    def chooses_by_row(self) -> bool:
+        """Whether it chooses for a row as a whole, so that rows cannot share a sequence."""
+        return True
+
+    @property
     def tokens_in_front(self) -> int:
         """Positions that it takes in front of each row, beyond the row's own."""
         return 0
@@ -85,6 +90,18 @@ class KindTuner:
 
     def keep_rows(self, index_N: Tensor) -> None:
         """Rows of the batch that go on; a kind that keeps something per row from the first pass on picks it here."""
+
+    @contextmanager
+    def for_task(self, name: str) -> Iterator[None]:
+        """While a task is scored; a kind whose choice depends on the task is set to it here.
+
+        Args:
+            name: Name of the task, which may be one that was not learned.
+
+        Yields:
+            None: While it is set.
+        """
+        yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, from an empty cache and with one: what a row chose at its first token holds to its last.

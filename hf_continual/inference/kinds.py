@@ -12,7 +12,7 @@ in `_KINDS` below:
 2. A tuner below `KindTuner` and one of PEFT's (`BaseTuner`, `LoraModel`): `prefix`, and `inject_adapter`, which puts the
    modules onto the model and calls `check_base`. What acts at inference hangs on the modules themselves as hooks, since
    `generate()` and `evaluation/` call the parts of a model and not the tuner. `asked` says which tokens may choose
-   (never the answer), `keep_rows` which rows of a batch go on; see `KindTuner`.
+   (never the answer), `keep_rows` which rows of a batch go on, `for_task` which task is scored; see `KindTuner`.
 
 The method that trains it returns the configuration from `Method.adapter`; a public loader is a line of `loading.py`.
 """
@@ -27,11 +27,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import Tensor
 
 from hf_continual.inference.base import KindConfig, KindTuner
-from hf_continual.inference.names import PROMPT_POOL
+from hf_continual.inference.moe_lora import MoELoraConfig, MoELoraTuner
+from hf_continual.inference.names import MOE_LORA, PROMPT_POOL, SAPT_LORA
 from hf_continual.inference.prompt_pool import PromptPoolConfig, PromptPoolTuner
+from hf_continual.inference.sapt_lora import SaptLoraConfig, SaptLoraTuner
 
 _KINDS: dict[str, tuple[type[KindConfig], type[KindTuner]]] = {
     PROMPT_POOL: (PromptPoolConfig, PromptPoolTuner),
+    MOE_LORA: (MoELoraConfig, MoELoraTuner),
+    SAPT_LORA: (SaptLoraConfig, SaptLoraTuner),
 }
 
 for _name, (_config, _tuner) in _KINDS.items():
@@ -66,6 +70,20 @@ def asked(model: Any, mask_BS: Tensor) -> AbstractContextManager[Any]:
     """
     tuner = tuner_of(model)
     return nullcontext() if tuner is None else tuner.asked(mask_BS)
+
+
+def for_task(model: Any, name: str) -> AbstractContextManager[Any]:
+    """Say which task is scored, to a model that must be told.
+
+    Args:
+        model: A causal language model of whatever kind.
+        name: Name of the task, which may be one that was not learned.
+
+    Returns:
+        A context; it does nothing for a model that needs no task.
+    """
+    tuner = tuner_of(model)
+    return nullcontext() if tuner is None else tuner.for_task(name)
 
 
 def keep_rows(model: Any, index_N: Tensor) -> None:

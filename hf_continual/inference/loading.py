@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_continual.inference.kinds import KINDS
-from hf_continual.inference.names import PROMPT_POOL, kind_in
+from hf_continual.inference.names import MOE_LORA, PROMPT_POOL, SAPT_LORA, kind_in
 from hf_continual.paths import check_is_there
 
 
@@ -63,3 +63,48 @@ def load_prompt_pool(folder: str | Path, model: Any = None) -> PeftModel:
         ValueError: If the folder holds something else, or the base has other weights.
     """
     return load_kind(folder, model, PROMPT_POOL)
+
+
+def load_moe_lora(folder: str | Path, model: Any = None, task: str | None = None) -> PeftModel:
+    """Load what `MoELoRA` trained: LoRA experts with their gates on a base model, ready for inference.
+
+    Example:
+        >>> model = load_moe_lora("out/task-01", task="law")
+        >>> model.generate(**tokenizer("Law: ", return_tensors="pt"))
+        >>> model.use_task(["law", "tax"])  # one for each row of the batches that follow
+
+    Args:
+        folder: Folder, or Hub id.
+        model: The base model; None loads the one that the folder names.
+        task: What a gate by task is set to; None: the task learned last.
+
+    Returns:
+        A `PeftModel` with `use_task` and `tasks`, the names that the gate knows.
+
+    Raises:
+        ValueError: If the folder holds something else, the base has other weights, or the task was not learned.
+    """
+    loaded = load_kind(folder, model, MOE_LORA)
+    if task is not None:
+        loaded.use_task(task)
+    return loaded
+
+
+def load_sapt_lora(folder: str | Path, model: Any = None) -> PeftModel:
+    """Load what `SAPTLoRA` trained: a LoRA pair per task with the attention that mixes them, ready for inference.
+
+    Example:
+        >>> model = load_sapt_lora("out/task-01")
+        >>> model.generate(**tokenizer(["Law: ", "Tax: "], return_tensors="pt", padding=True, padding_side="left"))
+
+    Args:
+        folder: Folder, or Hub id.
+        model: The base model; None loads the one that the folder names.
+
+    Returns:
+        A `PeftModel`; the pairs are mixed for each row by its question, in the first pass, and stay so while it generates.
+
+    Raises:
+        ValueError: If the folder holds something else, or the base has other weights.
+    """
+    return load_kind(folder, model, SAPT_LORA)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "adapter_config.json"
-PROMPT_POOL = "PROMPT_POOL"
+PROMPT_POOL, MOE_LORA, SAPT_LORA = "PROMPT_POOL", "MOE_LORA", "SAPT_LORA"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,16 @@ class KindName:
 
 
 NAMES: dict[str, KindName] = {
-    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool", ("pool", "length", "top"))
+    PROMPT_POOL: KindName("a prompt pool", "l2p", "load_prompt_pool", ("pool", "length", "top")),
+    MOE_LORA: KindName(
+        "a mixture of LoRA experts",
+        "moe_lora",
+        "load_moe_lora",
+        ("experts", "gate", "r", "lora_alpha", "top_k", "task_size"),
+    ),
+    SAPT_LORA: KindName(
+        "a mixture of LoRA pairs, one per task", "sapt_lora", "load_sapt_lora", ("r", "lora_alpha", "hidden")
+    ),
 }
 
 

@@ -31,6 +31,8 @@ TABLE: dict[str, str] = {
     "gradient_projection": "hf_continual.methods.gradient_projection:GradientProjection",
     "task_vector": "hf_continual.methods.task_vector:TaskVector",
     "l2p": "hf_continual.methods.l2p:L2P",
+    "moe_lora": "hf_continual.methods.moe_lora:MoELoRA",
+    "sapt_lora": "hf_continual.methods.sapt_lora:SAPTLoRA",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_continual.atomic_files import DamagedFile, read_checked, write_checked
+from hf_continual.inference.kinds import for_task
 from hf_continual.stream.prepare import Prepared
 from hf_continual.tasks import Task
 
@@ -56,7 +57,8 @@ class Curve(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         point = {}
         for task in self.tasks:
-            scored = self.prepared.scorers[task.name](model, self.prepared.tokenizer, task.test)
+            with for_task(model, task.name):
+                scored = self.prepared.scorers[task.name](model, self.prepared.tokenizer, task.test)
             point[task.name] = {"value": scored.score.value, "nll": None if scored.nll is None else scored.nll.value}
         write_checked(self.file, {**points, str(step): point})
 

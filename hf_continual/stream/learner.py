@@ -21,6 +21,7 @@ from hf_continual.atomic_files import write_lines
 from hf_continual.data.handover import bring_along
 from hf_continual.evaluation.files import SCORES
 from hf_continual.evaluation.result import Scored
+from hf_continual.inference.kinds import for_task
 from hf_continual.merging.merge import merge
 from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import merge_class
@@ -178,11 +179,13 @@ class PlanLearner:
     def _scored(self, model: Any, task: Task) -> Scored:
         scorer, state = self.prepared.scorers[task.name], PartialState()
         if task.test is None:
-            return scorer(model, self.prepared.tokenizer, None)
+            with for_task(model, task.name):
+                return scorer(model, self.prepared.tokenizer, None)
         mine = task.test
         if state.num_processes > 1:
             mine = task.test.select(range(state.process_index, len(task.test), state.num_processes))
-        own = scorer(model, self.prepared.tokenizer, mine)
+        with for_task(model, task.name):
+            own = scorer(model, self.prepared.tokenizer, mine)
         if state.num_processes == 1:
             return own
         parts = gather_object([list(own.rows)])

@@ -72,7 +72,8 @@ def check_layout(trainer: LiveTrainer) -> None:
     """
     method: Method | None = trainer.methods.adapting
     packs = [n for n in ("packing", "padding_free") if getattr(trainer.args, n, False)]
-    if method is not None and packs:
+    config = None if method is None else method.adapter()
+    if packs and getattr(config, "chooses_by_row", False):
         raise ValueError(
             f"{type(method).__name__} chooses for each row, and with {packs[0]}=True several rows are one sequence. Set "
             f"{packs[0]}=False."

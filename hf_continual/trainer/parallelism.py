@@ -33,7 +33,10 @@ _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 
 # Kind of method -> mode -> why it is refused there, although its hooks alone would not show it, and what to do.
 READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "l2p": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")},
+    **{
+        kind: {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")}
+        for kind in ("l2p", "moe_lora", "sapt_lora")
+    },
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads no weights.")},
 }
 # Hook that a method overrides -> why it is refused under DeepSpeed.

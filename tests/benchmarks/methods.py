@@ -36,8 +36,10 @@ from hf_continual import (
     ContinualConfig,
     ContinualTrainer,
     GradientProjection,
+    MoELoRA,
     OLoRA,
     RecAdam,
+    SAPTLoRA,
     TaskVector,
     TaSL,
 )
@@ -54,6 +56,9 @@ MAKE: dict[str, Any] = {
     "gradient_projection": lambda rows: GradientProjection(runs=1, steps=1, layers="all"),
     "task_vector": lambda rows: TaskVector(),
     "l2p": lambda rows: L2P(),
+    "moe_lora, by task": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8),
+    "moe_lora, by token": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8, gate="token"),
+    "sapt_lora": lambda rows: SAPTLoRA(lora_alpha=8),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }
@@ -115,11 +120,12 @@ def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], flo
         trainer: Any = SFTTrainer(path, SFTConfig(**settings), peft_config=lora, **common)
     else:
         start, predecessor = path, None
-        if name.startswith(("ewc", "o_lora", "tasl")):
-            start = first(name.split(",")[0], path, folder, settings, common, lora)
+        own = name.startswith(("moe_lora", "sapt_lora"))
+        if name.startswith(("ewc", "o_lora", "tasl", "sapt_lora")):
+            start = first(name.split(",")[0], path, folder, settings, common, None if own else lora)
         if name.endswith("merged"):
             start, predecessor = path, start
-        new = not name.startswith(("ewc", "tasl", "l2p"))  # the last brings its own modules
+        new = not own and not name.startswith(("ewc", "tasl", "l2p"))  # l2p supplies its own modules
         trainer = ContinualTrainer(
             start, ContinualConfig(**settings, predecessor=predecessor), peft_config=lora if new else None,
             methods=[MAKE[name](rows)], **common,

@@ -11,7 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_continual
-from hf_continual import L2P, ContinualConfig, ContinualTrainer, load_prompt_pool, merge, train_stream
+from hf_continual import (
+    L2P,
+    ContinualConfig,
+    ContinualTrainer,
+    MoELoRA,
+    SAPTLoRA,
+    load_prompt_pool,
+    merge,
+    train_stream,
+)
 from hf_continual.atomic_files import read_json
 from hf_continual.evaluation.choices import log_likelihoods
 from hf_continual.evaluation.exact_match import generated, teacher_forced
@@ -28,7 +37,11 @@ from tests.first_hour.typed import typed
 from tests.stream import world
 
 # A kind's method, as the toy world trains it: a new kind is tested by a line here.
-TRAINED = {"PROMPT_POOL": lambda: L2P(pool=4, length=2, top=2, weight=0.5)}
+TRAINED = {
+    "PROMPT_POOL": lambda: L2P(pool=4, length=2, top=2, weight=0.5),
+    "MOE_LORA": lambda: MoELoRA(experts=2, gate="token", r=4, top_k=1),
+    "SAPT_LORA": lambda: SAPTLoRA(r=2, hidden=6, kept=4),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)

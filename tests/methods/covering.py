@@ -50,6 +50,11 @@ def own_modules(names: Sequence[str]) -> bool:
     return any(overrides(method_class(name), "adapter") for name in names)
 
 
+def choose_by_row(names: Sequence[str]) -> bool:
+    """Whether modules that one of the methods brings choose for a row as a whole, so that rows cannot be packed."""
+    return any(getattr(module(n).example(None).adapter(), "chooses_by_row", False) for n in names)
+
+
 def allowed(names: Sequence[str]) -> bool:
     """Whether methods can be in one run: at most one supplies an optimizer, or modules in place of weights that others need."""
     one_each = all(sum(overrides(method_class(n), call) for n in names) <= 1 for call in ("optimizer", "adapter"))
