@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.lamol import LAMOL
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
@@ -78,6 +79,7 @@ _FACE = {
     "TaSL": "hf_continual.methods.tasl",
     "GradientProjection": "hf_continual.methods.gradient_projection",
     "TaskVector": "hf_continual.methods.task_vector",
+    "LAMOL": "hf_continual.methods.lamol",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -121,6 +123,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "TaSL",
     "GradientProjection",
     "TaskVector",
+    "LAMOL",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -115,12 +115,14 @@ class AddedRows:
         per_batch: Their number in each micro-batch of each process, or None.
         weight: Weight of one of their tokens in the loss.
         max_length: Tokens of such a row at which the method cuts it, or None.
+        paired: Rows that join each row of the task, of about its length.
     """
 
     ratio: float | None = None
     per_batch: int | None = None
     weight: float = 1.0
     max_length: int | None = None
+    paired: int = 0
 
 
 class Method:

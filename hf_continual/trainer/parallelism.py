@@ -33,6 +33,7 @@ _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 # Kind of method -> way of training -> why it is refused there though what it overrides would not tell, and what to do.
 READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads none.")},
+    "lamol": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or LAMOL(gamma=0), which writes no samples.")},
 }
 # What a method overrides -> why it is refused under DeepSpeed.
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}

@@ -139,7 +139,7 @@ class TrainerRun:
                 "A method asks for the task's own rows, and they are a stream, which has no end and cannot be read twice in "
                 "the same order. Load them as a Dataset, or drop the method."
             )
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels", "seq_lengths") if c in rows.column_names])
         return kept
 
     def passes(
