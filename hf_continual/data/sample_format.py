@@ -169,17 +169,13 @@ def format_of(
             f"the other, so they could not be told apart. Give others: gen_marker=..., answer_marker=...."
         )
     shown: Any = rows[0]
-    parts = question_and_answer(shown["input_ids"][: _first_length(shown)], shown["labels"][: _first_length(shown)])
     ends = set(end_tokens(model, tokenizer))
-    if parts is not None and parts[1][-1] in added_tokens(tokenizer).special:
-        ends.add(parts[1][-1])
+    last = next((label for label in reversed(shown["labels"]) if label != IGNORED), None)
+    if last in added_tokens(tokenizer).special:  # such as the end of a turn, which may not be the tokenizer's end
+        ends.add(last)
     first = tokenizer.bos_token_id if shown["input_ids"][:1] == [tokenizer.bos_token_id] else None
     limits = [n for n in (max_length, most_tokens(model)) if n is not None]
     return SampleFormat(one, other, first, frozenset(ends), min(limits, default=None))
-
-
-def _first_length(row: Any) -> int:
-    return (row.get("seq_lengths") or [len(row["input_ids"])])[0]
 
 
 def documents(rows: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
