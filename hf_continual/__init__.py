@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
     from hf_continual.methods.lamol import LAMOL
+    from hf_continual.methods.lfpt5 import LFPT5
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
@@ -80,6 +81,7 @@ _FACE = {
     "GradientProjection": "hf_continual.methods.gradient_projection",
     "TaskVector": "hf_continual.methods.task_vector",
     "LAMOL": "hf_continual.methods.lamol",
+    "LFPT5": "hf_continual.methods.lfpt5",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -124,6 +126,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "GradientProjection",
     "TaskVector",
     "LAMOL",
+    "LFPT5",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

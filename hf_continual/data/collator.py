@@ -85,8 +85,13 @@ class PairRows:
         """Collate; the paired rows belong to their source and are not among the counted tokens of the task."""
         batch = {**self.collate(rows)}
         count = batch.pop(TASK_TOKENS, None)
-        made = [(k, pair(*document)) for k, pair in self.pairs for row in rows for document in _documents(row)]
-        merged = self.join.merge(batch, [(k, -1, row) for k, row in made if row is not None])
+        made = [
+            (k, int(row.get(ROW, -1)), pair(*document))
+            for k, pair in self.pairs
+            for row in rows
+            for document in _documents(row)
+        ]
+        merged = self.join.merge(batch, [(k, place, row) for k, place, row in made if row is not None])
         return merged if count is None else {**merged, TASK_TOKENS: count}
 
 

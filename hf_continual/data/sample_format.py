@@ -25,7 +25,7 @@ from hf_continual.tensors.reference import most_tokens
 
 Tokens = Sequence[int]
 IGNORED = -100  # label of a token that is not trained
-Flaw = Literal["no end", "no answer", "several answers", "empty", "a marker inside"]
+Flaw = Literal["no end", "no answer", "several answers", "empty", "a marker inside", "too long"]
 
 
 def places_of(part: Tokens, tokens: Tokens | np.ndarray) -> list[int]:
@@ -117,6 +117,8 @@ class SampleFormat:
         if end is None:
             return "no end"
         body = list(written[: end + 1])
+        if self.most is not None and len(self.opening) + len(body) > self.most:
+            return "too long"
         if places_of(self.generate, body):
             return "a marker inside"
         places = places_of(self.answer, body)

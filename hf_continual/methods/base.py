@@ -53,8 +53,8 @@ class Forward:
         taps: Outputs of the modules named in `Method.taps`, by that name.
         source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding. Virtual tokens of
             prompt learning stand in front of each row, here and in all other shapes, as padding.
-        row_BS: Index of the token's row within its replay source; of a task token within `Run.task_rows`, where a method
-            asks for it (`Method.reads_row_ids`), else -1; -1 for padding.
+        row_BS: Index of the token's row within its replay source; of a task token, and of a row that is paired with it, within
+            `Run.task_rows`, where a method asks for it (`Method.reads_row_ids`), else -1; -1 for padding.
         offset_BS: Position of the token within that row; -1 where `row_BS` is.
         sources: Names of the replay sources; `source_BS` indexes this tuple.
         tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by

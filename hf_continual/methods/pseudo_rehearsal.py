@@ -66,6 +66,7 @@ class PseudoRehearsal(Method):
     _survey: Survey = field(default_factory=Survey, init=False, repr=False, compare=False)
     _past: State = field(default_factory=dict, init=False, repr=False, compare=False)
     _pseudo: list[dict[str, list[int]]] | None = field(default=None, init=False, repr=False, compare=False)
+    _first: int = field(default=0, init=False, repr=False, compare=False)  # place of the first sample among the rows
     _counts: Counts | None = field(default=None, init=False, repr=False, compare=False)
     _unfinished: Unfinished | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -162,6 +163,7 @@ class PseudoRehearsal(Method):
             self._pseudo = self._write(run)
         if not self._pseudo:
             return rows
+        self._first = len(rows)
         kept: Any = rows.select_columns([c for c in ("input_ids", "labels", "seq_lengths") if c in rows.column_names])
         columns = {c: [row[c] for row in self._pseudo] for c in ("input_ids", "labels")}
         if "seq_lengths" in kept.column_names:

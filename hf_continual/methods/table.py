@@ -31,6 +31,7 @@ TABLE: dict[str, str] = {
     "gradient_projection": "hf_continual.methods.gradient_projection:GradientProjection",
     "task_vector": "hf_continual.methods.task_vector:TaskVector",
     "lamol": "hf_continual.methods.lamol:LAMOL",
+    "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
 }
 
 
