@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,9 @@ def sample(
     ids = torch.tensor([list(opening)] * number, device=device)
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng(), torch.inference_mode(), warnings.catch_warnings():
+            # PEFT says so for each token behind a soft prompt; without padding positions are what they would be anyway.
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
             torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
             written = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=how.top_k,

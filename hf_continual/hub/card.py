@@ -155,7 +155,8 @@ def _method_text(facts: CardFacts) -> str:
     if not lines and facts.merge is None:
         lines.append("No method against forgetting: plain sequential fine-tuning.")
     if facts.adapter:
-        lines.append(f"- LoRA: {tables.options_text({k: v for k, v in facts.adapter.items() if k != 'quantization'})}")
+        options = {k: v for k, v in facts.adapter.items() if k not in ("kind", "quantization")}
+        lines.append(f"- {facts.adapter.get('kind', 'LoRA')}: {tables.options_text(options)}")
         if quantization := facts.adapter.get("quantization"):
             lines.append(f"- The base was quantised while this was trained: {tables.options_text(quantization)}")
     run = []

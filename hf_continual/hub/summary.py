@@ -10,7 +10,7 @@ from hf_continual.tasks import Task
 def summary(facts: CardFacts) -> str:
     """Two sentences from the numbers: what it learnt, from what, by which method; what it knows and forgot."""
     names = [t.name for t in facts.tasks]
-    kind = "A LoRA adapter" if facts.kind == "adapter" else "A language model"
+    kind = f"A {facts.adapter.get('kind', 'LoRA')} adapter" if facts.kind == "adapter" else "A language model"
     start = facts.base.shown if facts.base.hub_id or facts.base.name else "a local base model"
     if facts.merge is not None:
         inputs = len(facts.merge.inputs)

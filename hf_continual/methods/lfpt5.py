@@ -31,6 +31,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_continual.bounds import between
+from hf_continual.data.replay import ReplayRows
 from hf_continual.methods.base import Forward, Run
 from hf_continual.methods.pseudo_rehearsal import PseudoRehearsal
 from hf_continual.paper import Paper
@@ -114,6 +115,15 @@ class LFPT5(PseudoRehearsal):
                 "Give peft_config=PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=100).",
                 f"an adapter ({type(model.active_peft_config).__name__})" if hasattr(model, "active_peft_config") else "the model",
             )  # fmt: skip
+
+    def replay(self, run: Run) -> ReplayRows | None:
+        """The second row of each pair; refuses packed rows, of which the first alone would have the prompt before it."""
+        if virtual_tokens(run.model) and "seq_lengths" in run.task_rows.column_names:
+            raise ValueError(
+                "LFPT5: the rows are packed, and PEFT puts a soft prompt before the first row of a pack only: the others would be "
+                "learned without it. Set packing=False."
+            )
+        return super().replay(run)
 
     def edit_rows(self, run: Run, rows: Dataset) -> Dataset:
         """Add the samples, and record what the model says about them before the first step."""
