@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_continual import (
     EWC,
+    LAMOL,
     MIGU,
     ContinualConfig,
     ContinualTrainer,
@@ -52,6 +53,7 @@ MAKE: dict[str, Any] = {
     "tasl": lambda rows: TaSL(),
     "gradient_projection": lambda rows: GradientProjection(runs=1, steps=1, layers="all"),
     "task_vector": lambda rows: TaskVector(),
+    "lamol": lambda rows: LAMOL(gamma=0, gen_marker="w57", answer_marker="w58"),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 
-from hf_continual import LAMOL, ContinualConfig, ContinualTrainer, Forward, Replay
+from hf_continual import LAMOL, ContinualConfig, ContinualTrainer, Forward, Replay, train_stream
 from hf_continual.data import handover
 from hf_continual.methods import pseudo_samples
+from hf_continual.stream.dry_run import _micro_batch
 from hf_continual.trainer.trainer_run import TrainerRun
 from tests import toy
+from tests.stream import world
 
 ZERO_TOLERANCE = 0.0
 NEEDS_PREDECESSOR = True
@@ -436,3 +439,24 @@ def test_the_run_tells_packed_rows_apart(tmp_path):
         "seq_lengths",
     ]
     assert only(trainer)._survey.rows == 6
+
+
+BATCH = {"per_device_train_batch_size": 4, "max_length": 64, "packing": False, "padding_free": False}
+
+
+def test_a_plan_hands_over_and_foretells_twice_the_rows(tmp_path):
+    """Two tasks of a plan, an adapter trained further; the dry run counts the row beside each row."""
+    plan = world.make(
+        tmp_path, peft={"r": 2, "target_modules": "all-linear"}, methods=[{"lamol": {**SHORTER, "gamma": 0.5}}]
+    )
+    plan["tasks"] = plan["tasks"][:2]
+    added, tokens = _micro_batch(SimpleNamespace(**BATCH), [lamol().added_rows()], 10, 0.0)
+    assert (added, tokens) == (4, 80)
+    train_stream(plan)
+    (folder,) = [
+        p.parents[1]
+        for p in (tmp_path / "out").rglob("continual/lamol.json")
+        if "t1" in str(p) and "checkpoint" not in str(p)
+    ]
+    left = handover.state_of(handover.read(folder), "lamol")
+    assert left["tasks"] == ["t0", "t1"] and left["reports"][0]["written"] == 4
