@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
     from hf_continual.methods.l2p import L2P
+    from hf_continual.methods.lamol import LAMOL
+    from hf_continual.methods.lfpt5 import LFPT5
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.o_lora import OLoRA
@@ -89,6 +91,8 @@ _FACE = {
     "load_prompt_pool": "hf_continual.inference.loading",
     "load_moe_lora": "hf_continual.inference.loading",
     "load_sapt_lora": "hf_continual.inference.loading",
+    "LAMOL": "hf_continual.methods.lamol",
+    "LFPT5": "hf_continual.methods.lfpt5",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -138,6 +142,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "load_prompt_pool",
     "load_moe_lora",
     "load_sapt_lora",
+    "LAMOL",
+    "LFPT5",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -7,13 +7,15 @@ not depend on sampling, workers, streaming, packing and prefetching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from hf_continual.data.replay import Pair
 
 ORIGIN = "replay_origin"  # key of the origin maps in a merged batch
 TASK_TOKENS = "task_tokens"  # key of the host-side token count in a task batch
@@ -63,6 +65,42 @@ class NameRows:
         flattened = batch["input_ids"].shape[0] == 1 and len(rows) > 1  # one row is one row either way
         named = [(-1, int(row[ROW]), tokens) for row, tokens in zip(rows, plain, strict=True)]
         return {**batch, ORIGIN: token_maps(batch, named, flattened, "the task's rows")}
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """A collator that puts beside each of the task's rows those that methods pair with it; a packed row has several.
+
+    Args:
+        collate: The collator that does the work.
+        join: Puts the rows into the batch.
+        pairs: ``(source, function)``, see `ReplayRows.pair`.
+    """
+
+    collate: Callable[[Rows], dict[str, Any]]
+    join: ReplayCollator
+    pairs: Sequence[tuple[int, Pair]]
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """Collate; the paired rows belong to their source and are not among the counted tokens of the task."""
+        batch = {**self.collate(rows)}
+        count = batch.pop(TASK_TOKENS, None)
+        made = [
+            (k, int(row.get(ROW, -1)), pair(*document))
+            for k, pair in self.pairs
+            for row in rows
+            for document in _documents(row)
+        ]
+        merged = self.join.merge(batch, [(k, place, row) for k, place, row in made if row is not None])
+        return merged if count is None else {**merged, TASK_TOKENS: count}
+
+
+def _documents(row: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Tokens and labels of a row, or of each row that was packed into it."""
+    start = 0
+    for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+        yield row["input_ids"][start : start + length], row["labels"][start : start + length]
+        start += length
 
 
 def token_maps(
@@ -186,7 +224,7 @@ class ReplayCollator:
         axis = 1 if self.flattened else 0
         merged[ORIGIN] = {
             **{k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills},
-            "drawn": [(source, index, len(row["input_ids"])) for source, index, row in drawn],
+            "drawn": [*origin.get("drawn", ()), *((k, index, len(row["input_ids"])) for k, index, row in drawn)],
         }
         return merged
 

@@ -9,6 +9,7 @@ counters, and no random number generator of the run is touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset
 
 RowType = Literal["same", "text", "prompt_completion", "messages", "tokenized"]
+Pair = Callable[["Sequence[int]", "Sequence[int]"], "dict[str, list[int]] | None"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class ReplayRows:
         weight: Weight of a replayed token in the token mean that is the loss; a task token has 1.
         row_type: ``"same"`` requires rows of the task's type; any other value declares that the rows are
             of that type on purpose.
+        pair: In place of draws: makes of each row of the task (`input_ids`, `labels`) the row that joins it in its
+            micro-batch, or None. `rows` are then a few of these, on which the collator is tried. Data loader workers
+            call it, so it must be a pure function that can be pickled.
     """
 
     rows: Dataset
@@ -41,6 +44,7 @@ class ReplayRows:
     per_batch: int | None = None
     weight: float = 1.0
     row_type: RowType = "same"
+    pair: Pair | None = None
 
 
 def owed_per_token(ratios: Sequence[float | None]) -> list[float | None]:

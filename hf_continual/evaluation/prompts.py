@@ -16,6 +16,7 @@ from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, message_text, trained_tokens
 from hf_continual.progress import counting
 from hf_continual.tensors.head import logits_function, plain_model
+from hf_continual.tensors.reference import virtual_tokens
 
 Item = TypeVar("Item")
 
@@ -127,6 +128,57 @@ def decoder(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
 
     Returns:
         The part below the head, and a function from its hidden states to logits, with the scaling and capping
-        that some families apply after the head (Cohere, Granite, Gemma 2 and later).
+        that some families apply after the head (Cohere, Granite, Gemma 2 and later). A soft prompt stands before every
+        row and is not among the hidden states.
+
+    Raises:
+        ValueError: If the adapter keeps its virtual tokens in a cache (prefix tuning).
     """
-    return plain_model(model).base_model, logits_function(model)
+    body = plain_model(model).base_model
+    return _AfterPrompt(model, body) if virtual_tokens(model) else body, logits_function(model)
+
+
+class _AfterPrompt:
+    """The part below the head of a model with a soft prompt, which only PEFT's own forward would put before the rows.
+
+    Args:
+        model: The model with its adapter.
+        body: The part below its head.
+
+    Raises:
+        ValueError: See `decoder`.
+    """
+
+    def __init__(self, model: Any, body: Any) -> None:
+        self.body, self.tokens = body, virtual_tokens(model)
+        kept = model.get_prompt(batch_size=1)
+        if not isinstance(kept, Tensor):
+            kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+            raise ValueError(
+                f"the adapter is of the kind {kind}, whose virtual tokens are keys and values and not embeddings; it cannot be "
+                f"scored here. Train a soft prompt (PromptTuningConfig) or LoRA instead."
+            )
+        self.prompt_1PD, self.embed = kept, body.get_input_embeddings()
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> Any:
+        """Hidden states of the tokens given; the prompt goes first where there is no cache yet."""
+        seen = attention_mask.new_ones(attention_mask.shape[0], self.tokens)
+        mask_BS = torch.cat([seen, attention_mask], dim=1)
+        places = None if position_ids is None else position_ids + self.tokens
+        options = {"attention_mask": mask_BS, "past_key_values": past_key_values, "use_cache": use_cache}
+        if past_key_values is not None:
+            return self.body(input_ids=input_ids, position_ids=places, **options)
+        if places is not None:
+            places = torch.cat([seen.cumsum(1) - 1, places], dim=1)
+        words_BSD = self.embed(input_ids)
+        prompt_BPD = self.prompt_1PD.to(words_BSD.dtype).expand(len(input_ids), -1, -1)
+        out = self.body(inputs_embeds=torch.cat([prompt_BPD, words_BSD], dim=1), position_ids=places, **options)
+        out.last_hidden_state = out.last_hidden_state[:, self.tokens :]
+        return out

@@ -19,8 +19,8 @@ def method_text(facts: CardFacts) -> str:
     if not lines and facts.merge is None:
         lines.append("No method against forgetting: plain sequential fine-tuning.")
     if facts.adapter:
-        shown = {k: v for k, v in facts.adapter.items() if k not in ("quantization", "kind")}
-        lines.append(f"- {kind_title(facts) or 'LoRA'}: {tables.options_text(shown)}")
+        shown = {k: v for k, v in facts.adapter.items() if k not in ("quantization", "kind", "peft")}
+        lines.append(f"- {kind_title(facts) or facts.adapter.get('peft', 'LoRA')}: {tables.options_text(shown)}")
         if quantization := facts.adapter.get("quantization"):
             lines.append(f"- The base was quantised during training: {tables.options_text(quantization)}")
     run = []

@@ -25,7 +25,7 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
     if facts.merge is not None:
         tags += ["merge", facts.merge.method]
     if facts.kind == "adapter" and "kind" not in facts.adapter:
-        tags.append("lora")
+        tags.append(str(facts.adapter.get("peft", "lora")).replace(" ", "-"))
     tags += facts.tags
     datasets = dict.fromkeys(t.dataset for t in facts.tasks if is_hub_id(t.dataset))
     index = model_index(facts)

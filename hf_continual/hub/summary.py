@@ -11,7 +11,7 @@ from hf_continual.tasks import Task
 def summary(facts: CardFacts) -> str:
     """Two sentences from the numbers: what it learned, from what, by which method; what it knows and forgot."""
     names = [t.name for t in facts.tasks]
-    kind = "A LoRA adapter" if facts.kind == "adapter" else "A language model"
+    kind = f"A {facts.adapter.get('peft', 'LoRA')} adapter" if facts.kind == "adapter" else "A language model"
     if (own := facts.adapter.get("kind")) is not None:
         kind = f"{NAMES[own].title[0].upper()}{NAMES[own].title[1:]} for a frozen language model"
     start = facts.base.shown if facts.base.hub_id or facts.base.name else "a local base model"

@@ -24,8 +24,8 @@ class Forward:
         taps: Outputs of the modules named in `Method.taps`, by that name.
         source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding. Virtual tokens of
             prompt learning precede each row as padding, here and in all other shapes.
-        row_BS: Index of the token's row within its replay source; for a task token within `Run.task_rows`, if a method
-            asks for it (`Method.reads_row_ids`), otherwise -1; -1 for padding.
+        row_BS: Index of the token's row within its replay source; for a task token, and for a row paired with it, within
+            `Run.task_rows`, if a method asks for it (`Method.reads_row_ids`), otherwise -1; -1 for padding.
         offset_BS: Position of the token within that row; -1 where `row_BS` is -1.
         sources: Names of the replay sources; `source_BS` indexes this tuple.
         tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by
@@ -86,9 +86,11 @@ class AddedRows:
         per_batch: Their number in each micro-batch of each process, or None.
         weight: Weight of each of their tokens in the loss.
         max_length: Number of tokens to which the method truncates such a row, or None.
+        paired: Number of rows that join each row of the task, of about its length.
     """
 
     ratio: float | None = None
     per_batch: int | None = None
     weight: float = 1.0
     max_length: int | None = None
+    paired: int = 0

@@ -123,6 +123,8 @@ class Run(Protocol):
     def task_rows(self) -> Dataset:
         """The task's own rows as trained: `input_ids` and `labels`; a row's index is its id.
 
+        Rows that were packed also have `seq_lengths`, the tokens of each row within.
+
         Raises ValueError for streamed rows, which have no end and no order that can be read twice.
         """
 

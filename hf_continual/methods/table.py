@@ -33,6 +33,8 @@ TABLE: dict[str, str] = {
     "l2p": "hf_continual.methods.l2p:L2P",
     "moe_lora": "hf_continual.methods.moe_lora:MoELoRA",
     "sapt_lora": "hf_continual.methods.sapt_lora:SAPTLoRA",
+    "lamol": "hf_continual.methods.lamol:LAMOL",
+    "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
 }
 
 

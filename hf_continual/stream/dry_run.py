@@ -114,7 +114,7 @@ def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: flo
     rows = args.per_device_train_batch_size
     widest = max([longest, *(m.max_length or longest for m in mixed)])
     widest = min(widest, args.max_length or widest)
-    added = sum(m.per_batch or 0 for m in mixed)
+    added = sum(m.per_batch or m.paired * rows for m in mixed)
     owed = rows * longest * share / (1 - share)
     if args.packing or args.padding_free:
         return added, round(rows * longest + owed + added * widest)

@@ -45,14 +45,16 @@ def logit_divergence(
     reference_TD: Tensor,
     head: Callable[[Tensor], Tensor],
     reference_head: Callable[[Tensor], Tensor] | Tensor,
+    temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """KL of the reference's next-token distribution from the model's, mean over tokens, at temperature 2.
+    """KL of the reference's next-token distribution from the model's, mean over tokens.
 
     Args:
         hidden_TD: Last hidden states of the model.
         reference_TD: Those of the reference.
         head: Logits of the model's hidden states, including the family's scaling and cap (`logits_function`).
         reference_head: The same for the reference; or its weight (V, D), if its logits are the plain product.
+        temperature: Divisor of both logits.
 
     Returns:
         Mean over tokens of sum_v p_v (log p_v - log q_v), p the reference. Logits exist for 256 tokens at a time.
@@ -61,8 +63,8 @@ def logit_divergence(
     reference: Any = partial(_product, reference_head) if isinstance(reference_head, Tensor) else reference_head
 
     def tile(z: Tensor, h: Tensor) -> Tensor:
-        wanted = log_softmax(reference(h).float() / TEMPERATURE, dim=-1)
-        return kl_div(log_softmax(head(z).float() / TEMPERATURE, dim=-1), wanted, reduction="sum", log_target=True)
+        wanted = log_softmax(reference(h).float() / temperature, dim=-1)
+        return kl_div(log_softmax(head(z).float() / temperature, dim=-1), wanted, reduction="sum", log_target=True)
 
     total = torch.zeros((), device=hidden_TD.device)
     for z, h in zip(hidden_TD.split(TILE), reference_TD.split(TILE), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 
 import hf_continual.inference.kinds  # noqa: F401 - makes its kinds known to PEFT
 from hf_continual.tensors.concatenate import concatenate_adapters
@@ -41,7 +49,22 @@ def adapter_on(base: Any, folder: Path, **options: Any) -> PeftModel:
     config = PeftConfig.from_pretrained(str(folder))
     # The recorded path of the base may be out of date, and PEFT reads it.
     config.base_model_name_or_path = base.name_or_path
+    if config.is_prompt_learning and options.get("is_trainable"):
+        return _trainable_prompt(base, folder, config)
     return PeftModel.from_pretrained(base, folder, config=config, **options)
+
+
+def _trainable_prompt(base: Any, folder: Path, config: Any) -> PeftModel:
+    """A soft prompt to be trained further, which PEFT 0.21 refuses to load: a new one is made and given its values."""
+    given, config = config, copy.copy(config)
+    config.inference_mode = False
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = "RANDOM"  # its words are not needed, and their tokenizer may not be there
+    model: Any = get_peft_model(base, config)
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = given.prompt_tuning_init
+    set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    return model
 
 
 def stacked(model: PeftModel, folder: Path, config: PeftConfig) -> PeftModel:

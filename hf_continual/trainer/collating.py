@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from hf_continual import private
-from hf_continual.data.collator import ROW, CountTokens, NameRows, ReplayCollator
+from hf_continual.data.collator import ROW, CountTokens, NameRows, PairRows, ReplayCollator
 
 if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer
@@ -126,6 +126,25 @@ def rows_named(trainer: LiveTrainer) -> Iterator[None]:
             yield
     finally:
         trainer.train_dataset, trainer.data_collator = seen, collate
+
+
+@contextmanager
+def rows_paired(trainer: LiveTrainer) -> Iterator[None]:
+    """A data loader that is made inside puts beside the task's rows those that methods pair with them.
+
+    Args:
+        trainer: The trainer.
+
+    Yields:
+        None: While its collator does so.
+    """
+    collate, mixer = trainer.data_collator, trainer.mixer
+    if mixer is not None and mixer.pairs:
+        trainer.data_collator = PairRows(collate, mixer.collator, mixer.pairs)
+    try:
+        yield
+    finally:
+        trainer.data_collator = collate
 
 
 def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from trl import SFTTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
@@ -173,13 +173,18 @@ def adapter_facts(model: Any) -> dict[str, Any]:
     config = next(iter(model.peft_config.values()))
     if isinstance(config, KindConfig):
         return {"kind": str(config.peft_type), **config.sizes}
-    modules = config.target_modules
-    found = {
-        "r": config.r,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "modules": sorted(modules) if isinstance(modules, set | list | tuple) else modules,
-    }
+    if isinstance(config, LoraConfig):
+        modules = config.target_modules
+        found: dict[str, Any] = {
+            "r": config.r,
+            "alpha": config.lora_alpha,
+            "dropout": config.lora_dropout,
+            "modules": sorted(modules) if isinstance(modules, set | list | tuple) else modules,
+        }
+    else:
+        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
+        found = {"peft": kind, "virtual_tokens": getattr(config, "num_virtual_tokens", None)}
+        found = {key: value for key, value in found.items() if value is not None}
     # Merging needs the base as the adapter saw it.
     quantization = getattr(model.get_base_model().config, "quantization_config", None)
     if quantization is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_continual.data.collator import ReplayCollator, task_tokens
+from hf_continual.data.collator import ORIGIN, ReplayCollator, task_tokens
 from hf_continual.data.replay import ReplayDraw, ReplayRows, owed_per_token
 from hf_continual.data.rows import row_lengths
 
@@ -56,13 +56,14 @@ class ReplayMixer:
                 seed=seed,
                 source=index,
                 owed_per_token=owed,
-                per_batch=source.per_batch,
+                per_batch=source.per_batch if source.pair is None else 0,
                 slots=accumulation * world_size,
             )
             for index, (source, prepared, owed) in enumerate(
                 zip(self.sources, rows, owed_per_token([s.ratio for s in self.sources]), strict=True)
             )
         ]
+        self.pairs = [(k, source.pair) for k, source in enumerate(self.sources) if source.pair is not None]
         self.settled = self._counted()
         # Sources with a fixed number of rows go first: the ratios count their tokens as given.
         self.order = sorted(range(len(self.draws)), key=lambda i: self.draws[i].per_batch is None)
@@ -85,6 +86,9 @@ class ReplayMixer:
             drawn: list[tuple[int, int, dict[str, Any]]] = []
             per_source = [0] * len(self.draws)
             fixed = 0
+            for source, _, length in batch.get(ORIGIN, {}).get("drawn", ()):  # paired with the task's rows
+                per_source[source] += length
+                self.draws[source].counters[slot] += (0, length, 1)
             for source in self.order:
                 draw = self.draws[source]
                 for row in draw.draw(slot, tokens, fixed):
@@ -132,6 +136,9 @@ class ReplayMixer:
             self.names, self.sources, self.draws, totals.tolist(), strict=True
         ):
             share = replayed / max(mix, 1)
+            if source.pair is not None:
+                logger.info("%s: %d rows with %d tokens were trained beside the task's.", name, rows, replayed)
+                continue
             logger.info(
                 "%s: %d rows with %d tokens were replayed, %.2f %% of %d tokens; each of its %d rows was seen %.1f "
                 "times.",

@@ -27,6 +27,7 @@ WEIGHTS = ("full", "LoRA", "4-bit LoRA")
 _ENGINE = "changes gradients or weights between backward and step, and DeepSpeed does both inside its engine"
 _FLAT = "supplies an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
 _SPREAD = "reads the weights before training, and ZeRO-3 has sharded them over the processes by then"
+_HEAD = "computes logits with the whole language-model head, and FSDP shards it over the processes"
 _FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
 _OUTSIDE = "runs forward passes between steps, outside the engine that gathers spread weights"
 _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
@@ -38,6 +39,12 @@ READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         for kind in ("l2p", "moe_lora", "sapt_lora")
     },
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads no weights.")},
+    "lamol": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or LAMOL(gamma=0), which writes no samples.")},
+    "lfpt5": {
+        "FSDP1": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),
+        "FSDP2": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),
+        "ZeRO-3": (_SPREAD, "Use ZeRO-2 or DDP, or LFPT5(gamma=0), which writes no samples."),
+    },
 }
 # Hook that a method overrides -> why it is refused under DeepSpeed.
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
@@ -64,9 +71,10 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
         Reason and remedy, as parts of a sentence.
     """
     found = _by_what_it_does(type(method), mode)
-    if found is None and mode == "ZeRO-3" and method.reads_reference():
-        known = READS_WEIGHTS.get(kind_of(type(method)), {}).get(mode)
-        return known or (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")
+    if found is None and method.reads_reference():
+        found = READS_WEIGHTS.get(kind_of(type(method)), {}).get(mode)
+        if found is None and mode == "ZeRO-3":
+            return _SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method."
     return found
 
 

@@ -20,7 +20,7 @@ from hf_continual.methods.base import Forward, Method
 from hf_continual.methods.compose import Methods
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over, own_modules
-from hf_continual.trainer.collating import rows_named, tokens_counted
+from hf_continual.trainer.collating import rows_named, rows_paired, tokens_counted
 from hf_continual.trainer.config import ContinualConfig, methods_of
 from hf_continual.trainer.hooks import MethodHooks
 from hf_continual.trainer.ledger import Ledger
@@ -190,7 +190,7 @@ class ContinualTrainer(SavingTrainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """SFTTrainer's data loader, which also counts tokens and names rows if methods need it."""
-        with rows_named(self), tokens_counted(self):
+        with rows_named(self), tokens_counted(self), rows_paired(self):
             return super().get_train_dataloader()
 
     def get_batch_samples(

@@ -157,7 +157,7 @@ class TrainerRun:
                 "A method asks for the task's own rows, but they are a stream, which has no end and cannot be read twice in "
                 "the same order. Load them as a Dataset, or drop the method."
             )
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        kept: Any = rows.select_columns([c for c in ("input_ids", "labels", "seq_lengths") if c in rows.column_names])
         return kept
 
     def passes(

@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_continual import (
     EWC,
     L2P,
+    LAMOL,
     MIGU,
     ContinualConfig,
     ContinualTrainer,
@@ -59,6 +60,7 @@ MAKE: dict[str, Any] = {
     "moe_lora, by task": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8),
     "moe_lora, by token": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8, gate="token"),
     "sapt_lora": lambda rows: SAPTLoRA(lora_alpha=8),
+    "lamol": lambda rows: LAMOL(gamma=0, gen_marker="w57", answer_marker="w58"),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_continual.data.collator import ORIGIN, CountTokens, ReplayCollator, task_tokens
+from hf_continual.data.collator import ORIGIN, CountTokens, NameRows, PairRows, ReplayCollator, task_tokens
 
 TASK = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
 LONG = {"input_ids": [11, 12, 13, 14, 15], "labels": [-100, 12, 13, 14, 15]}
@@ -113,3 +113,33 @@ def test_what_cannot_be_stacked_is_named():
 
     with pytest.raises(ValueError, match="'names'"):
         ReplayCollator(collate, False, 0).merge(collate(TASK), [(0, 0, LONG)])
+
+
+def twice(tokens, labels):
+    """A row beside another: its tokens again with one in front; none beside a single token."""
+    return {"input_ids": [99, *tokens], "labels": [-100, *tokens]} if len(tokens) > 1 else None
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_rows_are_paired_within_their_batch(flattened):
+    collate = collator(padding_free=flattened)
+    batch = PairRows(CountTokens(NameRows(collate)), ReplayCollator(collate, flattened, 0), [(2, twice)])(
+        [{**row, "task_row": place} for row, place in zip(TASK, (7, 8), strict=True)]
+    )
+    origin = batch[ORIGIN]
+    assert task_tokens(batch) == 4  # of the task
+    assert origin["drawn"] == [(2, 7, 4)]  # beside row 7
+    paired = origin["source"] == 2
+    assert batch["input_ids"][paired].tolist() == [99, 5, 6, 7]
+    assert origin["offset"][paired].tolist() == [0, 1, 2, 3] and set(origin["row"][paired].tolist()) == {7}
+    merged = ReplayCollator(collate, flattened, 0).merge(batch, [(0, 3, LONG)])
+    assert merged[ORIGIN]["drawn"] == [(2, 7, 4), (0, 3, 5)]
+
+
+def test_each_row_of_a_pack_has_its_pair():
+    collate = collator(padding_free=True)
+    packed = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [2, 2]}]
+    batch = PairRows(collate, ReplayCollator(collate, True, 0), [(0, twice)])(packed)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 99, 5, 6, 99, 7, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1, 2, 0, 1, 2]]
+    assert batch[ORIGIN]["drawn"] == [(0, -1, 3), (0, -1, 3)]

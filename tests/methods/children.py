@@ -15,6 +15,8 @@ from trl import SFTConfig
 from hf_continual import (
     EWC,
     KIF,
+    LAMOL,
+    LFPT5,
     MIGU,
     ContinualTrainer,
     FreezeLayers,
@@ -41,13 +43,15 @@ def methods():
 
 
 def baselines():
-    """Those that need no adapter; for EWC and TaSL, what a first task does."""
+    """Those that need no adapter; for EWC, TaSL, LAMOL and LFPT5, what a first task does."""
     return [
         EWC(rows=8),
         MIGU(first_task=True),
         TaSL(),
         GradientProjection(runs=1, steps=2, since=0),
         TaskVector(at=3),
+        LAMOL(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
+        LFPT5(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
     ]
 
 

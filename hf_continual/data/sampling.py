@@ -1,0 +1,80 @@
+"""Samples drawn from a model: one batch as a pure function of weights, opening and seed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_continual.ends import padding_token
+from hf_continual.tensors.reference import most_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn.
+
+    Args:
+        max_new_tokens: Most tokens of a sample.
+        top_k: Tokens that are drawn from, the likeliest; 0 draws from all.
+        repetition_penalty: Above 1 makes tokens that were written less likely.
+    """
+
+    max_new_tokens: int
+    top_k: int = 20
+    repetition_penalty: float = 1.0
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    opening: Sequence[int],
+    number: int,
+    seed: Sequence[int],
+    how: Sampling,
+    ends: frozenset[int],
+) -> list[list[int]]:
+    """Let a model continue an opening several times, as one batch: a pure function of weights, arguments and seed.
+
+    The random numbers of the run are not touched, and the training mode is restored.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        opening: Sequence[int] to continue.
+        number: How many continuations.
+        seed: Numbers that seed the draws.
+        how: How they are drawn.
+        ends: Tokens that end one.
+
+    Returns:
+        The new tokens of each, up to and with its end where it has one.
+    """
+    device, training = model.get_input_embeddings().weight.device, model.training
+    room, pad = most_tokens(model), padding_token(tokenizer)
+    most = how.max_new_tokens if room is None else max(min(how.max_new_tokens, room - len(opening)), 1)
+    ids = torch.tensor([list(opening)] * number, device=device)
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.inference_mode(), warnings.catch_warnings():
+            # PEFT says so for each token behind a soft prompt; without padding positions are what they would be anyway.
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
+            torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+            written = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=how.top_k,
+                top_p=1.0, repetition_penalty=how.repetition_penalty, max_new_tokens=most, pad_token_id=pad,
+                eos_token_id=sorted(ends) or None,
+            )  # fmt: skip
+    finally:
+        model.train(training)
+    return [up_to_end(tokens, ends) for tokens in written[:, len(opening) :].tolist()]
+
+
+def up_to_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    """Tokens up to and with the first end; all of them where there is none."""
+    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+    return tokens[: end + 1]

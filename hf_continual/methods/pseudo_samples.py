@@ -1,0 +1,100 @@
+"""Samples of earlier tasks written before the first step: the same on one process and on several, and after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_continual.data.distributed import all_well, gathered, world
+from hf_continual.data.sampling import Sampling, sample
+from hf_continual.methods.run import Run
+from hf_continual.methods.unfinished import Unfinished
+
+Texts = list[list[int]]  # new tokens of several samples
+
+
+def write_samples(
+    run: Run,
+    unfinished: Unfinished,
+    openings: Sequence[tuple[Sequence[int], frozenset[int]]],
+    number: int,
+    how: Sampling,
+    batch_rows: int,
+    tries: int,
+    good: Callable[[int, list[int]], bool],
+) -> list[Texts]:
+    """Let the model write samples from several openings.
+
+    Each batch has a seed of its own and is written by one process, so the samples do not depend on how many there are.
+    What is finished is kept after each batch of every process.
+
+    Args:
+        run: The run, before its model is wrapped.
+        unfinished: Where finished batches are kept.
+        openings: Tokens to continue and those that end a sample, one pair for each earlier task.
+        number: Good samples that are wanted from each.
+        how: How tokens are drawn.
+        batch_rows: Samples that are written at once.
+        tries: At most so many times the missing number is written.
+        good: Whether what was written from an opening counts.
+
+    Returns:
+        All that was written from each opening, good or not.
+    """
+    done, kept = unfinished.read()
+    finished = _unpacked(kept) if done else []
+    found: list[Texts] = [[] for _ in openings]
+    first = 0  # batch of this wave, counted over all waves
+    for _ in range(tries):
+        missing = [number - sum(good(k, text) for text in texts) for k, texts in enumerate(found)]
+        batches = [
+            (k, min(batch_rows, count - start))
+            for k, count in enumerate(missing)
+            for start in range(0, count, batch_rows)
+        ]
+        while len(finished) < first + len(batches):
+            finished += _round(run, batches[len(finished) - first :], len(finished), openings, how)
+            unfinished.write(len(finished), _packed(finished))
+        for (k, _), texts in zip(batches, finished[first:], strict=False):
+            found[k] += texts
+        first += len(batches)
+    return found
+
+
+def _round(run: Run, batches: Any, number: int, openings: Any, how: Sampling) -> list[Texts]:
+    """The next batches, one on each process."""
+    size, rank = world()
+    mine, problem = [], None
+    try:
+        if rank < len(batches):
+            k, rows = batches[rank]
+            with run.autocast():
+                opening, ends = openings[k]
+                mine = sample(
+                    run.model, run.tokenizer, opening, rows, (run.seed, run.task.index, number + rank), how, ends
+                )
+    except Exception as error:
+        problem = error
+    all_well(problem)
+    return gathered(mine)[: min(size, len(batches))]
+
+
+def _packed(batches: Sequence[Texts]) -> dict[str, Tensor]:
+    texts = [text for batch in batches for text in batch]
+    return {
+        "batches": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
+        "lengths": torch.tensor([len(text) for text in texts], dtype=torch.int64),
+        "tokens": torch.tensor([token for text in texts for token in text], dtype=torch.int64),
+    }
+
+
+def _unpacked(kept: Mapping[str, Tensor]) -> list[Texts]:
+    texts = [part.tolist() for part in kept["tokens"].split(kept["lengths"].tolist())]
+    found, start = [], 0
+    for count in kept["batches"].tolist():
+        found.append(texts[start : start + count])
+        start += count
+    return found
