@@ -122,7 +122,7 @@ class Evaluation:
         status: Status by ``(moment, task)`` where it is not MEASURED, as ``{"moment/task": "ERROR"}``.
         gauges: Abilities beside the tasks.
         intervals: 95 % intervals by figure: op, bwt, fwt, forgetting.
-        row_names: What a row is, where it is not "after TASK": a merge has one row.
+        row_names: What a row is, where it is not "after TASK": a merge and joint training have one row.
     """
 
     tasks: tuple[str, ...] = ()
@@ -197,6 +197,7 @@ class CardFacts:
         learned: What methods left in the folder for the next task.
         method_state: ``"left out"`` where that stays on the machine that it was learned on.
         merge: How it was merged, if it was.
+        training: ``"joint"`` where all tasks were learned in one run, None where one after the other.
         evaluation: What was measured.
         settings: Training arguments that are not the defaults.
         adapter: What the adapter is: rank, alpha, modules.
@@ -226,6 +227,7 @@ class CardFacts:
     learned: tuple[LearnedFacts, ...] = ()
     method_state: Literal["left out"] | None = None
     merge: MergeFacts | None = None
+    training: Literal["joint"] | None = None
     evaluation: Evaluation = Evaluation()
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)

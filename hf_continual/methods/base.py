@@ -166,6 +166,10 @@ class Method:
         """Whether `Forward.row_BS` and `Forward.offset_BS` must be filled for task rows too."""
         return False
 
+    def needs_earlier_task(self) -> bool:
+        """Whether a first task is trained as without it: unless said, where it leaves a `task_state`. Joint training refuses it."""
+        return type(self).task_state is not Method.task_state
+
     def added_rows(self) -> AddedRows | None:
         """What `replay` will mix in, told before there is a run; None adds no rows."""
         return None

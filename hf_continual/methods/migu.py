@@ -111,6 +111,10 @@ class MIGU(Method):
         """Not where all rows are updated."""
         return self.share < 1
 
+    def needs_earlier_task(self) -> bool:
+        """Not where the first task is masked too."""
+        return not self.first_task
+
     def load_task_state(self, state: State, run: Run) -> None:
         """Know that this is not the first task."""
         self._tasks = int(state["tasks"])

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_continual.atomic_files import DamagedFile, read_checked, write_checked
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
