@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.task_vector import TaskVector
     from hf_continual.methods.tasl import TaSL
+    from hf_continual.methods.vrmcl import VRMCL
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
     from hf_continual.stopping import Stopped
@@ -78,6 +79,7 @@ _FACE = {
     "TaSL": "hf_continual.methods.tasl",
     "GradientProjection": "hf_continual.methods.gradient_projection",
     "TaskVector": "hf_continual.methods.task_vector",
+    "VRMCL": "hf_continual.methods.vrmcl",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -121,6 +123,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "TaSL",
     "GradientProjection",
     "TaskVector",
+    "VRMCL",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

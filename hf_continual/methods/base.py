@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 
+from hf_continual.methods.optimizer_choice import OptimizerChoice
 from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
 from hf_continual.plain import as_plain, hyper_parameters
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.nn import Parameter
-    from torch.optim import Optimizer
 
     from hf_continual.data.replay import ReplayRows
     from hf_continual.tasks import Task
@@ -222,6 +222,18 @@ class Method:
     def begin_task(self, run: Run) -> None:
         """Everything is wrapped, loaded and about to start."""
 
+    def begin_step(self, run: Run, batches: Sequence[Batch]) -> None:
+        """Hook 3b: the micro-batches of an optimizer step are there, and nothing was computed from them.
+
+        Passes of one's own are made here with `Run.gradients` and `Run.update`. A method may leave the weights elsewhere for
+        the step's own passes, and puts them back in `edit_gradients`, which is called before that of methods without this
+        hook; at most one method of a run has it.
+
+        Args:
+            run: The run.
+            batches: This process's micro-batches on the device, replay rows included, not to be changed in place.
+        """
+
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
         """Hook 4: scalars to add to the loss of this micro-batch, means over it, by log name."""
         return {}
@@ -277,20 +289,3 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
         return {name: as_plain(getattr(self, name), _named) for name in hyper_parameters(type(self))}
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """An optimizer that a method brings.
-
-    Args:
-        cls: A `torch.optim.Optimizer`.
-        kwargs: Its constructor's arguments but the parameters.
-        options: Extra options of single parameters by name pattern (regular expression, searched in
-            the parameter's name), first match wins. Parameters with different options get groups of
-            their own when the optimizer is built, never later.
-    """
-
-    cls: type[Optimizer]
-    kwargs: Mapping[str, Any]
-    options: Sequence[tuple[str, Mapping[str, Any]]] = ()

@@ -21,6 +21,7 @@ STATIONS = {
     "prepare": "before training",
     "edit_rows": "rows",
     "optimizer": "optimizer",
+    "begin_step": "before a step",
     "loss_terms": "loss terms",
     "edit_gradients": "gradients",
     "after_step": "after step",
@@ -138,7 +139,7 @@ class Methods:
 
     Raises:
         TypeError: If an entry is not a method.
-        ValueError: If two have the same name, or two bring an optimizer.
+        ValueError: If two have the same name, two bring an optimizer, or two act before a step's passes.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
@@ -176,6 +177,12 @@ class Methods:
             both = " and ".join(type(m).__name__ for m in bringing)
             raise ValueError(f"{both} both bring an optimizer, and a step can have one. Drop one of them.")
         self.optimizing: Method | None = bringing[0] if bringing else None
+        if len(leading := self.at("begin_step")) > 1:
+            both = " and ".join(type(m).__name__ for m in leading)
+            raise ValueError(
+                f"{both} both act before the passes of a step and may move the weights for them, so neither would see those of the "
+                f"step. Drop one of them."
+            )
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)

@@ -30,6 +30,7 @@ TABLE: dict[str, str] = {
     "tasl": "hf_continual.methods.tasl.method:TaSL",
     "gradient_projection": "hf_continual.methods.gradient_projection:GradientProjection",
     "task_vector": "hf_continual.methods.task_vector:TaskVector",
+    "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
 }
 
 

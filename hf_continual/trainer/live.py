@@ -36,6 +36,8 @@ class LiveTrainer(SFTTrainer):
     run: Run
     mixer: ReplayMixer | None
     """Draws replay rows; None without any."""
+    step_batches: list[Any]
+    """The micro-batches of the optimizer step that begins, if a method asks for them."""
     tap: ForwardTap | None
     """Hears the forward pass; None if no method reads it."""
     ledger: Ledger

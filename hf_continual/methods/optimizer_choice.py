@@ -1,0 +1,28 @@
+"""What a method that brings an optimizer says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """An optimizer that a method brings.
+
+    Args:
+        cls: A `torch.optim.Optimizer`.
+        kwargs: Its constructor's arguments but the parameters.
+        options: Extra options of single parameters by name pattern (regular expression, searched in
+            the parameter's name), first match wins. Parameters with different options get groups of
+            their own when the optimizer is built, never later.
+    """
+
+    cls: type[Optimizer]
+    kwargs: Mapping[str, Any]
+    options: Sequence[tuple[str, Mapping[str, Any]]] = ()
