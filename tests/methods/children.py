@@ -16,6 +16,7 @@ from hf_continual import (
     EWC,
     KIF,
     MIGU,
+    VRMCL,
     ContinualTrainer,
     FreezeLayers,
     GeRe,
@@ -48,6 +49,7 @@ def baselines():
         TaSL(),
         GradientProjection(runs=1, steps=2, since=0),
         TaskVector(at=3),
+        VRMCL(inner_learning_rate=0.05, momentum=0.5),
     ]
 
 
