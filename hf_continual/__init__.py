@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.sapt_lora import SAPTLoRA
     from hf_continual.methods.task_vector import TaskVector
     from hf_continual.methods.tasl import TaSL
+    from hf_continual.methods.vrmcl import VRMCL
     from hf_continual.metrics import AccuracyMatrix
     from hf_continual.paper import Paper
     from hf_continual.stopping import Stopped
@@ -93,6 +94,7 @@ _FACE = {
     "load_sapt_lora": "hf_continual.inference.loading",
     "LAMOL": "hf_continual.methods.lamol",
     "LFPT5": "hf_continual.methods.lfpt5",
+    "VRMCL": "hf_continual.methods.vrmcl",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -144,6 +146,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "load_sapt_lora",
     "LAMOL",
     "LFPT5",
+    "VRMCL",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -87,6 +87,7 @@ def plot_matrix(
     base: Sequence[float | None] | None = None,
     title: str = "",
     lower_is_better: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Plot the accuracy matrix as a heat map: one row after each task, one column per task.
 
@@ -96,12 +97,13 @@ def plot_matrix(
         base: Scores of the base model, for a first row.
         title: Heading.
         lower_is_better: Whether the scores are losses; otherwise they are fractions, shown in per cent.
+        names: Names of the rows, by default the tasks.
 
     Returns:
         The figure; save it with ``figure.savefig(path)``.
     """
     AccuracyMatrix([list(row) for row in scores], list(base) if base else None).check_named(tasks)
-    rows = [*([("base model", base)] if base is not None else []), *zip(tasks, scores, strict=False)]
+    rows = [*([("base model", base)] if base is not None else []), *zip(names or tasks, scores, strict=False)]
     figure = Figure(figsize=(2.2 + 0.95 * len(tasks), 1.7 + 0.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -123,8 +125,7 @@ def plot_matrix(
     axis.set_ylabel("after learning")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    if title:
-        axis.set_title(title, fontsize=10, loc="left")
+    axis.set_title(title, fontsize=10, loc="left")
     return figure
 
 

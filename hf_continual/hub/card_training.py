@@ -16,7 +16,11 @@ def method_text(facts: CardFacts) -> str:
         where = f" ([{paper.title}]({paper.url}))" if paper and paper.url else f" ({paper.title})" if paper else ""
         options = tables.options_text(safe(dict(method.options)))
         lines.append(f"- **{method.name}**{where}: {options or 'defaults'}")
-    if not lines and facts.merge is None:
+    if facts.training == "joint":
+        lines.append(
+            "Joint training: the rows of all tasks in one run, the upper bound for learning them one after another."
+        )
+    elif not lines and facts.merge is None:
         lines.append("No method against forgetting: plain sequential fine-tuning.")
     if facts.adapter:
         shown = {k: v for k, v in facts.adapter.items() if k not in ("quantization", "kind", "peft")}

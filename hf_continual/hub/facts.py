@@ -122,7 +122,7 @@ class Evaluation:
         status: Status by ``(moment, task)`` if it is not MEASURED, as ``{"moment/task": "ERROR"}``.
         gauges: General abilities outside the tasks.
         intervals: 95 % intervals by figure: op, bwt, fwt, forgetting.
-        row_names: Names of the rows, if they are not "after TASK": a merge has one row.
+        row_names: Names of the rows, if they are not "after TASK": a merge and joint training have one row.
     """
 
     tasks: tuple[str, ...] = ()
@@ -197,6 +197,7 @@ class CardFacts:
         learned: State that methods left in the folder for the next task.
         method_state: ``"left out"`` if that state is not pushed.
         merge: How it was merged, if it was.
+        training: ``"joint"`` if all tasks were learned in one run, None if one after another.
         evaluation: The measurements.
         settings: Training arguments that are not the defaults.
         adapter: Facts of the adapter: rank, alpha, modules.
@@ -227,6 +228,7 @@ class CardFacts:
     learned: tuple[LearnedFacts, ...] = ()
     method_state: Literal["left out"] | None = None
     merge: MergeFacts | None = None
+    training: Literal["joint"] | None = None
     evaluation: Evaluation = Evaluation()
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)

@@ -20,7 +20,8 @@ def summary(facts: CardFacts) -> str:
         inputs = f"{others} model{'s' * (others != 1)}{' and the base' * (others < len(facts.merge.inputs))}"
         first = f"{kind} merged from {inputs} by {facts.merge.method}; the root of its lineage is {start}."
     elif len(names) > 1:
-        first = f"{kind} that learned {len(names)} tasks one after another ({', '.join(names)}), starting from {start}"
+        how = "in one run over all their rows" if facts.training == "joint" else "one after another"
+        first = f"{kind} that learned {len(names)} tasks {how} ({', '.join(names)}), starting from {start}"
         first += _by(facts) + "."
     else:
         # A run that gave its task no name has the default's.
@@ -31,7 +32,7 @@ def summary(facts: CardFacts) -> str:
         return first + "\nIt was not scored on its tasks (NOT_RUN)."
     what = "loss" if facts.evaluation.lower_is_better else "score"
     second = f"After the last task its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
-    if facts.merge is not None:
+    if facts.merge is not None or facts.training == "joint":
         second = f"Its mean {what} over {len(facts.evaluation.tasks)} tasks is **{tables.number(figures['op'])}**"
     if len(facts.evaluation.tasks) == 1:
         second = f"Its {what} on {facts.evaluation.tasks[0]} is **{tables.number(figures['op'])}**"

@@ -138,7 +138,8 @@ def sequence_table(facts: CardFacts) -> str:
     """The tasks, what each was trained from, and where its model is."""
     rows = []
     for i, task in enumerate(facts.tasks):
-        this = "this model" if facts.merge is None and i == len(facts.tasks) - 1 else "-"
+        last = i == len(facts.tasks) - 1 or facts.training == "joint"
+        this = "this model" if facts.merge is None and last else "-"
         start = task.started_from.shown if task.started_from else "-"
         stage = task.checkpoint.shown if task.checkpoint else this
         rows.append(

@@ -10,12 +10,12 @@ B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 
 from hf_continual.methods.forward import PADDING, TASK, AddedRows, Forward
+from hf_continual.methods.optimizer_choice import OptimizerChoice
 from hf_continual.methods.run import Batch, Run
 from hf_continual.paper import Paper
 from hf_continual.plain import as_plain, hyper_parameters
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
     from torch.nn import Parameter
-    from torch.optim import Optimizer
 
     from hf_continual.data.replay import ReplayRows
     from hf_continual.tasks import Task
@@ -89,6 +88,10 @@ class Method:
         """Whether `Forward.row_BS` and `Forward.offset_BS` must be filled for task rows too."""
         return False
 
+    def needs_earlier_task(self) -> bool:
+        """Whether a first task is trained as without it: unless said, where it leaves a `task_state`. Joint training refuses it."""
+        return type(self).task_state is not Method.task_state
+
     def added_rows(self) -> AddedRows | None:
         """The rows that `replay` will mix in, known before there is a run; None adds no rows."""
         return None
@@ -147,6 +150,18 @@ class Method:
 
     def begin_task(self, run: Run) -> None:
         """Called when everything is wrapped and loaded, just before the first step."""
+
+    def begin_step(self, run: Run, batches: Sequence[Batch]) -> None:
+        """Hook 3b: the micro-batches of an optimizer step are there, and nothing was computed from them.
+
+        Passes of one's own are made here with `Run.gradients` and `Run.update`. A method may leave the weights elsewhere for
+        the step's own passes, and puts them back in `edit_gradients`, which is called before that of methods without this
+        hook; at most one method of a run has it.
+
+        Args:
+            run: The run.
+            batches: This process's micro-batches on the device, replay rows included, not to be changed in place.
+        """
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
         """Hook 4: scalars to add to this micro-batch's loss, as means over it, by log name."""
@@ -207,20 +222,3 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
         return {name: as_plain(getattr(self, name), _named) for name in hyper_parameters(type(self))}
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """An optimizer that a method supplies.
-
-    Args:
-        cls: A `torch.optim.Optimizer`.
-        kwargs: Its constructor's arguments except the parameters.
-        options: Extra options of single parameters by name pattern (regular expression, searched in
-            the parameter's name), first match wins. Parameters with different options get their own
-            groups when the optimizer is built, never later.
-    """
-
-    cls: type[Optimizer]
-    kwargs: Mapping[str, Any]
-    options: Sequence[tuple[str, Mapping[str, Any]]] = ()

@@ -22,6 +22,7 @@ STATIONS = {
     "prepare": "before training",
     "edit_rows": "rows",
     "optimizer": "optimizer",
+    "begin_step": "before a step",
     "loss_terms": "loss terms",
     "edit_gradients": "gradients",
     "after_step": "after step",
@@ -141,7 +142,7 @@ class Methods:
 
     Raises:
         TypeError: If an entry is not a method.
-        ValueError: If two have the same name, or two supply an optimizer or their own modules.
+        ValueError: If two have the same name, or two supply an optimizer, their own modules, or `begin_step`.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
@@ -186,6 +187,12 @@ class Methods:
                 f"{both} both supply their own modules, and a model can have those of only one. Drop one of them."
             )
         self.adapting: Method | None = adapting[0] if adapting else None
+        if len(leading := self.at("begin_step")) > 1:
+            both = " and ".join(type(m).__name__ for m in leading)
+            raise ValueError(
+                f"{both} both act before the passes of a step and may move the weights for them, so neither would see those of the "
+                f"step. Drop one of them."
+            )
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)

@@ -112,6 +112,10 @@ class MIGU(Method):
         """False if all rows are updated."""
         return self.share < 1
 
+    def needs_earlier_task(self) -> bool:
+        """Not where the first task is masked too."""
+        return not self.first_task
+
     def load_task_state(self, state: State, run: Run) -> None:
         """Note that this is not the first task."""
         self._tasks = int(state["tasks"])

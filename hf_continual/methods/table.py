@@ -35,6 +35,7 @@ TABLE: dict[str, str] = {
     "sapt_lora": "hf_continual.methods.sapt_lora:SAPTLoRA",
     "lamol": "hf_continual.methods.lamol:LAMOL",
     "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
+    "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
 }
 
 

@@ -12,6 +12,7 @@ from hf_continual.named import did_you_mean
 from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
 from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
 from hf_continual.stream.arms import arms_of
+from hf_continual.stream.check_joint import check_joint
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
@@ -37,6 +38,8 @@ def check_plan(plan: Plan, where: Where) -> None:
     _check_methods(plan, where)
     _check_own_modules(plan, where)
     _check_paths(plan, where)
+    if plan.joint:
+        check_joint(plan, where)
     if plan.sweep and plan.sweep.arms:
         if plan.sweep.methods is not None:
             raise where.error(
@@ -44,7 +47,7 @@ def check_plan(plan: Plan, where: Where) -> None:
             )
         for _, arm, its in arms_of(plan, where):
             check_plan(arm, its)
-    if plan.memory == "forbidden" or _asks_for_kept(plan):
+    if plan.memory == "forbidden" or plan.joint or _asks_for_kept(plan):
         from hf_continual.stream.past_rows import check_memory  # imports datasets
 
         check_memory(plan, where)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def check_run(prepared: Prepared) -> None:
     for note in notes(prepared):
         logger.warning("%s", note)
     tried: list[Any] = []
-    for task in prepared.stream:
+    for task in prepared.runs:
         methods = prepared.methods(task)
         described = [(type(m), m.describe()) for m in methods]
         if described not in tried:
@@ -78,6 +78,12 @@ def notes(prepared: Prepared) -> list[str]:
             if asked is not None and rows is not None and len(rows) < asked:
                 where = prepared.where.of(("tasks", task.index, key))
                 found.append(f"{where}: {asked:,} rows were requested, but there are {len(rows):,}; all are used.")
+    tasks, steps = len(prepared.stream), prepared.plan.sft.get("max_steps", -1)
+    if prepared.joint is not None and steps > 0 and tasks > 1:
+        found.append(
+            f"{prepared.where.of(('sft', 'max_steps'))}: the joint run has {steps:,} steps in all. A sequence with this setting "
+            f"trains {tasks} x {steps:,} = {tasks * steps:,}; say so many for a comparison on the same number of steps."
+        )
     if not prepared.scored() and not prepared.gauges:
         found.append(
             "No task has test rows and there are no gauges: nothing will be measured, so forgetting will go unnoticed. Give the "

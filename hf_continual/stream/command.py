@@ -23,7 +23,7 @@ from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.read_plan import read_plan
 
 if TYPE_CHECKING:
-    from hf_continual.stream.prepare import Prepared
+    from hf_continual.stream.prepared import Prepared
 
 
 def run_plan(
@@ -150,9 +150,11 @@ def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Conso
 
 def _picture(results: dict[str, Any], file: Path) -> None:
     from hf_continual.plots import plot_matrix
+    from hf_continual.stream.report import matrix_rows
 
-    matrix = results["matrix"]
+    matrix, rows = results["matrix"], matrix_rows(results)
     figure = plot_matrix(
-        matrix["scores"], results["tasks"], matrix["base"], results["metric"] or "", matrix["lower_is_better"]
-    )
+        [row for _, row in rows], results["tasks"], matrix["base"], results["metric"] or "", matrix["lower_is_better"],
+        [name for name, _ in rows],
+    )  # fmt: skip
     figure.savefig(file, dpi=150)

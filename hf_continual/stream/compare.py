@@ -10,6 +10,7 @@ from typing import Any
 from hf_continual.atomic_files import read_lines, read_object
 from hf_continual.evaluation.files import file_name, predictions_file
 from hf_continual.paired import PairedTest, paired_test
+from hf_continual.stream.plan import JOINT
 from hf_continual.stream.results import RESULTS, row_values
 from hf_continual.stream.scores import read_stage
 
@@ -51,13 +52,15 @@ def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(
             f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or give another folder."
         )
-    tasks = read_object(run / RESULTS).get("tasks")
+    results = read_object(run / RESULTS)
+    tasks = results.get("tasks")
     if not tasks:
         raise ValueError(f"{run / RESULTS} lists no scored tasks. Give the folder of a single run, not of a sweep.")
-    stages = sorted(run.glob(f"task-*-{file_name(tasks[-1])}"))
+    last = JOINT if results.get("between_tasks") == JOINT else tasks[-1]
+    stages = sorted(run.glob(f"task-*-{file_name(last)}"))
     if not stages:
         raise FileNotFoundError(
-            f"{run} has no folder of its last task {tasks[-1]!r}: the run is not finished. Run it again."
+            f"{run} has no folder of its last task {last!r}: the run is not finished. Run it again."
         )
     cells, found = read_stage(stages[-1]), {}
     for task in (t for t in tasks if cells.get(t, {}).get("status") == "MEASURED"):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_continual.atomic_files import DamagedFile, read_checked, write_checked
 from hf_continual.inference.kinds import for_task
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)

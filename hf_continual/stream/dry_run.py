@@ -18,7 +18,7 @@ from hf_continual.progress import over
 from hf_continual.stream.check_run import check_curve, notes
 from hf_continual.stream.models import adapter_to_add
 from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.start import said_of_start
 from hf_continual.tasks import Task
 from hf_continual.tensors.reference import tokens_in_front
@@ -36,7 +36,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     Returns:
         Plain data: ``tasks`` one entry each, and totals.
     """
-    tasks = [_task(prepared, task) for task in prepared.stream]
+    tasks = [_task(prepared, task) for task in prepared.runs]
     shared = {k: tasks[0][k] for k in ("parameters", "weights_bytes")}
     return {
         "model": prepared.plan.model.path,
@@ -50,7 +50,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "gauges": {name: None if rows is None else len(rows) for name, rows in prepared.gauges.items()},
         "scored_rows": sum(len(t.test or ()) for t in prepared.columns_after(None))
         * bool(prepared.plan.evaluation.base)
-        + sum(len(c.test or ()) for t in prepared.stream for c in prepared.columns_after(t)),
+        + sum(len(c.test or ()) for t in prepared.runs for c in prepared.columns_after(t)),
         "steps": sum(t["steps"] for t in tasks),
         "memory_bytes": max(t["memory_bytes"] for t in tasks),
         "memory_here_bytes": _memory_here(),
@@ -84,10 +84,10 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
     saved = 4.0 * grown if adapter_to_add(prepared.plan, methods) is not None else weights
     return {
         "name": task.name,
-        "parent": getattr(prepared.stream.parent(task), "name", "base"),
+        "parent": getattr(prepared.runs.parent(task), "name", "base"),
         "rows": len(lengths),
         "tokens": sum(lengths),
-        "test_rows": len(task.test) if task.test is not None else None,
+        "test_rows": _test_rows(prepared, task),
         "steps": steps,
         "gradient_checkpointing": bool(args.gradient_checkpointing),
         "accumulation": args.gradient_accumulation_steps,
@@ -107,6 +107,11 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
         if args.save_strategy != "no"
         else 0.0,
     }
+
+
+def _test_rows(prepared: Prepared, task: Task) -> int | None:
+    own = prepared.scored([task] if prepared.joint is None else None)
+    return sum(len(t.test or ()) for t in own) if own else None
 
 
 def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: float) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from hf_continual.plain import hyper_parameters, is_plain
 from hf_continual.stream.curve import CURVE, Curve
 from hf_continual.stream.folders import MEMORY, check_unchanged, wait
 from hf_continual.stream.models import is_adapter, load_finished, load_for_training
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.scores import keep_error
 from hf_continual.tasks import Task
 from hf_continual.trainer.state import last_complete_checkpoint

@@ -18,7 +18,7 @@ from hf_continual.methods.base import Method
 from hf_continual.stream.models import adapter_to_add, local_adapter
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.tasks import Task
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset
 
 from hf_continual.data.buffer import ORIGIN, Memory
 from hf_continual.data.columns import take
+from hf_continual.data.joining import ALONG, join_rows
 from hf_continual.methods.table import method_class
 from hf_continual.stream.plan import MemoryPlan, Plan
 from hf_continual.stream.plan_lines import Key, Where
@@ -22,8 +23,6 @@ EARLIER, KEPT = "earlier_tasks", "kept"
 TRAINABLE = (("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("input_ids", "labels"))
 _NAMES = ("prompt_completion", "messages", "conversations", "text", "tokenized")
 KINDS = dict(zip(_NAMES, TRAINABLE, strict=True))
-# Columns that a chat template gets with a row's messages.
-ALONG = ("tools", "chat_template_kwargs")
 
 
 class KeptRows:
@@ -142,41 +141,7 @@ def _rows(
                 f"replays {list(wanted)}. List the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
                 f"of their rows, row_type: prompt_completion."
             )
-    columns = [*wanted, *(c for c in ALONG if any(c in rows.column_names for _, rows in parts))]
-    return _joined([(name, _of_columns(rows, columns, name)) for name, rows in parts])
-
-
-def _joined(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
-    """Join rows of several tasks; file readers give the same text different types, and only some rows have tools."""
-    features = parts[0][1].features
-    if all(rows.features.type == features.type for _, rows in parts):
-        return concatenate_datasets([rows for _, rows in parts])
-    if all(isinstance(kind, Value) for _, rows in parts for kind in rows.features.values()):
-        return concatenate_datasets([_cast(rows, name, parts[0][0], features) for name, rows in parts])
-    columns = {name: [value for _, rows in parts for value in rows[name]] for name in features}
-    return Dataset.from_dict(columns, on_mixed_types="use_json")
-
-
-def _cast(rows: Dataset, name: str, first: str, features: Features) -> Dataset:
-    try:
-        return rows if rows.features == features else rows.cast(features)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"the rows of the earlier tasks {first!r} and {name!r} have values of different kinds ({features} and "
-            f"{rows.features}). Write both in the same way, or list the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}."
-        ) from error
-
-
-def _of_columns(rows: Dataset, columns: Sequence[str], name: str) -> Dataset:
-    """Rows with these columns; rows without tools get None."""
-    if "chat_template_kwargs" in columns and "chat_template_kwargs" not in rows.column_names:
-        raise ValueError(
-            f"the rows of the earlier task {name!r} have no chat_template_kwargs, but those of another have. Give them to "
-            f"all tasks, or to none."
-        )
-    if "tools" in columns and "tools" not in rows.column_names:
-        rows = rows.add_column("tools", [None] * len(rows))  # pyrefly: ignore
-    return rows.select_columns(list(columns))  # pyrefly: ignore[bad-return]
+    return join_rows(parts, wanted, f"list the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}")
 
 
 def _earlier(task: Task, stream: TaskStream) -> list[tuple[str, Dataset]]:
@@ -214,6 +179,12 @@ def check_memory(plan: Plan, where: Where) -> None:
                 path,
                 f"the plan says memory: forbidden, and this asks for rows that a task is trained on ({value!r}). Take the "
                 f"method out, give it other rows, or let the plan keep rows: memory: {{share: 0.02}}.",
+            )
+        if plan.joint and words & {EARLIER, KEPT}:
+            raise where.error(
+                path,
+                f"this asks for rows of earlier tasks ({value!r}), and between_tasks: joint trains all tasks in one run. Take the "
+                f"method out, or give it other rows.",
             )
         if KEPT in words and not isinstance(plan.memory, MemoryPlan):
             raise where.error(

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+# What `between_tasks` says for one run over all tasks, and the name of that run; what its row of the matrix is called.
+JOINT, ALL_TASKS = "joint", "all tasks at once"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -171,7 +174,7 @@ class MemoryPlan(_Strict):
     start: str | None = None
 
 
-BetweenTasks = Literal["continue", "new_adapter"] | Between
+BetweenTasks = Literal["continue", "new_adapter", "joint"] | Between
 
 
 class ArmPlan(_Strict):
@@ -222,8 +225,8 @@ class Plan(_Strict):
             the training rows of earlier tasks, ``rows: kept`` for those that `memory` keeps.
         memory: The rows kept of each task for later ones; ``forbidden`` refuses every method that asks for such rows;
             None keeps none.
-        between_tasks: ``continue`` (the adapter or the weights), ``new_adapter`` (earlier ones stay, frozen), or
-            ``{merge: ...}``.
+        between_tasks: ``continue`` (the adapter or the weights), ``new_adapter`` (earlier ones stay, frozen),
+            ``{merge: ...}``, or ``joint``: the rows of all tasks in one run, the upper bound (multi-task learning, MTL).
         evaluation: The evaluation after each task.
         tasks: The tasks in order, or ``{benchmark: NAME, ...}`` for several.
         sweep: Several runs.
@@ -253,3 +256,8 @@ class Plan(_Strict):
     def merge(self) -> MergePlan | None:
         """The merge between tasks, or None."""
         return self.between_tasks.merge if isinstance(self.between_tasks, Between) else None
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks are learned in one run."""
+        return self.between_tasks == JOINT

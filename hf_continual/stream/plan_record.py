@@ -17,8 +17,10 @@ from hf_continual.methods.compose import kind_of
 from hf_continual.plain import as_plain
 from hf_continual.stream.models import local_adapter
 from hf_continual.stream.past_rows import row_options
+from hf_continual.stream.plan import JOINT
 from hf_continual.stream.plan_lines import PlanError
-from hf_continual.stream.prepare import Prepared, fingerprint
+from hf_continual.stream.prepare import fingerprint
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.saved import saved_files
 
 PLAN = "plan.json"
@@ -93,7 +95,7 @@ def _named(value: Any) -> Any:
 def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
     """Write the plan of a new run, or compare it with the plan the folder was started with.
 
-    Tasks added at the end are not a change: the run continues with them.
+    Tasks added at the end are not a change: the run continues with them. To a joint run none can be added.
 
     Args:
         output_dir: The run's folder.
@@ -105,11 +107,11 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
     file = output_dir / PLAN
     if file.is_file():
         then = _recorded(file)
-        if lines := differences(then, now):
+        if lines := [*differences(then, now), *_added(then, now)]:
             shown = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
             raise PlanError(
                 f"{output_dir} was started with another plan:\n  {shown}\nContinue with the original plan, which is in {file.name}, or give the "
-                f"changed plan another output_dir. Tasks may be added at the end."
+                f"changed plan another output_dir. {ADDED[now.get('between_tasks') == JOINT]}"
             )
     elif output_dir.is_dir() and (found := sorted(p.name for p in output_dir.iterdir() if not _hidden(p.name))):
         if begun := [name for name in found if name.startswith("task-")]:
@@ -121,6 +123,20 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
             f"{output_dir} is not empty, and it is not the folder of a plan's run. Choose another output_dir."
         )
     write_checked(file, now)
+
+
+ADDED = (
+    "Tasks may be added at the end.",
+    "A joint run has all its rows from the first step on, so no task can be added.",
+)
+
+
+def _added(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Tasks added at the end, where they change what is trained already."""
+    if now.get("between_tasks") != JOINT:
+        return []
+    before = len(then["tasks"])
+    return [f"tasks[{i}]: added {_short(t)}" for i, t in enumerate(now["tasks"][before:], start=before)]
 
 
 def _hidden(name: str) -> bool:

@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,80 +20,18 @@ from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import load_rows
 from hf_continual.evaluation.files import file_name
 from hf_continual.evaluation.table import Scorer, build_scorer, check_answers, columns_of, with_labels
-from hf_continual.methods.base import Method
 from hf_continual.methods.compose import Methods, check_heirs, kind_of, overrides
-from hf_continual.methods.table import build_methods
+from hf_continual.stream.joint import check_joint_methods, joint_task
 from hf_continual.stream.models import load_tokenizer
-from hf_continual.stream.past_rows import TRAINABLE, KeptRows, with_earlier
+from hf_continual.stream.past_rows import TRAINABLE, KeptRows
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
-from hf_continual.stream.plan_gauges import with_earlier_tests
 from hf_continual.stream.plan_lines import Key, PlanError, Where
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.start import split_adapter
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
-from hf_continual.trainer.config import ContinualConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs except the weights.
-
-    Args:
-        plan: As read.
-        where: Places of its entries.
-        stream: The tasks with their rows.
-        tokenizer: The model's.
-        scorers: Scorer of each scored task and gauge by name.
-        gauges: Rows of each gauge by name; None if its metric has its own rows.
-        memory: Rows kept for later tasks, None if none are.
-    """
-
-    plan: Plan
-    where: Where
-    stream: TaskStream
-    tokenizer: Any
-    scorers: Mapping[str, Scorer]
-    gauges: Mapping[str, Dataset | None]
-    memory: KeptRows | None = None
-
-    def scored(self, tasks: Sequence[Task] | None = None) -> list[Task]:
-        """The tasks that have rows to score."""
-        return [t for t in (self.stream if tasks is None else tasks) if t.test is not None]
-
-    def columns_after(self, task: Task | None) -> list[Task]:
-        """The tasks to score after a task; None is the base model, which is scored on all of them."""
-        asked = self.plan.evaluation.tasks
-        if task is None or asked == "all":
-            return self.scored()
-        names = set(asked) if isinstance(asked, list) else {t.name for t in self.stream.lineage(task)}
-        names |= set(self.plan.tasks[task.index].evaluate)
-        return [t for t in self.scored() if t.name in names]
-
-    def options(self, task: Task) -> dict[str, Any]:
-        """Options of SFTConfig for a task."""
-        return {**self.plan.sft, **self.plan.tasks[task.index].sft}
-
-    def config(self, task: Task, folder: Path) -> ContinualConfig:
-        """The training arguments of a task."""
-        defaults: dict[str, Any] = {"save_total_limit": 1, "report_to": "none"}
-        seed = self.plan.seed
-        return ContinualConfig(
-            output_dir=str(folder),
-            task_name=task.name,
-            task_index=task.index,
-            seed=seed,
-            **{**defaults, **with_earlier_tests(self.options(task), task, self.stream)},
-        )
-
-    def methods(self, task: Task) -> list[Method]:
-        """Fresh methods for a task, with the rows of earlier tasks."""
-        own = self.plan.tasks[task.index].methods
-        description = self.plan.methods if own is None else own
-        if isinstance(description, Sequence) and description and all(isinstance(m, Method) for m in description):
-            return [replace(m) for m in description]  # pyrefly: ignore[bad-specialization]
-        return build_methods(with_earlier(description, task, self.stream, self.memory))
 
 
 def prepare(plan: Plan, where: Where) -> Prepared:
@@ -152,8 +89,10 @@ def prepare(plan: Plan, where: Where) -> Prepared:
     with _at(where, ("tasks",)):
         stream = TaskStream(tasks)
         _check_scored_names(list(scorers))
-    prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges, _memory(plan, where, stream))
-    for task in stream:
+    with _at(where, ("between_tasks",)):
+        joint = joint_task(stream) if plan.joint else None
+    prepared = Prepared(plan, where, stream, tokenizer, scorers, gauges, _memory(plan, where, stream), joint)
+    for task in prepared.runs:
         own: tuple[Key, ...] = ("tasks", task.index)
         with (
             _at(where, (*own, "sft") if plan.tasks[task.index].sft else ("sft",)),
@@ -161,13 +100,16 @@ def prepare(plan: Plan, where: Where) -> Prepared:
         ):
             prepared.config(task, Path(folder))
         with _at(where, ("methods",) if plan.tasks[task.index].methods is None else (*own, "methods")):
-            _check_heirs(prepared, task, Methods(prepared.methods(task)))
+            methods = Methods(prepared.methods(task))
+            _check_heirs(prepared, task, methods)
+            if joint is not None:
+                check_joint_methods(methods)
     return prepared
 
 
 def _check_heirs(prepared: Prepared, task: Task, methods: Methods) -> None:
     """Refuse a task that drops a method whose state the previous task will leave, before anything is trained."""
-    parent, merge = prepared.stream.parent(task), prepared.plan.merge
+    parent, merge = prepared.runs.parent(task), prepared.plan.merge
     if parent is None or not methods or prepared.options(task).get("fresh_methods"):
         return
     if merge is not None and merge.start == "base":

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_continual.stream.models import adapter_to_add
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,14 @@ from hf_continual.hub.refs import ModelRef, is_hub_id, loaded_ref, model_ref
 from hf_continual.inference.names import sizes_in
 from hf_continual.stream.folders import read_trained
 from hf_continual.stream.models import is_adapter
+from hf_continual.stream.plan import ALL_TASKS
 from hf_continual.stream.results import BASE_FOLDER, protocols
 from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
 from hf_continual.trainer.facts import method_facts, settings_of, trl_tags
 
 if TYPE_CHECKING:
-    from hf_continual.stream.prepare import Prepared
+    from hf_continual.stream.prepared import Prepared
 
 SHORT = {
     "overall_performance": "op",
@@ -47,7 +48,7 @@ def stage_facts(
     prepared: Prepared, task: Task, output_dir: Path, base_dir: Path, intervals: Mapping[str, Any] | None = None
 ) -> CardFacts:
     """The facts about a finished task; see `write_stage_card`."""
-    plan, folder, line = prepared.plan, output_dir / task.folder, prepared.stream.lineage(task)
+    plan, folder, line = prepared.plan, output_dir / task.folder, prepared.learned(task)
     root = loaded_ref(plan.model.path, plan.model.revision)
     tasks, start = [], root
     for t in line:
@@ -60,13 +61,13 @@ def stage_facts(
                 dataset=planned.train if named else None,
                 dataset_split=planned.split if named else None,
                 train_rows=None if t.train is None else len(t.train),
-                started_from=root if plan.merge is not None and plan.merge.start == "base" else start,
-                checkpoint=None if t.name == task.name else here,
+                started_from=root if plan.joint or (plan.merge is not None and plan.merge.start == "base") else start,
+                checkpoint=None if plan.joint or t.name == task.name else here,
             )
         )
         start = here
     trained = read_trained(folder) or {}
-    parent = prepared.stream.parent(task)
+    parent = prepared.runs.parent(task)
     adapter = is_adapter(folder)
     return CardFacts(
         name=task.folder,
@@ -76,6 +77,7 @@ def stage_facts(
         tasks=tuple(tasks),
         methods=method_facts(prepared.methods(task)),
         merge=_merge(prepared, task, output_dir, line, root),
+        training="joint" if plan.joint else None,
         evaluation=stage_evaluation(prepared, line, output_dir, base_dir, intervals),
         settings=settings_of(prepared.config(task, folder)),
         adapter=(sizes_in(folder) or {k: v for k, v in (plan.peft or {}).items()}) if adapter else {},
@@ -123,20 +125,22 @@ def stage_evaluation(
     if not scored:
         return Evaluation()
     names = [t.name for t in scored]
-    stages = {t.name: read_stage(output_dir / t.folder) for t in scored}
+    joint = prepared.joint
+    runs = {t.name: t for t in scored} if joint is None else {ALL_TASKS: joint}
+    stages = {name: read_stage(output_dir / run.folder) for name, run in runs.items()}
     base = read_stage(base_dir / BASE_FOLDER)
     status = {}
     for moment, cells in (("base", base), *stages.items()):
         for name, cell in cells.items():
             if name in names and cell.get("status", "MEASURED") != "MEASURED":
                 status[f"{moment}/{name}"] = cell["status"]
-    last = stages[names[-1]]
+    last = stages[next(reversed(stages))]
     cell = next((last[n] for n in names if n in last), {})
     found = {SHORT[name]: pair for name, pair in (intervals or {}).items() if name in SHORT and pair is not None}
     first = [base.get(n, {}).get("value") for n in names]
     return Evaluation(
         tasks=tuple(names),
-        matrix=tuple(tuple(stages[m].get(n, {}).get("value") for n in names) for m in names),
+        matrix=tuple(tuple(cells.get(n, {}).get("value") for n in names) for cells in stages.values()),
         base_row=tuple(first) if any(v is not None for v in first) else None,
         metric=protocols([last[n] for n in names if n in last]),
         lower_is_better=cell.get("lower_is_better", False),
@@ -144,6 +148,7 @@ def stage_evaluation(
         status=status,
         gauges=tuple(_gauge(name, base.get(name), last.get(name)) for name in prepared.gauges),
         intervals={name: (pair[0], pair[1]) for name, pair in found.items()},
+        row_names=None if joint is None else tuple(stages),
     )
 
 

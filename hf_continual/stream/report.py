@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_continual.metrics import SUMMARY
+from hf_continual.stream.plan import ALL_TASKS, JOINT
 
 TITLES = {
     "overall_performance": "overall performance (OP)",
@@ -80,11 +81,19 @@ MEANINGS = {
 }
 
 
+def matrix_rows(results: Mapping[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """The rows of a run's accuracy matrix with their names; of joint training only the one that exists."""
+    scores = results["matrix"]["scores"]
+    if results.get("between_tasks") == JOINT:
+        return [(ALL_TASKS, row) for row in scores[-1:]]
+    return list(zip(results["tasks"], scores, strict=False))
+
+
 def matrix_table(results: Mapping[str, Any]) -> Blocks:
     """The accuracy matrix with its base row."""
     lower = results["matrix"]["lower_is_better"]
     scale = 1 if lower else 100
-    rows = [(name, row) for name, row in zip(results["tasks"], results["matrix"]["scores"], strict=False)]
+    rows = matrix_rows(results)
     if results["matrix"]["base"] is not None:
         rows.insert(0, ("(base model)", results["matrix"]["base"]))
     return Blocks(

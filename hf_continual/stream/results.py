@@ -15,7 +15,7 @@ from hf_continual.evaluation.result import Score
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.scores import read_stage
 from hf_continual.tasks import Task
 
@@ -50,25 +50,27 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
     Returns:
         The measurements.
     """
-    stages = {t.name: read_stage(output_dir / t.folder) for t in prepared.stream}
+    stages = {t.name: read_stage(output_dir / t.folder) for t in prepared.runs}
     base = read_stage(base_dir / BASE_FOLDER)
-    line = prepared.scored(prepared.stream.lineage(prepared.stream[len(prepared.stream) - 1]))
+    line, moments = prepared.line, moments_of(prepared)
     names = [t.name for t in line]
-    matrix = _matrix(line, stages, base, lambda cell: cell.get("value"), _lower(stages, base, names))
-    losses = _matrix(line, stages, base, lambda cell: cell.get("nll", {}).get("value"), True)
+    rows = [stages[t.name] if t is not None else None for t in moments]
+    matrix = _matrix(names, rows, base, lambda cell: cell.get("value"), _lower(stages, base, names))
+    losses = _matrix(names, rows, base, lambda cell: cell.get("nll", {}).get("value"), True)
     results: dict[str, Any] = {
         "format": 1,
         "model": prepared.plan.model.path,
-        "complete": all((output_dir / t.folder).is_dir() for t in prepared.stream),
+        "complete": all((output_dir / t.folder).is_dir() for t in prepared.runs),
+        "between_tasks": "merge" if prepared.plan.merge else prepared.plan.between_tasks,
         "tasks": names,
         "metric": protocols([s[n] for n in names for s in stages.values() if n in s]),
         "matrix": {"scores": matrix.scores, "base": matrix.base, "lower_is_better": matrix.lower_is_better},
         "summary": {**matrix.summary, "per_task_minimum": matrix.per_task_minimum},
-        "intervals": _intervals(prepared, line, output_dir, base_dir, matrix),
+        "intervals": _intervals(prepared, output_dir, base_dir, matrix),
         "nll": {"scores": losses.scores, "base": losses.base, "summary": losses.summary},
         "gauges": _gauges(prepared, stages, base, matrix),
         "curves": {
-            t.name: read_curve(output_dir / t.folder) for t in prepared.stream if prepared.plan.tasks[t.index].curve
+            t.name: read_curve(output_dir / t.folder) for t in prepared.runs if prepared.plan.tasks[t.index].curve
         },
         "cells": {name: _all_cells(prepared, cells) for name, cells in (("base", base), *stages.items())},
         "versions": {name: _version(name) for name in PACKAGES},
@@ -76,14 +78,23 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
     return StreamResult(output_dir, matrix, results)
 
 
-def _matrix(line: Sequence[Task], stages: dict, base: dict, read: Any, lower: bool) -> AccuracyMatrix:
-    """Rows after each scored task of a line, columns the same tasks, up to the first missing row.
+def moments_of(prepared: Prepared) -> list[Task | None]:
+    """The run that each row of the matrix comes after; None for the rows before a joint run's, which do not exist."""
+    if prepared.joint is None:
+        return list(prepared.line)
+    return [*[None] * (len(prepared.line) - 1), prepared.joint] if prepared.line else []
 
-    A row after that would appear as another task's.
+
+def _matrix(names: Sequence[str], moments: Sequence[dict | None], base: dict, read: Any, lower: bool) -> AccuracyMatrix:
+    """A row of scores for each moment, columns the scored tasks, up to the first row that is not there yet.
+
+    A row after that would stand in the place of another task's. A moment that does not exist (None) has an empty row; its
+    scores are known to be missing.
     """
-    there = itertools.takewhile(lambda t: stages[t.name], line)
-    rows = [[read(stages[t.name].get(c.name, {})) for c in line] for t in there]
-    first = [read(base.get(c.name, {})) for c in line] if base and rows else None
+    there = list(itertools.takewhile(lambda cells: cells is None or cells, moments))
+    rows = [[read((cells or {}).get(name, {})) for name in names] for cells in there]
+    rows = rows if any(there) else []
+    first = [read(base.get(name, {})) for name in names] if base and rows else None
     return AccuracyMatrix(rows, first if first and any(v is not None for v in first) else None, lower)
 
 
@@ -100,28 +111,27 @@ def _lower(stages: dict, base: dict, names: Sequence[str]) -> bool:
     return flags == {True}
 
 
-def _intervals(
-    prepared: Prepared, line: Sequence[Task], output_dir: Path, base_dir: Path, matrix: AccuracyMatrix
-) -> dict[str, Any] | None:
+def _intervals(prepared: Prepared, output_dir: Path, base_dir: Path, matrix: AccuracyMatrix) -> dict[str, Any] | None:
     """95 % intervals over the scored rows, from the stored predictions."""
-    draws = prepared.plan.evaluation.bootstrap
+    draws, line = prepared.plan.evaluation.bootstrap, prepared.line
     if not draws or len(matrix.scores) < len(line) or not line:
         return None
     return figure_intervals(
-        [row_scores(line, output_dir, base_dir)], len(line), draws, lower_is_better=matrix.lower_is_better
+        [row_scores(prepared, output_dir, base_dir)], len(line), draws, lower_is_better=matrix.lower_is_better
     )
 
 
-def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[tuple[int, int], list[float]]:
-    """The score of every row in every cell of a matrix, from the stored predictions."""
+def row_scores(prepared: Prepared, output_dir: Path, base_dir: Path) -> dict[tuple[int, int], list[float]]:
+    """The score of every row in every cell of the matrix of a run, from the stored predictions."""
     rows: dict[tuple[int, int], list[float]] = {}
-    for i, stage in enumerate([None, *line], start=-1):
-        place = (base_dir, BASE_FOLDER) if stage is None else (output_dir, stage.folder)
+    line = prepared.line
+    places = [(i, output_dir, run.folder) for i, run in enumerate(moments_of(prepared)) if run is not None]
+    for i, folder, stage in [(-1, base_dir, BASE_FOLDER), *places]:
         # Predictions of a score that fails its checksum are rewritten before they are read.
-        believed = read_stage(place[0] / place[1])
+        believed = read_stage(folder / stage)
         for j, column in enumerate(line):
             if column.name in believed:
-                rows[i, j] = row_values(read_lines(predictions_file(*place, column.name)))
+                rows[i, j] = row_values(read_lines(predictions_file(folder, stage, column.name)))
     return rows
 
 

@@ -21,7 +21,7 @@ from hf_continual.stream.learner import PlanLearner, find_merge
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import PlanError, Where
 from hf_continual.stream.plan_record import keep_plan, only_one, plain_plan
-from hf_continual.stream.prepare import Prepared
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.publish import write_stage_card
 from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
 from hf_continual.stream.scores import read_stage
@@ -53,16 +53,16 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
             _check_unsolved(prepared, base_dir)
             _check_one_direction(prepared, base_dir / BASE_FOLDER)
         learner = PlanLearner(prepared, output_dir)
-        for task in prepared.stream:
+        for task in prepared.runs:
             stopping.check()
-            parent = prepared.stream.parent(task)
+            parent = prepared.runs.parent(task)
             learn_task(task, None if parent is None else output_dir / parent.folder, output_dir, learner)
             _check_one_direction(prepared, output_dir / task.folder)
             if main:
                 _mend_kept_rows(prepared, task, output_dir / task.folder)
                 found = collect(prepared, output_dir, base_dir).results
                 write_json(output_dir / RESULTS, found)
-                last = task.name == found["tasks"][-1] if found["tasks"] else False
+                last = prepared.joint is not None or task.name in found["tasks"][-1:]
                 write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
         return collect(prepared, output_dir, base_dir)

@@ -21,7 +21,8 @@ from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.stream.plan_record import keep_plan, plain_plan
-from hf_continual.stream.prepare import Prepared, prepare
+from hf_continual.stream.prepare import prepare
+from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.results import RESULTS, StreamResult, row_scores
 from hf_continual.stream.run_plan import check_merge, refuse_on_all, run_prepared
 from hf_continual.stream.sweep_files import write_sweep
@@ -170,8 +171,8 @@ def ready_rows(ready: Sequence[tuple[Member, Prepared]], output_dir: Path) -> li
     """The scores of all rows of each run, for intervals over rows and seeds."""
     found = []
     for member, prepared in ready:
-        line = prepared.scored(prepared.stream.lineage(prepared.stream[len(prepared.stream) - 1]))
-        found.append((member.name, (len(line), row_scores(line, output_dir / member.name, output_dir))))
+        rows = row_scores(prepared, output_dir / member.name, output_dir)
+        found.append((member.name, (len(prepared.line), rows)))
     return found
 
 

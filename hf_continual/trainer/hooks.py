@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from hf_continual import private
+from hf_continual.methods.compose import overrides
 from hf_continual.trainer.hand_over import task_states
 from hf_continual.trainer.method_rows import replay_totals
 from hf_continual.trainer.optimizer import check_live_optimizer
@@ -26,7 +28,10 @@ class MethodHooks(TrainerCallback):
 
     def __init__(self, trainer: LiveTrainer) -> None:
         self.trainer = trainer
-        self.editing = trainer.methods.at("edit_gradients")
+        self.leading = trainer.methods.at("begin_step")
+        # Whoever moved the weights for the step's passes puts them back before others read them.
+        editing = trainer.methods.at("edit_gradients")
+        self.editing = sorted(editing, key=lambda method: not overrides(type(method), "begin_step"))
         self.after = trainer.methods.at("after_step")
         self.end = trainer.methods.at("end_step")
         self.watching = [method for method in self.end if method.watches]
@@ -42,6 +47,12 @@ class MethodHooks(TrainerCallback):
             method.begin_task(self.trainer.run)
         check_live_optimizer(self.trainer)
         self.params = self.trainer.run.named_parameters() if self.editing else {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step's micro-batches are drawn."""
+        for method in self.leading:
+            batches = [private.on_device(self.trainer, batch) for batch in self.trainer.step_batches]
+            method.begin_step(self.trainer.run, batches)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when gradients are accumulated, reduced and clipped."""

@@ -36,6 +36,8 @@ class LiveTrainer(SFTTrainer):
     run: Run
     mixer: ReplayMixer | None
     """Draws replay rows; None if there are none."""
+    step_batches: list[Any]
+    """The micro-batches of the optimizer step that begins, if a method asks for them."""
     tap: ForwardTap | None
     """Records the forward pass; None if no method reads it."""
     ledger: Ledger

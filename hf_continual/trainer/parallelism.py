@@ -47,7 +47,13 @@ READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
 }
 # Hook that a method overrides -> why it is refused under DeepSpeed.
-CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
+CALLS = {
+    "begin_step": _ENGINE,
+    "edit_gradients": _ENGINE,
+    "after_step": _ENGINE,
+    "end_step": _ENGINE,
+    "optimizer": _FLAT,
+}
 
 
 def mode_of(trainer: LiveTrainer) -> str:

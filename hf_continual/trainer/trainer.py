@@ -146,7 +146,7 @@ class ContinualTrainer(SavingTrainer):
         self.task_states, self.rows_as_given = None, None
         self.mixer, self.tap = None, None
         self.ledger = Ledger()
-        self.row_digests = {}
+        self.row_digests, self.step_batches = {}, []
         if self.methods:
             self._set_up_methods(task_row)
         self.predecessor = hand_over.open_predecessor(self, start.source, left)
@@ -197,10 +197,11 @@ class ContinualTrainer(SavingTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of an optimizer step with their replay rows, and the step's loss tokens."""
-        if self.mixer is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches, tokens = super().get_batch_samples(self.mixer.mixed(epoch_iterator), num_batches, device)
-        discount = [(k, 1 - s.weight) for k, s in enumerate(self.mixer.sources) if s.weight != 1]
+        mixed = epoch_iterator if self.mixer is None else self.mixer.mixed(epoch_iterator)
+        batches, tokens = super().get_batch_samples(mixed, num_batches, device)
+        self.step_batches = batches if self.methods.at("begin_step") else []
+        sources = () if self.mixer is None else self.mixer.sources
+        discount = [(k, 1 - s.weight) for k, s in enumerate(sources) if s.weight != 1]
         if tokens is None or not discount:
             return batches, tokens
         # A replayed token of weight w counts as w tokens in the loss mean.

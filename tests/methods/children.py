@@ -18,6 +18,7 @@ from hf_continual import (
     LAMOL,
     LFPT5,
     MIGU,
+    VRMCL,
     ContinualTrainer,
     FreezeLayers,
     GeRe,
@@ -52,6 +53,7 @@ def baselines():
         TaskVector(at=3),
         LAMOL(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
         LFPT5(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
+        VRMCL(inner_learning_rate=0.05, momentum=0.5),
     ]
 
 

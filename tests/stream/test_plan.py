@@ -67,7 +67,7 @@ BAD = {
     "unknown LoRA option": (["peft"], {"rank": 4}, "LoraConfig has no option 'rank'"),
     "unknown method": (["methods"], ["rply"], "Unknown method 'rply'"),
     "bad method option": (["methods"], [{"replay": {"rows": "earlier_tasks", "ratio": 2.0}}], "must lie between 0 and 1, both excluded"),
-    "unknown between": (["between_tasks"], "stack", "expected 'continue' or 'new_adapter'"),
+    "unknown between": (["between_tasks"], "stack", "expected 'continue', 'new_adapter' or 'joint'"),
     "unknown key of a merge": (["between_tasks"], {"merge": {"functoin": "a:b"}}, "unknown key 'functoin'. Did you mean 'function'?"),
     "unknown benchmark": (["tasks", 0], {"benchmark": "standrd"}, "unknown benchmark 'standrd'"),
     "unknown order": (["tasks", 0], {"benchmark": "standard", "order": 9}, "order=9 is not one of the papers' orders 1, 2, 3"),

@@ -77,6 +77,66 @@ def test_hooks_in_order(tmp_path, checkpointing, peft):
     assert all("everything/norm" in entry for entry in trainer.state.log_history[:2])
 
 
+class Leads(Method):
+    """Moves the weights before the step's passes, on a pass of its own, and puts them back before anyone edits."""
+
+    name = "leads"
+
+    def __init__(self):
+        self.calls = []
+
+    def begin_step(self, run, batches):
+        assert all(p.grad is None or not p.grad.any() for p in run.model.parameters())
+        self.calls.append(("begin_step", run.step, [len(b["input_ids"]) for b in batches]))
+        self.kept = {p: p.detach().clone() for p in run.named_parameters().values()}
+        loss = run.gradients(batches)
+        with torch.no_grad():
+            for p in self.kept:
+                p.sub_(p.grad)
+        run.zero_grad()
+        run.note("leads/loss", loss)
+
+    def edit_gradients(self, params):
+        self.calls.append("edit_gradients")
+        with torch.no_grad():
+            for p, kept in self.kept.items():
+                p.copy_(kept)
+
+
+class Follows(Method):
+    """Notes the weights at its edit."""
+
+    name = "follows"
+
+    def begin_task(self, run):
+        self.run, self.seen = run, [toy.flat(run.model)]
+
+    def edit_gradients(self, params):
+        self.seen.append(toy.flat(self.run.model))
+
+    def end_step(self, run):
+        self.seen.append(toy.flat(run.model))
+
+
+def test_passes_before_a_step(tmp_path):
+    """Once a step, with its micro-batches; others edit at the weights of the step, and its passes are in no metric."""
+    leads, follows = Leads(), Follows()
+    trainer = build(tmp_path, follows, leads, gradient_accumulation_steps=2)
+    plain = build(tmp_path, gradient_accumulation_steps=2)
+    for run in (trainer, plain):
+        run.train()
+    assert leads.calls == [("begin_step", 0, [4, 4]), "edit_gradients", ("begin_step", 1, [4, 4]), "edit_gradients"]
+    start, edit, end, edit2, _ = follows.seen
+    assert torch.equal(start, edit) and torch.equal(end, edit2) and not torch.equal(start, end)
+    first, theirs = trainer.state.log_history[0], plain.state.log_history[0]
+    assert first["leads/loss"] == pytest.approx(theirs["loss"], rel=1e-3) and first["loss"] < theirs["loss"]
+    assert first["num_tokens"] == theirs["num_tokens"]
+    with pytest.raises(ValueError, match="Leads and Leads both act before the passes of a step"):
+        other = Leads()
+        other.name = "other"
+        build(tmp_path, leads, other)
+
+
 def test_terms_do_not_depend_on_accumulation(tmp_path):
     """A mean over the batch, and a token mean, add up to the same over micro-batches of equal rows."""
 

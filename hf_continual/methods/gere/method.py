@@ -159,6 +159,10 @@ class GeRe(Method):
         """Always: states, and self-written texts, come from the weights before training."""
         return self.rows == "self" or self._constrained
 
+    def needs_earlier_task(self) -> bool:
+        """The states are those of the base model: they hold from the first task on."""
+        return False
+
     def added_rows(self) -> AddedRows:
         """The ratio or number of general rows."""
         return AddedRows(self.ratio, self.per_batch, float(self.ce_weight), self.max_length)
