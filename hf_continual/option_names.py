@@ -15,6 +15,8 @@ from pathlib import Path
 
 SFT_CONFIG = "trl.trainer.sft_config:SFTConfig"
 LORA_CONFIG = "peft.tuners.lora.config:LoraConfig"
+# Adapters that a plan may add, by PEFT's name of the kind.
+PEFT_CONFIGS = {"LORA": LORA_CONFIG, "PROMPT_TUNING": "peft.tuners.prompt_tuning.config:PromptTuningConfig"}
 
 
 @functools.cache

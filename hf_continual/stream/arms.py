@@ -33,10 +33,10 @@ def arms_of(plan: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
 
 
 def _changes(plan: Plan, arm: ArmPlan) -> dict[str, Any]:
-    """Options of `sft` and `peft` are added to the plan's; the other keys replace the plan's."""
+    """Add options of `sft` and `peft` to the plan's; replace the other keys, and `peft` if it names a kind of adapter."""
     changes = {key: getattr(arm, key) for key in arm.model_fields_set}
     for key in ("sft", "peft"):
-        if changes.get(key):
+        if changes.get(key) and "peft_type" not in changes[key]:  # other kinds of adapters have other options
             changes[key] = {**(getattr(plan, key) or {}), **changes[key]}
     return changes
 

@@ -9,7 +9,7 @@ from typing import Any
 from hf_continual.inference.names import METHODS
 from hf_continual.methods.table import check_description
 from hf_continual.named import did_you_mean
-from hf_continual.option_names import LORA_CONFIG, SFT_CONFIG, option_names
+from hf_continual.option_names import PEFT_CONFIGS, SFT_CONFIG, option_names
 from hf_continual.paths import cannot_hold, check_is_there, check_rows_there
 from hf_continual.stream.arms import arms_of
 from hf_continual.stream.check_joint import check_joint
@@ -76,10 +76,16 @@ def _check_tasks(plan: Plan, where: Where) -> None:
 def _check_options(plan: Plan, where: Where) -> None:
     """Check options of SFTConfig and LoraConfig, and numbers with which nothing would be trained."""
     sft = {**option_names(SFT_CONFIG), **dict.fromkeys(_OURS, False)}
-    lora = option_names(LORA_CONFIG)
+    kind = (plan.peft or {}).get("peft_type", "LORA")
+    if kind not in PEFT_CONFIGS:
+        hint = did_you_mean(kind, PEFT_CONFIGS)
+        raise where.error(
+            ("peft", "peft_type"), f"a plan cannot add a {kind!r}.{hint} Known are {', '.join(PEFT_CONFIGS)}."
+        )
+    config = PEFT_CONFIGS[kind]
     for label, options, owner, known in [
         (("sft",), plan.sft, "SFTConfig", sft),
-        (("peft",), plan.peft or {}, "LoraConfig", lora),
+        (("peft",), plan.peft or {}, config.partition(":")[2], option_names(config)),
         *[(("tasks", i, "sft"), task.sft, "SFTConfig", sft) for i, task in enumerate(plan.tasks)],
     ]:
         for key in options:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_continual.hub.damaged import loading
 from hf_continual.inference.names import kind_in
+from hf_continual.named import imported
+from hf_continual.option_names import PEFT_CONFIGS
 from hf_continual.stream.plan import ModelPlan, Plan
 from hf_continual.trainer.adapters import EARLIER, adapter_on, is_adapter, stacked
 
@@ -107,10 +109,12 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
     return model if plan.model.quantization else model.to(PartialState().device)
 
 
-def new_adapter(plan: Plan) -> LoraConfig | None:
+def new_adapter(plan: Plan) -> PeftConfig | None:
     """The adapter that a plan's tasks add, None if they train full weights or an existing adapter."""
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
-    return None if plan.peft is None else LoraConfig(**options)
+    if plan.peft is None:
+        return None
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **plan.peft}
+    return imported(PEFT_CONFIGS[options.pop("peft_type", "LORA")])(**options)
 
 
 def adapter_to_add(plan: Plan, methods: Iterable[Method]) -> Any:
@@ -119,7 +123,7 @@ def adapter_to_add(plan: Plan, methods: Iterable[Method]) -> Any:
     return new_adapter(plan) if brought is None else brought
 
 
-def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None]:
+def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, PeftConfig | None]:
     """Load the model that a task continues from.
 
     Args:

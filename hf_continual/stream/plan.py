@@ -219,7 +219,7 @@ class Plan(_Strict):
         output_dir: Folder for all output.
         seed: Seed of training: order of the rows, new adapters, dropout.
         data_seed: Seed of `train_rows` and `test_rows`.
-        peft: Options of `peft.LoraConfig`; None trains all weights.
+        peft: Options of `peft.LoraConfig`; with ``peft_type: PROMPT_TUNING`` those of a soft prompt; None trains all weights.
         sft: Options of `trl.SFTConfig` for every task.
         methods: Methods against forgetting, as in `ContinualConfig.methods`; ``rows: earlier_tasks`` stands for
             the training rows of earlier tasks, ``rows: kept`` for those that `memory` keeps.
