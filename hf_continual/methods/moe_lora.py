@@ -27,20 +27,11 @@ import torch
 
 from hf_continual.bounds import at_least, between, one_of, whole_number
 from hf_continual.inference.kinds import tuner_of
-from hf_continual.inference.moe_lora import (
-    GATES,
-    TASK,
-    TOKEN,
-    MoELoraConfig,
-    MoELoraTuner,
-    balance_loss,
-    contrastive_loss,
-    task_gate,
-    token_gate,
-)
+from hf_continual.inference.moe_lora import GATES, TASK, TOKEN, MoELoraConfig, MoELoraTuner
 from hf_continual.methods.base import Forward, Method, Run
 from hf_continual.paper import Paper
 from hf_continual.tasks import name_among
+from hf_continual.tensors.expert_gates import balance_loss, contrastive_loss, task_gate, token_gate
 from hf_continual.tensors.rank_gates import is_reentrant
 
 if TYPE_CHECKING:

@@ -36,18 +36,12 @@ from hf_continual.data.buffer import ORIGIN
 from hf_continual.data.replay import RowType, shuffled
 from hf_continual.data.rows import load_rows
 from hf_continual.inference.kinds import tuner_of
-from hf_continual.inference.sapt_lora import (
-    SaptLoraConfig,
-    SaptLoraTuner,
-    attention,
-    pooled,
-    query,
-    reflection_loss,
-)
+from hf_continual.inference.sapt_lora import SaptLoraConfig, SaptLoraTuner
 from hf_continual.methods.base import Batch, Forward, Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import name_among
 from hf_continual.tensors.rank_gates import is_reentrant
+from hf_continual.tensors.shared_attention import attention, pooled, query, reflection_loss
 
 if TYPE_CHECKING:
     from peft import PeftConfig
