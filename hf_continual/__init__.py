@@ -1,6 +1,6 @@
 """Fine-tune a language model again and again without losing what it knows.
 
-`ContinualTrainer` is TRL's SFTTrainer with methods against forgetting; change one line and add them:
+`ContinualTrainer` is TRL's SFTTrainer plus methods against forgetting; change one line and add them:
 
     trainer = ContinualTrainer(model, ContinualConfig("out"), train_dataset=task, methods=[Replay(old, ratio=0.1)])
 """
@@ -54,7 +54,8 @@ __version__ = VERSION
 
 check_versions()
 
-# The face, in the order of the data. A name is imported when it is asked for: `import hf_continual` loads no torch.
+# The public names, in the order of the data flow. A name is imported on first use: `import hf_continual` loads no
+# torch.
 _FACE = {
     "Task": "hf_continual.tasks",
     "TaskStream": "hf_continual.tasks",
@@ -150,7 +151,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FACE:
         raise AttributeError(f"module 'hf_continual' has no attribute {name!r}; it offers {', '.join(_FACE)}")
     found = getattr(importlib.import_module(_FACE[name]), name)
-    globals()[name] = found  # looked up once; and pdoc documents what is in the module
+    globals()[name] = found  # looked up once; pdoc documents only what is in the module
     return found
 
 

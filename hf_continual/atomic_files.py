@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever moment a process is killed at, and are checked when they are read back."""
+"""Files that are whole or absent, no matter when a process is killed, and are checked when they are read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and put it there in one step, after its bytes are on the disk."""
+    """Write a file next to its place and rename it in one step, once its bytes are on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -32,14 +32,14 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class DamagedFile(ValueError):
-    """A file that does not hold what was written into it; the message names the file and what stands there."""
+    """Raised for a file that does not hold what was written to it; the message quotes the file's content."""
 
 
 CHECKSUM = "checksum"
 
 
 def checksum(data: Any) -> str:
-    """16 hexadecimal digits of plain data, whatever the order of its keys."""
+    """A hash of plain data, 16 hexadecimal digits, independent of the order of keys."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -59,14 +59,15 @@ def read_checked(path: Path) -> dict[str, Any]:
         The data without its checksum.
 
     Raises:
-        DamagedFile: If it is not a JSON object, or not what was written. A file without a checksum is as it is.
+        DamagedFile: If it is not a JSON object, or not what was written. A file without a checksum is accepted as it
+            is.
     """
     data = read_json(path)
     if not isinstance(data, dict):
-        raise DamagedFile(f"{path} must hold a JSON object and holds {shown(data)}.")
+        raise DamagedFile(f"{path} must hold a JSON object, and holds {shown(data)}.")
     told = data.pop(CHECKSUM, None)
     if told is not None and told != checksum(data):
-        raise DamagedFile(f"{path} was changed after it was written: its checksum is not that of its content.")
+        raise DamagedFile(f"{path} was changed after it was written: its checksum does not match its content.")
     return data
 
 
@@ -80,7 +81,7 @@ def read_json(path: Path) -> Any:
         The data.
 
     Raises:
-        DamagedFile: If it is not JSON; says at which line.
+        DamagedFile: If it is not JSON; names the line.
     """
     return parse_json(_text(path), str(path))
 
@@ -95,10 +96,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         One mapping per line that is not empty.
 
     Raises:
-        DamagedFile: If a line is not a JSON object; says which and what stands there.
+        DamagedFile: If a line is not a JSON object; names the line and quotes it.
     """
     rows = []
-    # Not splitlines: a text may hold U+0085 or U+2028, which JSON leaves as they are.
+    # Not splitlines: a text may contain U+0085 or U+2028, which JSON does not escape.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line:
             continue
@@ -110,17 +111,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that somebody else wrote and that holds an object, such as a configuration.
+    """Read a JSON object from a file written by other software, such as a configuration.
 
     Args:
         path: The file.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
-        DamagedFile: If it is empty, cut off, not UTF-8, not JSON, nested too deeply, or holds something else; the
-            message names the file and what was met.
+        DamagedFile: If it is empty, cut off, not UTF-8, not JSON, nested too deeply, or not an object; the
+            message names the file and what it contains.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -138,12 +139,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, place: str, unique: bool = False) -> Any:
-    """JSON from a text.
+    """Parse JSON from a text.
 
     Args:
         text: The text.
-        place: Where it stands, for the message.
-        unique: Whether a key that an object gives twice is refused.
+        place: Where it comes from, for the message.
+        unique: Whether to refuse an object that gives a key twice.
 
     Returns:
         The data.
@@ -156,13 +157,13 @@ def parse_json(text: str, place: str, unique: bool = False) -> Any:
     except json.JSONDecodeError as error:
         at = f", line {error.lineno}" if "\n" in text.strip() else ""
         begin = max(error.pos - 30, 0)
-        found = f"there stands {text[begin : error.pos + 30]!r}" if text.strip() else "it is empty"
+        found = f"it contains {text[begin : error.pos + 30]!r}" if text.strip() else "it is empty"
         raise DamagedFile(
             f"{place}{at}: not valid JSON ({error.msg.lower()}, column {error.colno}); {found}."
         ) from error
     except RecursionError as error:
         raise DamagedFile(f"{place}: its JSON is nested too deeply to be read.") from error
-    except ValueError as error:  # a number of more digits than Python turns into one
+    except ValueError as error:  # a number with more digits than Python converts
         raise DamagedFile(f"{place}: not valid JSON ({error}).") from error
 
 
@@ -175,7 +176,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: Any, length: int = 60) -> str:
-    """A value as it is quoted in a message: what it is, and its beginning."""
+    """Quote a value for a message: its kind, and its beginning."""
     kinds = {
         dict: "an object",
         list: "a list",

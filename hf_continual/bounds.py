@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, with the sentence that names the method, the option and the value."""
+"""Checks of hyper-parameters, with messages that name the method, the option and the value."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def one_of(owner: str, key: str, value: Any, known: Sequence[Any]) -> None:
 
 
 def number(owner: str, key: str, value: Any) -> None:
-    """Refuse what is not an int or a float."""
+    """Refuse a value that is not an int or a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{owner}({key}={value!r}) must be a number, got {type(value).__name__}.")
 
 
 def whole_number(owner: str, key: str, value: Any, least: int = 1, unit: str = "") -> None:
-    """Refuse what is not an int, or below `least`; the unit says what it counts."""
+    """Refuse a value that is not an int, or is below `least`; the unit says what it counts."""
     unit = f" ({unit})" if unit else ""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}({key}={value!r}) must be a whole number{unit}, got {type(value).__name__}.")
@@ -28,7 +28,7 @@ def whole_number(owner: str, key: str, value: Any, least: int = 1, unit: str = "
 
 
 def between(owner: str, key: str, value: Any, low: float, high: float, closed: str = "", note: str = "") -> None:
-    """Refuse what is not a number between two.
+    """Refuse a value that is not a number between two bounds.
 
     Args:
         owner: The class or function.
@@ -56,22 +56,22 @@ def _range(low: float, high: float, closed: str) -> str:
 
 
 def at_least(owner: str, key: str, value: Any, least: float) -> None:
-    """Refuse what is not a finite number of at least `least`."""
+    """Refuse a value that is not a finite number of at least `least`."""
     number(owner, key, value)
     if not least <= value < float("inf"):
         raise ValueError(f"{owner}({key}={value!r}) must be a finite number of at least {least:g}.")
 
 
-# Files of a task's folder, and prefixes of the log, that are not a method's.
+# Files of a task's folder, and prefixes of the log, that do not belong to a method.
 RESERVED = ("complete", "eval", "memory", "methods", "published", "run", "scores", "task", "test", "train", "trained")
 
 
 def plain_name(method: str, name: Any) -> None:
-    """Refuse a name under which a method's log, rows or files would be taken for something else."""
+    """Refuse a name that would make a method's log, rows or files be mistaken for something else."""
     plain = isinstance(name, str) and name and not set(name) & set("/\\\0\n") and not name.startswith(".")
     if not plain:
-        raise ValueError(f"{method}(name={name!r}): a name is a word without '/', as it is the name of files.")
+        raise ValueError(f"{method}(name={name!r}): a name is a word without '/', because files are named after it.")
     if name.lower() in RESERVED:
         raise ValueError(
-            f"{method}(name={name!r}): this name is taken by the library's own files and logs ({', '.join(RESERVED)}). Choose another."
+            f"{method}(name={name!r}): the library's own files and logs use this name ({', '.join(RESERVED)}). Choose another."
         )

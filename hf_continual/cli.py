@@ -1,7 +1,7 @@
 """The command line: `hf-continual`, or `python -m hf_continual`.
 
-Each verb is a file of `hf_continual.commands` (merge, push and card are next to the code they call). None of them imports torch
-before it needs it.
+Each subcommand is a file of `hf_continual.commands` (merge, push and card are next to the code they call). None of them
+imports torch before it needs it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import hf_continual
 from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
+from hf_continual.commands.examples import example
 from hf_continual.commands.methods import methods
 from hf_continual.commands.run import run
 from hf_continual.commands.score import score
@@ -35,15 +36,15 @@ app = typer.Typer(
     name="hf-continual",
     help="Fine-tune a language model again and again without losing what it knows.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 for verb in (train, run, score, chat, methods):
-    app.command()(verb)
-# Its options depend on the method, so it reads its arguments itself, --help among them.
+    app.command(epilog=example(verb.__name__))(verb)
+# Its options depend on the method, so it parses its arguments itself, including --help.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 for verb in (push, demo):
-    app.command()(verb)
+    app.command(epilog=example(verb.__name__))(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}
 
@@ -66,18 +67,18 @@ def options(
 
 
 def _said(error: Exception) -> str:
-    """The message of an error; of one that this library does not raise itself, also where it came from."""
+    """The message of an error; if another library raised it, also where it came from."""
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
         return in_flags(str(error), flags_of(typer.main.get_command(app), sys.argv[1:]))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
+    return f"{error}{place}. This error is unexpected; hf-continual --debug ... shows where it happened."
 
 
 def _warned(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning of this library as one sentence; of others with the place, as Python shows it."""
+    """Format this library's warnings as one sentence, other warnings with their place, as Python shows them."""
     if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parent):
         return f"Warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
@@ -97,7 +98,7 @@ def main() -> None:
     or a time limit; the same command resumes.
     """
     warnings.formatwarning = _warned
-    # As with `python -m`: methods and metrics of one's own are found in the current folder.
+    # As with `python -m`: your own methods and metrics are found in the current folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -115,5 +116,5 @@ def main() -> None:
         )
         sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)
     finally:
-        # The system frees the memory of a process that ends; looking for cycles among torch's objects first takes 0.4 s.
+        # The system frees a process's memory at exit; collecting cycles among torch's objects first would take 0.4 s.
         gc.freeze()

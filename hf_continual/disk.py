@@ -1,7 +1,7 @@
-"""What to say where a file cannot be written: which file, how much room there is, what is safe, and what to do.
+"""Errors for files that cannot be written: which file, how much space is free, what is safe, and what to do.
 
-Full disks, quotas, read-only file systems and missing rights reach a program as errors of many libraries, most of them
-without a path. `writing` is the one place that turns them into a sentence.
+Full disks, quotas, read-only file systems and missing permissions reach a program as errors of many libraries, most of
+them without a path. `writing` is the one place that turns them into a clear message.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "this user may not write there",
-    errno.EPERM: "this user may not write there",
+    errno.EACCES: "this user has no permission to write there",
+    errno.EPERM: "this user has no permission to write there",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# safetensors' Rust names the number of the system's error; torch's and numpy's writers notice only that bytes are missing.
+# safetensors' Rust code gives the system's error number; torch's and numpy's writers notice only that bytes are
+# missing.
 _NUMBER = re.compile(r"os error (\d+)|Errno (\d+)")
 _CUT = re.compile(
     r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written|No space left|Disk quota exceeded"
@@ -30,10 +31,10 @@ _CUT = re.compile(
 
 
 class CannotWrite(OSError):
-    """A file or folder cannot be written; the message says what is safe and what to do.
+    """Raised if a file or folder cannot be written; the message says what is safe and what to do.
 
     Attributes:
-        path: What was to be written, or None where the message says all.
+        path: The file or folder, or None if the message says everything.
     """
 
     path: Path | None = None
@@ -41,17 +42,17 @@ class CannotWrite(OSError):
 
 @contextmanager
 def writing(folder: Path, way_out: str | Callable[[], str]) -> Iterator[None]:
-    """Explain errors of a disk that are met while a folder is written; others pass. Of several, the outermost explains.
+    """Explain disk errors raised while a folder is written; others pass through. If nested, the outermost explains.
 
     Args:
-        folder: What is written.
-        way_out: What is safe and what to do, in sentences; made when it is needed.
+        folder: The folder being written.
+        way_out: What is safe and what to do, in sentences; computed when needed.
 
     Yields:
         None: While it is written.
 
     Raises:
-        CannotWrite: In place of what a library said.
+        CannotWrite: Instead of a library's error.
     """
     try:
         yield
@@ -73,7 +74,7 @@ def cannot_write(path: Path, number: int, way_out: str) -> CannotWrite:
 
 
 def free_space(path: Path) -> int:
-    """Free bytes where a path lies, or where it will lie."""
+    """Free bytes on the disk of a path, which may not exist yet."""
     folder = path.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -81,7 +82,7 @@ def free_space(path: Path) -> int:
 
 
 def size(number: float) -> str:
-    """Bytes in a unit that is read at a glance."""
+    """A number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit in ("B", "kB") or number >= 10 else f"{number:.1f} {unit}"
@@ -90,7 +91,7 @@ def size(number: float) -> str:
 
 
 def _cause(error: BaseException, folder: Path) -> tuple[int, Path] | None:
-    """Number and path of the disk's error behind an exception, or None if it is about something else."""
+    """Number and path of the disk error that caused an exception, or None if the cause is something else."""
     seen: list[BaseException] = []
     now: BaseException | None = error
     while now is not None and now not in seen:
@@ -100,7 +101,8 @@ def _cause(error: BaseException, folder: Path) -> tuple[int, Path] | None:
         if (number := _number(now)) in REASONS:
             name = getattr(now, "filename", None)
             path = folder if name is None or isinstance(name, int) else Path(os.fsdecode(name))
-            # A file that may not be read lies anywhere; one that may not be written lies in what is written.
+            # A file without read permission can be anywhere; one without write permission is in the folder being
+            # written.
             if number in FULL or _below(path, folder):
                 return number, path
         now = now.__cause__ or now.__context__
@@ -117,5 +119,5 @@ def _number(error: BaseException) -> int | None:
 
 
 def _below(path: Path, folder: Path) -> bool:
-    # The folder's neighbours too: outputs grow beside their place.
+    # The folder's siblings too: outputs are first written next to their place.
     return path.absolute().is_relative_to(folder.absolute().parent)

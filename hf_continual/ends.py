@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and which are never part of its text."""
+"""Tokens that end an answer, and tokens that are never part of its text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token at which generation stops: the tokenizer's own, and all that the model's generation config names.
+    """Every token at which generation stops: the tokenizer's own, and all in the model's generation config.
 
     Args:
         model: A causal language model with or without adapters, or None.
         tokenizer: Its tokenizer.
 
     Returns:
-        Token ids; empty where neither names one.
+        Token ids; empty if neither has one.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     configured = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
@@ -26,10 +26,10 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """What was added to a tokenizer's vocabulary; asked once, as a tokenizer may need milliseconds to answer.
+    """Tokens added to a tokenizer's vocabulary; looked up once, since a look-up may take milliseconds.
 
     Args:
-        special: Tokens that are not part of a text, without the one for unknown words.
+        special: Tokens that are not part of a text, except the one for unknown words.
         texts: Text of every added token, special or not.
     """
 
@@ -46,6 +46,6 @@ def added_tokens(tokenizer: Any) -> AddedTokens:
 
 
 def padding_token(tokenizer: Any) -> int:
-    """A token to fill masked places with, whatever the tokenizer has."""
+    """A token to fill masked positions with, for any tokenizer."""
     found = [i for i in (getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if i is not None]
     return found[0] if found else 0

@@ -1,9 +1,10 @@
-"""What chance can have done to a score: intervals that hold at 0 of n and n of n as well.
+"""Confidence intervals of scores that stay valid at 0 of n and n of n.
 
-A share has Wilson's interval (1927), which has a width where every row is right. A figure of the accuracy matrix is a sum
-of cells; its interval is put together from theirs by squaring and adding (Newcombe 1998 for a difference on the same rows,
-Zou & Donner 2008 in general), with the correlation of scores of the same rows at several moments. Scores that are not 0
-or 1 have Student's interval, and their figures are bootstrapped (`hf_continual.metrics.bootstrap_intervals`).
+A proportion gets Wilson's interval (1927), which has a width even if every row is right. A figure of the accuracy
+matrix is a sum of cells; its interval is combined from theirs by squaring and adding (Newcombe 1998 for a difference on
+the same rows, Zou & Donner 2008 in general), with the correlation of scores of the same rows after different tasks.
+Scores that are not 0 or 1 get Student's interval, and their figures are bootstrapped
+(`hf_continual.metrics.bootstrap_intervals`).
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ Place = tuple[int, int]  # (after, task); after = -1 is the base model
 
 
 def share_interval(right: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's interval of a share: of 16 right of 16 it is 0.806 to 1.
+    """Wilson's interval of a proportion: for 16 right of 16 it is 0.806 to 1.
 
     Args:
         right: Number of rows that are right.
         n: Number of rows, at least 1.
-        confidence: Probability that such intervals hold the true share.
+        confidence: Probability that such intervals contain the true proportion.
 
     Returns:
         Lower and upper bound.
     """
-    from scipy import stats  # a second to import
+    from scipy import stats  # takes a second to import
 
     found = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
 
 
 def is_share(values: Sequence[float]) -> bool:
-    """Whether every row is right or wrong, so that their mean is a share."""
+    """Whether every row is right or wrong, so that their mean is a proportion."""
     return len(values) > 0 and all(v in (0, 1) for v in values)
 
 
@@ -46,10 +47,10 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
     Args:
         values: One per row.
-        confidence: Probability that such intervals hold the true mean.
+        confidence: Probability that such intervals contain the true mean.
 
     Returns:
-        Lower and upper bound; None where the rows say nothing about their spread (fewer than two, or all the same).
+        Lower and upper bound; None if the rows say nothing about their spread (fewer than two, or all the same).
     """
     if is_share(values):
         return share_interval(round(sum(values)), len(values), confidence)
@@ -70,14 +71,14 @@ def spread_interval(centre: float, standard_error: float, n: int, confidence: fl
 def coefficients(name: str, matrix: AccuracyMatrix) -> dict[Place, float]:
     """A figure of the matrix as a sum of its cells: coefficient by cell.
 
-    Of `forgetting` it is the sum at these scores, where the best moment of each task is known.
+    For `forgetting` it is the sum at these scores, with each task's best row known.
 
     Args:
         name: One of `hf_continual.metrics.SUMMARY`.
         matrix: The matrix, with all cells that the figure needs.
 
     Returns:
-        Coefficients, of better scores where scores are losses.
+        Coefficients, with signs such that higher is better if scores are losses.
     """
     last = matrix.last
     parts: list[tuple[int, int, float]] = []
@@ -102,7 +103,7 @@ def coefficients(name: str, matrix: AccuracyMatrix) -> dict[Place, float]:
 
 
 def _best(matrix: AccuracyMatrix, task: int) -> int:
-    """The moment before the last at which a task was best."""
+    """The row, before the last, at which a task was best."""
     known = {i: v for i in range(matrix.last) if (v := matrix.score(i, task)) is not None}
     return (min if matrix.lower_is_better else max)(known, key=lambda i: known[i])
 
@@ -114,12 +115,12 @@ def combined_interval(
 
     Args:
         parts: Coefficient, and one value per row, of each mean.
-        confidence: Probability that such intervals hold the true sum.
-        groups: Which rows each mean is over: means of one group are over the same rows, in the same order, and those of
-            different groups over rows that have nothing to do with each other. By default all are of one group.
+        confidence: Probability that such intervals contain the true sum.
+        groups: Which rows each mean is over: means in one group are over the same rows, in the same order, and those in
+            different groups over unrelated rows. By default all are in one group.
 
     Returns:
-        Lower and upper bound; None where a mean has no interval.
+        Lower and upper bound; None if a mean has no interval.
     """
     owners = [0] * len(parts) if groups is None else list(groups)
     centre, below, above = 0.0, 0.0, 0.0
@@ -143,8 +144,8 @@ def combined_interval(
 def _correlations(rows: Sequence[Sequence[float]], weights: np.ndarray) -> np.ndarray:
     """Correlation of scores of the same rows.
 
-    Where one of two does not vary it is not known: 0 in a difference, as Newcombe has it, and 1 in a sum, since the same
-    rows looked at twice are not more rows.
+    If one of the two does not vary it is unknown: 0 in a difference, as in Newcombe, and 1 in a sum, since the same
+    rows counted twice are not more rows.
     """
     values = np.asarray(rows, float)
     centred = values - values.mean(1, keepdims=True)
@@ -159,20 +160,20 @@ def _correlations(rows: Sequence[Sequence[float]], weights: np.ndarray) -> np.nd
 def figure_intervals(
     runs: Sequence[Rows], tasks: int, draws: int = 1000, seed: int = 0, lower_is_better: bool = False
 ) -> dict[str, Interval | None]:
-    """95 % intervals of a matrix' figures over the scored rows, and over runs where there are several.
+    """95 % intervals of a matrix' figures over the scored rows, and over runs if there are several.
 
     Args:
         runs: For each run the score of every row in every cell, ``{(after, task): scores}``; `after` = -1 is the base
             model. Rows of a task are the same in every cell and run.
         tasks: Number of tasks.
-        draws: Draws of the bootstrap, where there is one.
+        draws: Draws of the bootstrap, if one is needed.
         seed: Seed of the draws.
         lower_is_better: Whether the scores are losses.
 
     Returns:
-        Lower and upper bound by figure; None where a figure cannot be computed. Of one run whose rows are all right or
-        wrong the intervals are combined from Wilson's; of scores of which none is a share, and of several runs, they are
-        bootstrapped, and never narrower than what the shares' own intervals give.
+        Lower and upper bound by figure; None if a figure cannot be computed. For one run whose rows are all right or
+        wrong the intervals are combined from Wilson's; for scores without a proportion, and for several runs, they are
+        bootstrapped, and never narrower than the proportions' own intervals give.
     """
     shares = [is_share(scores) for run in runs for scores in run.values()]
     if all(shares) and len(runs) == 1:

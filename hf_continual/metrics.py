@@ -1,8 +1,8 @@
-"""The accuracy matrix of a task sequence and what is read from it. Plain floats, no framework.
+"""The accuracy matrix of a task sequence and the figures computed from it. Plain floats, no framework.
 
 Row i holds the scores after task i, column j is task j; a_{i,j} is the score on task j after learning task i, b_j
 the base model's, T the last task. A cell that was not measured is None, and a mean over a missing cell is None:
-never a guess. With losses in the cells (`lower_is_better`) every difference is turned round, so that a backward
+never a guess. With losses in the cells (`lower_is_better`) every difference changes its sign, so that a backward
 transfer below 0 and a forgetting above 0 always mean that something was lost.
 """
 
@@ -17,7 +17,7 @@ Cell = float | None
 
 
 def mean(cells: Iterable[Cell]) -> Cell:
-    """Arithmetic mean; None if there is no cell or one is missing."""
+    """Arithmetic mean; None if there are no cells or one is missing."""
     values = list(cells)
     if not values or any(v is None for v in values):
         return None
@@ -42,11 +42,11 @@ def _check_row(name: str, row: Sequence[Cell]) -> None:
             continue
         if isinstance(cell, bool) or not isinstance(cell, Real):
             raise TypeError(
-                f"{name}[{j}] is {cell!r} ({type(cell).__name__}). Give a number, or None where it was not measured."
+                f"{name}[{j}] is {cell!r} ({type(cell).__name__}). Give a number, or None if it was not measured."
             )
         if not math.isfinite(cell):
             raise ValueError(
-                f"{name}[{j}] is {cell}: no mean over it says anything. Give None where a score was not measured; NaN from a "
+                f"{name}[{j}] is {cell}: a mean over it says nothing. Give None if a score was not measured; NaN from a "
                 f"metric usually means that the model's weights or logits are broken."
             )
 
@@ -56,14 +56,15 @@ class AccuracyMatrix:
     """Scores of every task after every task.
 
     Args:
-        scores: Row i = after task i; a row may be shorter than the number of tasks (tasks to come are not
+        scores: Row i = after task i; a row may be shorter than the number of tasks (later tasks are not
             measured) or hold None.
         base: Scores of the base model before the first task, or None.
         lower_is_better: Whether the scores are losses; the signs of transfer and forgetting keep their meaning.
 
     Raises:
         TypeError: If a cell is neither a number nor None.
-        ValueError: If a cell is NaN or infinite, a row stops before its own task, or the base row has another length.
+        ValueError: If a cell is NaN or infinite, a row stops before its own task, or the base row has a different
+            length.
     """
 
     scores: list[list[float | None]]
@@ -77,17 +78,17 @@ class AccuracyMatrix:
             if len(row) <= i:
                 raise ValueError(
                     f"scores[{i}] has {len(row)} scores; the row after task {i} needs one for each of the {i + 1} tasks learned "
-                    f"by then, None where it was not measured."
+                    f"by then, None for a score that was not measured."
                 )
         _check_row("base", self.base or [])
         if self.base is not None and self.scores and len(self.base) != tasks:
-            raise ValueError(f"base has {len(self.base)} scores and the matrix {tasks} tasks.")
+            raise ValueError(f"base has {len(self.base)} scores and the matrix has {tasks} tasks.")
 
     def check_named(self, tasks: Sequence[str]) -> None:
-        """Refuse names of tasks that do not fit the matrix.
+        """Refuse task names that do not fit the matrix.
 
         Args:
-            tasks: One name per task; of tasks to come too, if there are more names than columns.
+            tasks: One name per task; later tasks too, if there are more names than columns.
 
         Raises:
             ValueError: If there are more rows or columns than names.
@@ -97,22 +98,22 @@ class AccuracyMatrix:
             raise ValueError(f"the matrix has scores for {wide} tasks and {len(tasks)} names: {', '.join(tasks)}.")
 
     def score(self, after: int, task: int) -> Cell:
-        """a_{after,task}; `after` = -1 is the base model. None where it was not measured."""
+        """a_{after,task}; `after` = -1 is the base model. None if it was not measured."""
         row: Sequence[Cell] = (self.base or []) if after < 0 else self.scores[after]
         return row[task] if task < len(row) else None
 
     def gain(self, new: Cell, old: Cell) -> Cell:
-        """How much better `new` is than `old`."""
+        """Improvement of `new` over `old`."""
         return difference(old, new) if self.lower_is_better else difference(new, old)
 
     @property
     def last(self) -> int:
-        """Index of the last task learnt."""
+        """Index of the last task learned."""
         return len(self.scores) - 1
 
     @property
     def overall_performance(self) -> Cell:
-        """OP, also AP or Last: mean of a_{T,j} over the tasks learnt."""
+        """OP, also AP or Last: mean of a_{T,j} over the tasks learned."""
         return mean(self.score(self.last, j) for j in range(self.last + 1))
 
     @property
@@ -122,12 +123,12 @@ class AccuracyMatrix:
 
     @property
     def learning_accuracy(self) -> Cell:
-        """LA: mean of a_{j,j}, each task right after it was learnt."""
+        """LA: mean of a_{j,j}, each task right after it was learned."""
         return mean(self.score(j, j) for j in range(self.last + 1))
 
     @property
     def backward_transfer(self) -> Cell:
-        """BWT: mean of a_{T,j} - a_{j,j} over all tasks but the last; below 0 is forgetting (TRACE, Recurrent-KIF)."""
+        """BWT: mean of a_{T,j} - a_{j,j} over all but the last task; below 0 is forgetting (TRACE, Recurrent-KIF)."""
         return mean(self.gain(self.score(self.last, j), self.score(j, j)) for j in range(self.last))
 
     @property
@@ -138,19 +139,19 @@ class AccuracyMatrix:
 
     @property
     def forward_transfer(self) -> Cell:
-        """FWT: mean of a_{j-1,j} - b_j over all tasks but the first."""
+        """FWT: mean of a_{j-1,j} - b_j over all tasks except the first."""
         return mean(self.gain(self.score(j - 1, j), self.score(-1, j)) for j in range(1, self.last + 1))
 
     @property
     def forgetting(self) -> Cell:
-        """Mean of max_i a_{i,j} - a_{T,j} over all tasks but the last, i < T (Chaudhry et al. 2018, SAPT's Fgt).
+        """Mean of max_i a_{i,j} - a_{T,j} over all tasks except the last, i < T (Chaudhry et al. 2018, SAPT's Fgt).
 
-        The maximum is over what was measured; moments from when the task was learnt on must have been.
+        The maximum is over the measured cells; those from the task's own row on must be measured.
         """
         return mean(self.forgotten(j) for j in range(self.last))
 
     def forgotten(self, task: int) -> Cell:
-        """How far a task fell below its best before the last one; below 0 where it gained. None if a cell is missing."""
+        """Drop of a task's last score below its best earlier one; below 0 if it gained. None if a cell is missing."""
         past = [self.score(i, task) for i in range(self.last)]
         if None in past[task:]:
             return None
@@ -159,7 +160,7 @@ class AccuracyMatrix:
 
     @property
     def per_task_minimum(self) -> list[Cell]:
-        """Worst score of each task from when it was learnt to the end: least accuracy, or greatest loss."""
+        """Worst score of each task from its own row to the last: least accuracy, or greatest loss."""
         worst = max if self.lower_is_better else min
         columns = [[self.score(i, j) for i in range(j, self.last + 1)] for j in range(self.last + 1)]
         return [None if None in column else worst(v for v in column if v is not None) for column in columns]
@@ -192,9 +193,9 @@ def bootstrap_intervals(
     lower_is_better: bool = False,
     figure: Callable[[AccuracyMatrix], Mapping[str, Cell]] = lambda matrix: matrix.summary,
 ) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals of a matrix' figures, drawn again over rows and over runs.
+    """Percentile intervals of a matrix' figures, resampled over rows and over runs.
 
-    The rows of a task are drawn once for all moments of all runs, since the same rows are scored at every moment;
+    The rows of a task are drawn once for all stages of all runs, since the same rows are scored after every task;
     with several runs (seeds) the runs are drawn as well, and their figures averaged.
 
     Args:
@@ -205,10 +206,10 @@ def bootstrap_intervals(
         confidence: Probability mass inside the interval.
         seed: Seed of the draws.
         lower_is_better: Whether the scores are losses.
-        figure: What is read from a matrix.
+        figure: The figures to compute from a matrix.
 
     Returns:
-        Lower and upper bound by figure; None where a figure cannot be computed.
+        Lower and upper bound by figure; None if a figure cannot be computed.
     """
     import numpy as np
 
@@ -243,10 +244,10 @@ def bootstrap_intervals(
 
 
 def matrix_of(cells: Mapping[tuple[int, int], float], tasks: int, lower_is_better: bool = False) -> AccuracyMatrix:
-    """A matrix from its cells.
+    """Build a matrix from its cells.
 
     Args:
-        cells: Score by ``(after, task)``; `after` = -1 is the base model. Cells that are missing were not measured.
+        cells: Score by ``(after, task)``; `after` = -1 is the base model. Missing cells were not measured.
         tasks: Number of tasks.
         lower_is_better: Whether the scores are losses.
 

@@ -1,4 +1,4 @@
-"""What is called by a name: the nearest known one where it is mistyped, and ``"package.module:attribute"``."""
+"""Look things up by name: suggest the nearest known name for a typo, and import ``"package.module:attribute"``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant, or None."""
+    """The known name that was probably intended, or None."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return close[0] if close else None
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A sentence with the name that was probably meant, a space before it; empty if none is near."""
+    """A sentence suggesting the name that was probably intended, with a leading space; empty if none is close."""
     close = nearest(name, known)
     return f" Did you mean {close!r}?" if close else ""
 
 
 def imported(target: str) -> Any:
-    """What ``"package.module:attribute"`` names.
+    """Import the object that ``"package.module:attribute"`` names.
 
     Args:
         target: The name.
 
     Returns:
-        The attribute, its module imported now.
+        The attribute.
 
     Raises:
         ImportError: If there is no such module or attribute, or no attribute is named.
@@ -43,14 +43,14 @@ def imported(target: str) -> Any:
 
 
 def former_place(old: str, new: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module whose contents are elsewhere now, so that scripts that import from it still work.
+    """The ``__getattr__`` of a module whose contents have moved, so that scripts that import from it still work.
 
     Args:
         old: The module.
         new: Where its names are now.
 
     Returns:
-        Looks a name up in the new place, with a DeprecationWarning.
+        A function that looks a name up in the new place, with a DeprecationWarning.
     """
 
     def look_up(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Sentences that a user should see even where no logging is set up: what a run will start from, for example."""
+"""Messages that a user should see even without logging set up, such as what a run starts from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def notice(logger: logging.Logger, text: str) -> None:
-    """Log a sentence; where logging is not set up to show it, print it on the standard error of the first process.
+    """Log a message; if logging is not set up to show it, print it to the first process's standard error.
 
     Args:
         logger: The caller's logger.

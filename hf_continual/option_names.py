@@ -19,7 +19,7 @@ LORA_CONFIG = "peft.tuners.lora.config:LoraConfig"
 
 @functools.cache
 def option_names(target: str) -> dict[str, bool]:
-    """The arguments that a dataclass takes.
+    """List the arguments that a dataclass takes.
 
     Args:
         target: The class as ``"package.module:Class"``.
@@ -43,7 +43,7 @@ def _imported(module: str, name: str) -> dict[str, bool]:
 
 
 def _fields(module: str, name: str) -> Iterator[tuple[str, bool]]:
-    """The fields of a class and of its bases, the bases' first; follows `from ... import` to where a class is written."""
+    """The fields of a class and of its bases, the bases' first; follows `from ... import` to the class's definition."""
     tree, imports = _read(module)
     body = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if body is None:
@@ -73,7 +73,7 @@ def _defines(tree: ast.Module, name: str) -> bool:
 
 @functools.cache
 def _read(module: str) -> tuple[ast.Module, dict[str, tuple[str, str]]]:
-    """A module's syntax, and where each name that it imports comes from."""
+    """A module's syntax, and the source of each name it imports."""
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)  # of a top-level package: imports nothing
     if spec is None or spec.origin is None:

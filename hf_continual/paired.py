@@ -17,12 +17,12 @@ class PairedTest:
 
     Args:
         difference: Mean score of the second minus that of the first; for several tasks the mean over tasks.
-        interval: 95 % interval of the difference; None where the rows say nothing about it.
-        p_value: Probability of a difference at least as large, either way, if both were equally good.
+        interval: 95 % interval of the difference; None if the rows say nothing about it.
+        p_value: Probability of a difference at least as large, in either direction, if both were equally good.
         n: Number of rows.
         better: Rows on which the second scored higher.
         worse: Rows on which it scored lower.
-        test: How the p-value was computed.
+        test: Test that computed the p-value.
     """
 
     difference: float
@@ -46,20 +46,20 @@ def paired_test(
     Args:
         first: One score per row, by task.
         second: The same tasks and rows, in the same order.
-        draws: Draws of the test by signs, and of the bootstrap, where scores are not 0 or 1.
+        draws: Draws of the sign-flip test and of the bootstrap, if scores are not 0 or 1.
         seed: Seed of the draws.
 
     Returns:
-        McNemar's exact test over all rows where every row is right or wrong, with Newcombe's interval; else a test by
-        changing signs of the rows' differences, with a bootstrapped interval.
+        McNemar's exact test over all rows if every row is right or wrong, with Newcombe's interval; otherwise a test
+        that flips signs of the rows' differences, with a bootstrapped interval.
 
     Raises:
-        ValueError: If tasks or numbers of rows differ, or there is no row.
+        ValueError: If tasks or numbers of rows differ, or there are no rows.
     """
     if list(first) != list(second) or any(len(first[t]) != len(second[t]) for t in first):
         sizes = [", ".join(f"{t}: {len(v)}" for t, v in run.items()) for run in (first, second)]
         raise ValueError(
-            f"the runs have other tasks or rows ({sizes[0]} and {sizes[1]}); only the same rows can be paired."
+            f"the runs have different tasks or rows ({sizes[0]} and {sizes[1]}); only the same rows can be paired."
         )
     changes = {t: np.asarray(second[t], float) - np.asarray(first[t], float) for t in first}
     every = np.concatenate([np.zeros(0), *changes.values()])
@@ -74,7 +74,7 @@ def paired_test(
         interval = combined_interval(parts, groups=[i for i in range(len(first)) for _ in range(2)])
         p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
         return PairedTest(difference, interval, p_value, len(every), better, worse, "McNemar, exact")
-    # Each row weighs as its task's mean has it.
+    # Each row has the weight it has in its task's mean.
     scaled = np.concatenate([c / len(c) / len(changes) for c in changes.values()])
     return PairedTest(
         difference, _drawn(changes, draws, seed), _by_signs(scaled, draws, seed), len(every), better, worse, "signs of the rows' differences"
@@ -93,7 +93,7 @@ def _by_signs(scaled: np.ndarray, draws: int, seed: int) -> float:
 
 
 def _drawn(changes: Mapping[str, np.ndarray], draws: int, seed: int) -> Interval | None:
-    """Percentiles of the mean over tasks of differences, rows drawn again within each task."""
+    """Percentiles of the mean over tasks of differences, with rows resampled within each task."""
     if all(len(set(c.tolist())) < 2 for c in changes.values()):
         return None
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What a method cites: one record, printed by model cards, docs and `repr`."""
+"""A method's citation: one record, printed by model cards, docs and `repr`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Paper:
         authors: Surnames in order, as in a bibliography ("Chen et al." is fine for long lists).
         year: Year of publication.
         arxiv: arXiv identifier such as ``"2004.12651"``, without a version.
-        venue: Where it was published, such as ``"EMNLP 2020"``.
+        venue: Place of publication, such as ``"EMNLP 2020"``.
     """
 
     title: str
@@ -25,7 +25,7 @@ class Paper:
 
     @property
     def url(self) -> str | None:
-        """Address of the paper's abstract page, or None when it has no arXiv entry."""
+        """Address of the paper's abstract page, or None if it has no arXiv entry."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
 
     @property

@@ -1,4 +1,4 @@
-"""Telling a path from a name on the Hub, and checking a place before anything is written there."""
+"""Distinguish paths from Hub ids, and check a folder before anything is written to it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ def is_path(text: str, suffixes: tuple[str, ...] = ()) -> bool:
     """Whether a text can only be a path: a Hub id is ``name`` or ``namespace/name``.
 
     Args:
-        text: What a user named.
-        suffixes: Endings of files, which no Hub id has.
+        text: The text a user gave.
+        suffixes: File suffixes, which a Hub id never has.
 
     Returns:
-        Whether it must be looked for on the disk.
+        Whether it must be a path on disk.
     """
     path = Path(text)
     return path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or path.suffix in suffixes
 
 
 def check_is_there(source: str | os.PathLike[str], what: str) -> None:
-    """Refuse a path where nothing is, before it is taken for a name on the Hub.
+    """Refuse a path that does not exist, before it is taken for a Hub id.
 
     Args:
         source: Folder or Hub id.
-        what: What is loaded from it.
+        what: Name of what is loaded from it, for the message.
 
     Raises:
         FileNotFoundError: If it can only be a path, and is not a folder.
@@ -37,19 +37,19 @@ def check_is_there(source: str | os.PathLike[str], what: str) -> None:
     if (is_path(text) or path.is_file()) and not path.is_dir():
         state = "is a file and not a folder" if path.exists() else f"does not exist (looked in {Path.cwd()})"
         raise FileNotFoundError(
-            f"{what}: the folder {text} {state}. If it was moved, name its new place; a Hub id is 'namespace/name'."
+            f"{what}: the folder {text} {state}. If it was moved, give its new path; a Hub id is 'namespace/name'."
         )
 
 
 def check_rows_there(source: str, what: str) -> None:
-    """Refuse the path of rows where nothing is, before anything heavy is imported.
+    """Refuse a path of rows that does not exist, before anything heavy is imported.
 
     Args:
         source: A file, a folder or a Hub id.
-        what: What it is, or the option that named it.
+        what: What it is, or the option that gave it.
 
     Raises:
-        FileNotFoundError: If it can only be a path, and nothing is there.
+        FileNotFoundError: If it can only be a path, and does not exist.
     """
     if is_path(source, ROW_SUFFIXES) and not Path(source).expanduser().exists():
         raise FileNotFoundError(
@@ -59,7 +59,7 @@ def check_rows_there(source: str, what: str) -> None:
 
 
 def cannot_hold(folder: Path) -> str | None:
-    """Why a folder cannot be written.
+    """Find out why a folder cannot be written.
 
     Args:
         folder: An output folder, which may not exist yet.
@@ -69,7 +69,7 @@ def cannot_hold(folder: Path) -> str | None:
     """
     place = folder.expanduser().absolute()
     if place.exists() and not place.is_dir():
-        return f"{folder} is a file, and the output is a folder"
+        return f"{folder} is a file, and the output must be a folder"
     above = place
     while not above.exists():
         above = above.parent
@@ -83,5 +83,5 @@ def cannot_hold(folder: Path) -> str | None:
 
 
 def _is_read_only(folder: Path) -> bool:
-    """Whether the file system takes no files at all, which `os.access` does not tell the superuser."""
+    """Whether the file system is read-only, which `os.access` does not report to the superuser."""
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY) or folder.parts[:2] == ("/", "proc")

@@ -9,11 +9,11 @@ from typing import Any
 
 
 def as_plain(data: Any, other: Callable[[Any], Any] = repr) -> Any:
-    """Data of dictionaries, lists, strings, numbers, booleans and None only.
+    """Convert data to dictionaries, lists, strings, numbers, booleans and None.
 
     Args:
         data: Any data; keys become strings, other sequences become lists.
-        other: What stands for a value that is none of these.
+        other: Converts any other value.
 
     Returns:
         The same as plain data.
@@ -28,7 +28,7 @@ def as_plain(data: Any, other: Callable[[Any], Any] = repr) -> Any:
 
 
 def is_plain(data: Any) -> bool:
-    """Whether JSON gives the same data back."""
+    """Whether a round trip through JSON returns the same data."""
     if isinstance(data, dict):
         return all(isinstance(key, str) and is_plain(value) for key, value in data.items())
     if isinstance(data, list):
@@ -37,7 +37,7 @@ def is_plain(data: Any) -> bool:
 
 
 def hyper_parameters(cls: type) -> list[str]:
-    """Names of what a class is made with: fields of a dataclass, or parameters of another class."""
+    """Names of a class's constructor arguments: fields of a dataclass, or parameters of another class."""
     if is_dataclass(cls):
         return [f.name for f in fields(cls) if f.init]
     if cls.__init__ is object.__init__:

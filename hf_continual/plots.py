@@ -1,4 +1,4 @@
-"""Figures: what was kept and what was lost, to look at."""
+"""Figures of retention and forgetting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hf_continual.metrics import AccuracyMatrix
 
-# Okabe-Ito: told apart with every kind of colour vision.
+# Okabe-Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
 
@@ -25,7 +25,7 @@ def plot_forgetting(
     general: Mapping[str, Curve] | None = None,
     title: str = "",
 ) -> Figure:
-    """Accuracy of every task while the later ones are learnt, one panel per way of training.
+    """Plot the accuracy of every task while later ones are learned, one panel per arm.
 
     Args:
         arms: Name of the arm -> name of the task -> points (optimizer step over the whole sequence, accuracy 0 to 1).
@@ -88,14 +88,14 @@ def plot_matrix(
     title: str = "",
     lower_is_better: bool = False,
 ) -> Figure:
-    """The accuracy matrix as a heat map: rows are moments, columns are tasks.
+    """Plot the accuracy matrix as a heat map: one row after each task, one column per task.
 
     Args:
-        scores: Row i = after task i; None where it was not measured.
+        scores: Row i = after task i; None if it was not measured.
         tasks: Names of the tasks.
         base: Scores of the base model, for a first row.
         title: Heading.
-        lower_is_better: Whether the scores are losses; otherwise they are shares, shown in per cent.
+        lower_is_better: Whether the scores are losses; otherwise they are fractions, shown in per cent.
 
     Returns:
         The figure; save it with ``figure.savefig(path)``.
@@ -134,10 +134,10 @@ def plot_stages(
     base: Sequence[float | None] | None = None,
     lower_is_better: bool = False,
 ) -> Figure:
-    """The score of every task after every stage: forgetting curves of a finished sequence.
+    """Plot the score of every task after each task: forgetting curves of a finished sequence.
 
     Args:
-        scores: Row i = after task i; None where it was not measured.
+        scores: Row i = after task i; None if it was not measured.
         tasks: Names of the tasks.
         base: Scores of the base model, for a first point.
         lower_is_better: Whether the scores are losses.
@@ -164,7 +164,7 @@ def plot_stages(
     if not lower_is_better and all(v is None or 0 <= v <= 1 for _, row in stages for v in row):
         axis.set_ylim(-0.04, 1.04)
     axis.set_xticks(range(len(stages)), [name for name, _ in stages], rotation=20, ha="right")
-    axis.set_xlabel("after learning (a ring: the task was just learnt)")
+    axis.set_xlabel("after learning (ring: the task just learned)")
     axis.set_ylabel("loss" if lower_is_better else "score")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -178,7 +178,7 @@ def plot_arms(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     lower_is_better: bool = False,
 ) -> Figure:
-    """The arms of a sweep side by side: what each knows at the end, what it forgot, and what became of general abilities.
+    """Plot the arms of a sweep side by side: final performance, forgetting, and the change in general abilities.
 
     Args:
         arms: By name ``{"figures": {figure: {"mean", "interval"}}, "gauge_changes": {...}}``.
@@ -215,14 +215,14 @@ def plot_arms(
             axis.axvline(0, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)))
     axes[0].set_yticks(range(len(arms)), [_folded(name) for name in arms], fontsize=9)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.supxlabel("large dot: mean over seeds, small: each seed, line: 95 % interval", fontsize=8, color="0.35")
+    figure.supxlabel("large dot: mean over seeds, small dot: one seed, line: 95 % interval", fontsize=8, color="0.35")
     return figure
 
 
 def _of_arm(
     arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], key: str, is_figure: bool
 ) -> tuple[list[float], float | None, Sequence[float] | None]:
-    """The values of an arm's runs, their mean, and its interval."""
+    """The values of an arm's runs, their mean and its interval."""
     found = [run.get("summary" if is_figure else "gauge_changes", {}).get(key) for run in runs]
     dots = [value for value in found if value is not None]
     if not is_figure:
@@ -232,12 +232,12 @@ def _of_arm(
 
 
 def _folded(name: str, width: int = 22) -> str:
-    """A long name on several lines."""
+    """Break a long name into several lines."""
     return "\n".join(textwrap.wrap(name, width)) or name
 
 
 def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Sequence[str]) -> Figure:
-    """How much of each layer of a merge comes from which model: a heat map of layers by models.
+    """Plot the weight of each model in each layer of a merge as a heat map.
 
     Args:
         weights: ``[models, groups]``, summing to one over the models.
@@ -265,7 +265,7 @@ def plot_layer_weights(weights: np.ndarray, groups: Sequence[str], models: Seque
 
 
 def plot_sides(layers: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Which side the elements of each layer went to when two models were fused: a heat map of sides by layers.
+    """Plot which side the elements of each layer went to when two models were fused: a heat map of sides by layers.
 
     Args:
         layers: Name of the layer -> ``elements`` and how many of them are ``both``, ``new_only``, ``old_only`` and
@@ -291,7 +291,7 @@ def plot_sides(layers: Mapping[str, Mapping[str, float]]) -> Figure:
     step = -(-columns // 80)
     axis.set_xticks(range(0, columns, step), shown[::step], rotation=90, fontsize=7)
     axis.set_yticks(range(len(keys)), [k.replace("_", " ") for k in keys], fontsize=8)
-    title = "mean weight of the new side (%)" if soft else "elements that matter to which side (% of the layer)"
+    title = "mean weight of the new side (%)" if soft else "elements that matter to each side (% of the layer)"
     axis.set_title(title, fontsize=9, loc="left")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)

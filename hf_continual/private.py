@@ -1,6 +1,6 @@
-"""What this library uses of Hugging Face's libraries that is not public, each once; `tests/trainer/test_seams.py` holds it.
+"""Private members of Hugging Face's libraries in use here, each once; `tests/trainer/test_seams.py` checks them.
 
-Members that are overridden, or called on ``self``, are where the classes are; their names and parameters are listed here.
+Overrides, and calls on ``self``, are in the classes themselves; their names and parameters are listed here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Methods of SFTTrainer that subclasses here override: the private ones, and public ones whose parameters must stay.
+# Methods of SFTTrainer that subclasses here override: the private ones, and public ones whose parameters must not
+# change.
 OVERRIDDEN = {
     "create_optimizer": ["self", "model"],
     "get_train_dataloader": ["self"],
@@ -53,14 +54,14 @@ ATTRIBUTES = (
 
 
 def is_known_absent(repo_id: str, file: str, revision: str | None) -> bool:
-    """Whether the cache of the Hub knows that a repository has no such file."""
+    """Whether the Hub cache records that a repository has no such file."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
     return try_to_load_from_cache(repo_id, file, revision=revision) is _CACHED_NO_EXIST
 
 
 def attention_of(config: Any) -> str:
-    """The implementation of attention that a model computes with."""
+    """The attention implementation of a model."""
     return config._attn_implementation
 
 
@@ -75,12 +76,12 @@ def class_for(auto: Any, config: Any) -> Any:
 
 
 def fingerprint_of(rows: Any) -> str:
-    """What `datasets` tells rows apart by."""
+    """The fingerprint by which `datasets` identifies rows."""
     return rows._fingerprint
 
 
 def tokenizer_of(trainer: Any) -> Any:
-    """The tokenizer of a trainer, also where it was given a processor."""
+    """The tokenizer of a trainer, even if it was given a processor."""
     return trainer._tokenizer
 
 
@@ -90,12 +91,12 @@ def has_images(trainer: Any) -> bool:
 
 
 def formatting_of(trainer: Any) -> Any:
-    """The function that makes a text of each of the task's rows, or None."""
+    """The function that turns each of the task's rows into text, or None."""
     return trainer._formatting_func
 
 
 def tokenised(trainer: Any, rows: Any, args: Any, formatting: Any, name: str) -> Any:
-    """Rows as the trainer tokenises those of the task, one by one."""
+    """Tokenise rows as the trainer tokenises the task's, one by one."""
     return trainer._prepare_dataset(rows, trainer.processing_class, args, False, formatting, name)
 
 
@@ -110,7 +111,7 @@ def fitted_batch(trainer: Any) -> int:
 
 
 def task_collator(trainer: Any) -> Any:
-    """The collator as the data loader of the task has it: without the columns that the model does not take."""
+    """The collator as the task's data loader uses it: without the columns that the model does not take."""
     return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
@@ -120,12 +121,12 @@ def count_items(trainer: Any, batches: Sequence[Any]) -> Any:
 
 
 def on_device(trainer: Any, batch: Any) -> Any:
-    """A collated batch where the trainer computes."""
+    """Move a collated batch to the trainer's device."""
     return trainer._prepare_inputs(batch)
 
 
 def clip_or_norm(trainer: Any, model: Any, clip: bool) -> None:
-    """Clip gradients as the trainer does; or take their norm, which undoes the scaling of the loss all the same."""
+    """Clip gradients as the trainer does; or only compute their norm, which also undoes the loss scaling."""
     if clip and trainer.args.max_grad_norm > 0:
         trainer._clip_grad_norm(model)
     else:
@@ -134,7 +135,7 @@ def clip_or_norm(trainer: Any, model: Any, clip: bool) -> None:
 
 @contextmanager
 def metrics_apart(trainer: Any) -> Iterator[None]:
-    """What is computed inside enters no metric.
+    """Keep computations inside the context out of all metrics.
 
     Args:
         trainer: The trainer.
@@ -152,7 +153,7 @@ def metrics_apart(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def column_kept(trainer: Any, name: str) -> Iterator[None]:
-    """A data loader that is made inside keeps a column that the model does not take.
+    """Let a data loader that is created inside the context keep a column that the model does not take.
 
     Args:
         trainer: The trainer.

@@ -1,7 +1,7 @@
-"""Told to stop: SIGTERM, SIGINT, SIGUSR1 and time limits end the process with exit code 75, and nothing done is lost.
+"""Stop on request: SIGTERM, SIGINT, SIGUSR1 and time limits end the process with exit code 75, and no work is lost.
 
-A signal is obeyed at once where everything that is finished is on the disk, and at the next safe point where it is not,
-as in training. A second signal ends the process at once. Whoever starts the process again on exit code 75 resumes it.
+A signal takes effect at once if all finished work is on disk, otherwise at the next safe point,
+as in training. A second signal ends the process at once. To resume, start the process again on exit code 75.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-# A launcher passes on the Ctrl-C that the terminal has sent to its processes already: both are one request.
+# A launcher forwards the Ctrl-C that the terminal has already sent to its processes: both are one request.
 SAME_REQUEST = 2.0
 
 
 class Stopped(SystemExit):
-    """Raised where a process that was told to stop does so; not caught, it ends the process with code 75.
+    """Raised where a process stops on request; if not caught, it ends the process with code 75.
 
     Args:
-        why: What told it, such as ``SIGTERM``.
+        why: What requested the stop, such as ``SIGTERM``.
         where: How far it was, such as ``at step 12 of 40``.
-        kept: What is safe, as a sentence.
+        kept: A sentence on what is saved.
     """
 
     def __init__(self, why: str, where: str = "", kept: str = "") -> None:
@@ -41,7 +41,7 @@ class Stopped(SystemExit):
 
 
 class _Process:
-    """What this process was told; signals are the process's own, so there is one."""
+    """The stop requests of this process; signals belong to the process, so there is one instance."""
 
     def __init__(self) -> None:
         self.why: str | None = None
@@ -53,10 +53,10 @@ class _Process:
         self.pid = os.getpid()
 
     def take_signals(self) -> None:
-        """Install handlers in place of the default ones; a handler of the user's, and an ignored signal, stay."""
+        """Install handlers in place of the default ones; a user's handler, or an ignored signal, is left alone."""
         self.why, self.by_clock, self.deferrals, self.pid, self.before = None, False, 0, os.getpid(), {}
         if threading.current_thread() is not threading.main_thread():
-            return  # Python lets no other thread have handlers
+            return  # Python allows handlers only in the main thread
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -69,14 +69,14 @@ class _Process:
         self.before = {}
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the request, and stop where that loses nothing."""
-        if os.getpid() != self.pid:  # a worker that was forked meanwhile: it ends when its parent wants it to
+        """Note the request, and stop at once if nothing would be lost."""
+        if os.getpid() != self.pid:  # a worker that was forked meanwhile: its parent ends it
             if number == signal.SIGTERM:
                 _die_of(number)
             return
         if (
             not self.listeners
-        ):  # the listener has just left, or was interrupted as it did: the signal is whoever's it was
+        ):  # the listener has just left, or was interrupted while leaving: the earlier handler gets the signal
             self.give_back()
             signal.raise_signal(number)
             return
@@ -92,7 +92,7 @@ class _Process:
             raise Stopped(self.why or signal.Signals(number).name)
 
     def on_time_limit(self, minutes: float) -> None:
-        """In the thread of a timer: as a signal would, by way of one, so that the main thread is interrupted."""
+        """Called in a timer's thread: send this process a signal, so that the main thread is interrupted."""
         if self.why is not None or os.getpid() != self.pid:
             return
         self.why, self.since = f"max_minutes={minutes:g}", time.monotonic()
@@ -114,17 +114,17 @@ def _die_of(number: int) -> None:
 
 @contextmanager
 def listening(resumes: str | Callable[[], str], minutes: float | None = None) -> Iterator[None]:
-    """Obey signals and a time limit inside; the outermost says what to do after a stop.
+    """Obey signals and a time limit inside the context; the outermost one says what to do after a stop.
 
     Args:
-        resumes: What resumes the work, a sentence, or what makes it once it is needed.
+        resumes: A sentence on how to resume the work, or a function that returns it.
         minutes: Time limit from now on.
 
     Yields:
         None: While signals are obeyed.
 
     Raises:
-        Stopped: If the process was told to stop.
+        Stopped: If the process was asked to stop.
     """
     outermost = not _process.listeners
     if outermost:
@@ -151,7 +151,7 @@ def listening(resumes: str | Callable[[], str], minutes: float | None = None) ->
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only remember a request inside; whoever is there asks with `asked` at its safe points.
+    """Only remember requests inside the context; the code in it checks `asked` at its safe points.
 
     Yields:
         None: While requests are remembered.
@@ -164,17 +164,17 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> str | None:
-    """What told this process to stop, or None."""
+    """What requested a stop of this process, or None."""
     return _process.why if _process.listeners else None
 
 
 def is_outermost() -> bool:
-    """Whether nobody further out obeys requests too, inside `listening`."""
+    """Whether this is the outermost `listening` context."""
     return _process.listeners == 1
 
 
 def check() -> None:
-    """Stop here, if this process was told to."""
+    """Stop here if this process was asked to."""
     if (why := asked()) is not None and not _process.deferrals:
         raise Stopped(why)
 
@@ -183,9 +183,9 @@ def stop(where: str, why: str | None = None, kept: str = "") -> NoReturn:
     """Stop here.
 
     Args:
-        where: How far the work is.
-        why: What told another process of the run to stop, where this one was not told.
-        kept: What is safe, as a sentence.
+        where: How far the work has got.
+        why: What requested the stop, if another process of the run received it.
+        kept: A sentence on what is saved.
 
     Raises:
         Stopped: Always.

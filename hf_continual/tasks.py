@@ -1,4 +1,4 @@
-"""What is learned, in which order, and what each task goes on from."""
+"""Tasks, their order, and the task that each continues from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Task:
 
     Args:
         name: Name in tables, folders and logs.
-        index: Place in the sequence, counted from 0; a single run is task 0.
-        train: Rows to learn, of any type SFTTrainer takes, or None when the trainer holds them.
-        test: Rows ``{"prompt", "completion"}`` to score the task with; None where it is not scored.
-        parent: Name of the task whose model this one goes on from, or ``"base"`` for the base model; None is
+        index: Place in the sequence, counted from 0; a single run's task is 0.
+        train: Rows to learn, of any type SFTTrainer takes, or None if the trainer holds them.
+        test: Rows ``{"prompt", "completion"}`` to score the task with; None if it is not scored.
+        parent: Name of the task whose model this one continues from, or ``"base"`` for the base model; None is
             the task before.
     """
 
@@ -38,16 +38,16 @@ class Task:
 
 
 class TaskStream:
-    """Tasks in the order in which they are learnt; each gets its index.
+    """Tasks in the order in which they are learned; each gets its index.
 
-    A task goes on from the one before it unless it names another `parent`, so a stream may branch.
+    A task continues from the one before it unless it names another `parent`, so a stream may branch.
 
     Args:
-        tasks: The tasks; their names must differ and be fit for a folder.
+        tasks: The tasks; their names must be unique and valid folder names.
 
     Raises:
-        ValueError: If there is no task, a name is used twice, is reserved or holds a slash, or a parent is
-            unknown, learnt later, or its own descendant.
+        ValueError: If there are no tasks, a name is used twice, is reserved or contains a slash, or a parent is
+            unknown, learned later, or its own descendant.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -56,7 +56,7 @@ class TaskStream:
             raise ValueError("A task sequence needs at least one task.")
         for name in names:
             if names.count(name) > 1 or not name or "/" in name:
-                raise ValueError(f"The task name {name!r} must be used once, not be empty and hold no '/'.")
+                raise ValueError(f"The task name {name!r} must be unique, non-empty and contain no '/'.")
         if BASE in names:
             raise ValueError(f"The task name {BASE!r} means the base model; give the task another name.")
         self.tasks = tuple(replace(task, index=i) for i, task in enumerate(tasks))
@@ -72,18 +72,18 @@ class TaskStream:
         return self.tasks[index]
 
     def parent(self, task: Task) -> Task | None:
-        """The task that this one goes on from; None is the base model."""
+        """The task that this one continues from; None is the base model."""
         place = self._parents[task.index]
         return None if place is None else self.tasks[place]
 
     def lineage(self, task: Task) -> list[Task]:
-        """The tasks that a model has learnt, oldest first, the task itself last."""
+        """The tasks that a model has learned, oldest first, the task itself last."""
         parent = self.parent(task)
         return [*(self.lineage(parent) if parent else []), task]
 
 
 def check_parents(tasks: Sequence[tuple[str, str | None]]) -> list[int | None]:
-    """Resolve what each task goes on from.
+    """Resolve what each task continues from.
 
     Args:
         tasks: Name and parent of each task, in order; see `Task.parent`.
@@ -92,15 +92,15 @@ def check_parents(tasks: Sequence[tuple[str, str | None]]) -> list[int | None]:
         Index of each task's parent, None for the base model.
 
     Raises:
-        ValueError: If a parent is unknown, learnt later, or its own descendant.
+        ValueError: If a parent is unknown, learned later, or its own descendant.
     """
     places = {name: i for i, (name, _) in enumerate(tasks)}
     parents: list[int | None] = []
     for i, (name, parent) in enumerate(tasks):
         if parent is not None and parent != BASE and parent not in places:
             raise ValueError(
-                f"task {name!r} goes on from {parent!r}, which is no task of this sequence ({', '.join(places)}) "
-                f"and not {BASE!r}."
+                f"task {name!r} continues from {parent!r}, which is not a task of this sequence ({', '.join(places)}) "
+                f"or {BASE!r}."
             )
         parents.append((i - 1 if i else None) if parent is None else places.get(parent))
     for i, (name, _) in enumerate(tasks):
@@ -110,11 +110,11 @@ def check_parents(tasks: Sequence[tuple[str, str | None]]) -> list[int | None]:
             at = parents[at]
         if at is not None:
             raise ValueError(
-                f"circular parents: {' -> '.join([*path, tasks[at][0]])}. One of them must go on from 'base'."
+                f"circular parents: {' -> '.join([*path, tasks[at][0]])}. One of them must continue from 'base'."
             )
     for i, (name, _) in enumerate(tasks):
         if (parent := parents[i]) is not None and parent > i:
             raise ValueError(
-                f"task {name!r} goes on from {tasks[parent][0]!r}, which is learnt after it. Put the parent first."
+                f"task {name!r} continues from {tasks[parent][0]!r}, which is learned after it. Put the parent first."
             )
     return parents

@@ -1,11 +1,11 @@
-"""Numbers among the training arguments with which nothing is trained, or training fails only after the model was loaded."""
+"""Find training arguments that would train nothing, or would fail only after the model was loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Name -> the least that works, and whether that itself does.
+# Name -> the lower bound, and whether the bound itself works.
 _LEAST: dict[str, tuple[float, bool]] = {
     "learning_rate": (0, True),
     "weight_decay": (0, True),
@@ -20,11 +20,11 @@ _LEAST: dict[str, tuple[float, bool]] = {
 
 
 def check_numbers(options: Mapping[str, Any], trains: bool = True) -> tuple[str, str] | None:
-    """Look for a number that cannot be meant.
+    """Look for a number that cannot be intended.
 
     Args:
-        options: Training arguments by name; those that are not given are not looked at.
-        trains: Whether they must train something, too.
+        options: Training arguments by name; those that are not given are not checked.
+        trains: Whether they must also train something.
 
     Returns:
         Name of the argument and a sentence about it; None if all can be used.
@@ -43,7 +43,7 @@ def check_numbers(options: Mapping[str, Any], trains: bool = True) -> tuple[str,
 
 
 def _as_number(value: Any) -> float | None:
-    """A number, or a text that transformers reads as one; None for anything else."""
+    """The number, or the number that transformers reads from a text; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""This library's version, and the versions of the libraries underneath that were checked."""
+"""This library's version, and the versions of its dependencies that were checked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SUPPORTED = {"trl": ">=1.16,<2", "transformers": ">=5.23,<6", "peft": ">=0.21"}
 
 
 def check_versions() -> None:
-    """Refuse versions that were not checked, before anything of them is imported.
+    """Refuse versions that were not checked, before any of them is imported.
 
     Raises:
-        ImportError: If a library is missing or outside its range; names the command that mends it.
+        ImportError: If a library is missing or outside its range; names the command that fixes it.
     """
     for name, wanted in SUPPORTED.items():
         command = f"pip install '{name}{wanted}'"

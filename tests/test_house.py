@@ -80,7 +80,7 @@ def test_files_can_be_held_in_the_head():
 
 
 def test_no_import_loops_not_even_for_types():
-    """Also under TYPE_CHECKING and inside functions: whoever reads a file can read what it rests on first."""
+    """Also under TYPE_CHECKING and inside functions: a reader can read a file's dependencies before it."""
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "hf_continual").rglob("*.py")}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
     rests_on = {}
@@ -91,7 +91,7 @@ def test_no_import_loops_not_even_for_types():
             if isinstance(node, ast.ImportFrom) and node.module
             for module in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         }
-        # The packages' own files hold the face only, which names what is below them.
+        # The packages' own files only hold the public names, which refer to modules below them.
         rests_on[name] = {m for m in found if m in files and m != name and files[m].name != "__init__.py"}
     tuple(TopologicalSorter(rests_on).static_order())  # raises a CycleError that names the loop
 
@@ -109,7 +109,7 @@ def test_recipes_take_two_steps(recipe, tmp_path, monkeypatch):
     toy.rows("prompt_completion", seed=9).to_json("memory.jsonl")
     toy.rows(seed=8).to_json("general.jsonl")
     fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    # What a recipe does before its first step may take hours; the method's test file shortens it.
+    # A recipe's work before its first step may take hours; the method's test file shortens it.
     if shorter := getattr(covering.module(recipe.parent.name), "SHORTER", {}):
         fields["methods"][recipe.parent.name] |= shorter
     small = toy.settings(tmp_path / "out", max_steps=2)

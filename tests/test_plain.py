@@ -1,4 +1,4 @@
-"""Plain data, as JSON gives it back."""
+"""Plain data, as returned by a round trip through JSON."""
 
 from __future__ import annotations
 

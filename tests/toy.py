@@ -80,7 +80,7 @@ def rows(kind: str = "text", number: int = 24, seed: int = 1, low: int = 0, high
 
 
 def settings(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
-    """Arguments of SFTConfig or ContinualConfig for a run of a second."""
+    """Arguments of SFTConfig or ContinualConfig for a run of about a second."""
     return {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 4,

@@ -11,12 +11,13 @@ def chat(
     folder: Annotated[
         str, typer.Argument(help="Folder or Hub id of a model or adapter, or the folder of a plan's run.")
     ],
-    prompt: Annotated[str | None, typer.Option(help="One message to answer, in place of a conversation.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One message to answer, instead of a conversation.")] = None,
     system: Annotated[str | None, typer.Option(help="System message at the start.")] = None,
-    base: Annotated[str | None, typer.Option(help="The adapter's base, where it was moved.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    base: Annotated[str | None, typer.Option(help="The adapter's base, if it was moved.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="dtype of the weights: float32, bfloat16, float16 or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only, no sign to type at.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
 ) -> None:
     """Talk to a model: type a message, read the answer; an empty line or Ctrl-D ends."""
@@ -24,5 +25,5 @@ def chat(
 
     chat_from_command(
         folder, prompt=prompt, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype,
-        as_json=as_json,
+        quiet=quiet, as_json=as_json,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 
 
 def methods(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only, one a line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """List the methods against forgetting, where they act, and their papers."""
@@ -20,6 +21,9 @@ def methods(
     from hf_continual.methods.compose import hooks
     from hf_continual.methods.table import TABLE, method_class
 
+    if quiet and not as_json:
+        sys.stdout.write("\n".join(TABLE) + "\n")
+        return
     classes = {name: method_class(name) for name in TABLE}
     if as_json:
         listed = [

@@ -16,24 +16,24 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="An entry in place of the plan's, KEY=VALUE: model, data, output, steps, or a path: tasks.law.train.",
+            help="Override an entry of the plan, KEY=VALUE: model, data, output, steps, or a path: tasks.law.train.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what will be done and what it costs; load no weights.")
+        bool, typer.Option("--dry-run", help="Show what would be done and what it costs; load no weights.")
     ] = False,
     hourly_price: Annotated[
         float | None, typer.Option(min=0, help="Price of an hour of this machine, for the dry run's estimate.")
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Output folder in place of the plan's.")] = None,
-    only: Annotated[str | None, typer.Option(help="One run of the plan's sweep, by name.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Output folder, overriding the plan's.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run only this run of the plan's sweep, by name.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no log, only the tables.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and the log on stderr.")] = False,
 ) -> None:
-    """Learn the tasks of a plan one after the other and measure what was kept; resumes where it was interrupted."""
+    """Learn the tasks of a plan one after the other and measure retention; resumes where it was interrupted."""
     from hf_continual.stream.command import run_plan
 
-    sys.path.append(str(plan.absolute().parent))  # a method of one's own may be in the plan's folder
+    sys.path.append(str(plan.absolute().parent))  # your own method may be in the plan's folder
     overrides = [*(set_ or ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else ())]
     run_plan(
         plan, dry_run=dry_run, only=only, quiet=quiet, as_json=as_json, overrides=overrides, hourly_price=hourly_price

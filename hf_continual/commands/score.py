@@ -14,12 +14,13 @@ def score(
     ],
     test: Annotated[str, typer.Option(help="Rows to score it with: a file, a saved dataset, a Hub id.")],
     metric: Annotated[str, typer.Option(help="A name, or YAML: '{generated: {max_new_tokens: 32}}'.")] = "exact_match",
-    base: Annotated[str | None, typer.Option(help="The adapter's base, where it was moved.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the rows, where there are several.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    base: Annotated[str | None, typer.Option(help="The adapter's base, if it was moved.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the rows, if there are several.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
-    predictions: Annotated[Path | None, typer.Option(help="File for what the model said to each row.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="File for the model's answer to each row.")] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the weights: float32, bfloat16, float16 or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, and only the value.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the score as JSON.")] = False,
 ) -> None:
     """Score a model, an adapter or the last model of a plan on rows."""
@@ -27,5 +28,5 @@ def score(
 
     score_from_command(
         folder, test, metric=metric, base=base, split=split, limit=limit, batch_size=batch_size, predictions=predictions,
-        dtype=dtype, as_json=as_json,
+        dtype=dtype, quiet=quiet, as_json=as_json,
     )  # fmt: skip

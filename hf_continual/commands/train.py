@@ -28,16 +28,16 @@ def train(
         list[str] | None, typer.Option("--set", help="A training argument, KEY=VALUE, such as learning_rate=1e-4.")
     ] = None,
     peft: Annotated[
-        str | None, typer.Option(help="Options of LoraConfig: '{r: 16, target_modules: all-linear}'.")
+        str | None, typer.Option(help="Fields of LoraConfig: '{r: 16, target_modules: all-linear}'.")
     ] = None,
     from_adapter: Annotated[
         str | None, typer.Option(help="What to do with an adapter given as --model: continue, stack or merge_then_new.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     metric: Annotated[str | None, typer.Option(help="How --test is scored; by default exact_match.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order, new adapters and dropout.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what will be done and what it costs; load no weights.")
+        bool, typer.Option("--dry-run", help="Show what would be done and what it costs; load no weights.")
     ] = False,
     hourly_price: Annotated[
         float | None, typer.Option(min=0, help="Price of an hour of this machine, for the dry run's estimate.")
@@ -49,7 +49,7 @@ def train(
     from hf_continual.stream.train_command import train_from_command
 
     if config is not None:
-        sys.path.append(str(config.absolute().parent))  # a method of one's own may be in its folder
+        sys.path.append(str(config.absolute().parent))  # your own method may be in its folder
     given = {
         "model": model, "train": train, "test": test, "out": None if out is None else str(out), "methods": methods,
         "peft": peft, "from_adapter": from_adapter, "steps": steps, "metric": metric, "seed": seed,

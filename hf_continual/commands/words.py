@@ -1,4 +1,4 @@
-"""Errors in the words of the command line: the library says ``overwrite=True``, a user types ``--overwrite``."""
+"""Errors in command-line terms: the library writes ``overwrite=True``, a user types ``--overwrite``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _VALUE = re.compile(r"(?<![\w.({\[,-])(\w+)=(?=[\s.,;)]|$)")
 
 
 def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
-    """The options of the verb that was typed.
+    """Options of the subcommand that was typed.
 
     Args:
         command: The click group.
-        arguments: What was typed after the name of the program.
+        arguments: What was typed after the program's name.
 
     Returns:
         Long options, without the dashes.
@@ -30,11 +30,11 @@ def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
 
 
 def in_flags(message: str, flags: Iterable[str]) -> str:
-    """Write the arguments of Python that an error names as the options that the verb has.
+    """Rewrite the Python arguments that an error names as options of the subcommand.
 
     Args:
-        message: What the library said, such as ``"... or say overwrite=True."``
-        flags: Long options of the verb, without dashes.
+        message: The library's message, such as ``"... or say overwrite=True."``
+        flags: Long options of the subcommand, without dashes.
 
     Returns:
         The message, such as ``"... or say --overwrite."``

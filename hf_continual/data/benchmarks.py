@@ -1,8 +1,8 @@
 """The field's task sequences as entries of a plan: the Standard and the Long Sequence benchmark, and TRACE.
 
 Standard (4 tasks, Zhang et al. 2015) and Long Sequence (15 tasks, Razdaibiedina et al. 2023) in the orders that
-O-LoRA, SAPT and Recurrent-KIF use. A `folder` of published files gives the papers' very prompts; without one the
-rows come from the Hub with prompts of our own wording, and scores are not comparable to the papers'.
+O-LoRA, SAPT and Recurrent-KIF use. A `folder` of published files gives the papers' own prompts; without one, the
+rows come from the Hub with prompts worded here, and the scores are not comparable to the papers'.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def long_sequence(order: int = 1, folder: str | None = None) -> list[dict[str, A
 
 def _sequence(orders: dict[int, tuple[str, ...]], order: int, folder: str | None, name: str) -> list[dict[str, Any]]:
     if order not in orders:
-        raise ValueError(f"{name}: order={order!r} is none of the papers' orders {', '.join(map(str, orders))}.")
+        raise ValueError(f"{name}: order={order!r} is not one of the papers' orders {', '.join(map(str, orders))}.")
     return [hub(task) if folder is None else published(task, folder) for task in orders[order]]
 
 
 def hub(task: str) -> dict[str, Any]:
-    """A task of the Long Sequence benchmark from the Hub, in our own wording."""
+    """A task of the Long Sequence benchmark from the Hub, with prompts worded here."""
     source, split, labels, prompt = HUB[task]
     columns = {"prompt": prompt, "completion": " {" + _LABEL_COLUMN.get(task, "label") + "}"}
     return {
@@ -120,7 +120,7 @@ def published(task: str, folder: str) -> dict[str, Any]:
 
     Args:
         task: Name of the task.
-        folder: Where the files are.
+        folder: Folder of the files.
 
     Returns:
         An entry of a plan's `tasks`.
@@ -154,7 +154,7 @@ def trace(folder: str, tasks: list[str] | None = None) -> list[dict[str, Any]]:
     """A TRACE-style folder: one folder per task with ``train.json`` and ``test.json`` of ``{"prompt", "answer"}``.
 
     Args:
-        folder: Where the tasks' folders are.
+        folder: Parent of the tasks' folders.
         tasks: Names in order; by default TRACE's eight, or all folders by name if none of them is there.
 
     Returns:
@@ -175,7 +175,7 @@ def trace(folder: str, tasks: list[str] | None = None) -> list[dict[str, Any]]:
             files[split] = next((str(p) for p in choices if p.is_file()), None)
             if files[split] is None:
                 raise FileNotFoundError(
-                    f"{choices[0]} does not exist; the folder {folder} holds {', '.join(there) or 'no task'}."
+                    f"{choices[0]} does not exist; the folder {folder} contains {', '.join(there) or 'no task'}."
                 )
         entry: dict[str, Any] = {"name": name, **files, "columns": {"prompt": "prompt", "completion": "answer"}}
         if name in TRACE:
@@ -185,7 +185,7 @@ def trace(folder: str, tasks: list[str] | None = None) -> list[dict[str, Any]]:
         entries.append(entry)
     if not entries:
         raise FileNotFoundError(
-            f"{folder} holds no task: no folder with a train.json was found in {Path(folder).resolve()}."
+            f"{folder} contains no task: no folder with a train.json was found in {Path(folder).resolve()}."
         )
     return entries
 

@@ -1,7 +1,7 @@
-"""Invented people with invented lives: facts that no pretrained model can know, seeded and free of downloads.
+"""Invented people with invented lives: facts that no pretrained model can know, seeded, nothing to download.
 
-The construction follows the Biography experiment of Zheng et al. (ICLR 2025, section 3 and appendix), with names
-and sentences of our own: six attributes per person, several paraphrases per attribute, the six sentences in random
+The construction follows the Biography experiment of Zheng et al. (ICLR 2025, section 3 and appendix), with different
+names and sentences: six attributes per person, several paraphrases per attribute, the six sentences in random
 order with the full name in each, and one question per attribute. The company's city is determined by the company.
 """
 
@@ -113,7 +113,7 @@ def people(number: int, seed: int = 0) -> list[Person]:
     """Invent people with unique names and independent attributes.
 
     Args:
-        number: How many; at most 23,040, the number of names.
+        number: Number of people; at most 23,040, the number of names.
         seed: Seed of names and attributes. A longer list begins with the shorter list's people.
 
     Returns:
@@ -149,12 +149,12 @@ def people(number: int, seed: int = 0) -> list[Person]:
 
 
 def biographies(who: Sequence[Person], versions: int = 5, seed: int = 0) -> Dataset:
-    """Texts about people: each version says all six facts in other words and another order.
+    """Texts about people: each version states all six facts in different words and a different order.
 
     Args:
         who: The people.
-        versions: Texts per person, each with other paraphrases; at most 6.
-        seed: Seed of words and order.
+        versions: Texts per person, each with different paraphrases; at most 6.
+        seed: Seed of the wording and the order.
 
     Returns:
         Rows ``{"text", "name"}``.
@@ -183,7 +183,7 @@ def questions(who: Sequence[Person], attributes: Sequence[str] = ATTRIBUTES) -> 
 
     Args:
         who: The people.
-        attributes: What is asked for.
+        attributes: Attributes to ask about.
 
     Returns:
         Rows ``{"prompt", "completion"}``; the completion begins with a space.
@@ -210,15 +210,15 @@ def biography_rows(
     versions: int = 5,
     seed: int = 0,
 ) -> Dataset:
-    """Rows of a task about invented people, as a plan names them: ``{biography: {people_number: 60, skip: 120}}``.
+    """Rows of a task about invented people, as written in a plan: ``{biography: {people_number: 60, skip: 120}}``.
 
     Args:
         people_number: Number of people.
         kind: Their biographies (``{"text", "name"}``), or questions about them (``{"prompt", "completion"}``).
-        skip: People of the same seed that are left out before them, so that tasks are about different people.
-        attributes: What is asked for.
+        skip: People of the same seed to skip first, so that tasks are about different people.
+        attributes: Attributes to ask about.
         versions: Biographies per person.
-        seed: Seed of names, facts, words and order.
+        seed: Seed of names, facts, wording and order.
 
     Returns:
         The rows.

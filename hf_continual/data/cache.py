@@ -1,4 +1,4 @@
-"""Files that several runs share: one makes them, the others wait, and a full disk is a sentence."""
+"""Files shared by several runs: one run makes them, the others wait, and a full disk gives a clear error."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_continual.disk import FULL, CannotWrite, free_space, size
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """While one run makes a file, others that want it wait.
+    """Lock a file while one run makes it; other runs that need it wait.
 
     Args:
-        file: The file; its folder is made.
+        file: The file; its folder is created.
 
     Yields:
         None: While process 0 of this run holds the lock.
@@ -42,9 +42,9 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def cannot_write(file: Path, error: Exception, why: str) -> OSError:
-    """What to say where a file of the cache cannot be written."""
+    """The error for a cache file that cannot be written."""
     said, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
     room = f" ({size(free_space(file))} are free there)" if number in FULL else ""
     return CannotWrite(
-        number, f"{file} could not be written: {said}{room}. Make room or name another cache_dir; {why}."
+        number, f"{file} could not be written: {said}{room}. Free space or choose another cache_dir; {why}."
     )

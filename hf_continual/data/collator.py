@@ -1,8 +1,8 @@
-"""Replay rows into a micro-batch that is already collated, with a map of where each token is from.
+"""Replay rows into a micro-batch that is already collated, with a map of where each token comes from.
 
-Why not the sampler or the dataset: only where a whole accumulation window is at hand can the
-number of loss tokens still be counted over task and replay together, and only there is the draw
-independent of sampling, workers, streaming, packing and prefetching.
+Why not in the sampler or the dataset: only where a whole accumulation window is at hand can the
+number of loss tokens still be counted over task and replay together, and only there does the draw
+not depend on sampling, workers, streaming, packing and prefetching.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class CountTokens:
-    """A collator that also says, as a plain integer, how many tokens the batch holds.
+    """A collator that also reports, as a plain integer, how many tokens the batch holds.
 
     Counting afterwards would ask the accelerator for a number and stall it in every micro-batch.
 
@@ -35,7 +35,7 @@ class CountTokens:
     collate: Callable[[Rows], dict[str, Any]]
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Collate and count: what the batch says, as a collator may shorten rows or tokenise them only now."""
+        """Collate, then count the batch's tokens: a collator may shorten rows, or tokenise them only now."""
         batch = {**self.collate(rows)}
         if (mask := _mask(batch)) is not None:
             count = int(mask.sum())
@@ -48,7 +48,7 @@ class CountTokens:
 
 @dataclass(frozen=True)
 class NameRows:
-    """A collator that also says which row of the task each token is from, and where in it the token stands.
+    """A collator that also reports which row of the task each token comes from, and its place in that row.
 
     Args:
         collate: The collator that does the work.
@@ -57,7 +57,7 @@ class NameRows:
     collate: Callable[[Rows], dict[str, Any]]
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Collate; the maps ``source``, ``row`` and ``offset`` of shape (B, S) stand under the key ``replay_origin``."""
+        """Collate; the maps ``source``, ``row`` and ``offset`` of shape (B, S) are under the key ``replay_origin``."""
         plain = [{key: value for key, value in row.items() if key != ROW} for row in rows]
         batch = {**self.collate(plain)}
         flattened = batch["input_ids"].shape[0] == 1 and len(rows) > 1  # one row is one row either way
@@ -68,13 +68,13 @@ class NameRows:
 def token_maps(
     batch: Mapping[str, Any], named: Sequence[tuple[int, int, Any]], flattened: bool, whose: str
 ) -> dict[str, Tensor]:
-    """Where each token of a collated batch is from.
+    """Map each token of a collated batch to the row it comes from.
 
     Args:
-        batch: What the collator made of the rows.
+        batch: The collated rows.
         named: ``(source, index of the row in its source, row)`` of each row, in order.
         flattened: Whether the batch is one long row.
-        whose: Whose rows they are, for messages.
+        whose: Name of the rows in messages.
 
     Returns:
         The maps ``source``, ``row`` and ``offset``, laid out like `input_ids`.
@@ -105,7 +105,7 @@ def token_maps(
     given = torch.tensor([token for *_, row in named for token in row["input_ids"]], dtype=ids.dtype)
     if not torch.equal(ids[used].cpu(), given):
         raise ValueError(
-            f"The data collator returned other tokens than {whose} hold, or in another order, so the origin "
+            f"The data collator returned different tokens than {whose} hold, or a different order, so the origin "
             f"of a token is unknown. Use a collator that keeps rows as they are, or the default collator."
         )
     maps = {}
@@ -116,7 +116,7 @@ def token_maps(
 
 
 def task_tokens(batch: dict[str, Any]) -> int:
-    """Take the token count out of a batch; count the tensor where no `CountTokens` was there."""
+    """Take the token count out of a batch; count the tensor if no `CountTokens` was used."""
     if (count := batch.pop(TASK_TOKENS, None)) is not None:
         return int(count)
     mask = _mask(batch)
@@ -136,7 +136,7 @@ class ReplayCollator:
     Args:
         collate: The task's own collator; replay rows go through the same code.
         flattened: Whether batches are one long row without padding (packing "bfd", padding-free).
-        pad_token_id: What fills `input_ids` when rows of different widths meet.
+        pad_token_id: Fills `input_ids` when rows of different widths are merged.
     """
 
     collate: Callable[[Rows], dict[str, Any]]
@@ -175,7 +175,7 @@ class ReplayCollator:
         if missing := batch.keys() ^ added.keys():
             raise ValueError(
                 f"The task's batches and the replay rows collate to different keys: "
-                f"{', '.join(sorted(missing))} stand on one side only, so they cannot share a forward "
+                f"{', '.join(sorted(missing))} are on one side only, so they cannot share a forward "
                 f"pass. Give both the same columns, or tokenise the replay rows to input_ids and labels."
             )
         added = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in added.items()}
@@ -200,7 +200,7 @@ class ReplayCollator:
         return {k: _cat(batch[k], added[k], self.fill.get(k, 0), axis=0) for k in batch}
 
     def _append(self, batch: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
-        """Lengthen a flattened batch; document boundaries and indices continue behind the task's."""
+        """Lengthen a flattened batch; document boundaries and indices continue after the task's."""
         tokens = batch["input_ids"].shape[1]
         merged: dict[str, Any] = {}
         for key, value in batch.items():

@@ -17,14 +17,14 @@ OPTIONS = re.compile(r" ?Choose one from the options?\. Options?: [^\n]*?\.(?=\n
 
 
 def map_columns(rows: Dataset, columns: Mapping[str, str], labels: Sequence[str] | None = None) -> Dataset:
-    """Make the columns that training and scoring want.
+    """Make the columns that training and scoring need.
 
     Args:
         rows: Rows with any columns.
-        columns: New column -> old column, or -> a text with old columns in braces, such as
+        columns: New column -> old column, or -> a text with old columns in braces, for example
             ``{"prompt": "{title}\\n{body}\\nTopic:", "completion": " {label}"}``.
-        labels: Names of the classes where a column holds their numbers; classes that the dataset names itself
-            are named without it.
+        labels: Names of the classes where a column holds their numbers; class names in the dataset itself
+            need no labels.
 
     Returns:
         Rows with the new columns only.
@@ -43,7 +43,7 @@ def map_columns(rows: Dataset, columns: Mapping[str, str], labels: Sequence[str]
             if old not in rows.column_names:
                 hint = did_you_mean(old, rows.column_names)
                 raise ValueError(
-                    f"{new!r} is made of the column {old!r}, which the rows do not have.{hint} They have {rows.column_names}."
+                    f"{new!r} is made from the column {old!r}, which the rows do not have.{hint} They have {rows.column_names}."
                 )
 
     def shown(row: dict[str, Any], old: str) -> Any:
@@ -74,22 +74,22 @@ def check_columns(rows: Dataset, wanted: Sequence[str], what: str) -> None:
     Args:
         rows: The rows.
         wanted: Columns that must be there.
-        what: Who wants them, for the message.
+        what: Purpose, for the message.
 
     Raises:
-        ValueError: If one is missing; names the nearest.
+        ValueError: If one is missing; suggests the closest name.
     """
     for name in wanted:
         if name not in rows.column_names:
             close = nearest(name, rows.column_names)
-            hint = f" Is it {close!r}? Then say columns: {{{name}: {close}}}." if close else ""
+            hint = f" Is it {close!r}? Then write columns: {{{name}: {close}}}." if close else ""
             raise ValueError(
-                f"{what} needs the column {name!r}, the rows have {rows.column_names}.{hint} `columns` maps one to the other."
+                f"{what} needs the column {name!r}, the rows have {rows.column_names}.{hint} Use `columns` to map one to the other."
             )
 
 
 def take(rows: Dataset, number: int | None, seed: int = 0) -> Dataset:
-    """A part of the rows: the first `number` of a seeded order; all of them where there are not more."""
+    """A subset of the rows: the first `number` of a seeded order; all of them if there are fewer."""
     if number is None or number >= len(rows):
         return rows
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
@@ -118,18 +118,18 @@ def without_options(rows: Dataset) -> Dataset:
 
 
 def cut_prompts(rows: Dataset, tokens: int, tokenizer: Any) -> Dataset:
-    """Prompts of at most so many tokens, cut before their last line, which asks for the answer.
+    """Cut prompts to at most `tokens` tokens, before their last line, which asks for the answer.
 
     Args:
         rows: Rows with a column `prompt`.
-        tokens: Most tokens of a prompt.
+        tokens: Maximum number of tokens of a prompt.
         tokenizer: The model's.
 
     Returns:
         The same rows, shortened.
 
     Raises:
-        ValueError: If a last line alone is longer, or prompts are messages.
+        ValueError: If a last line alone is longer, or if prompts are messages.
     """
     _check_text(rows, "max_prompt_tokens")
     shortened = []
@@ -151,9 +151,9 @@ def cut_prompts(rows: Dataset, tokens: int, tokenizer: Any) -> Dataset:
 
 
 def _check_text(rows: Dataset, option: str) -> None:
-    """Refuse prompts that are messages, of which no part can be cut out as of a text."""
+    """Refuse prompts that are messages: they cannot be cut like text."""
     if len(rows) and not isinstance(rows[0]["prompt"], str):
         raise ValueError(
-            f"{option} shortens prompts that are text, and these are lists of messages. Leave it out, and shorten the "
+            f"{option} shortens text prompts, and these are lists of messages. Leave it out, and shorten the "
             f"messages in the rows."
         )

@@ -1,4 +1,4 @@
-"""A safetensors file that knows by itself whether it is whole: a digest of everything else in one of its tensors."""
+"""A safetensors file that can tell by itself whether it is whole: one of its tensors is a digest of all the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 def empty_digest() -> Tensor:
-    """What holds the place of the digest until `seal`; uint8 of 32."""
+    """The digest's placeholder until `seal`; uint8, shape (32,)."""
     return torch.zeros(SIZE, dtype=torch.uint8)
 
 
@@ -30,7 +30,7 @@ def seal(file: Path) -> None:
 
 
 def whole_by_digest(file: Path) -> bool:
-    """Whether a file has a digest and every other byte is as it was when it was sealed."""
+    """Whether a file has a digest and all other bytes are as they were when it was sealed."""
     place = _place(file)
     if place is None:
         return False
@@ -41,7 +41,7 @@ def whole_by_digest(file: Path) -> bool:
 
 
 def _place(file: Path) -> int | None:
-    """Where in the file the digest is."""
+    """Offset of the digest in the file."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         entry = json.loads(opened.read(size)).get(DIGEST)
@@ -49,7 +49,7 @@ def _place(file: Path) -> int | None:
 
 
 def _digest(file: Path, place: int) -> bytes:
-    """SHA-256 of all bytes but the digest's own."""
+    """SHA-256 of all bytes except the digest's own."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(min(BLOCK, place - opened.tell())):

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: one makes a thing and all get it, or all get the same error."""
+"""Calls that all processes of a run make together: one makes a value and all get it, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def world() -> tuple[int, int]:
-    """Number of processes, and which one this is."""
+    """Number of processes, and the rank of this one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0
@@ -26,7 +26,7 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What process 0 makes; an error of it is raised in all, where they would wait for ever otherwise."""
+    """What process 0 makes; if it raises, every process raises: otherwise the others would wait forever."""
     size, rank = world()
     if size == 1:
         return make()
@@ -43,7 +43,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def all_well(problem: Exception | None) -> None:
-    """Raise the first problem that any process has, in all of them."""
+    """Raise the first problem of any process in all of them."""
     for found in gathered(problem):
         if found is not None:
             raise found

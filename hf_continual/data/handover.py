@@ -1,8 +1,8 @@
-"""What the methods of a finished task leave for the next one, on disk beside the model they learned it with.
+"""State that the methods of a finished task leave for the next one, on disk next to the model they learned it with.
 
 ``continual/NAME.safetensors`` and ``continual/NAME.json`` hold what method NAME returned from `task_state`;
 ``continual/methods.json``, written last, lists them with their checksums and with those of the weight files. A model
-whose saving was interrupted is therefore told from one that is whole: there are both, the weights and what was learned
+whose saving was interrupted can therefore be told from a complete one: both are there, the weights and what was learned
 with them, or the folder is refused.
 """
 
@@ -56,15 +56,15 @@ def stage(
     base: Mapping[str, Any],
     words: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what methods leave aside, before the model is saved; `commit` puts it in place after.
+    """Write what methods leave to a staging folder before the model is saved; `commit` moves it into place after.
 
     Args:
         folder: The model's folder.
         states: What each method leaves, by name; values are tensors or plain data. Empty ones leave no file.
         described: ``(name, kind, hyper-parameters)`` of each method.
         task: Name and index of the task.
-        base: What is known of the weights below an adapter.
-        words: What each method leaves, in words, by its name.
+        base: Facts about the weights below an adapter.
+        words: A description of what each method leaves, by its name.
     """
     room = folder / FOLDER / STAGED
     if room.exists():
@@ -95,14 +95,14 @@ def _write_state(room: Path, name: str, state: Mapping[str, Any]) -> tuple[dict[
 
 
 def commit(folder: Path) -> None:
-    """Put what was staged in place, bound to the weights that are in the folder now."""
+    """Move the staged files into place, bound to the weights that are in the folder now."""
     home = folder / FOLDER
     room = home / STAGED
     manifest: dict[str, Any] = {
         **read_json(room / MANIFEST),
         "weights": {file.name: file_facts(file) for file in weight_files(folder)},
     }
-    # From here until the new list is written, the folder is known to be unfinished.
+    # From here until the new list is written, the folder counts as unfinished.
     (home / MANIFEST).unlink(missing_ok=True)
     for kept in manifest["methods"]:
         for name in kept["files"]:
@@ -112,17 +112,17 @@ def commit(folder: Path) -> None:
 
 
 def read(folder: Path, check_weights: bool = True) -> HandOver | None:
-    """What the methods of the task that ended in a folder left.
+    """Read what the methods left in the folder of a finished task.
 
     Args:
         folder: Folder of a model or an adapter.
-        check_weights: Whether the weight files must be those it was saved with.
+        check_weights: Whether the weight files must be the ones it was saved with.
 
     Returns:
-        The list, no tensor read; None where no method left anything.
+        The list, with no tensor read; None if no method left anything.
 
     Raises:
-        HandOverError: If the list cannot be read, or the weights in the folder are others.
+        HandOverError: If the list cannot be read, or the folder holds different weights.
     """
     file = folder / FOLDER / MANIFEST
     if not file.is_file():
@@ -158,7 +158,7 @@ def read(folder: Path, check_weights: bool = True) -> HandOver | None:
 
 
 def _plain_names(files: Mapping[str, Any], where: Path) -> dict[str, dict[str, Any]]:
-    """Names of files in this folder; a list from somebody else must not lead out of it."""
+    """Names of files in this folder; a list from someone else must not point outside it."""
     for name in files:
         if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise HandOverError(f"{where} lists the file {name!r}, which is not the name of a file in its folder.")
@@ -172,12 +172,12 @@ def _check_weights(found: HandOver) -> None:
             state = "is missing" if not file.is_file() else "has changed"
             raise HandOverError(
                 f"{file} {state} since the methods {', '.join(found.names)} of task {found.task.get('name')!r} left what "
-                f"they had learned with it: it does not belong to these weights any more. {AGAIN}"
+                f"they had learned with it: it no longer belongs to these weights. {AGAIN}"
             )
 
 
 def check_files(found: HandOver) -> None:
-    """Refuse files that are missing or are not what was written.
+    """Refuse files that are missing or differ from what was written.
 
     Args:
         found: The list.
@@ -198,7 +198,7 @@ def _check_file(file: Path, facts: Mapping[str, Any], name: str) -> None:
 
 
 def state_of(found: HandOver, name: str) -> dict[str, Any]:
-    """What one method left.
+    """Load what one method left.
 
     Args:
         found: The list.
@@ -225,13 +225,13 @@ def state_of(found: HandOver, name: str) -> dict[str, Any]:
 
 
 def bring_along(source: Path, target: Path) -> None:
-    """Copy what methods left into another folder, bound to the weights that are there.
+    """Copy what methods left into another folder, bound to the weights there.
 
     For a model that was merged or stacked after it was trained: what was learned goes with the result.
 
     Args:
         source: Folder that it was saved in.
-        target: Folder of the model that it goes with; what lay there is replaced.
+        target: Folder of the model it belongs to; earlier files there are replaced.
     """
     found = read(source)
     if found is None:
@@ -245,13 +245,13 @@ def bring_along(source: Path, target: Path) -> None:
             shutil.copy2(source / FOLDER / name, room / name)
     manifest = {k: v for k, v in read_json(source / FOLDER / MANIFEST).items() if k != "weights"}
     if not (target / "adapter_config.json").is_file():
-        manifest["base"] = {}  # a full model is its own base, whatever its parts sat on
+        manifest["base"] = {}  # a full model is its own base, whatever its parts were trained on
     write_json(room / MANIFEST, manifest)
     commit(target)
 
 
 def clear(folder: Path) -> None:
-    """Take away what an earlier save left; a model that is saved without it must not seem to have it."""
+    """Delete what an earlier save left: a model that is saved without it must not seem to have it."""
     home = folder / FOLDER
     (home / MANIFEST).unlink(missing_ok=True)
     if (home / STAGED).is_dir():

@@ -1,4 +1,4 @@
-"""What the methods of a finished task left: the list, and what it says of files."""
+"""State that the methods of a finished task left: the list, and the facts about its files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ AGAIN = "Save the model again (rerun what saved it), or start without what was l
 
 
 class HandOverError(ValueError):
-    """What a method left cannot be taken over."""
+    """Raised when what a method left cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one method left.
+    """State that one method left.
 
     Args:
         name: Name of the instance, and of its files.
-        kind: What it is in the table of methods, or ``"package.module:Class"``.
+        kind: Its name in the table of methods, or ``"package.module:Class"``.
         options: Its hyper-parameters.
         files: Checksum and bytes by file name.
         tensors: Number of tensors.
-        what: What it is, in words.
+        what: A description.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class HandOver:
-    """What all methods of a finished task left.
+    """State that all methods of a finished task left.
 
     Args:
         folder: The model's folder.
         task: Name and index of the task.
         methods: What each left.
         weights: Checksum and bytes of the weight files it was saved with, by name.
-        base: What is known of the weights below an adapter.
-        held: What each method left, where that is in this process and not in files.
+        base: Facts about the weights below an adapter.
+        held: What each method left, if that is in this process and not in files.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class HandOver:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model's folder."""
+    """Weight files of a model's folder."""
     return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
 
 

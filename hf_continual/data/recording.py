@@ -1,8 +1,9 @@
-"""Values per token of rows, recorded once with a reference model: one memory-mapped file, whole or absent, never stale.
+"""Per-token values of rows, recorded once with a reference model: one memory-mapped file, whole or absent, never stale.
 
-Whatever holds a model to what another thought of the same rows - states, log-probabilities, scores of tokens - records it here:
-one pass shared out over the processes, with a progress bar; killed, it resumes where it was. The file's metadata hold the
-facts that it was made for and it has a checksum; a file for other facts, or one that was damaged, is made again.
+Anything that compares a model with a reference model's values on the same rows (states, log-probabilities, token
+scores) records them here: one pass split over the processes, with a progress bar; if killed, it resumes where it was.
+The metadata hold the facts a file was made for, and it has a checksum; a file for other facts, or a damaged one, is
+made again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Recorded:
     """An open file of recorded rows.
 
     Args:
-        file: Where it is.
+        file: Its path.
         offsets: Token at which each row begins, and the end; (K + 1).
     """
 
@@ -48,8 +49,8 @@ class Recorded:
         """The first tokens of one row; reads its own bytes only.
 
         Args:
-            index: Which row.
-            tokens: How many of its tokens.
+            index: Index of the row.
+            tokens: Number of its tokens to read.
             what: Name of the tensor.
 
         Returns:
@@ -58,8 +59,8 @@ class Recorded:
         start, end = self.offsets[index], self.offsets[index + 1]
         if tokens > end - start:
             raise ValueError(
-                f"{self.file} holds {end - start} tokens of general row {index} and the run has {tokens}: they were tokenised "
-                f"or cut differently. Remove the file."
+                f"{self.file} holds {end - start} tokens of general row {index} and the run has {tokens}: the row was tokenised "
+                f"or truncated differently. Remove the file."
             )
         with safe_open(self.file, "pt") as opened:
             return opened.get_slice(what)[start : start + tokens]
@@ -71,12 +72,12 @@ class Recorded:
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of facts."""
+    """A hash of facts, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def facts_of(file: Path) -> dict[str, Any]:
-    """What a file was made for; empty if it cannot be read."""
+    """The facts a file was made for; empty if it cannot be read."""
     try:
         with safe_open(file, "pt") as opened:
             return json.loads((opened.metadata() or {})["facts"])
@@ -85,13 +86,13 @@ def facts_of(file: Path) -> dict[str, Any]:
 
 
 def open_recorded(file: Path, facts: Mapping[str, Any], small: Sequence[str] = ()) -> Recorded | None:
-    """Open a file if it is whole and was made for these facts; say why it is not used otherwise.
+    """Open a file if it is whole and was made for these facts; log the reason if it is not used.
 
-    Where only the checksum beside a file is damaged, and the file is whole by its own digest, the checksum is repaired.
+    If only the checksum next to a file is damaged, and the file is whole by its own digest, the checksum is repaired.
 
     Args:
         file: The file.
-        facts: What it must have been made for.
+        facts: The facts it must have been made for.
         small: Further tensors that it must hold.
 
     Returns:
@@ -155,24 +156,24 @@ def record(
     able: bool = True,
     title: str = "recording",
 ) -> Recorded:
-    """Record rows with one forward pass each, unless a valid file is there; two runs at once make one file.
+    """Record rows with one forward pass each, unless there is a valid file; two runs at once make one file.
 
     Args:
-        file: Where it goes.
-        facts: What it depends on.
+        file: Path to write to.
+        facts: The facts it depends on.
         rows: Tokens of each row.
         values: Values (S, ...) of a row's tokens.
-        keeping: What is kept of them.
+        keeping: Chooses the values to keep.
         extra: Further tensors to keep, such as a language-model head.
         able: Whether this process holds the weights; process 0 must, the others leave the rows to those that do.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Returns:
         The open file.
 
     Raises:
-        OSError: If it cannot be written, such as on a full disk; nothing half-written is left in its place.
-        ValueError: If what was recorded cannot be used.
+        OSError: If it cannot be written, for example on a full disk; no half-written file is left.
+        ValueError: If the recorded values cannot be used.
     """
     keeping = keeping or Keeping()
     with locked(file):
@@ -187,7 +188,7 @@ def record(
         except Exception:
             _remove(file.parent, own)
             raise
-        _remove(file.parent, own)  # a process that was stopped leaves them, and resumes
+        _remove(file.parent, own)  # a stopped process leaves them, and resumes from them
     return open_whole(file)
 
 
@@ -197,11 +198,11 @@ def _remove(folder: Path, pattern: str) -> None:
 
 
 def _make(file: Path, facts: Any, rows: Any, values: Any, keeping: Keeping, extra: Any, able: bool, title: str) -> None:
-    """One pass: values go to a file of this process in their own type, then what is kept of them into one of all."""
+    """One pass: values go to a file of this process in their own dtype, then the kept ones into one shared file."""
     rank = world()[1]
     workers = [r for r, holds in enumerate(gathered(able)) if holds]
     mine = range(workers.index(rank), len(rows), len(workers)) if able else range(0)
-    # The number of processes is part of the name: another number shares out the rows differently, and starts again.
+    # The number of processes is part of the name: another number splits the rows differently, and starts again.
     spill = Spill(file.parent / f"{file.stem}.{rank}.{len(workers)}.spill.part")
     problem = None
     try:
@@ -224,16 +225,16 @@ def _make(file: Path, facts: Any, rows: Any, values: Any, keeping: Keeping, extr
         offsets = torch.tensor([0, *torch.tensor([len(r) for r in rows]).cumsum(0).tolist()])
         write_recorded(file, facts, {keeping.what: joined, "offsets": offsets, **more, **extra()})
 
-    from_first(join)  # all wait for it: no part may be removed before it was read
+    from_first(join)  # all wait for it: no part may be removed before it is read
 
 
 def write_recorded(file: Path, facts: Any, tensors: dict[str, Tensor]) -> None:
-    """Write a file completely or not at all, and its checksum beside it.
+    """Write a file completely or not at all, and its checksum next to it.
 
     Args:
-        file: Where it goes.
-        facts: What it is made for.
-        tensors: What it holds.
+        file: Path to write to.
+        facts: The facts it is made for.
+        tensors: Its tensors.
     """
     partial = file.parent / f"{file.stem}.0.file.part"
     # One entry of metadata: the order of several is not fixed, and the bytes should be.
@@ -246,7 +247,7 @@ def write_recorded(file: Path, facts: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def taken_out(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file but its digest, for somebody who has not the model that it was recorded with.
+    """All tensors of a file except its digest, for someone who does not have the model it was recorded with.
 
     They are copies: a file that is damaged later does not damage them.
     """
@@ -254,12 +255,12 @@ def taken_out(file: Path) -> dict[str, Tensor]:
 
 
 def put_back(file: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write what `taken_out` gave into the cache of this machine, byte for byte the file that it was.
+    """Write what `taken_out` returned into this machine's cache, byte for byte the original file.
 
     Args:
-        file: Where it goes.
-        facts: What it was made for.
-        tensors: What it holds.
+        file: Path to write to.
+        facts: The facts it was made for.
+        tensors: Its tensors.
 
     Raises:
         OSError: If it cannot be written.

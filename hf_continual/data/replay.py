@@ -1,4 +1,4 @@
-"""Which old rows join which micro-batch: the arithmetic of replay, without any tensor.
+"""Choose which old rows join which micro-batch: the arithmetic of replay, without tensors.
 
 A *slot* is one micro-batch of one optimizer step: ``micro_index * world_size + rank``. Two ranks
 without accumulation and one rank with two accumulation steps have the same slots, so they draw the
@@ -25,14 +25,14 @@ RowType = Literal["same", "text", "prompt_completion", "messages", "tokenized"]
 
 @dataclass(frozen=True)
 class ReplayRows:
-    """Rows that a method adds to every micro-batch of the task.
+    """The rows a method adds to every micro-batch of the task.
 
     Args:
         rows: Raw rows of the task's type, or rows already tokenised (``input_ids`` and ``labels``).
         ratio: Share of the tokens of the final mix, strictly between 0 and 1. Exclusive with `per_batch`.
         per_batch: Number of rows added to each micro-batch of each process.
         weight: Weight of a replayed token in the token mean that is the loss; a task token has 1.
-        row_type: ``"same"`` demands rows of the task's type; any other value says that the rows are
+        row_type: ``"same"`` requires rows of the task's type; any other value declares that the rows are
             of that type on purpose.
     """
 
@@ -44,18 +44,18 @@ class ReplayRows:
 
 
 def owed_per_token(ratios: Sequence[float | None]) -> list[float | None]:
-    """Replayed tokens that each source owes for a token that no ratio asked for.
+    """Replayed tokens that each source owes per token outside all ratios.
 
-    With shares r_k of the final mix and T other tokens, source k holds r_k / (1 - sum r) * T tokens.
+    With ratios r_k of the final mix and T other tokens, source k holds r_k / (1 - sum r) * T tokens.
 
     Args:
-        ratios: Share of each source, None for sources with a fixed number of rows.
+        ratios: Ratio of each source, None for sources with a fixed number of rows.
 
     Returns:
-        One factor per source, None where the ratio is.
+        One factor per source, None where the ratio is None.
 
     Raises:
-        ValueError: If the shares leave nothing for the task.
+        ValueError: If the ratios leave nothing for the task.
     """
     total = sum(ratio for ratio in ratios if ratio is not None)
     if total >= 1:
@@ -72,12 +72,12 @@ def _permutation(seed: int, source: int, epoch: int, rows: int) -> np.ndarray:
 
 
 def shuffled(seed: int, rows: int, draw: int, source: int = 0) -> int:
-    """Index of the row that the `draw`-th of many draws takes: passes over all rows, each in an order of its own.
+    """Index of the row that the `draw`-th draw takes: passes over all rows, each in a new order.
 
     Args:
         seed: Seed of the orders.
         rows: Number of rows.
-        draw: Which draw, counted from 0.
+        draw: Number of the draw, counted from 0.
         source: Tells the orders of several sources apart.
 
     Returns:
@@ -88,7 +88,7 @@ def shuffled(seed: int, rows: int, draw: int, source: int = 0) -> int:
 
 
 def _phase(seed: int, source: int, slot: int) -> float:
-    """Uniform number in [0, 1) that staggers the slots, so that their roundings do not add up."""
+    """Uniform number in [0, 1) that staggers the slots, so that their rounding errors do not add up."""
     return float(np.random.default_rng([seed, source, slot, 7]).random())
 
 
@@ -100,9 +100,9 @@ class ReplayDraw:
         lengths: Number of tokens of each row.
         seed: Seed of the order; the trainer passes its ``args.data_seed`` or ``args.seed``.
         source: Index of the source, so that two sources of one run are shuffled independently.
-        owed_per_token: Replayed tokens owed for each other token, or None when `per_batch` rules;
+        owed_per_token: Replayed tokens owed for each other token, or None when `per_batch` is set;
             see `owed_per_token`.
-        per_batch: Rows for every micro-batch, or None when the share rules.
+        per_batch: Rows for every micro-batch, or None when a ratio is set.
         slots: Micro-batches of an optimizer step over all processes.
     """
 
@@ -118,22 +118,22 @@ class ReplayDraw:
         self.counters = np.zeros((self.slots, 3), dtype=np.int64)
 
     def row(self, slot: int, draw: int) -> int:
-        """Index of the row that the `draw`-th draw of a slot takes: a pure function."""
+        """Index of the row that a slot's `draw`-th draw takes; a pure function."""
         return shuffled(self.seed, len(self.lengths), draw * self.slots + slot, self.source)
 
     def draw(self, slot: int, task_tokens: int, fixed_tokens: int = 0) -> list[int]:
-        """Rows for one micro-batch; counts them.
+        """Draw the rows of one micro-batch, and count them.
 
-        With a share, a row is taken while more than the slot's phase of its length is owed, so a slot
-        is never off by more than one row however long the run is, and over the slots it averages out.
+        With a ratio, a row is taken while more than the slot's phase times its length is owed, so a slot
+        is never off by more than one row, however long the run, and it averages out over the slots.
 
         Args:
-            slot: Which micro-batch of the optimizer step, over all processes.
+            slot: Index of the micro-batch of the optimizer step, over all processes.
             task_tokens: Tokens of the task in this micro-batch.
-            fixed_tokens: Tokens that sources with `per_batch` have added in this slot up to now.
+            fixed_tokens: Tokens that sources with `per_batch` have added in this slot so far.
 
         Returns:
-            Indices of the rows to add, possibly none.
+            Indices of the rows to add; may be empty.
         """
         counted = self.counters[slot]
         counted[0] += task_tokens
@@ -156,7 +156,7 @@ class ReplayDraw:
             counted[2] += 1
 
     def resume(self, counters: np.ndarray) -> None:
-        """Take over counters of a checkpoint; another number of slots shares them out evenly."""
+        """Load a checkpoint's counters; a different number of slots splits them evenly."""
         if len(counters) == self.slots:
             self.counters = counters.astype(np.int64).copy()
             return

@@ -1,8 +1,8 @@
-"""Rows from a file, exactly as they are written: text stays text, and a line that is no row is named.
+"""Rows from a file, exactly as they are written: text stays text, and a line that is not a row is named in the error.
 
-JSON and CSV are read here and not by `datasets`, whose readers turn a text such as ``2024-01-01`` into a date, ``NA``
-into nothing, and the first columns of a CSV line that is too long into an index. They are read into memory; what does
-not fit belongs into Parquet or a saved dataset, which stay on the disk.
+JSON and CSV are read here and not by `datasets`, whose readers turn text such as ``2024-01-01`` into a date, ``NA``
+into nothing, and the first columns of an overlong CSV line into an index. They are read into memory; larger
+data belongs in Parquet or a saved dataset, which stay on disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_continual.atomic_files import DamagedFile, parse_json, shown
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _FLOAT = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
-# Columns that are text whatever stands in them: an answer may be a number.
+# Columns that are text whatever they contain: an answer may be a number.
 TEXT = ("prompt", "completion", "text", "context")
 
 
@@ -32,7 +32,7 @@ class FileRows:
 
     Args:
         rows: The rows.
-        places: Where each stands, such as ``"rows.jsonl, line 7"``; None where a file has no lines.
+        places: Where each one is, such as ``"rows.jsonl, line 7"``; None where a file has no lines.
     """
 
     rows: Dataset
@@ -46,10 +46,10 @@ def read_row_file(path: Path) -> FileRows:
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.txt`` or ``.parquet`` file.
 
     Returns:
-        Its rows, maybe none.
+        Its rows; may be empty.
 
     Raises:
-        DamagedFile: If it is not what its name says; says the line and what stands there.
+        DamagedFile: If the content does not match the file type; names the line and what it contains.
         ValueError: If its type is not known.
     """
     if path.suffix not in READERS:
@@ -65,7 +65,7 @@ def _decoded(path: Path) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The mark at the beginning of a file is no part of what is decoded.
+        # The byte-order mark at the beginning of a file is not decoded.
         at = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
         line = raw[:at].count(b"\n") + 1
         raise DamagedFile(
@@ -86,13 +86,13 @@ def _json(path: Path) -> FileRows:
         except DamagedFile:
             if path.suffix == ".json":
                 raise
-            found = None  # one list per line: said below, with the line
+            found = None  # one list per line: refused below, with the line
         if isinstance(found, list) and (not found or any(isinstance(row, dict) for row in found)):
             return _checked(found, [f"{path}, entry {i}" for i in range(1, len(found) + 1)])
     elif path.suffix == ".json" and (whole := _one_object(text)) is not None:
         return _checked([whole], [str(path)])
     rows, places = [], []
-    # Not splitlines: a text may hold U+0085 or U+2028, which JSON leaves as they are.
+    # Not splitlines: a text may contain U+0085 or U+2028, which JSON does not escape.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             places.append(f"{path}, line {number}")
@@ -101,7 +101,7 @@ def _json(path: Path) -> FileRows:
 
 
 def _one_object(text: str) -> dict[str, Any] | None:
-    """The one object that a text is, over several lines."""
+    """A text that is a single object over several lines."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -110,11 +110,11 @@ def _one_object(text: str) -> dict[str, Any] | None:
 
 
 def _checked(rows: Sequence[Any], places: Sequence[str]) -> FileRows:
-    """Rows as columns; anything but an object is refused."""
+    """Rows as columns; anything that is not an object is refused."""
     for row, place in zip(rows, places, strict=True):
         if not isinstance(row, dict):
             raise DamagedFile(
-                f'{place}: a row must be an object such as {{"prompt": ..., "completion": ...}}, and this is {shown(row)}.'
+                f'{place}: a row must be an object such as {{"prompt": ..., "completion": ...}}, and this one is {shown(row)}.'
             )
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
@@ -123,7 +123,7 @@ def _checked(rows: Sequence[Any], places: Sequence[str]) -> FileRows:
 
 def _dataset(columns: dict[str, list[Any]], places: Sequence[str]) -> Dataset:
     try:
-        # Values of several kinds in a column that nobody trains on are kept as they are.
+        # Mixed values in a column that is not trained on are kept unchanged.
         return Dataset.from_dict(columns, on_mixed_types="use_json")
     except (ValueError, TypeError, OverflowError) as error:
         for i, place in enumerate(places):
@@ -135,7 +135,7 @@ def _dataset(columns: dict[str, list[Any]], places: Sequence[str]) -> Dataset:
 
 
 def _csv(path: Path) -> FileRows:
-    """A line of names, then rows of as many fields."""
+    """Read a header line, then rows with the same number of fields."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     names: list[str] = []
@@ -164,7 +164,7 @@ def _csv(path: Path) -> FileRows:
 
 
 def _typed(name: str, values: list[str]) -> list[Any]:
-    """Numbers where every value of a column is one, such as the class of a row."""
+    """Convert to numbers if every value of a column is one, such as a row's class."""
     if name in TEXT:
         return values
     if all(_INTEGER.fullmatch(v) for v in values):
@@ -182,7 +182,7 @@ def _parquet(path: Path) -> FileRows:
     try:
         rows: Any = load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
-        # A damaged Parquet file is met as one of many errors of pyarrow, with or without one of datasets around it.
+        # A damaged Parquet file raises one of many pyarrow errors, sometimes wrapped in one of datasets.
         said = str(error.__cause__ or error).splitlines()[0].rstrip(".")
         raise DamagedFile(f"{path} cannot be read as Parquet: {said}. Write the file again.") from error
     return FileRows(rows)

@@ -1,4 +1,4 @@
-"""What rows to learn or to score must hold: text, or messages. A row that holds something else is named."""
+"""Check the values of rows to learn or to score: text, or messages. Errors name the wrong row."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TEXTUAL = ("text", "prompt", "completion", "messages")
 def check_values(
     rows: Dataset, source: str, columns: Sequence[str] = TEXTUAL, places: Sequence[str] | None = None
 ) -> None:
-    """Refuse rows whose columns do not hold what is learnt or scored, before a tokenizer meets them.
+    """Refuse rows whose columns cannot be learned or scored, before they reach a tokenizer.
 
     Args:
         rows: The rows.
-        source: Where they come from, in words.
+        source: Where they come from, for messages.
         columns: Columns to check, as far as the rows have them.
-        places: Where each row stands in its file.
+        places: Each row's place in its file.
 
     Raises:
-        ValueError: If a value is missing or of another type, or all texts of a column are empty. Says which row and
-            what stands there. Some empty texts are logged.
+        ValueError: If a value is missing or of the wrong type, or all texts of a column are empty. Names the row and
+            its value. A few empty texts are only logged.
     """
     kinds = {}
     for name in columns:
@@ -63,14 +63,14 @@ def _check_text(rows: Dataset, name: str, source: str, places: Sequence[str] | N
             problem = _wrong_message(value)
         else:
             wanted = {"messages": "a list of messages", "text": "text"}.get(name, "text or a list of messages")
-            problem = f"it must be {wanted}, and is {shown(value)}"
+            problem = f"it must be {wanted}, but is {shown(value)}"
             if isinstance(value, int | float) and not isinstance(value, bool):
                 problem += f". Write it in quotes, or map it in a plan: columns: {{{name}: '{{{name}}}'}}"
         if problem:
             raise ValueError(f"{_place(source, places, i)}: {name!r}: {problem}.")
         if len(kinds) > 1:
             raise ValueError(
-                f"{_place(source, places, i)}: {name!r} is {shown(value)}, and of another kind than in "
+                f"{_place(source, places, i)}: {name!r} is {shown(value)}, which is not the same kind as in "
                 f"{_place(source, places, min(kinds.values()))}. Give all rows one kind, text or messages."
             )
     if empty and empty == len(rows):
@@ -87,7 +87,7 @@ def _values(rows: Dataset, name: str) -> Iterator[Any]:
 
 
 def _wrong_message(messages: list[Any]) -> str | None:
-    """What is wrong with a list of messages."""
+    """What is wrong with a list of messages, or None."""
     if not messages:
         return "the list of messages is empty"
     for i, message in enumerate(messages, start=1):
@@ -96,7 +96,7 @@ def _wrong_message(messages: list[Any]) -> str | None:
         if not isinstance(message.get("role"), str):
             return f"message {i} has no role: {shown(message)}"
         content = message.get("content")
-        # A call of a tool has no words; a picture is a list of parts.
+        # A tool call has no text; an image is a list of parts.
         others = any(v is not None for k, v in message.items() if k not in ("role", "content"))
         if not isinstance(content, str | list) and not (content is None and others):
             return f"the content of message {i} must be text, and is {shown(content)}"

@@ -19,7 +19,7 @@ from hf_continual.data.row_files import READERS, FileRows, read_row_file
 from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.paths import is_path
 
-# What a plan puts in place of these; see `hf_continual.stream.past_rows`.
+# Names that a plan replaces with rows; see `hf_continual.stream.past_rows`.
 OF_A_PLAN = ("earlier_tasks", "kept")
 
 
@@ -28,12 +28,12 @@ def load_rows(
     split: str = "train",
     checked: Sequence[str] | None = None,
 ) -> Dataset:
-    """Read rows from what a user names.
+    """Read rows from a source that a user names.
 
     Args:
         source: A `datasets.Dataset`; a list of row dictionaries; the path of a ``.jsonl``, ``.json``,
             ``.parquet``, ``.csv`` or ``.txt`` file; the folder of a saved dataset; or the id of a
-            dataset on the Hub, ``owner/name``, with ``:configuration`` and ``@revision`` behind it.
+            dataset on the Hub, ``owner/name``, optionally followed by ``:configuration`` and ``@revision``.
         split: Split to read where the source has several.
         checked: Columns whose values must be text or messages, see `check_values`; by default those of a file are
             checked, and rows from memory are not.
@@ -42,10 +42,10 @@ def load_rows(
         The rows, at least one.
 
     Raises:
-        FileNotFoundError: If a path is named that does not exist.
+        FileNotFoundError: If a named path does not exist.
         TypeError: If the source is none of the above, such as a streaming dataset.
-        ValueError: If the file type is unknown, the split is missing, there is no row, or a row holds something
-            else than it should; names the file, the line and what stands there.
+        ValueError: If the file type is unknown, the split is missing, there are no rows, or a row holds a
+            wrong value; names the file, the line and the value.
     """
     places = None
     if isinstance(source, Dataset):
@@ -73,7 +73,7 @@ def load_rows(
             f"of it first, for example Dataset.from_list(list(stream.take(1000)))."
         )
     if len(rows) == 0:
-        raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
+        raise ValueError(f"{source!r} has no rows: there is nothing to draw from.")
     named = str(source) if isinstance(source, str | Path) else None
     check_values(rows, named or "rows in Python", (TEXTUAL if named else ()) if checked is None else checked, places)
     return rows
@@ -85,7 +85,7 @@ def _read(source: str, split: str) -> FileRows:
         try:
             loaded = load_from_disk(str(path))
         except Exception as error:
-            # A folder that is damaged, or none of a dataset, is met as one of many errors.
+            # A damaged folder, or one that is not a dataset, raises one of many errors.
             said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise DamagedFile(f"{source!r} cannot be read as a saved dataset: {said}. Save it again.") from error
         if isinstance(loaded, DatasetDict):
@@ -95,7 +95,7 @@ def _read(source: str, split: str) -> FileRows:
         return FileRows(loaded)
     if path.is_file():
         if path.stat().st_size == 0:
-            raise ValueError(f"rows is empty: {source!r} holds 0 rows, and there is nothing to draw from.")
+            raise ValueError(f"{source!r} has no rows: there is nothing to draw from.")
         return read_row_file(path)
     if is_path(source, tuple(READERS)):
         raise FileNotFoundError(
@@ -113,13 +113,13 @@ def _read(source: str, split: str) -> FileRows:
         return FileRows(load_dataset(name, configuration or None, split=split, revision=revision or None))
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"{source!r}: there is no such file or folder here (looked in {Path.cwd()}), and the Hub gives no such dataset: "
+            f"{source!r}: there is no such file or folder here (looked in {Path.cwd()}), and the Hub has no such dataset: "
             f"{str(error).rstrip('.')}. Check the spelling; a dataset on the Hub is 'owner/name'."
         ) from error
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
-    """Number of tokens of each tokenised row, without turning a token into a Python object."""
+    """Number of tokens of each tokenised row, without turning tokens into Python objects."""
     column = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
@@ -127,7 +127,7 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 
 
 def digest_of(rows: Dataset, sample: int = 64) -> str:
-    """What tells rows apart wherever they lie: their number, and the tokens of up to `sample` rows spread over them."""
+    """A fingerprint of rows, wherever stored: their number, and the tokens of up to `sample` evenly spread rows."""
     step = max(len(rows) // sample, 1)
     found = hashlib.sha256(str(len(rows)).encode())
     for row in rows.select(range(0, len(rows), step)):

@@ -1,4 +1,4 @@
-"""General text that a model writes itself, for those who may not keep or fetch any."""
+"""General text written by the model itself, for when none can be stored or downloaded."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hf_continual.tensors.reference import most_tokens
 
 logger = logging.getLogger(__name__)
 
-# First words of the texts. English; a model of another language is better served by rows of its own.
+# First words of the texts. English; for a model of another language, give rows in that language.
 OPENINGS = (
     "The", "In", "A", "When", "Most", "It", "After", "There", "Many", "For", "As", "One", "This", "People", "During",
     "How", "To", "What", "If", "She", "He", "We", "At", "On", "Some", "By", "From", "While", "Every", "Since",
 )  # fmt: skip
 
 SHORTEST = 16  # tokens
-MOST_TRIES = 4  # times the number of texts asked for
+MOST_TRIES = 4  # times the number of texts requested
 
 
 def degenerate(tokens: Sequence[int]) -> bool:
-    """Whether a text is too short, or goes round in circles: few different tokens, or half of its trigrams repeated."""
+    """Whether a text is too short or repetitive: few different tokens, or half of its trigrams repeated."""
     if len(tokens) < SHORTEST:
         return True
     trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
@@ -45,16 +45,16 @@ def own_words(
     Args:
         model: A causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
-        number: How many texts.
-        max_new_tokens: Most tokens of a text.
+        number: Number of texts.
+        max_new_tokens: Maximum number of tokens of a text.
         seed: Seed of the sampling.
-        batch_size: Texts written at once.
+        batch_size: Texts generated at once.
 
     Returns:
-        The texts, none degenerate.
+        The texts, without degenerate ones.
 
     Raises:
-        ValueError: If the model writes too few of them.
+        ValueError: If the model writes too few usable texts.
     """
     device, training = model.get_input_embeddings().weight.device, model.training
     model.eval()
@@ -76,22 +76,22 @@ def own_words(
             tried += batch_size
             for tokens in written.tolist():
                 end = next((i for i in range(shortest, len(tokens)) if tokens[i] in ends), len(tokens))
-                # Whoever reads the text puts a first token before it again.
+                # Tokenising the text will add the first token again.
                 said = [token for token in tokens[:end] if token not in hidden]
                 if not degenerate(said):
                     texts.append(tokenizer.decode(said))
     model.train(training)
     if len(texts) < number:
         raise ValueError(
-            f'rows="self": of {tried} texts that the model wrote only {len(texts)} were longer than {SHORTEST} tokens and did '
-            f"not repeat themselves; {number} are wanted. Ask for fewer (num_samples), or give rows."
+            f'rows="self": of {tried} texts that the model wrote, only {len(texts)} were longer than {SHORTEST} tokens and did '
+            f"not repeat themselves; {number} are needed. Ask for fewer (num_samples), or give rows."
         )
-    logger.info("the model wrote %d texts of its own, %d were thrown away", number, tried - len(texts))
+    logger.info("the model wrote %d texts; %d were discarded", number, tried - len(texts))
     return texts[:number]
 
 
 def _opening(word: str, tokenizer: Any, ends: frozenset[int]) -> list[int]:
-    """Tokens of a first word, without an end that the tokenizer may add."""
+    """Tokens of a first word, without an end token that the tokenizer may add."""
     tokens = list(tokenizer(word)["input_ids"])
     while len(tokens) > 1 and tokens[-1] in ends:
         tokens.pop()
@@ -99,12 +99,12 @@ def _opening(word: str, tokenizer: Any, ends: frozenset[int]) -> list[int]:
 
 
 def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -> list[str]:
-    """Texts from a file, which is made by one process of one run and made again if it was damaged.
+    """Texts from a file, which one process of one run makes, and makes again if it is damaged.
 
     Args:
         file: Lines of JSON.
-        number: How many texts it must hold.
-        write: Gives the texts; None where they cannot be written any more.
+        number: Number of texts it must hold.
+        write: Returns the texts; None if they can no longer be written.
 
     Returns:
         The texts, the same on every process.
@@ -125,7 +125,7 @@ def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -
                 return texts
             if write is None:
                 raise ValueError(
-                    f"GeRe: {file} is damaged ({problem}) and the base model, which wrote it, is not here. Begin with the "
+                    f"GeRe: {file} is damaged ({problem}) and the base model that wrote it is not available. Start from the "
                     f"first task, or give rows."
                 )
             logger.warning("%s is not used: %s. It is made again.", file, problem)
@@ -134,7 +134,7 @@ def kept_texts(file: Path, number: int, write: Callable[[], list[str]] | None) -
         try:
             write_lines(file, [{"text": text} for text in texts])
         except OSError as error:
-            raise cannot_write(file, error, f"{number:,} texts have to be kept") from error
+            raise cannot_write(file, error, f"it must hold {number:,} texts") from error
         return texts
 
     with locked(file):

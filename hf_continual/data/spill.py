@@ -1,4 +1,4 @@
-"""The unfinished half of a recording pass: values of rows in a file that the pass resumes from."""
+"""The unfinished half of a recording pass: values of rows, in a file that the pass resumes from."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from hf_continual.data.distributed import world
 
 logger = logging.getLogger(__name__)
 
-HEAD = 128  # bytes before the values: their type and shape
-SUM = 8  # bytes after the values of each row: their checksum, as a power cut may leave rows of zeros
-SYNC = 64  # rows after which the file is put on the disk
+HEAD = 128  # bytes before the values: their dtype and shape
+SUM = 8  # bytes after the values of each row: their checksum: a power cut may leave rows of zeros
+SYNC = 64  # rows after which the file is synced to disk
 
 
 class Keeping:
-    """What is kept of the values of each row: as they are, unless a subclass says otherwise.
+    """Choice of the values to keep of each row: all of them, unless a subclass overrides this.
 
     Class attributes:
         what: Name of the tensor in the file.
-        small: Further tensors without which the file cannot be used.
+        small: Further tensors that the file needs to be usable.
     """
 
     what = "values"
     small: tuple[str, ...] = ()
 
     def see(self, values: Tensor) -> None:
-        """The values of one of this process's rows, in their order; also of rows that an interrupted pass has seen."""
+        """See the values of one of this process's rows, in order; also those of rows seen by an interrupted pass."""
 
     def seen(self) -> dict[str, Tensor]:
-        """Every process has seen its rows; further tensors of the file, the same on all."""
+        """Called when every process has seen its rows; returns further tensors of the file, the same on all."""
         return {}
 
     def keep(self, values: Tensor) -> Tensor:
-        """What is kept of the values of one row, shape (S, ...)."""
+        """The values to keep of one row, shape (S, ...)."""
         return values
 
 
 class Spill:
-    """Values of a process's rows, one after the other, in the type that they were computed in.
+    """Values of a process's rows, one after the other, in the dtype they were computed in.
 
     Args:
-        file: Where they are.
+        file: Its path.
     """
 
     def __init__(self, file: Path) -> None:
@@ -60,13 +60,13 @@ class Spill:
         self.dtype: torch.dtype | None = None
 
     def fill(self, rows: Sequence[Sequence[int]], values: Any, keeping: Keeping, title: str) -> None:
-        """Compute the values of rows that are not there yet.
+        """Compute the values of rows that are not in the file yet.
 
         Args:
             rows: Tokens of each row.
-            values: Values of a row's tokens.
+            values: Computes the values of a row's tokens.
             keeping: Sees all of them, in order.
-            title: Of the progress bar.
+            title: Title of the progress bar.
 
         Raises:
             OSError: If they cannot be written.
@@ -76,7 +76,7 @@ class Spill:
             keeping.see(part)
             done += 1
         if done:
-            logger.info("%s: %d of %d rows are there already", title, done, len(rows))
+            logger.info("%s: %d of %d rows were recorded earlier", title, done, len(rows))
         with self.file.open("ab") as out:
             bar = tqdm(
                 rows[done:], desc=title, initial=done, total=len(rows), disable=None if world()[1] == 0 else True
@@ -96,7 +96,7 @@ class Spill:
                     os.fsync(out.fileno())
 
     def _there(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Whole rows of an interrupted pass; the file is cut after the last of them."""
+        """Complete rows of an interrupted pass; the file is truncated after the last of them."""
         if not self.file.is_file():
             return
         whole = 0

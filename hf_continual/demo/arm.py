@@ -1,4 +1,4 @@
-"""One arm of the demo: the three tasks in a row, with or without methods. Runs as a process of its own."""
+"""One arm of the demo: the three tasks in a row, with or without methods. Runs in its own process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from hf_continual.trainer.trainer import ContinualTrainer
 # Disjoint people, one kind of question each: what the base model cannot know, asked in three formats.
 TASKS = (("birth city", "birth_city"), ("field of study", "major"), ("employer", "company"))
 
-# First words of the general text that the base model writes for itself.
+# First words of the general text that the base model writes itself.
 OPENINGS = (
     "The", "In", "A", "When", "Most", "It", "After", "There", "Many", "For", "As", "One", "This", "People", "During",
     "How",
@@ -47,7 +47,7 @@ OPENINGS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What both arms share, so that they differ in their methods alone.
+    """Settings that both arms share, so that they differ only in their methods.
 
     Args:
         model: Folder or Hub id of the base model.
@@ -55,14 +55,14 @@ class Settings:
         seed: Seed of people, order and adapters.
         number: People, and so rows, of each task.
         steps: Optimizer steps of each task.
-        batch: Rows of a step.
+        batch: Rows per step.
         learning_rate: Peak learning rate of the adapter.
         every: Steps between two points of the curves.
-        ratio: Share of the continual arm's tokens that are rows of earlier tasks.
-        general: Share of the continual arm's tokens that are general text.
-        bottom: Share of the blocks that the continual arm freezes.
-        pull: RecAdam's share of the way back per step.
-        dtype: Type that the model is trained in.
+        ratio: Fraction of the continual arm's tokens that come from rows of earlier tasks.
+        general: Fraction of the continual arm's tokens that are general text.
+        bottom: Fraction of the blocks that the continual arm freezes.
+        pull: Fraction of the way back to the anchor that RecAdam pulls per step.
+        dtype: dtype that the model is trained in.
     """
 
     model: str
@@ -80,7 +80,7 @@ class Settings:
     dtype: str = "bfloat16"
 
     def stream(self) -> TaskStream:
-        """The tasks; training and test rows are the same, since facts are learnt, not rules."""
+        """The tasks; training and test rows are the same, since facts are learned, not rules."""
         everyone = people(self.number * len(TASKS), self.seed)
         tasks = []
         for i, (name, attribute) in enumerate(TASKS):
@@ -117,7 +117,7 @@ class Arm:
 
     Args:
         name: ``"sequential"`` or ``"continual"``.
-        settings: What both arms share.
+        settings: Settings that both arms share.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -132,7 +132,7 @@ class Arm:
         self.curves = self.folder / "curves.jsonl"
 
     def say(self, **what: Any) -> None:
-        """Tell the parent how far the arm is."""
+        """Report progress to the parent process."""
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **what}) + "\n")
 
@@ -164,7 +164,7 @@ class Arm:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def run(self) -> None:
-        """All tasks, then the merged model in ``model/`` and what was measured in ``results.json``."""
+        """All tasks, then the merged model in ``model/`` and the measurements in ``results.json``."""
         base = self.base()
         matrix = train_tasks(self.stream, self.folder, self)
         last = self.folder / self.stream[len(self.stream) - 1].folder
@@ -204,7 +204,7 @@ class Arm:
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             activation_checkpointing=False,
-            padding_free=True,  # short questions beside longer general text would be mostly padding
+            padding_free=True,  # short questions batched with longer general text would be mostly padding
             max_length=None,
             logging_steps=1,
             save_steps=settings.every,
@@ -230,7 +230,7 @@ class Arm:
         return {"name": task.name, "steps": trainer.state.global_step}
 
     def methods(self, task: Task) -> list[Method]:
-        """What the continual arm does against forgetting."""
+        """The continual arm's methods against forgetting."""
         blocks = len(find_blocks(self._load_meta()))
         methods: list[Method] = [
             FreezeLayers(bottom=max(1, round(self.settings.bottom * blocks))),

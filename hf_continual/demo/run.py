@@ -1,6 +1,6 @@
-"""`make demo`: the same tasks learnt in two ways side by side, and what was kept.
+"""`make demo`: the same tasks learned in two ways side by side, and what was retained.
 
-Two arms run as processes of one thread each; this process shows their progress, then the matrices, the changes
+Two arms run as processes of one thread each; this process shows their progress, then the matrices, the changes,
 and the plot, and checks that the trained model loads.
 """
 
@@ -34,25 +34,31 @@ ARMS = {"sequential": "SFTTrainer", "continual": "ContinualTrainer"}
 
 
 def main(
-    model: str | None = None, out: Path = Path("demo-out"), seed: int = 0, fresh: bool = False, **changes: Any
+    model: str | None = None,
+    out: Path = Path("demo-out"),
+    seed: int = 0,
+    fresh: bool = False,
+    console: Console | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Run the demo.
 
     Args:
-        model: Folder or Hub id; None is the embedded default, converted to a folder of the cache.
-        out: Output folder. What is finished in it is not done again.
+        model: Folder or Hub id; None is the embedded default, converted to a folder in the cache.
+        out: Output folder. Finished work in it is not repeated.
         seed: Seed of people, order, adapters.
         fresh: Whether to start over in a folder that holds another run.
+        console: Where progress and tables go; by default the standard output.
         **changes: Other fields of `Settings`.
 
     Returns:
-        What was measured, as written to ``results.json``.
+        The measurements, as written to ``results.json``.
 
     Raises:
         ValueError: If the folder holds a run with other settings.
-        RuntimeError: If an arm failed; says what it printed last.
+        RuntimeError: If an arm failed; quotes what it printed last.
     """
-    console = Console()
+    console = console or Console()
     started = time.time()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -65,7 +71,7 @@ def main(
             model = str(embedded_model())
     else:
         with loading(model, "the model"):
-            AutoConfig.from_pretrained(model)  # here, where it is one sentence, and not in the two processes
+            AutoConfig.from_pretrained(model)  # fails here with one message, not in the two processes
     if "dtype" not in changes:
         changes["dtype"] = _dtype(out)
     settings = Settings(model=model, out=str(out), seed=seed, **changes)
@@ -95,7 +101,7 @@ def main(
 
 
 def _dtype(out: Path) -> str:
-    """The type of the run that the folder holds, else the faster one."""
+    """The dtype of the run in the folder, else the faster one."""
     file = out / "settings.json"
     if file.is_file():
         return read_object(file).get("dtype", "bfloat16")
@@ -222,7 +228,7 @@ def _rows(results: dict[str, Any]) -> int:
 
 
 def _changes_table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="what became of the old, side by side", title_justify="left")
+    table = Table(title="forgetting, side by side", title_justify="left")
     table.add_column("")
     for arm in ARMS:
         table.add_column(f"{arm}", justify="right")
@@ -247,7 +253,7 @@ def _plot(out: Path, results: dict[str, dict[str, Any]]) -> Path:
         points = {}
         for line in (out / arm / "curves.jsonl").read_text(encoding="utf-8").splitlines():
             point = json.loads(line)
-            points[point["at"]] = point  # a resumed task measures some points again
+            points[point["at"]] = point  # a resumed task remeasures some points
         label = f"{arm} ({title})"
         base = results[arm]["base"]
         general[label] = [(0, base["general"]["value"]), *((x, p["general"]) for x, p in sorted(points.items()))]
@@ -266,7 +272,7 @@ def _plot(out: Path, results: dict[str, dict[str, Any]]) -> Path:
 
 
 def _ask(folder: Path, settings: Settings) -> str:
-    """Load the trained model as anybody would, and ask it a question of the first task."""
+    """Load the trained model as a user would, and ask it a question of the first task."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -275,4 +281,4 @@ def _ask(folder: Path, settings: Settings) -> str:
     inputs = tokenizer(row["prompt"], return_tensors="pt")
     produced = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     answer = tokenizer.decode(produced[0], skip_special_tokens=True).replace("\n", " ")
-    return f"{answer}   (learnt first; right is:{row['completion']})"
+    return f"{answer}   (learned first; correct:{row['completion']})"

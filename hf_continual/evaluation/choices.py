@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers given as tokens; what the answers to a prompt have in common is computed once."""
+"""Log-likelihoods of answers given as tokens; the shared part of a prompt's answers is computed once."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def log_likelihoods(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        pairs: Per row, the tokens of a prompt and of an answer for each of its choices.
+        pairs: For each row, the tokens of a prompt and an answer for each choice.
         batch_size: Rows per batch.
-        share_prompt: Whether what the choices of a row have in common is computed once. Models whose cache cannot be
-            copied by rows are computed whole in any case.
+        share_prompt: Whether to compute the shared prefix of a row's choices once. Models whose cache cannot be
+            copied by rows always compute whole sequences.
 
     Returns:
-        Per row and choice the sum of the answer's log-probabilities in nats, and its number of tokens.
+        For each row and choice, the sum of the answer's log-probabilities in nats, and its number of tokens.
 
     Raises:
         ValueError: If a prompt or an answer has no token, or the model's logits are not numbers.
     """
     for i, offered in enumerate(pairs):
         if not all(prompt and answer for prompt, answer in offered):
-            raise ValueError(f"row {i} has a prompt or a choice without a token, which has no likelihood.")
+            raise ValueError(f"row {i} has a prompt or a choice without tokens, which has no likelihood.")
     found: dict[int, list[tuple[float, int]]] = {}
     with evaluating(model) as device:
         for picked in batches_by_length(pairs, [max(len(p) for p, _ in s) for s in pairs], batch_size):
@@ -69,7 +69,7 @@ def _behind(
     device: torch.device,
     share: bool,
 ) -> list[tuple[float, int]]:
-    """Log-likelihood of suffixes behind the prefixes that own them; the first tokens of a suffix may not count."""
+    """Log-likelihood of suffixes after the prefixes they belong to; the first tokens of a suffix may not count."""
     if not share or not all(prefixes):
         return _whole(model, prefixes, suffixes, owners, pad, device)
     body, head = decoder(model)
@@ -102,7 +102,7 @@ def _whole(
     pad: int,
     device: torch.device,
 ) -> list[tuple[float, int]]:
-    """The same from whole sequences, padded on the right, where no state sees the padding."""
+    """The same from whole sequences, padded on the right, where the padding affects no state."""
     body, head = decoder(model)
     wholes = [prefixes[owner] + suffix for owner, (suffix, _) in zip(owners, suffixes, strict=True)]
     width = max(map(len, wholes))

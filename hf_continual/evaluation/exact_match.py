@@ -1,10 +1,10 @@
 """Exact match of answers: by teacher forcing in one forward pass, or by greedy generation.
 
-An answer is right when greedy decoding yields exactly its tokens and then the end. Teacher forcing decides that
+An answer is right if greedy decoding yields exactly its tokens and then the end. Teacher forcing decides that
 without generating: the greedy output equals the answer if and only if, fed the answer, the model ranks each of its
-tokens and an end first. Any token that ends generation is an end: the tokenizer's, those of the model's generation
-config, and the one with which the chat template ends a turn. Where a template ends turns with plain text, that text is
-part of the answer and nothing is demanded after it.
+tokens and an end first. Any token that ends generation counts as an end: the tokenizer's, those of the model's generation
+config, and the one with which the chat template ends a turn. If a template ends turns with plain text, that text is
+part of the answer and nothing is required after it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def teacher_forced(
 
     Returns:
         1 for rows that greedy decoding would answer exactly, and each answer's NLL. A wrong row's prediction ends
-        with the first token that differs.
+        with its first differing token.
 
     Raises:
         ValueError: If rows cannot be scored, or the model's logits are not numbers.
@@ -71,7 +71,7 @@ def teacher_forced(
 def _forced(
     model: Any, parts: tuple[Any, Any], batch: Sequence[Question], pad: int, device: torch.device
 ) -> tuple[list[list[int]], list[float]]:
-    """The most likely token at each place of each answer, and the mean NLL of each answer."""
+    """The most likely token at each position of each answer, and the mean NLL of each answer."""
     body, head = parts
     width = max(len(q.prompt) + len(q.answer) for q in batch)
     ids_BS = torch.full((len(batch), width), pad)
@@ -85,7 +85,7 @@ def _forced(
     with asked(model, question_BS):
         out = body(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False)
     hidden_BSD = out.last_hidden_state
-    # Position t predicts token t + 1, so an answer is predicted from the last token of its prompt on.
+    # Position t predicts token t + 1, so an answer is predicted starting from the last token of its prompt.
     states = [hidden_BSD[i, len(q.prompt) - 1 : len(q.prompt) + len(q.answer) - 1] for i, q in enumerate(batch)]
     logits = head(torch.cat(states)).float()
     best, chosen = logits.max(-1)
@@ -120,27 +120,27 @@ def generated(
 ) -> Scored:
     """Score answers by batched greedy generation, left padded, until an end or a stop string.
 
-    Predictions and the references that `match` is given are texts without special tokens and without what a chat
-    template puts around an answer (an empty block of thoughts, the name of a channel). A reference is compared as the
-    tokenizer writes it back.
+    Predictions and references are passed to `match` as text without special tokens and without what a chat
+    template puts around an answer (an empty block of thoughts, the name of a channel). The reference is the text that the
+    tokenizer decodes from its tokens.
 
     Args:
         model: A causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}`` that end with the answer.
         batch_size: Rows per batch.
-        max_new_tokens: Limit; by default one more than the answer, so that a model that does not end is seen to go on.
+        max_new_tokens: Limit; by default one more than the answer, so that a model that does not stop is noticed.
         match: When an answer is right, by name (`hf_continual.evaluation.match`) or as a function of prediction
-            and reference; None demands the very tokens of the answer and an end.
-        stop: Strings that end an answer; they are cut off, also from the end of a reference.
+            and reference; None requires the exact tokens of the answer and an end.
+        stop: Strings that end an answer; they are cut off, from references as well.
         turns: Which assistant turns of a conversation are answers: the ``"last"`` message, or ``"all"`` of them, each
             after everything that the row has before it; a row's score is then the mean over its turns.
 
     Returns:
-        The score of each row, and what was answered. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1.
+        The score and the answer of each row. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1.
 
     Raises:
-        ValueError: If rows cannot be scored, an option is of no use, or the model's logits are not numbers.
+        ValueError: If rows cannot be scored, an option has no effect, or the model's logits are not numbers.
     """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; give at least 1, or None.")
@@ -184,9 +184,9 @@ def _scored(
 
 
 def _limit(question: Question, most: int | None, places: int | None) -> int:
-    # One more than the answer and its end: a model that goes on must be seen to go on.
+    # One more than the answer and its end, to notice a model that does not stop.
     limit = (len(question.answer) + question.ended) if most is None else most
-    # The last token is not fed again.
+    # The last token is not fed back.
     return limit if places is None else max(1, min(limit, places - len(question.prompt) + 1))
 
 
@@ -194,7 +194,7 @@ def _say_that_thoughts_count(questions: Sequence[Question]) -> None:
     thinking = sum(q.thinks for q in questions)
     if thinking:
         logger.warning(
-            "%d of %d answers come with thoughts, and exact match asks for the very same thoughts. To score what follows "
+            "%d of %d answers come with thoughts, and exact match requires exactly the same thoughts. To score what follows "
             "them, generate: metric: {generated: {match: exact, max_new_tokens: 512}}.", thinking, len(questions),
         )  # fmt: skip
 
@@ -205,8 +205,8 @@ def _say_what_cannot_be_right(
     longer = [len(q.answer) for q in questions if most is not None and len(q.answer) > most]
     if longer:
         logger.warning(
-            "max_new_tokens=%s cuts %d of %d answers short, which take up to %d tokens with their end: they cannot be "
-            "answered in full. Leave it out, or raise it.", most, len(longer), len(questions), max(longer),
+            "max_new_tokens=%s cuts %d of %d answers short, which take up to %d tokens with their end: they cannot "
+            "be answered in full. Leave it out, or raise it.", most, len(longer), len(questions), max(longer),
         )  # fmt: skip
     inside = [q for q in questions if any(s in q.wanted(tokenizer).removesuffix(s) for s in stop)] if stop else []
     if inside:

@@ -1,4 +1,4 @@
-"""Where the scores and predictions of a run lie: written by plans, read again by the check of a card."""
+"""Paths of a run's scores and predictions: written by plans, read by the card check."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ PREDICTIONS = "predictions"  # in the run's folder
 
 
 def file_name(task: str) -> str:
-    """A task's or gauge's name as it is part of the names of files."""
+    """A task's or gauge's name as used in file names."""
     return task.replace(" ", "-")
 
 
 def predictions_file(output_dir: Path, stage: str, task: str) -> Path:
-    """Where the predictions of a moment on a task are kept."""
+    """The file of a model's predictions on a task."""
     return output_dir / PREDICTIONS / f"{stage}.{file_name(task)}.jsonl"

@@ -1,4 +1,4 @@
-"""What a chat template puts around an answer, so that its text and its end can be told from it."""
+"""What a chat template puts around an answer, to separate the answer's text and end from it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from trl.data_utils import common_prefix_length
 from hf_continual.ends import AddedTokens
 from hf_continual.evaluation.trained import Row, as_pair, rendered, with_answer
 
-_ANSWER = "answerxyz"  # stands for the answer while a template is looked at
+_ANSWER = "answerxyz"  # stands in for the answer while a template is inspected
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands before and after the text of an answer in a conversation as it is trained.
+    """The text before and after an answer in a conversation as it is trained.
 
     Args:
         lead: Text between the generation prompt and the answer, such as an empty block of thoughts.
         tail: Text after the answer.
-        mark: The last of the tokenizer's added tokens in `lead`; None where there is none.
-        end: The token in `tail` that ends the turn; None where the template ends it with plain text.
+        mark: The last of the tokenizer's added tokens in `lead`; None if there is none.
+        end: The token in `tail` that ends the turn; None if the template ends it with plain text.
     """
 
     lead: str = ""
@@ -32,12 +32,12 @@ class Frame:
 
 
 def frame_of(row: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens) -> Frame:
-    """Look at the template of a conversation; rows of plain text have no frame.
+    """Inspect the template of a conversation; rows of plain text have no frame.
 
     Args:
         row: A row to score.
-        tokenizer: With a chat template, where the row is a conversation.
-        ends: Tokens that end an answer in any case.
+        tokenizer: With a chat template if the row is a conversation.
+        ends: Tokens that always end an answer.
         added: The tokenizer's added tokens.
 
     Returns:
@@ -54,7 +54,7 @@ def frame_of(row: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens
 
 
 def _around_text(pair: Row, tokenizer: Any, ends: Collection[int], added: AddedTokens) -> Frame:
-    """The frame of an answer of words."""
+    """The frame of an answer in words."""
     known = with_answer(pair, _ANSWER)
     prompt = rendered(known, tokenizer, known["prompt"], True, tokenize=False)
     whole = rendered(known, tokenizer, [*known["prompt"], *known["completion"]], False, tokenize=False)
@@ -68,15 +68,15 @@ def _around_text(pair: Row, tokenizer: Any, ends: Collection[int], added: AddedT
     marks = [i for i in _tokens(lead, tokenizer) if i in added.texts]
     kinds = (added.special.union(ends), added.texts.keys())
     after = [i for i in _tokens(tail, tokenizer) if i != tokenizer.unk_token_id]
-    # The first special token ends the turn; where none does, the first that was added to the vocabulary.
+    # The first special token ends the turn; if there is none, the first token added to the vocabulary.
     found = [i for kind in kinds for i in after if i in kind]
     return Frame(lead, tail, marks[-1] if marks else None, found[0] if found else None)
 
 
 def _around_calls(pair: Row, tokenizer: Any, added: AddedTokens, around: Frame) -> Frame:
-    """The frame of an answer that calls tools, from that of an answer of words.
+    """The frame of an answer that calls tools, from that of an answer in words.
 
-    What names the tool belongs to the answer, also where a template writes it in place of what leads words (gpt-oss).
+    The tool's name belongs to the answer, even if a template writes it in place of the lead of words (gpt-oss).
     """
     *before, last = pair["completion"]
     mute = {k: v for k, v in last.items() if k != "tool_calls"}
@@ -107,15 +107,15 @@ def answer_text(
     """The text of an answer: without its end, special tokens, and what the template puts around it.
 
     Args:
-        tokens: What was said.
-        frame: Of the row.
+        tokens: The tokens of the answer.
+        frame: The frame of the row.
         ends: Tokens that end an answer.
         tokenizer: The model's.
         added: The tokenizer's added tokens.
         wanted: The right answer, which may itself contain the text with which the template ends a turn.
 
     Returns:
-        The text. Where a block of thoughts was closed, what follows it.
+        The text. If a block of thoughts was closed, only what follows it.
     """
     tokens = list(tokens)
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))

@@ -30,12 +30,12 @@ def general_loss(
         model: A causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         texts: Texts that were not trained on, or rows with a column `text`.
-        max_length: Tokens read of each text.
+        max_length: Maximum number of tokens per text.
         batch_size: Texts per forward pass.
 
     Returns:
-        A loss per text, weighted by its predicted tokens. Tokens are those of the tokenizer's call, as in training; the
-        first of a text is not predicted.
+        A loss per text, weighted by its predicted tokens. Texts are tokenized by calling the tokenizer, as in training; the
+        first token of a text is not predicted.
 
     Raises:
         ValueError: If rows have no column `text`, texts are longer than the model's table of positions, or its
@@ -43,7 +43,7 @@ def general_loss(
     """
     if not isinstance(texts, Sequence):
         if "text" not in texts.column_names:
-            raise ValueError(f"general text needs a column 'text', the rows have {texts.column_names}.")
+            raise ValueError(f"general text needs a column 'text', but the rows have {texts.column_names}.")
         texts = texts["text"][:]
     encoded = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     check_lengths(model, [len(ids) for ids in encoded])

@@ -1,4 +1,4 @@
-"""Batched greedy generation that gives each row the answer it would give alone."""
+"""Batched greedy generation that gives each row the same answer as on its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Output:
     """A generated answer.
 
     Args:
-        tokens: Its tokens, with the end where the model ended it.
+        tokens: Its tokens, with the end if the model ended it.
         text: As text, without special tokens and without the stop string.
         stopped: Whether a stop string ended it.
     """
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Until:
-    """When answers end.
+    """The conditions that end an answer.
 
     Args:
         ends: Tokens that end an answer.
@@ -47,7 +47,7 @@ class Until:
     tokenizer: Any
 
     def stopped(self, tokens: Sequence[int]) -> bool:
-        """Whether the tokens' text, special tokens included, holds a stop string."""
+        """Whether the tokens' text, special tokens included, contains a stop string."""
         return bool(self.stop) and any(s in self.tokenizer.decode(tokens) for s in self.stop)
 
     def ended(self, tokens: Sequence[int], limit: int) -> bool:
@@ -56,7 +56,7 @@ class Until:
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:
-    """Stop strings as a list; one may be given as it is.
+    """Stop strings as a list; a single one may be given as a string.
 
     Args:
         stop: Strings that end an answer.
@@ -69,7 +69,7 @@ def stop_strings(stop: str | Sequence[str]) -> list[str]:
     """
     several = [stop] if isinstance(stop, str) else list(stop)
     if "" in several:
-        raise ValueError("stop holds an empty string, which would end every answer before it begins. Leave it out.")
+        raise ValueError("stop contains an empty string, which would end every answer before it begins. Leave it out.")
     return several
 
 
@@ -88,13 +88,13 @@ def greedy(
     stop: Sequence[str] = (),
     ends: Collection[int] | None = None,
 ) -> list[Output]:
-    """Continue prompts greedily, in batches of like length padded on the left.
+    """Continue prompts greedily, in batches of similar length, padded on the left.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Tokens of each prompt.
-        limits: Most new tokens of each prompt.
+        limits: Maximum number of new tokens for each prompt.
         batch_size: Prompts per batch.
         stop: Strings that end an answer.
         ends: Tokens that end an answer; None: the tokenizer's end, and those of the model's generation config.
@@ -117,7 +117,7 @@ def greedy(
 
 
 def rows_are_apart(cache: Any) -> bool:
-    """Whether a cache holds keys and values of each token only, so that rows can be taken and continued at will.
+    """Whether a cache holds keys and values of each token only, so that rows can be selected and continued freely.
 
     The states of recurrent and convolutional layers are not of this kind.
     """
@@ -130,7 +130,7 @@ def rows_are_apart(cache: Any) -> bool:
 def _continue(
     model: Any, prompts: list[list[int]], limits: list[int], until: Until, device: torch.device
 ) -> list[list[int]]:
-    """New tokens of one batch. Rows that have ended leave it, so that one long answer does not hold up the others."""
+    """New tokens of one batch. Finished rows leave the batch, so that one long answer does not delay the others."""
     body, head = decoder(model)
     pad, width = padding_token(until.tokenizer), max(map(len, prompts))
     ids_BS = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -166,7 +166,7 @@ def _continue(
 
 
 def _first(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The most likely tokens; -1 where logits are not numbers, so that no extra look at the device is needed."""
+    """The most likely tokens; -1 where logits are not numbers, so that no extra device sync is needed."""
     best_B, chosen_B = logits_BV.max(-1)
     return torch.where(best_B.isnan(), -1, chosen_B)
 
@@ -174,7 +174,7 @@ def _first(logits_BV: torch.Tensor) -> torch.Tensor:
 def _by_length(
     model: Any, prompts: list[list[int]], limits: list[int], until: Until, device: torch.device
 ) -> list[list[int]]:
-    """The same through transformers, prompts of one length at a time: padding may enter a recurrent state."""
+    """The same with transformers' generate, one prompt length at a time: padding may enter a recurrent state."""
     found: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for width, group in groupby(order, key=lambda i: len(prompts[i])):
@@ -198,7 +198,7 @@ def _numbers(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 class _Stop(StoppingCriteria):
-    """Ends a row once its text holds a stop string; transformers' own fails on tokenizers of whole words."""
+    """Ends a row once its text contains a stop string; transformers' own fails on tokenizers of whole words."""
 
     def __init__(self, until: Until, width: int) -> None:
         self.until, self.width = until, width
@@ -209,7 +209,7 @@ class _Stop(StoppingCriteria):
 
 
 def _output(new: list[int], until: Until, hidden: frozenset[int]) -> Output:
-    """Up to the first end; the text loses what follows a stop string."""
+    """Cut at the first end; the text is also cut at a stop string."""
     over = next((i for i, token in enumerate(new) if token in until.ends), None)
     tokens = new if over is None else new[: over + 1]
     text, _ = cut_at(until.tokenizer.decode([t for t in tokens if t not in hidden]), until.stop)
@@ -218,7 +218,7 @@ def _output(new: list[int], until: Until, hidden: frozenset[int]) -> Output:
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Greedy without what a checkpoint's generation config may add, such as a repetition penalty."""
+    """Greedy decoding without what a checkpoint's generation config may add, such as a repetition penalty."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     before = base.generation_config
     base.generation_config = GenerationConfig()

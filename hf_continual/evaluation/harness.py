@@ -26,14 +26,14 @@ def lm_eval(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        rows: Not used: the harness brings its own rows.
-        task: Name of a task, such as ``"arc_easy"``. Its data come from the Hub unless `include_path` says else.
-        metric: Name of one of the task's metrics for each sample, such as ``"acc"`` or ``"acc_norm"``; where a task
-            reads answers in several ways, with the name of one, such as ``"exact_match,strict-match"``.
-        limit: First samples of the task only.
+        rows: Unused: the harness has its own rows.
+        task: Name of a task, such as ``"arc_easy"``. Its data comes from the Hub unless `include_path` says otherwise.
+        metric: Name of one of the task's metrics for each sample, such as ``"acc"`` or ``"acc_norm"``; if a task
+            reads answers in several ways, followed by the name of one, such as ``"exact_match,strict-match"``.
+        limit: Use only the first samples of the task.
         num_fewshot: Examples in the prompt; None is the task's default.
         batch_size: Requests per forward pass.
-        include_path: Folder with task files of one's own.
+        include_path: Folder with your own task files.
 
     Returns:
         One entry per sample.
@@ -67,7 +67,7 @@ def lm_eval(
 
 
 def _samples(found: Any, task: str, metric: str, chosen: str) -> list[dict[str, Any]]:
-    """The samples of one task by one of its filters, in the order of its rows."""
+    """Select the samples of one task by one of its filters, in the order of its rows."""
     if task not in found["samples"]:
         raise ValueError(
             f"lm_eval: {task!r} is a group of the tasks {', '.join(sorted(found['samples']))}; name one of them."
@@ -76,7 +76,7 @@ def _samples(found: Any, task: str, metric: str, chosen: str) -> list[dict[str, 
     filters = list(dict.fromkeys(s.get("filter", "none") for s in samples))
     if samples and chosen not in (filters if chosen or len(filters) > 1 else [chosen]):
         raise ValueError(
-            f"lm_eval: the task {task!r} reads answers in {len(filters)} ways; say which, as metric: "
+            f"lm_eval: the task {task!r} reads answers in {len(filters)} ways; choose one, as metric: "
             f"{' or '.join(repr(f'{metric},{name}') for name in filters)}."
         )
     samples = [s for s in samples if not chosen or s.get("filter", "none") == chosen]
@@ -90,7 +90,7 @@ def _row(sample: dict[str, Any], task: str, metric: str) -> RowScore:
     value = sample[metric]
     if not isinstance(value, int | float):
         raise ValueError(
-            f"lm_eval: the metric {metric!r} of the task {task!r} is computed over all samples, each gives {value!r}; name "
+            f"lm_eval: the metric {metric!r} of the task {task!r} is computed over all samples (each gives {value!r}); choose "
             f"one that is a number for each sample."
         )
     if math.isnan(value) or _not_numbers(sample["filtered_resps"]):

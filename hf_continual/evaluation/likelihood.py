@@ -1,4 +1,4 @@
-"""Choosing among given answers by their likelihood.
+"""Choose among given answers by their likelihood.
 
 With log p(c) the sum of the log-probabilities of the tokens of choice c after the prompt, the chosen answer is
 argmax log p(c) ("sum", lm-eval's acc), argmax log p(c) / characters ("characters", lm-eval's acc_norm), or
@@ -34,17 +34,17 @@ def label_likelihood(
     normalise: Normalise = "sum",
     batch_size: int = 16,
 ) -> Scored:
-    """Classify by the most likely label, each with the token that ends it.
+    """Classify by the most likely label, each including the token that ends it.
 
-    The end is part of what is compared, as training has it: without it a label that begins another, such as " blue"
-    and " blue red", would always be the more likely of the two. lm-eval's numbers, which have no end, are those of
+    The end is part of the comparison, as in training: without it, a label that is a prefix of another, such as " blue"
+    of " blue red", would always be the more likely of the two. For lm-eval's numbers, which have no end, use
     `multiple_choice`.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}``; the answer is a label.
-        labels: All labels as answers, with the space before them where rows are text; by default those that occur in
+        labels: All labels as answers, with the space before them if rows are text; by default those that occur in
             the rows.
         normalise: How log-likelihoods of different lengths are compared.
         batch_size: Prompts per batch.
@@ -53,7 +53,7 @@ def label_likelihood(
         1 for rows whose label is the most likely.
 
     Raises:
-        ValueError: If a row's answer is no label, two labels have the same tokens, or the logits are not numbers.
+        ValueError: If a row's answer is not a label, two labels have the same tokens, or the logits are not numbers.
     """
     _check_rule(normalise)
     plain = [dict(row) for row in rows]
@@ -62,7 +62,7 @@ def label_likelihood(
     for question in questions:
         if question.reference not in known:
             raise ValueError(
-                f"the answer {question.reference!r} is none of the labels {known}; mind the space before it."
+                f"the answer {question.reference!r} is not one of the labels {known}; mind the space before it."
             )
     pairs = [
         [_labelled(row, label, question.ends, tokenizer) for label in known]
@@ -86,7 +86,7 @@ def _labelled(row: dict[str, Any], label: str, ends: frozenset[int], tokenizer: 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
     if isinstance(labels, str):
-        raise ValueError(f"labels={labels!r} is one text; give a list of labels.")
+        raise ValueError(f"labels={labels!r} is a single text; give a list of labels.")
     return list(dict.fromkeys(labels))
 
 
@@ -94,8 +94,8 @@ def _check_apart(tokens: Sequence[list[int]], labels: Sequence[str]) -> None:
     for i, own in enumerate(tokens):
         if own in tokens[:i]:
             raise ValueError(
-                f"the labels {labels[tokens.index(own)]!r} and {labels[i]!r} have the same tokens, so that nobody can "
-                f"choose between them. Make them one, or name them apart."
+                f"the labels {labels[tokens.index(own)]!r} and {labels[i]!r} have the same tokens, so they cannot "
+                f"be told apart. Merge them, or rename one."
             )
 
 
@@ -106,9 +106,9 @@ def multiple_choice(
     normalise: Normalise = "characters",
     batch_size: int = 16,
 ) -> Scored:
-    """Multiple choice as lm-eval scores it: the choice after the context and a space, without an end.
+    """Score multiple choice as lm-eval does: the choice after the context and a space, without an end.
 
-    As there, a choice that begins another is always more likely by "sum"; use `label_likelihood` for such answers.
+    As there, a choice that is a prefix of another is always more likely by "sum"; use `label_likelihood` for such answers.
 
     Args:
         model: A causal language model.
@@ -130,8 +130,8 @@ def multiple_choice(
     for i, row in enumerate(plain):
         if not 0 <= int(row["answer"]) < len(row["choices"]):
             raise ValueError(
-                f"row {i} has the answer {row['answer']!r}, and {len(row['choices'])} choices; the answer is the index of "
-                f"one, from 0 on."
+                f"row {i} has the answer {row['answer']!r} and {len(row['choices'])} choices; the answer must be the index of "
+                f"one, counted from 0."
             )
     pairs = [[_as_lm_eval(row["context"], " " + choice, tokenizer) for choice in row["choices"]] for row in plain]
     check_lengths(model, [max(len(p) + len(a) for p, a in offered) for offered in pairs])
@@ -161,7 +161,7 @@ def _as_lm_eval(context: str, choice: str, tokenizer: Any) -> Pair:
 def answer_nll(
     model: Any, tokenizer: Any, rows: Dataset | Sequence[Row], batch_size: int = 32, turns: Turns = "last"
 ) -> Scored:
-    """Negative log-likelihood of the right answer's token, in nats; lower is better.
+    """Negative log-likelihood per token of the right answer, in nats; lower is better.
 
     Args:
         model: A causal language model.
@@ -171,7 +171,7 @@ def answer_nll(
         turns: As in `teacher_forced`.
 
     Returns:
-        The mean over an answer's tokens and its end, per row.
+        For each row, the mean over the answer's tokens and its end.
     """
     if check_turns(turns) == "all":
         return by_turns(rows, lambda flat: answer_nll(model, tokenizer, flat, batch_size))
@@ -211,10 +211,10 @@ def choice_log_likelihoods(
         prompts: One per row, as text.
         choices: The choices of each row, as text with the space before them.
         batch_size: Prompts per batch.
-        share_prompt: Whether a prompt is computed once for all its choices.
+        share_prompt: Whether to compute a prompt once for all its choices.
 
     Returns:
-        Per row and choice the sum of the log-probabilities in nats, and the number of tokens.
+        For each row and choice, the sum of the log-probabilities in nats, and the number of tokens.
     """
     pairs = [
         [_joined(prompt, choice, tokenizer) for choice in offered]
@@ -224,7 +224,7 @@ def choice_log_likelihoods(
 
 
 def _joined(prompt: str, choice: str, tokenizer: Any) -> Pair:
-    """A tokenizer may join the prompt's last letters with a choice: what differs from the prompt alone counts."""
+    """Join a prompt and a choice: a tokenizer may merge the prompt's last letters with the choice, so all tokens that differ count."""
     first, whole = list(tokenizer(prompt)["input_ids"]), list(tokenizer(prompt + choice)["input_ids"])
     shared = common_prefix_length(first, whole)
     return whole[:shared], whole[shared:]

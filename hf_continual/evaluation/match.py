@@ -1,4 +1,4 @@
-"""When is an answer right? The rules of the papers by name, as functions of (prediction, reference)."""
+"""When an answer is right: the papers' rules by name, as functions of (prediction, reference)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def exact(prediction: str, reference: str) -> float:
 
 
 def stripped(prediction: str, reference: str) -> float:
-    """1 if both are the same but for space around them."""
+    """1 if both are the same apart from surrounding whitespace."""
     return float(prediction.strip() == reference.strip())
 
 
 def lower_exact(prediction: str, reference: str) -> float:
-    """1 if both are the same but for case and space around them (Recurrent-KIF, Spurious Forgetting)."""
+    """1 if both are the same apart from case and surrounding whitespace (Recurrent-KIF, Spurious Forgetting)."""
     return float(prediction.strip().lower() == reference.strip().lower())
 
 
@@ -36,7 +36,7 @@ def normalized(prediction: str, reference: str) -> float:
 
 
 def prefix(prediction: str, reference: str) -> float:
-    """1 if the prediction begins with the reference, by the rule of `normalized`: generous to models that go on."""
+    """1 if the prediction starts with the reference, after `normalized`: lenient towards models that do not stop."""
     said, wanted = _plain(prediction).split(), _plain(reference).split()
     return float(bool(wanted) and said[: len(wanted)] == wanted)
 
@@ -47,10 +47,10 @@ def similarity(prediction: str, reference: str) -> float:
 
 
 def tool_calls(prediction: str, reference: str) -> float:
-    """1 if both call the same tools with the same arguments in the same order, however the JSON is written.
+    """1 if both call the same tools with the same arguments in the same order, regardless of how the JSON is written.
 
-    Calls are JSON objects with a `name` and `arguments` (or `parameters`). A reference without any is compared as by
-    `stripped`: rows that call tools and rows that answer in words can be one test.
+    Calls are JSON objects with a `name` and `arguments` (or `parameters`). A reference without calls is compared as by
+    `stripped`: rows that call tools and rows that answer in words can be mixed in one test.
     """
     wanted = _calls(reference)
     return float(_calls(prediction) == wanted) if wanted else stripped(prediction, reference)
@@ -116,7 +116,7 @@ MATCHES: dict[str, Match] = {
 
 
 def find_match(name: str | Match) -> Match:
-    """A rule by name.
+    """Look up a rule by name.
 
     Args:
         name: A key of `MATCHES`, ``"package.module:function"``, or a function.
@@ -125,7 +125,7 @@ def find_match(name: str | Match) -> Match:
         A function of prediction and reference.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it does not exist.
     """
     if callable(name):
         return name
@@ -136,4 +136,4 @@ def find_match(name: str | Match) -> Match:
             return imported(name)
         except ImportError as error:
             raise ValueError(f"match={name!r} cannot be imported: {error}.") from error
-    raise ValueError(f"unknown match {name!r}; known are {', '.join(MATCHES)}, or 'package.module:function'.")
+    raise ValueError(f"unknown match {name!r}; the rules are {', '.join(MATCHES)}, or 'package.module:function'.")

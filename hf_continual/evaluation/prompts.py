@@ -14,35 +14,36 @@ from torch import Tensor
 from hf_continual.ends import added_tokens, end_tokens
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, message_text, trained_tokens
+from hf_continual.progress import counting
 from hf_continual.tensors.head import logits_function, plain_model
 
 Item = TypeVar("Item")
 
 NOT_NUMBERS = (
-    "the model's logits are not numbers (NaN), so it cannot be scored. Its weights are broken, or float16 overflowed: look "
-    "at its training loss, or load it with dtype bfloat16 or float32."
+    "the model's logits are not numbers (NaN), so it cannot be scored. Its weights are broken, or float16 overflowed: check "
+    "its training loss, or load it with dtype bfloat16 or float32."
 )
 
 
 def encode(row: dict[str, Any], tokenizer: Any, ends: Collection[int] = ()) -> tuple[list[int], list[int]]:
-    """Tokens of a row's prompt, and of its completion up to and with the token that ends it.
+    """Tokens of a row's prompt, and of its completion up to and including the token that ends it.
 
     Args:
         row: ``{"prompt", "completion"}``, two strings or two lists of messages; or ``{"messages"}``.
-        tokenizer: With an end-of-sequence token, or with a chat template where the row is a conversation.
-        ends: Further tokens that end an answer, such as those of a model's generation config
+        tokenizer: With an end-of-sequence token, or with a chat template if the row is a conversation.
+        ends: Additional tokens that end an answer, such as those of a model's generation config
             (`hf_continual.ends.end_tokens`); the tokenizer's own and the chat template's are known.
 
     Returns:
-        The prompt's tokens, at least one, and the answer's, both as SFTTrainer trains them.
+        The prompt's tokens, at least one, and the answer's, both as SFTTrainer trains on them.
 
     Raises:
-        ValueError: If the row has no prompt or no completion, or the prompt has no token.
+        ValueError: If the row has no prompt or no completion, or the prompt has no tokens.
     """
     prompt, answer = trained_tokens(row, tokenizer)
     if not prompt:
         raise ValueError(
-            f"the prompt {as_pair(row)['prompt']!r} has no token before the answer; a model cannot begin from nothing."
+            f"the prompt {as_pair(row)['prompt']!r} has no tokens before the answer; a model cannot start from nothing."
         )
     known = {*ends, *end_tokens(None, tokenizer)}
     end = frame_of(row, tokenizer, known, added_tokens(tokenizer)).end
@@ -50,27 +51,27 @@ def encode(row: dict[str, Any], tokenizer: Any, ends: Collection[int] = ()) -> t
 
 
 def up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
-    """An answer up to and with its first end: a template may add a line break after it, which nobody generates."""
+    """An answer up to and including its first end: a template may add a line break after it, which is never generated."""
     stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
     return answer[: stop + 1]
 
 
 def prompt_hash(row: dict[str, Any]) -> str:
-    """16 hexadecimal digits that tell prompts apart without storing them."""
+    """16 hexadecimal digits that identify a prompt without storing it."""
     shown = _asked(row)
     text = shown if isinstance(shown, str) else json.dumps(shown, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prompt_text(row: dict[str, Any], most: int = 2000) -> str:
-    """The prompt of a row to read: messages one after the other, a long one without its middle.
+    """The prompt of a row as readable text: messages one after another, a long one without its middle.
 
     Args:
         row: A row to score.
-        most: Most characters that are kept; the end counts more than the beginning, as the question stands there.
+        most: Maximum number of characters; more are kept of the end, which has the question.
 
     Returns:
-        The text; empty where the row has no prompt.
+        The text; empty if the row has no prompt.
     """
     asked = _asked(row)
     if isinstance(asked, list) and all(isinstance(m, dict) for m in asked):
@@ -84,7 +85,7 @@ def prompt_text(row: dict[str, Any], most: int = 2000) -> str:
 
 
 def _asked(row: dict[str, Any]) -> Any:
-    """What a model is asked: the prompt, or the conversation without its last answer; the row where there is neither."""
+    """What a model is asked: the prompt, or the conversation without its last answer; the row if there is neither."""
     for name in ("prompt", "context", "messages", "conversations", "text"):
         found = row.get(name)
         if found is not None:
@@ -98,10 +99,12 @@ def _is_answer(message: Any) -> bool:
 
 
 def batches_by_length(items: Sequence[Item], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of rows of like length, longest first, so that little is padding and memory peaks early."""
+    """Indices in batches of rows of similar length, longest first, to reduce padding and reach peak memory early."""
     order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    with counting(len(order), "scoring", " rows") as shown:
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+            shown.update(min(size, len(order) - start))
 
 
 @contextmanager
@@ -124,6 +127,6 @@ def decoder(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
 
     Returns:
         The part below the head, and a function from its hidden states to logits, with the scaling and capping
-        that some families put behind the head (Cohere, Granite, Gemma 2 and later).
+        that some families apply after the head (Cohere, Granite, Gemma 2 and later).
     """
     return plain_model(model).base_model, logits_function(model)

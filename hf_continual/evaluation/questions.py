@@ -1,4 +1,4 @@
-"""Rows made ready to be scored: prompts and answers as tokens, and when an answer to them is right."""
+"""Rows prepared for scoring: prompts and answers as tokens, and the rule that decides when an answer is right."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Question:
 
     Args:
         prompt: Tokens of the prompt, at least one.
-        answer: Tokens of the answer, up to and with its end where it was trained with one.
+        answer: Tokens of the answer, up to and including its end if it was trained with one.
         ends: Tokens that end an answer.
         frame: What the chat template puts around the answer.
-        reference: The answer's text as the row has it.
+        reference: The answer's text as in the row.
         added: The tokenizer's added tokens.
-        thinks: Whether the answer comes with thoughts.
+        thinks: Whether the answer includes thoughts.
     """
 
     prompt: list[int]
@@ -48,25 +48,25 @@ class Question:
         return bool(self.answer) and self.answer[-1] in self.ends
 
     def accepts(self, said: Sequence[int]) -> bool:
-        """Whether tokens are the answer's, and then any end; where none was trained, whether they begin with it."""
+        """Whether tokens are the answer's and then any end; if it was trained without one, whether they start with it."""
         if not self.ended:
             return list(said[: len(self.answer)]) == self.answer
         return len(said) == len(self.answer) and list(said[:-1]) == self.answer[:-1] and said[-1] in self.ends
 
     def text(self, said: Sequence[int], tokenizer: Any) -> str:
-        """What was said, as text to compare with `wanted`."""
+        """Generated tokens as text, to compare with `wanted`."""
         return answer_text(said, self.frame, self.ends, tokenizer, self.added, self.reference)
 
     def wanted(self, tokenizer: Any) -> str:
-        """The answer as the tokenizer writes it back: a tokenizer may lose a space, and no model can say it then."""
+        """The answer as the tokenizer decodes it: a tokenizer may lose a space, which no model can then generate."""
         return self.text(self.answer, tokenizer)
 
 
 def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[Row]) -> list[Question]:
-    """Make rows ready.
+    """Prepare rows for scoring.
 
     Args:
-        model: The causal language model that will be asked: its ends, and its number of positions.
+        model: The causal language model that will be scored; its ends and number of positions are used.
         tokenizer: Its tokenizer.
         rows: ``{"prompt", "completion"}`` as strings or messages, or ``{"messages"}``.
 
@@ -74,7 +74,7 @@ def read_questions(model: Any, tokenizer: Any, rows: Dataset | Sequence[Row]) ->
         One question per row.
 
     Raises:
-        ValueError: If rows cannot be scored; says how many and why.
+        ValueError: If rows cannot be scored; the message says how many and why.
     """
     known, added = end_tokens(model, tokenizer), added_tokens(tokenizer)
     plain = [dict(row) for row in rows]
@@ -104,7 +104,7 @@ def check_one_answer(row: Row) -> None:
     completion = row.get("completion")
     if not isinstance(completion, str) and completion is not None and len(completion) != 1:
         raise ValueError(
-            f"a completion of {len(completion)} messages is not one answer: a model is asked for one and stops after it. "
+            f"a completion of {len(completion)} messages is not one answer: a model generates one and stops. "
             f"Move all messages but the last into the prompt, or score every assistant turn: turns: all."
         )
 
@@ -114,24 +114,24 @@ def _check_empty(questions: Sequence[Question], rows: Sequence[dict[str, Any]]) 
     if mute:
         shown = rows[mute[0]].get("prompt")
         raise ValueError(
-            f"the prompt {shown!r} has no token before the answer, and a model cannot begin from nothing: row {mute[0]}, "
-            f"and {len(mute)} of {len(questions)} rows in all. Drop these rows, or use a tokenizer that begins texts with a token."
+            f"the prompt {shown!r} has no tokens before the answer, and a model cannot start from nothing: row {mute[0]}, "
+            f"and {len(mute)} of {len(questions)} rows in all. Drop these rows, or use a tokenizer that adds a token at the start of texts."
         )
     empty = [i for i, q in enumerate(questions) if not q.reference.strip()]
     if questions and len(empty) == len(questions):
         raise ValueError(
-            f"all {len(questions)} rows have an empty answer, so there is nothing to score. Does the column of the "
-            f"completion hold the answers?"
+            f"all {len(questions)} rows have an empty answer, so there is nothing to score. Does the completion "
+            f"column hold the answers?"
         )
     if empty:
         logger.warning(
-            "%d of %d rows have an empty answer (the first is row %d): it is right there to say nothing.",
+            "%d of %d rows have an empty answer (the first is row %d): for these, an empty prediction is right.",
             len(empty), len(questions), empty[0],
         )  # fmt: skip
 
 
 def positions(model: Any) -> int | None:
-    """The number of positions that a model was made for; None where it has no such bound."""
+    """The number of positions that a model was made for; None if it has no such limit."""
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     config = getattr(base, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -139,7 +139,7 @@ def positions(model: Any) -> int | None:
 
 
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:
-    """Refuse rows that are longer than a table of positions; warn where positions are computed.
+    """Refuse rows that are longer than a table of positions; warn if positions are computed.
 
     Args:
         model: A causal language model.
@@ -153,12 +153,12 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
     if most is None or not longer:
         return
     what = (
-        f"{len(longer)} of {len(lengths)} rows take up to {max(longer)} tokens with their answer, and the model has "
+        f"{len(longer)} of {len(lengths)} rows take up to {max(longer)} tokens with their answer, but the model has "
         f"{most} positions (max_position_embeddings)"
     )
     if _has_table(model, most):
         raise ValueError(f"{what}. Shorten the prompts (max_prompt_tokens in a plan), or drop these rows.")
-    logger.warning("%s: it was not made for so long a text, and such scores mean little.", what)
+    logger.warning("%s: it was not made for texts of this length, and such scores mean little.", what)
 
 
 def _has_table(model: Module, most: int) -> bool:

@@ -1,4 +1,4 @@
-"""One number and what must be known to believe it; and the rows that it was made from."""
+"""A score with the facts needed to trust it, and the rows that it was computed from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Score:
     """A measured value.
 
     Args:
-        value: The value, or None when it was not measured.
+        value: The value, or None if it was not measured.
         n: Number of rows or tokens it is a mean over.
         protocol: How it was measured, in a word or two.
         standard_error: Standard error of the mean, or None.
         status: MEASURED, NOT_RUN or ERROR.
         lower_is_better: Whether it is a loss.
-        error: What went wrong, where the status is ERROR.
-        interval: 95 % interval of the value: Wilson's of a share, so that 16 of 16 right are not certainty, Student's of
-            other means; None where it is not known.
+        error: What went wrong, if the status is ERROR.
+        interval: 95 % interval of the value: Wilson's for a proportion, so that 16 of 16 right is not certainty, Student's for
+            other means; None if it is not known.
     """
 
     value: float | None
@@ -38,7 +38,7 @@ class Score:
     interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data; `error` and `interval` only where there is one."""
+        """The fields as plain data; `error` and `interval` only if they are set."""
         plain = asdict(self)
         for name in ("error", "interval"):
             if plain[name] is None:
@@ -48,15 +48,15 @@ class Score:
 
 @dataclass(frozen=True)
 class RowScore:
-    """What one row contributes.
+    """The contribution of one row.
 
     Args:
         score: Its score, usually 0 to 1, or a loss.
         weight: Its weight in the mean: 1, or the number of its tokens.
-        prediction: What the model said, as text.
-        reference: What was asked for.
+        prediction: The model's answer, as text.
+        reference: The right answer.
         also: Other values of the same row by name, such as ``{"nll": 0.7}``.
-        turns: The assistant turns that the score is a mean over, where several of a conversation are scored.
+        turns: The assistant turns that the score is a mean over, if several of a conversation are scored.
     """
 
     score: float
@@ -89,7 +89,7 @@ class Scored:
 
     @property
     def nll(self) -> Score | None:
-        """Negative log-likelihood of an answer's token in nats, averaged over rows; None if it was not computed."""
+        """Negative log-likelihood per token of an answer in nats, averaged over rows; None if it was not computed."""
         if not self.rows or any("nll" not in r.also for r in self.rows):
             return None
         values = [r.also["nll"] for r in self.rows]
@@ -113,7 +113,7 @@ def weighted_mean(
         lower_is_better: Whether the value is a loss.
 
     Returns:
-        The score; NOT_RUN when there is nothing to average.
+        The score; NOT_RUN if there is nothing to average.
     """
     used = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0]
     total = math.fsum(w for _, w in used)

@@ -1,4 +1,4 @@
-"""The scorers by name, and scorers built from plain data. Importing this module imports none of them."""
+"""The scorers by name, and scorers built from plain data. Importing this module imports no scorer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCORERS: dict[str, str] = {
     "lm_eval": "hf_continual.evaluation.harness:lm_eval",
 }
 
-# Columns that a scorer reads; prompt and completion where nothing else is said.
+# Columns that a scorer reads; prompt and completion by default.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "multiple_choice": ("context", "choices", "answer"),
     "general_loss": ("text",),
@@ -36,8 +36,8 @@ def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
     """Build a scorer from data: a name, or a mapping of one name to its options.
 
     Args:
-        description: ``"exact_match"``, ``{"generated": {"match": "rougeL", "stop": ["\\n"]}}``, the place of a
-            function of one's own as ``"package.module:function"``, or a function. A function is called with
+        description: ``"exact_match"``, ``{"generated": {"match": "rougeL", "stop": ["\\n"]}}``, the path of your own
+            function as ``"package.module:function"``, or a function. A function is called with
             (model, tokenizer, rows) and returns `Scored` or one number per row.
         batch_size: Rows per forward pass, for scorers that take one and are not given one.
 
@@ -55,7 +55,7 @@ def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
     if unknown := [k for k in options if k not in known]:
         hint = did_you_mean(unknown[0], known)
         raise ValueError(
-            f"the metric {shown} has no option {unknown[0]!r}.{hint} Known are {', '.join(known) or 'none'}."
+            f"the metric {shown} has no option {unknown[0]!r}.{hint} The options are {', '.join(known) or 'none'}."
         )
     if batch_size is not None and "batch_size" in known:
         options = {"batch_size": batch_size, **options}
@@ -67,11 +67,11 @@ def build_scorer(description: Any, batch_size: int | None = None) -> Scorer:
 
 
 def columns_of(description: Any, present: Sequence[str] = ()) -> tuple[str, ...]:
-    """The columns that rows need for a scorer; empty where it is a function of one's own.
+    """The columns that rows need for a scorer; empty for your own function.
 
     Args:
         description: See `build_scorer`.
-        present: Columns that the rows have; whole conversations stand for prompt and completion.
+        present: Columns that the rows have; conversations count as prompt and completion.
 
     Returns:
         Names of columns.
@@ -85,7 +85,7 @@ def columns_of(description: Any, present: Sequence[str] = ()) -> tuple[str, ...]
 
 
 def check_answers(description: Any, rows: Any, tokenizer: Any) -> None:
-    """Refuse rows that hold no answer for a scorer that needs one, before a model is loaded.
+    """Refuse rows without an answer for a scorer that needs one, before a model is loaded.
 
     Args:
         description: See `build_scorer`.
@@ -93,7 +93,7 @@ def check_answers(description: Any, rows: Any, tokenizer: Any) -> None:
         tokenizer: The model's.
 
     Raises:
-        ValueError: If a row has no one answer, or rows are conversations and the tokenizer has no chat template.
+        ValueError: If a row does not have exactly one answer, or rows are conversations and the tokenizer has no chat template.
     """
     name, options = _name_and_options(description)
     if name is None or ":" in name or COLUMNS.get(name, ("prompt", "completion")) != ("prompt", "completion"):
@@ -111,13 +111,13 @@ def check_answers(description: Any, rows: Any, tokenizer: Any) -> None:
             raise ValueError(f"row {i + 1} of the rows to score: {error}") from error
         if not isinstance(asked[0]["prompt"], str) and getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
-                "the rows to score are conversations and the tokenizer has no chat template, so nothing tells how to write "
-                "them. Name the tokenizer of the chat model, model: {path: ..., tokenizer: ...}, or give prompt and completion as text."
+                "the rows to score are conversations, but the tokenizer has no chat template to render "
+                "them with. Give the tokenizer of the chat model, model: {path: ..., tokenizer: ...}, or give prompt and completion as text."
             )
 
 
 def with_labels(description: Any, rows: Any) -> Any:
-    """Fix the labels of `label_likelihood` from all rows, so that a process that scores a part knows them all."""
+    """Fix the labels of `label_likelihood` from all rows, so that a process that scores a part of the rows has all labels."""
     name, options = _name_and_options(description)
     if name != "label_likelihood" or options.get("labels") is not None:
         return description
@@ -135,7 +135,7 @@ def _name_and_options(description: Any) -> tuple[str | None, dict[str, Any]]:
         name, options = next(iter(description.items()))
         if options is None or isinstance(options, Mapping):
             return str(name), dict(options or {})
-    raise TypeError(f"a metric is a name, or a mapping of one name to its options; got {description!r}.")
+    raise TypeError(f"a metric must be a name, or a mapping of one name to its options; got {description!r}.")
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -143,7 +143,7 @@ def _find(name: str) -> Callable[..., Any]:
     if target is None:
         hint = did_you_mean(name, SCORERS)
         raise ValueError(
-            f"unknown metric {name!r}.{hint} Known are {', '.join(SCORERS)}; a function of your own is named "
+            f"unknown metric {name!r}.{hint} The metrics are {', '.join(SCORERS)}; your own function is named "
             f"'package.module:function'."
         )
     try:
@@ -165,7 +165,7 @@ def _scored(
         )
     if not isinstance(result, Scored):
         raise TypeError(
-            f"the metric {name} returned {type(result).__name__}; a scorer returns Scored, or one number per row."
+            f"the metric {name} returned {type(result).__name__}; a scorer must return Scored, or one number per row."
         )
     if rows is not None and len(result.rows) != len(rows):
         raise ValueError(f"the metric {name} returned {len(result.rows)} scores for {len(rows)} rows.")

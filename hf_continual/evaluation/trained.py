@@ -1,4 +1,4 @@
-"""The tokens of a row as TRL's SFTTrainer trains them: what is scored must be what was learned."""
+"""A row's tokens as TRL's SFTTrainer trains on them: scoring must use what was learned."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def as_pair(row: Row) -> dict[str, Any]:
 
     Args:
         row: ``{"prompt", "completion"}`` as two strings or two lists of messages, or ``{"messages"}``, of which the
-            last, the assistant's, is the completion. Messages may also be written ``{"from", "value"}``.
+            last message, the assistant's, is the completion. Messages may also be written ``{"from", "value"}``.
 
     Returns:
         The row with `prompt` and `completion`, and its other columns.
 
     Raises:
-        ValueError: If there is no such pair in it.
+        ValueError: If it has no such pair.
     """
     row = dict(row)
     if is_conversational_from_value(row):
-        row = maybe_convert_to_chatml(copy.deepcopy(row))  # it changes what it is given
+        row = maybe_convert_to_chatml(copy.deepcopy(row))  # it modifies its argument
     if row.get("prompt") is not None and row.get("completion") is not None:
         if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
             raise ValueError(
@@ -38,7 +38,7 @@ def as_pair(row: Row) -> dict[str, Any]:
     messages = row.get("messages")
     if not messages:
         raise ValueError(
-            f"a row to score needs 'prompt' and 'completion', this one has {sorted(row)}. Map its columns, or name the "
+            f"a row to score needs 'prompt' and 'completion', but this one has {sorted(row)}. Map its columns, or name the "
             f"columns that hold them; a conversation may also be one column 'messages'."
         )
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
@@ -51,14 +51,16 @@ def as_pair(row: Row) -> dict[str, Any]:
 
 
 def other_roles(messages: Sequence[Row]) -> str:
-    """What to do about the roles of ShareGPT's rows, which templates do not know; nothing where there are none."""
+    """Advice for the roles of ShareGPT rows, which templates do not know; empty if there are none."""
     if not {"human", "gpt"} & {str(m.get("role")) for m in messages}:
         return ""
-    return "Chat templates, and SFTTrainer, know the roles 'user' and 'assistant': write these for 'human' and 'gpt'."
+    return (
+        "Chat templates, and SFTTrainer, know the roles 'user' and 'assistant': use these instead of 'human' and 'gpt'."
+    )
 
 
 def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """All tokens of a row in the order in which SFTTrainer trains them, split where its completion mask begins.
+    """All tokens of a row in the order in which SFTTrainer trains on them, split where its completion mask starts.
 
     Args:
         row: See `as_pair`.
@@ -76,7 +78,7 @@ def trained_tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         end = tokenizer.eos_token
         if end is None:
             raise ValueError(
-                "the tokenizer has no end-of-sequence token, so nothing tells where an answer of plain text ends. Set "
+                "the tokenizer has no end-of-sequence token, so the end of a plain-text answer is not known. Set "
                 "tokenizer.eos_token to the token that ended the answers in training."
             )
         whole = prompt + completion if completion.endswith(end) else prompt + completion + end
@@ -106,7 +108,7 @@ def conversation_tokens(row: Row, tokenizer: Any) -> list[int]:
 
 
 def rendered(row: Row, tokenizer: Any, messages: Sequence[Any], prompt: bool, tokenize: bool) -> Any:
-    """Messages through the chat template, with the tools and template options that the row brings."""
+    """Messages through the chat template, with the tools and template options of the row."""
     tools = row.get("tools")
     return tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=prompt, tokenize=tokenize, return_dict=tokenize,
@@ -115,13 +117,13 @@ def rendered(row: Row, tokenizer: Any, messages: Sequence[Any], prompt: bool, to
 
 
 def reference(row: Row) -> str:
-    """The text of a row's answer: its completion, or what the last message says and the tools that it calls."""
+    """The text of a row's answer: its completion, or the text and tool calls of the last message."""
     answer = as_pair(row)["completion"]
     return answer if isinstance(answer, str) else message_text(answer[-1])
 
 
 def message_text(message: Row) -> str:
-    """The text of a message whose content is a text or a list of parts; calls of tools follow it as JSON, one a line."""
+    """The text of a message whose content is a text or a list of parts; tool calls follow as JSON, one per line."""
     content = message.get("content")
     text = content or "" if isinstance(content, str | None) else "".join(part.get("text") or "" for part in content)
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
@@ -129,7 +131,7 @@ def message_text(message: Row) -> str:
 
 
 def has_thoughts(row: Row) -> bool:
-    """Whether a row's answer comes with thoughts, in a field of its own or in its text."""
+    """Whether a row's answer includes thoughts, in a separate field or in its text."""
     answer = as_pair(row)["completion"]
     if isinstance(answer, str):
         return "</think>" in answer
@@ -139,7 +141,7 @@ def has_thoughts(row: Row) -> bool:
 
 
 def with_answer(row: Row, text: str) -> dict[str, Any]:
-    """The row with another answer, which calls no tool, in place of its own; in the form that the row has."""
+    """The row with another answer, without tool calls, in place of its own; in the row's form."""
     pair = as_pair(row)
     if isinstance(pair["completion"], str):
         return {**pair, "completion": text}

@@ -1,4 +1,4 @@
-"""Every assistant turn of a conversation as a question of its own."""
+"""Every assistant turn of a conversation as a separate question."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Turns = Literal["last", "all"]
 
 
 def check_turns(turns: str) -> Turns:
-    """Refuse what says nothing about which turns are scored.
+    """Refuse an invalid choice of the turns to score.
 
     Args:
         turns: ``"last"`` or ``"all"``.
@@ -33,14 +33,14 @@ def check_turns(turns: str) -> Turns:
 
 
 def assistant_turns(row: Row) -> list[dict[str, Any]]:
-    """The answers of a conversation, each with everything that was said before it as its prompt.
+    """The answers of a conversation, each with everything before it as its prompt.
 
     Args:
-        row: ``{"messages"}``, or ``{"prompt", "completion"}`` as messages, of which the turns of the completion count.
+        row: ``{"messages"}``, or ``{"prompt", "completion"}`` as messages, of which only the turns of the completion count.
             A row of text is one answer.
 
     Returns:
-        Rows of prompt and completion, one for each assistant turn after the first message; calls of tools are turns.
+        Rows of prompt and completion, one for each assistant turn after the first message; tool calls are turns.
 
     Raises:
         ValueError: If there is no such turn.
@@ -75,7 +75,7 @@ def by_turns(rows: Iterable[Any], score: Callable[[Sequence[Row]], Scored]) -> S
         One entry per conversation, with its turns.
 
     Raises:
-        ValueError: If a row has no assistant turn; says which.
+        ValueError: If a row has no assistant turn; the message says which.
     """
     split: list[list[dict[str, Any]]] = []
     for i, row in enumerate(rows):
@@ -93,7 +93,7 @@ def by_turns(rows: Iterable[Any], score: Callable[[Sequence[Row]], Scored]) -> S
 
 
 def _joined(parts: tuple[RowScore, ...]) -> RowScore:
-    """One row of its turns; what it said is what it said last."""
+    """Combine a row's turns into one score; its prediction is that of the last turn."""
     names = dict.fromkeys(name for part in parts for name in part.also)
     also = {name: sum(part.also.get(name, 0.0) for part in parts) / len(parts) for name in names}
     score = sum(part.score for part in parts) / len(parts)

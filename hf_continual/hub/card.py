@@ -27,7 +27,7 @@ def render_card(
     *,
     repo_id: str | None = None,
 ) -> str:
-    """A model card in which every figure comes from what was measured.
+    """Render a model card in which every figure comes from a measurement.
 
     Example:
         >>> text = render_card("out/task-02-tickets", repo_id="me/three-tasks")
@@ -98,7 +98,7 @@ def _body(facts: CardFacts, kept: str) -> str:
 
 
 def snippet(facts: CardFacts) -> str:
-    """Code that loads the model by its id and runs as it stands."""
+    """Code that loads the model by its id and runs as written."""
     model_id = facts.repo_id or facts.name
     cls, package = (
         ("AutoPeftModelForCausalLM", "peft") if facts.kind == "adapter" else ("AutoModelForCausalLM", "transformers")
@@ -146,7 +146,7 @@ def _merge_inputs(facts: CardFacts) -> str:
     if merge.call:
         text += f"\n\n```python\n{merge.call}\n```"
     if merge.report:
-        text += f"\n\nThe whole report, with checksums of the inputs, is in [{merge.report}]({merge.report})."
+        text += f"\n\nThe full report, with checksums of the inputs, is in [{merge.report}]({merge.report})."
     return text + "".join(f"\n\n{note}" for note in merge.notes)
 
 
@@ -163,7 +163,7 @@ def _method_text(facts: CardFacts) -> str:
         shown = {k: v for k, v in facts.adapter.items() if k not in ("quantization", "kind")}
         lines.append(f"- {kind_title(facts) or 'LoRA'}: {tables.options_text(shown)}")
         if quantization := facts.adapter.get("quantization"):
-            lines.append(f"- The base was quantised while this was trained: {tables.options_text(quantization)}")
+            lines.append(f"- The base was quantised during training: {tables.options_text(quantization)}")
     run = []
     if facts.steps is not None:
         run.append(f"{facts.steps:,} optimizer steps")
@@ -175,7 +175,8 @@ def _method_text(facts: CardFacts) -> str:
         run.append(f"{facts.seconds:.0f} s of training")
     if run:
         lines.append(f"\nLast stage: {', '.join(run)}.")
-    lines.append(f"{chr(10) if lines else ''}Everything that was set is in [{CONFIG}]({CONFIG}).")
+    lines += [f"\nA rule ended or changed it: {safe(reason).replace('|', '/')}." for reason in facts.ended]
+    lines.append(f"{chr(10) if lines else ''}All settings are in [{CONFIG}]({CONFIG}).")
     return "\n".join(lines)
 
 
@@ -198,7 +199,7 @@ BADGES = {
 
 
 def _tracking(facts: CardFacts) -> str:
-    """A badge for each page that shows the training, as TRL's cards have them."""
+    """A badge for each page that shows the training, as in TRL's cards."""
     return "\n".join(
         f'[<img src="{BADGES[name]}" alt="Visualize in {name}" width="150" height="24"/>]({url})'
         for name, url in facts.tracking.items()
@@ -207,7 +208,7 @@ def _tracking(facts: CardFacts) -> str:
 
 
 def _learned(facts: CardFacts) -> str:
-    """What goes with the model for the next task, and how to train that."""
+    """The method state that comes with the model for the next task, and how to train with it."""
     if not facts.learned:
         return ""
     rows = [[f"**{k.name}**", k.what or k.kind, f"{k.tensors:,}", f"{k.size:,}"] for k in facts.learned]
@@ -216,12 +217,12 @@ def _learned(facts: CardFacts) -> str:
     model_id = facts.repo_id or facts.name
     return "\n\n".join(
         [
-            "The next task can be trained with what was learned here; it is in `continual`, and holds no rows of data.",
-            tables.table(["method", "what it left", "tensors", "bytes"], rows),
-            f"A run whose methods are {', '.join(names)} ({classes}) and that starts from this model takes it over:",
+            "The next task can be trained with the state that the methods kept; it is in `continual`, and holds no rows of data.",
+            tables.table(["method", "what it kept", "tensors", "bytes"], rows),
+            f"A run with the methods {', '.join(names)} ({classes}) that starts from this model loads it:",
             f'```python\nfrom hf_continual import ContinualTrainer\n\ntrainer = ContinualTrainer("{model_id}", train_dataset=rows, '
             f"methods=methods)\n```",
-            "Without it: `ContinualConfig(fresh_methods=True)`.",
+            "To start without it: `ContinualConfig(fresh_methods=True)`.",
         ]
     )
 
@@ -250,13 +251,13 @@ def _weights_text(facts: CardFacts) -> str:
             spans.append(
                 [name, tables.number(min(column)), tables.number(sum(column) / len(column)), tables.number(max(column))]
             )
-        parts.append(tables.table(["input", "least weight", "mean weight", "greatest weight"], spans))
-        parts.append(f"Over {len(merge.weights)} groups of layers; each is in [{CONFIG}]({CONFIG}).")
+        parts.append(tables.table(["input", "lowest weight", "mean weight", "highest weight"], spans))
+        parts.append(f"Over {len(merge.weights)} groups of layers; all weights are in [{CONFIG}]({CONFIG}).")
     return "\n\n".join(parts)
 
 
 def limits(facts: CardFacts) -> str:
-    """Sentences that follow from the facts: what fell most, what was not measured, what it was not made for."""
+    """Sentences that follow from the facts: what dropped most, what was not measured, what it was not made for."""
     evaluation, lines = facts.evaluation, []
     if evaluation.matrix and evaluation.row_names is None:
         matrix = evaluation.accuracy
@@ -268,7 +269,7 @@ def limits(facts: CardFacts) -> str:
         if drops:
             worst = sorted(drops, key=lambda name: drops[name])[:3]
             lines.append(
-                "- Lost since they were learnt: " + ", ".join(f"{t} {tables.signed(drops[t])}" for t in worst) + "."
+                "- Lost since they were learned: " + ", ".join(f"{t} {tables.signed(drops[t])}" for t in worst) + "."
             )
     scored = {
         t
@@ -280,14 +281,14 @@ def limits(facts: CardFacts) -> str:
     if evaluation.matrix and evaluation.base_row is None:
         lines.append("- The base model was not scored, so forward transfer is unknown.")
     if worse := [tables.change_text(g) for g in evaluation.gauges if g.worse]:
-        lines.append(f"- Worse than the base model beside its tasks: {'; '.join(worse)}.")
+        lines.append(f"- Worse than the base model outside its tasks: {'; '.join(worse)}.")
     if unknown := [g.name for g in evaluation.gauges if g.status == "MEASURED" and g.base is None]:
-        lines.append(f"- What became of {', '.join(unknown)} is unknown: the base model was not measured.")
+        lines.append(f"- Whether {', '.join(unknown)} changed is unknown: the base model was not measured.")
     if not any(g.status == "MEASURED" for g in evaluation.gauges):
-        lines.append("- General abilities were not measured: what it forgot beside its tasks is unknown.")
+        lines.append("- General abilities were not measured: what it forgot outside its tasks is unknown.")
     if evaluation.rows and (least := min(evaluation.rows.values())) < 500:
         lines.append(
-            f"- The scores rest on as few as {least} rows per task: differences of a few points may be chance."
+            f"- The scores are based on as few as {least} rows per task: differences of a few points may be chance."
         )
     if not facts.languages:
         lines.append("- The languages of the training rows were not stated.")
@@ -298,7 +299,7 @@ def limits(facts: CardFacts) -> str:
 
 def _license_text(facts: CardFacts) -> str:
     if facts.license is None:
-        return f"Not stated: {facts.license_reason or 'the licence of the base model is unknown'}. Ask the author before you use it."
+        return f"Not stated: {facts.license_reason or 'the licence of the base model is unknown'}. Ask the author before using it."
     name = facts.license_name or facts.license
     shown = f"[{name}]({facts.license_link})" if facts.license_link else name
     return f"{shown}, {facts.license_reason or 'chosen by the author'}. The datasets keep their own terms."

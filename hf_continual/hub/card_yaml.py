@@ -1,7 +1,7 @@
-"""A card's metadata as YAML: what the author wrote is written again as it was.
+"""A card's metadata as YAML: the author's values are written back unchanged.
 
-The Hub reads YAML 1.2, PyYAML is of 1.1: there ``no`` and ``on`` are booleans, ``12:30`` is 750. Here they are the words
-that they are on the Hub, and are written in quotes, which every reader takes for words. Numbers and dates keep the
+The Hub reads YAML 1.2, but PyYAML reads 1.1, where ``no`` and ``on`` are booleans and ``12:30`` is 750. Here they stay the
+strings that they are on the Hub, and are written in quotes, which every parser reads as strings. Numbers and dates keep the
 author's digits: ``1.10`` stays ``1.10``.
 """
 
@@ -14,7 +14,7 @@ import yaml
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT, _INT, _BOOL, _DATE = (f"{_TAG}{kind}" for kind in ("float", "int", "bool", "timestamp"))
-_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # a number on the Hub, a word to PyYAML
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # a number on the Hub, a string to PyYAML
 
 
 class _Float(float):
@@ -34,11 +34,11 @@ class _Plain(str):
 
 
 class _Reader(yaml.SafeLoader):
-    """SafeLoader with the Hub's booleans, that refuses a key given twice, as the Hub does."""
+    """SafeLoader with the Hub's booleans that refuses duplicate keys, as the Hub does."""
 
 
 class _Writer(yaml.SafeDumper):
-    """SafeDumper that writes what was read as it was, and quotes words that are no words to some reader."""
+    """SafeDumper that writes values back unchanged, and quotes words that some parser does not read as strings."""
 
 
 def _unique(loader: _Reader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -92,10 +92,10 @@ def load_metadata(head: str) -> Any:
         head: The text between the two lines of dashes.
 
     Returns:
-        Plain data; `dump_metadata` writes its numbers and dates as they were written.
+        Plain data; `dump_metadata` writes its numbers and dates back unchanged.
 
     Raises:
-        ValueError: If it is no YAML, or a key is given twice.
+        ValueError: If it is not valid YAML, or a key is given twice.
     """
     try:
         return yaml.load(head, Loader=_Reader)
@@ -110,6 +110,6 @@ def dump_metadata(data: Any) -> str:
         data: Plain data.
 
     Returns:
-        YAML that versions 1.1 and 1.2 read alike, but for what the author wrote without quotes.
+        YAML that versions 1.1 and 1.2 read alike, except for values that the author wrote without quotes.
     """
     return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,7 +1,7 @@
-"""One commit for a whole folder, made once: before each attempt the repository is compared with the folder.
+"""One commit for a whole folder, made only once: before each attempt the repository is compared with the folder.
 
-`create_commit` makes one commit on both storage paths of the client. It does not repeat the commit call, so that is
-done here. A commit whose answer was lost is found by its checksums, and is not made a second time.
+`create_commit` makes one commit on both storage paths of the client. It does not retry the commit call, so that is
+done here. A commit whose response was lost is found by its checksums and not made twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Remote:
-    """What a branch holds.
+    """The contents of a branch.
 
     Args:
         sha: Its commit.
@@ -39,12 +39,12 @@ class Remote:
     files: dict[str, tuple[str | None, str]]
 
     def differs(self, contents: Contents) -> list[str]:
-        """Names of the files that are not there, or are other ones."""
+        """Names of the files that are missing or different there."""
         return [n for n in contents.files if n not in self.files or not contents.matches(n, *self.files[n])]
 
     def stale(self, contents: Contents) -> list[str]:
-        """Weights that would be loaded in place of, or beside, the new ones, and what methods learned with other weights."""
-        ours = LISTED in self.files  # else a folder of that name is not this library's
+        """Weights that would be loaded instead of, or along with, the new ones, and method state learned with other weights."""
+        ours = LISTED in self.files  # otherwise a folder of that name is not this library's
         gone = [n for n in self.files if n not in contents.files] if ours else []
         learned = [
             n for n in gone if fnmatch.fnmatch(n, "continual/*.json") or fnmatch.fnmatch(n, "continual/*.safetensors")
@@ -69,7 +69,7 @@ def read_remote(target: Target, revision: str) -> Remote:
 
 @dataclass(frozen=True)
 class Committed:
-    """A commit that holds the folder.
+    """A commit with the folder's contents.
 
     Args:
         sha: Its id.
@@ -85,15 +85,15 @@ class Committed:
 
 
 def commit(target: Target, rebuild: Callable[[Remote], Contents], message: str) -> Committed:
-    """Bring a branch to hold the folder, by one commit at most.
+    """Make a branch match the folder, with at most one commit.
 
     Args:
-        target: Where to.
-        rebuild: Writes the card over what the branch holds now, and names the files.
+        target: Where to push.
+        rebuild: Renders the card against the branch's current contents, and lists the files.
         message: First line of the commit.
 
     Returns:
-        The commit that holds it.
+        The commit with the folder's contents.
 
     Raises:
         HubPushError: If it could not be made.
@@ -122,7 +122,7 @@ def commit(target: Target, rebuild: Callable[[Remote], Contents], message: str) 
 
 
 def _is_there(target: Target, contents: Contents, remote: Remote) -> Committed | None:
-    """The commit that holds the folder already, if there is one: of an earlier push, or one whose answer was lost."""
+    """The commit that already holds the folder, if any: from an earlier push, or one whose response was lost."""
     if not remote.differs(contents) and not remote.stale(contents):
         return Committed(remote.sha, _url(target, remote.sha), new=False)
     if not target.create_pr:
@@ -142,7 +142,9 @@ def _send(target: Target, contents: Contents, message: str, remote: Remote) -> C
     operations += [CommitOperationDelete(name) for name in remote.stale(contents)]
     for operation in operations:
         if isinstance(operation, CommitOperationDelete):
-            logger.info("%s leaves the repository: it does not belong to the new weights", operation.path_in_repo)
+            logger.info(
+                "%s is deleted from the repository: it does not belong to the new weights", operation.path_in_repo
+            )
     info = target.api.create_commit(
         target.repo_id, operations, commit_message=message, revision=None if target.create_pr else target.revision,
         create_pr=target.create_pr, parent_commit=remote.sha,
@@ -165,12 +167,12 @@ def check_arrived(target: Target, contents: Contents, sha: str) -> None:
     Raises:
         HubPushError: If a file differs.
     """
-    if wrong := target.ask(lambda: read_remote(target, sha), "checking what arrived").differs(contents):
+    if wrong := target.ask(lambda: read_remote(target, sha), "checking the pushed files").differs(contents):
         raise target.error(f"{wrong[0]} arrived with another checksum (commit {sha[:7]}). Push again.")
 
 
 def tag_commit(target: Target, tag: str, sha: str) -> None:
-    """Give a commit a name.
+    """Tag a commit.
 
     Args:
         target: The repository.
@@ -178,7 +180,7 @@ def tag_commit(target: Target, tag: str, sha: str) -> None:
         sha: The commit.
 
     Raises:
-        HubPushError: If another commit has it.
+        HubPushError: If another commit has the tag.
     """
 
     def known() -> str | None:
@@ -190,7 +192,7 @@ def tag_commit(target: Target, tag: str, sha: str) -> None:
         return
     if at is not None:
         raise target.error(
-            f"the model is there (commit {sha[:7]}), but the tag {tag!r} names commit {at[:7]} already. Take another tag, or "
+            f"the model is there (commit {sha[:7]}), but the tag {tag!r} already names commit {at[:7]}. Choose another tag, or "
             f"delete that one on the Hub."
         )
     target.ask(lambda: target.api.create_tag(target.repo_id, tag=tag, revision=sha, exist_ok=True), "making the tag")

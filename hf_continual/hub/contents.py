@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hub: a complete model, its card and evidence; nothing that executes or leaks."""
+"""Which files of a folder are pushed: a complete model, its card and evidence; nothing that executes or leaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_continual.hub.text import TOKEN
 from hf_continual.tensors.weight_files import WEIGHTS as SINGLE
 from hf_continual.tensors.weight_files import unused_index, weight_map
 
-# An allow-list: what no rule names stays at home, so that nothing new leaks.
+# An allow-list: files without a rule are not pushed, so that nothing new leaks.
 WANTED = (
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.png",
     "*.py", "LICENSE*", "NOTICE*", "*.yaml", "plots/*.png", "chat_templates/*.jinja", "additional_chat_templates/*.jinja",
@@ -34,19 +34,19 @@ UNWANTED = (
     "scheduler*",
     "rng_state*",
 )
-# Weights in the root of a repository that would be loaded in place of, or beside, what is pushed.
+# Weights in the root of a repository that would be loaded instead of, or along with, the pushed ones.
 WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
     "adapter_config.json", "training_args.bin",
 )  # fmt: skip
-# What may be asked for by name beside these; no pickles, which run code when they are loaded.
+# File types that may be added by name; no pickles, which run code when loaded.
 BY_NAME = (".jsonl", ".json", ".safetensors", ".csv", ".tsv", ".parquet", ".txt", ".md", ".yaml", *KINDS)
 _PIXELS = tuple(kind for kind in KINDS if kind != ".svg")
 _LARGE_TEXT = 10 * 2**20
 
 
 class IncompleteFolder(ValueError):
-    """A folder that cannot be pushed as it is."""
+    """A folder that cannot be pushed in its current state."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Contents:
     Args:
         folder: The folder.
         files: Path in the repository -> file.
-        left_out: Files that stay here.
-        seen: State of the files in which no token was found.
+        left_out: Files that are not pushed.
+        seen: State of the files that were searched for tokens without a finding.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Contents:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(file.stat().st_size for file in self.files.values())
 
     def matches(self, name: str, sha256: str | None, blob: str | None) -> bool:
@@ -81,7 +81,7 @@ class Contents:
         return self._checksum(name, "sha1" if sha256 is None else "sha256") == (blob if sha256 is None else sha256)
 
     def _checksum(self, name: str, kind: str) -> str:
-        """A checksum, computed once for as long as the file stays as it is."""
+        """A checksum, computed once as long as the file does not change."""
         file = self.files[name]
         size = file.stat().st_size
         key = (kind, *_state(name, file))
@@ -110,24 +110,24 @@ def collect(
     method_state: bool = True,
     include: Iterable[str] = (),
 ) -> Contents:
-    """The files that are pushed.
+    """Collect the files to push.
 
     Args:
         folder: The folder.
-        secrets: Values that must be in no file.
-        before: What was collected a moment ago, whose checksums still hold where a file is unchanged.
-        method_state: Whether what methods left for the next task goes with the model.
-        include: Further files by their path in the folder, such as rows of data, which are never pushed unasked.
+        secrets: Values that must not occur in any file.
+        before: The previous collection, whose checksums are reused for unchanged files.
+        method_state: Whether to include the methods' state for the next task.
+        include: Additional files, by their path in the folder, such as rows of data, which are never pushed by default.
 
     Returns:
         The files.
 
     Raises:
-        IncompleteFolder: If there is no whole model, two of them, or a file holds a token.
+        IncompleteFolder: If there is no complete model, or two models, or a file contains an access token.
     """
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
-        raise IncompleteFolder(f"{folder} {state}. Name the folder of a saved model.")
+        raise IncompleteFolder(f"{folder} {state}. Give the folder of a saved model.")
     files, left_out, pictures = {}, [], linked_pictures(folder)
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -150,7 +150,7 @@ def collect(
 
 
 def _learned(folder: Path) -> dict[str, Path]:
-    """What methods left, whole and with the weights that it was learned with; nothing else in its folder."""
+    """Method state, if it is complete and belongs to these weights; nothing else from its folder."""
     try:
         found = handover.read(folder)
         if found is None:
@@ -163,13 +163,13 @@ def _learned(folder: Path) -> dict[str, Path]:
 
 
 def _named(folder: Path, name: str) -> Path:
-    """A file that was asked for by name."""
+    """A file that was requested by name."""
     file = Path(os.path.normpath(folder / name))
     if not file.is_relative_to(folder) or not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-        raise IncompleteFolder(f"include: {name!r} is not a file in {folder}. Name its path in the folder.")
+        raise IncompleteFolder(f"include: {name!r} is not a file in {folder}. Give its path in the folder.")
     if file.suffix not in BY_NAME:
         raise IncompleteFolder(
-            f"include: {name!r} may hold code that runs when it is loaded. Only {', '.join(BY_NAME)} can be pushed."
+            f"include: {name!r} may contain code that runs when it is loaded. Only {', '.join(BY_NAME)} can be pushed."
         )
     return file
 
@@ -179,7 +179,7 @@ def _match(name: str, pattern: str) -> bool:
 
 
 def _where_models_are(folder: Path) -> str:
-    """What to push in place of a folder without a model: the tasks of a plan's run lie one level below."""
+    """What to push instead of a folder without a model: a plan's run has its tasks one level below."""
     tasks = sorted(p for p in folder.glob("task-*") if p.is_dir() and not p.name.endswith(".partial"))
     if not tasks:
         return "Save the model there first."
@@ -192,20 +192,22 @@ def _check_model(folder: Path, files: dict[str, Path]) -> None:
     models = [n for n in weights if not n.startswith("adapter_model")]
     if adapter and models:
         raise IncompleteFolder(
-            f"{folder} holds an adapter and full weights ({models[0]}): from_pretrained would follow adapter_config.json and "
-            f"ignore the weights. Keep one of the two in a folder of its own."
+            f"{folder} holds both an adapter and full weights ({models[0]}): from_pretrained would follow adapter_config.json and "
+            f"ignore the weights. Keep one of the two in a separate folder."
         )
     if adapter and "adapter_model.safetensors" not in files:
         raise IncompleteFolder(
-            f"{folder} holds adapter_config.json and no adapter_model.safetensors. Save the adapter again."
+            f"{folder} holds adapter_config.json but no adapter_model.safetensors. Save the adapter again."
         )
     if not adapter and not (full and weights):
         missing = "config.json" if not full else "a *.safetensors file"
-        raise IncompleteFolder(f"{folder} holds no whole model: {missing} is missing. {_where_models_are(folder)}")
+        raise IncompleteFolder(
+            f"{folder} does not hold a complete model: {missing} is missing. {_where_models_are(folder)}"
+        )
     if not adapter and (unused := unused_index(folder)):
         raise IncompleteFolder(
             f"{folder} holds {SINGLE} and {unused.name}: from_pretrained would load {SINGLE} and ignore the index with its "
-            f"files. Remove the one that is old."
+            f"files. Remove the old one."
         )
     for name in [n for n in files if n.endswith(".safetensors.index.json")]:
         try:
@@ -214,20 +216,20 @@ def _check_model(folder: Path, files: dict[str, Path]) -> None:
             raise IncompleteFolder(str(error)) from error
         if lost := sorted(shards - set(files)):
             raise IncompleteFolder(
-                f"{name} names {lost[0]}, which is not in {folder}: the model is not whole. Save it again."
+                f"{name} names {lost[0]}, which is not in {folder}: the model is incomplete. Save it again."
             )
     for name in weights:
         _check_whole(name, files[name])
 
 
 def _check_whole(name: str, file: Path) -> None:
-    """Refuse a safetensors file that was cut or damaged, as the library does that everybody reads it with."""
+    """Refuse a safetensors file that was cut off or damaged, as the library does that everyone loads it with."""
     try:
         with safe_open(file, "np"):
             pass
     except (SafetensorError, OSError) as error:
         raise IncompleteFolder(
-            f"{name} has {file.stat().st_size} bytes and is not a whole safetensors file ({error}): it was cut off or damaged. "
+            f"{name} has {file.stat().st_size} bytes and is not a complete safetensors file ({error}): it was cut off or damaged. "
             f"Save the model again."
         ) from error
 
@@ -242,11 +244,11 @@ def _check_secrets(files: dict[str, Path], secrets: list[str]) -> None:
                 found = re.search(TOKEN, data[:].decode("utf-8", "replace")) is not None
         if found:
             raise IncompleteFolder(
-                f"{name} holds an access token, which everybody could read in the repository. Take it out (and revoke it if "
+                f"{name} contains an access token, which anyone could read in the repository. Remove it (and revoke it if "
                 f"the file was ever shared)."
             )
 
 
 def secrets_in_use(token: str | None) -> list[str]:
-    """The tokens that a push works with."""
+    """The tokens that a push uses."""
     return [s for s in (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")) if s]

@@ -1,4 +1,4 @@
-"""Files that other tools wrote: what a parser of theirs says about them becomes a sentence that names the file."""
+"""Files that other tools wrote: a parser's error becomes a message that names the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_continual.atomic_files import DamagedFile, read_object
 from hf_continual.paths import check_is_there
 from hf_continual.tensors.weight_files import weight_map
 
-# What every one of these must be; other JSON of a folder is not the loader's.
+# The required type of each file's JSON; the loader ignores other JSON in a folder.
 OBJECTS = (
     "config.json",
     "adapter_config.json",
@@ -29,7 +29,7 @@ OBJECTS = (
 
 @contextlib.contextmanager
 def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iterator[None]:
-    """Errors of a loader inside become errors that name what was loaded, and the damaged file if one is.
+    """Turn a loader's errors into errors that name what was loaded, and the damaged file if there is one.
 
     Args:
         source: Folder or Hub id that is loaded.
@@ -40,8 +40,8 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
         None: While it is loaded.
 
     Raises:
-        DamagedFile: If a file of the folder cannot be read, or says what the loader cannot use.
-        FileNotFoundError: If `source` is neither a folder here nor a name that the Hub or its cache knows.
+        DamagedFile: If a file of the folder cannot be read, or holds values that the loader cannot use.
+        FileNotFoundError: If `source` is neither a folder here nor a name known to the Hub or its cache.
     """
     check_is_there(source, what)
     try:
@@ -56,15 +56,15 @@ def loading(source: str | os.PathLike[str], what: str, advice: str = "") -> Iter
             raise FileNotFoundError(missing) from error
         if isinstance(error, OSError | ImportError) or type(error).__name__ == "OutOfMemoryError":
             raise
-        said = str(error).strip().rstrip(".") or "no further words"
+        said = str(error).strip().rstrip(".") or "no further details"
         raise DamagedFile(f"{what} of {source} cannot be loaded: {type(error).__name__}: {said}.{end}") from error
 
 
 def not_found(source: str | os.PathLike[str], what: str, error: BaseException) -> str | None:
-    """What to say where a name is no folder and the Hub has nothing under it, or was not reached.
+    """Explain a name that is not a folder, and that the Hub does not have or that could not be looked up.
 
     Args:
-        source: What was to be loaded.
+        source: What should be loaded.
         what: What it is, such as ``"the model"``.
         error: What the loader raised.
 
@@ -80,9 +80,9 @@ def not_found(source: str | os.PathLike[str], what: str, error: BaseException) -
         return None
     offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     hub = (
-        f"the Hub could not be asked{offline} and its cache holds nothing of that name"
+        f"the Hub could not be reached{offline}, and its cache has nothing of that name"
         if unreached
-        else "the Hub has none of that name"
+        else "the Hub has no model of that name"
     )
     return (
         f"{what}: there is no folder {source} here (looked in {Path.cwd()}), and {hub}. Check the spelling; for a folder give its path, "
@@ -91,13 +91,13 @@ def not_found(source: str | os.PathLike[str], what: str, error: BaseException) -
 
 
 def first_damaged(folder: Path) -> str | None:
-    """The first file of a model's folder that cannot be what it is called.
+    """Find the first file of a model's folder that is damaged.
 
     Args:
-        folder: A folder; a Hub id holds nothing here.
+        folder: A folder; nothing is found for a Hub id.
 
     Returns:
-        A sentence with the file's path; None where all can be read.
+        A sentence with the file's path; None if all can be read.
     """
     if not folder.is_dir():
         return None
@@ -126,4 +126,4 @@ def _check_whole(file: Path) -> None:
             pass
     except SafetensorError as error:
         size = file.stat().st_size
-        raise DamagedFile(f"{file} has {size} bytes and is not a whole safetensors file ({error}).") from error
+        raise DamagedFile(f"{file} has {size} bytes and is not a complete safetensors file ({error}).") from error

@@ -1,4 +1,4 @@
-"""What stops a push: one error that says what was met, where the model is, and how to go on."""
+"""The error of a failed push: it says what happened, where the model is, and how to resume."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shlex
 
 
 class HubPushError(RuntimeError):
-    """A push that did not happen; nothing on the disk was lost by it.
+    """A push that failed; nothing on disk was lost.
 
     Args:
-        problem: What was met, and what to do about it.
-        repo_id: Where it was to go.
-        folder: Where the model is; None before there is one.
-        resume: Command that makes the push again; by default ``hf-continual push FOLDER REPO_ID``.
-        whole: Whether the folder was found to hold a whole model; only then the message says that it is safe.
+        problem: What happened, and what to do about it.
+        repo_id: The repository of the push.
+        folder: Where the model is; None before it exists.
+        resume: Command that repeats the push; by default ``hf-continual push FOLDER REPO_ID``.
+        whole: Whether the folder is known to hold a complete model; only then does the message say that it is safe.
     """
 
     def __init__(
@@ -31,6 +31,6 @@ class HubPushError(RuntimeError):
         self.resume = resume
         after = ""
         if folder is not None and os.path.isdir(folder):
-            safe = f" The model is safe in {self.folder}. To push it again: " if whole else " When that is mended: "
+            safe = f" The model is safe in {self.folder}. To push it again: " if whole else " Once that is fixed: "
             after = f"{safe}{self.resume}"
         super().__init__(f"{repo_id} was not pushed: {problem}{after}")

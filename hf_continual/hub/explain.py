@@ -1,4 +1,4 @@
-"""What a failure of the Hub means and what to do about it; never the value of a token."""
+"""Explain a failure of the Hub and what to do about it; never with the value of a token."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hf_continual.hub.text import TOKEN
 
 
 def token_source(token: str | None) -> str:
-    """Where the token that is used comes from, in words."""
+    """The source of the token, in words."""
     if token:
         return "the token given as an argument"
     return "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token saved by `hf auth login`"
 
 
 def explain(error: BaseException, token: str | None = None, user: str | None = None) -> str:
-    """A failure in a sentence or two.
+    """Explain a failure in a sentence or two.
 
     Args:
         error: What was raised.
@@ -32,13 +32,13 @@ def explain(error: BaseException, token: str | None = None, user: str | None = N
         user: Account of the token, if it is known.
 
     Returns:
-        What was met and what to do.
+        What happened and what to do.
     """
     return hide(_explain(error, token, user), token)
 
 
 def hide(text: str, token: str | None) -> str:
-    """A text without anything that is a token."""
+    """Remove anything that is a token from a text."""
     for secret in (token, os.environ.get("HF_TOKEN")):
         if secret:
             text = text.replace(secret, "...")
@@ -57,29 +57,29 @@ def _explain(error: BaseException, token: str | None, user: str | None) -> str:
     if status == 401:
         return (
             f"401: the Hub does not accept {token_source(token)}. Log in with `hf auth login`, or pass another token; a "
-            f"repository that is missing or private answers the same."
+            f"repository that is missing or private gives the same answer."
         )
     if status == 403:
         return (
-            f"403: {token_source(token)}{who} may not write there: {_said(http)}. Take a token with the write role for this "
-            f"namespace, push to a namespace of yours, or open a pull request with create_pr=True."
+            f"403: {token_source(token)}{who} may not write there: {_said(http)}. Use a token with the write role for this "
+            f"namespace, push to your own namespace, or open a pull request with create_pr=True."
         )
     if status == 404:
         what = "the branch" if isinstance(http, RevisionNotFoundError) else "the repository"
-        what = what if isinstance(http, RevisionNotFoundError | RepositoryNotFoundError) else "something of it"
-        return f"404: the Hub does not find {what}{who}: {_said(http)}."
+        what = what if isinstance(http, RevisionNotFoundError | RepositoryNotFoundError) else "part of it"
+        return f"404: the Hub cannot find {what}{who}: {_said(http)}."
     if status == 409:
-        return f"409: something of this name is there already, or another operation is in progress: {_said(http)}."
+        return f"409: this name already exists, or another operation is in progress: {_said(http)}."
     if status == 412:
-        return "412: somebody else kept committing to the repository meanwhile. Push again when they are done."
+        return "412: someone else kept committing to the repository. Push again when they are done."
     if status == 413:
-        return f"413: the Hub finds it too large: {_said(http)}."
+        return f"413: too large for the Hub: {_said(http)}."
     if status == 429:
         asked = asked_wait(error)
         when = f" The Hub asks to wait {asked:.0f} s." if asked else " It counts commits per hour and repository."
-        return f"429: too many requests.{when} Push again then; what is uploaded is not sent twice."
+        return f"429: too many requests.{when} Push again then; uploaded files are not sent again."
     if status is not None and status >= 500:
-        return f"{status}: the Hub is not well. Push again later; what is uploaded is not sent twice."
+        return f"{status}: the Hub reports a server error. Push again later; uploaded files are not sent again."
     if status is not None:
         return f"{status}: {_said(http)}"
     last = chain[-1]
@@ -87,8 +87,8 @@ def _explain(error: BaseException, token: str | None, user: str | None) -> str:
     text = f"{type(error).__name__}: {error}{inner}"
     if passes(error):
         return (
-            f"the connection failed again and again: {text} Push again; what is uploaded is not sent twice. "
-            f"Where a proxy lets no Xet traffic through, HF_HUB_DISABLE_XET=1 uploads in the older way."
+            f"the connection failed repeatedly: {text} Push again; uploaded files are not sent again. "
+            f"If a proxy blocks Xet traffic, HF_HUB_DISABLE_XET=1 uploads without it."
         )
     return text
 

@@ -1,4 +1,4 @@
-"""What a card is made from: plain facts, no model, no network. `None` is unknown, and the unknown is not printed."""
+"""The facts of a card: plain data, no model, no network. `None` means unknown, and unknown facts are not printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_continual.plain import as_plain
 
 Relation = Literal["adapter", "finetune", "merge"]
 
-# Files of a pushed folder: everything that was set, and everything that was measured.
+# Files of a pushed folder: all settings, and all measurements.
 CONFIG, RESULTS = "continual_config.json", "continual_results.json"
 
 
@@ -25,10 +25,10 @@ class TaskFacts:
         name: Name.
         dataset: Hub id of its rows, or None.
         dataset_config: Name of the dataset's configuration.
-        dataset_split: Split that was learnt.
+        dataset_split: Split that was learned.
         dataset_revision: Commit of the dataset.
-        train_rows: Number of rows that were learnt.
-        started_from: Model that training went on from.
+        train_rows: Number of rows that were learned.
+        started_from: Model that training started from.
         checkpoint: Where the model of this stage is published; None for the last, which is this model.
     """
 
@@ -49,7 +49,7 @@ class MethodFacts:
     Args:
         name: Its short name.
         options: Its hyper-parameters, plain data.
-        paper: What it cites.
+        paper: The paper it cites.
     """
 
     name: str
@@ -59,12 +59,12 @@ class MethodFacts:
 
 @dataclass(frozen=True)
 class LearnedFacts:
-    """What a method left beside the model for the next task.
+    """State that a method left with the model for the next task.
 
     Args:
         name: The method's short name.
-        kind: What it is in the table of methods, or ``"package.module:Class"``.
-        what: What was left, in words.
+        kind: Its name in the table of methods, or ``"package.module:Class"``.
+        what: Description of the state.
         tensors: Number of tensors.
         size: Bytes.
     """
@@ -78,7 +78,7 @@ class LearnedFacts:
 
 @dataclass(frozen=True)
 class GaugeFacts:
-    """An ability beside the tasks, before and after.
+    """A general ability outside the tasks, before and after.
 
     Args:
         name: Benchmark.
@@ -102,7 +102,7 @@ class GaugeFacts:
 
     @property
     def worse(self) -> bool:
-        """Whether this model does worse than the base."""
+        """Whether this model is worse than the base."""
         if self.status != "MEASURED" or self.base is None or self.value is None:
             return False
         return self.value > self.base if self.lower_is_better else self.value < self.base
@@ -110,19 +110,19 @@ class GaugeFacts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. Every figure of a card is computed from this.
+    """All measurements. Every figure of a card is computed from them.
 
     Args:
         tasks: Names of the tasks, in order.
-        matrix: Row i holds the scores after task i; None where it was not measured.
+        matrix: Row i holds the scores after task i; None if it was not measured.
         base_row: Scores of the base model, or None.
         metric: How the tasks were scored.
         lower_is_better: Whether the scores are losses.
         rows: Number of scored rows by task.
-        status: Status by ``(moment, task)`` where it is not MEASURED, as ``{"moment/task": "ERROR"}``.
-        gauges: Abilities beside the tasks.
+        status: Status by ``(moment, task)`` if it is not MEASURED, as ``{"moment/task": "ERROR"}``.
+        gauges: General abilities outside the tasks.
         intervals: 95 % intervals by figure: op, bwt, fwt, forgetting.
-        row_names: What a row is, where it is not "after TASK": a merge has one row.
+        row_names: Names of the rows, if they are not "after TASK": a merge has one row.
     """
 
     tasks: tuple[str, ...] = ()
@@ -138,14 +138,14 @@ class Evaluation:
 
     @property
     def accuracy(self) -> AccuracyMatrix:
-        """The matrix with its figures."""
+        """The matrix, with its figures."""
         width = len(self.tasks)
         rows = [[*row, *[None] * (width - len(row))] for row in self.matrix]
         return AccuracyMatrix(rows, None if self.base_row is None else list(self.base_row), self.lower_is_better)
 
     @property
     def figures(self) -> dict[str, Cell]:
-        """OP, BWT, FWT and forgetting; None where cells are missing, or where there is no row for every task."""
+        """OP, BWT, FWT and forgetting; None if cells are missing, or if a task has no row."""
         names = ("op", "bwt", "fwt", "forgetting")
         if not self.matrix or (self.row_names is not None and len(self.matrix) < len(self.tasks)):
             return {**dict.fromkeys(names), "op": mean(self.matrix[-1]) if self.matrix else None}
@@ -157,18 +157,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MergeFacts:
-    """How a merge came about.
+    """How a merge was made.
 
     Args:
         method: Its name, such as ``"recall"``.
         inputs: The merged models, oldest first.
-        options: What it was called with.
-        paper: What it cites.
+        options: The options of the call.
+        paper: The paper it cites.
         weights: Weights of the inputs by layer group, in the order of `inputs`.
-        image: Picture of the weights in the folder, such as ``"plots/merge_weights.png"``.
-        report: File in the folder that holds the whole report.
-        call: Python call that makes the merge again.
-        notes: What a reader should know.
+        image: Plot of the weights in the folder, such as ``"plots/merge_weights.png"``.
+        report: File in the folder with the full report.
+        call: Python call that repeats the merge.
+        notes: Notes for the reader.
     """
 
     method: str
@@ -184,35 +184,36 @@ class MergeFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says.
+    """All facts of a card.
 
     Args:
-        name: Name of the model, for the title where there is no `repo_id`.
+        name: Name of the model, for the title if there is no `repo_id`.
         repo_id: Where it is published, or None.
         kind: ``"adapter"`` or ``"model"``.
         base: The root of the lineage: the original base model.
         parent: The model that this one was trained from; by default the base.
         tasks: The tasks in order.
         methods: Methods of the last stage.
-        learned: What methods left in the folder for the next task.
-        method_state: ``"left out"`` where that stays on the machine that it was learned on.
+        learned: State that methods left in the folder for the next task.
+        method_state: ``"left out"`` if that state is not pushed.
         merge: How it was merged, if it was.
-        evaluation: What was measured.
+        evaluation: The measurements.
         settings: Training arguments that are not the defaults.
-        adapter: What the adapter is: rank, alpha, modules.
+        adapter: Facts of the adapter: rank, alpha, modules.
         seed: Seed of training.
         steps: Optimizer steps of the last stage.
         seconds: Wall time of the last stage.
-        hardware: What it ran on.
+        ended: What rules on gauges did: why the last stage ended early, which weights were kept.
+        hardware: Hardware of the run.
         license: Licence of this model; None if unknown.
-        license_name: Its name, where the licence is ``other``.
-        license_link: Where it is, where the licence is ``other``.
+        license_name: Its name, if the licence is ``other``.
+        license_link: Its link, if the licence is ``other``.
         license_reason: Where the licence comes from, in words.
         languages: ISO 639 codes.
-        tags: What the trainer below this library tags its models with.
-        tracking: Pages that show the training as it ran, by the tracker's name.
+        tags: Tags that the underlying trainer gives its models.
+        tracking: Pages of the training run, by the tracker's name.
         chat: Whether the tokenizer has a chat template.
-        plots: Pictures in the folder by what they show: ``forgetting``, ``matrix``.
+        plots: Plots in the folder by what they show: ``forgetting``, ``matrix``.
         versions: Versions by package.
     """
 
@@ -232,6 +233,7 @@ class CardFacts:
     seed: int | None = None
     steps: int | None = None
     seconds: float | None = None
+    ended: tuple[str, ...] = ()
     hardware: str | None = None
     license: str | None = None
     license_name: str | None = None
@@ -246,7 +248,7 @@ class CardFacts:
 
     @property
     def relation(self) -> Relation:
-        """How it relates to its base on the Hub."""
+        """Its relation to its base on the Hub."""
         if self.kind == "adapter":
             return "adapter"
         return "merge" if self.merge is not None else "finetune"
@@ -272,12 +274,12 @@ class CardFacts:
 
     @property
     def papers(self) -> list[Paper]:
-        """What to cite, each once."""
+        """The papers to cite, each once."""
         found = [m.paper for m in self.methods] + ([self.merge.paper] if self.merge else [])
         return list(dict.fromkeys(p for p in found if p is not None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for ``continual_config.json``: all but what other files say, and empty fields left out."""
+        """Plain data for ``continual_config.json``: without facts that are in other files, and without empty fields."""
         said = ("evaluation", "learned")
         return {
             k: v

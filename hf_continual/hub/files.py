@@ -1,4 +1,4 @@
-"""A folder that is complete: card, configuration, results and pictures beside the model."""
+"""A complete folder: card, configuration, results and plots next to the model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FORGETTING, MATRIX, WEIGHTS = "plots/forgetting.png", "plots/matrix.png", "plots
 
 
 def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> CardFacts:
-    """Write README.md, continual_config.json, continual_results.json and the pictures; the same facts, the same bytes.
+    """Write README.md, continual_config.json, continual_results.json and the plots; the same facts give the same bytes.
 
     Args:
         folder: The model's folder.
-        facts: What is known.
-        existing: The card to keep the author's text of; by default the folder's.
+        facts: The facts.
+        existing: The card whose author's text is kept; by default the folder's.
 
     Returns:
-        The facts with the pictures that were drawn.
+        The facts, with the plots that were drawn.
     """
     if existing is None and (folder / README).is_file():
         existing = (folder / README).read_text(encoding="utf-8", errors="replace")
@@ -39,7 +39,7 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
     if facts.merge is not None and facts.merge.weights and facts.merge.image is None:
         _draw_weights(folder, facts.merge)
         facts = replace(facts, merge=replace(facts.merge, image=WEIGHTS))
-    # Behind the pictures: a results file stands for pictures of these very numbers, which need no second drawing.
+    # After the plots: a results file means that the plots show these numbers and need not be drawn again.
     write_json(folder / RESULTS, evaluation_to(facts.evaluation))
     write_json(folder / CONFIG, {"format": 1, "relation": facts.relation, **safe(facts.to_dict())})
     write_text(folder / README, render_card(facts, existing or ""))
@@ -47,14 +47,14 @@ def write_card(folder: Path, facts: CardFacts, existing: str | None = None) -> C
 
 
 def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
-    """The pictures that the numbers allow. Drawn without a date, so that a second push has nothing new."""
+    """Draw the plots that the numbers allow, without a date, so that a second push has no changes."""
     evaluation = facts.evaluation
     if not evaluation.matrix or evaluation.row_names is not None:
         return {}
     drawn = {"forgetting": FORGETTING, "matrix": MATRIX} if len(evaluation.tasks) > 1 else {"matrix": MATRIX}
     results = folder / RESULTS
     if all((folder / name).is_file() for name in drawn.values()) and results.is_file():
-        # A damaged file stands for no picture, and is written again after this.
+        # A damaged file says nothing about plots, and is rewritten afterwards.
         with contextlib.suppress(DamagedFile):
             if read_json(results) == evaluation_to(evaluation):
                 return drawn
@@ -77,7 +77,7 @@ def _draw(folder: Path, facts: CardFacts) -> dict[str, str]:
 
 
 def _draw_weights(folder: Path, merge: MergeFacts) -> None:
-    """The weights of a merge as a heat map."""
+    """Plot the weights of a merge as a heat map."""
     from hf_continual.plots import plot_layer_weights
 
     assert merge.weights is not None
@@ -90,7 +90,7 @@ def _draw_weights(folder: Path, merge: MergeFacts) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what makes a model, and of Python."""
+    """Versions of the packages that make a model, and of Python."""
     found = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Facts of a folder: read back from its files, or what a model without any tells about itself."""
+"""Facts of a folder: read from its files, or from a model without such files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ADAPTER = "adapter_config.json"
 
 
 def read_facts(folder: Path) -> CardFacts:
-    """The facts that lie in a folder.
+    """Read the facts in a folder.
 
     Args:
         folder: A folder with ``continual_config.json``, and ``continual_results.json`` if something was measured.
@@ -41,7 +41,7 @@ def read_facts(folder: Path) -> CardFacts:
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {CONFIG}: nothing is known about how its model came about. Folders of ContinualTrainer, "
+            f"{folder} holds no {CONFIG}: nothing is known about how its model was made. Folders of ContinualTrainer, "
             f"train_stream and merges have one."
         )
     facts = with_learned(facts_from(read_json(file)), folder)
@@ -50,7 +50,7 @@ def read_facts(folder: Path) -> CardFacts:
 
 
 def with_learned(facts: CardFacts, folder: Path) -> CardFacts:
-    """Facts with what methods left in the folder, unless that is not published.
+    """Add the state that methods left in the folder to the facts, unless it is not published.
 
     Args:
         facts: The facts.
@@ -60,7 +60,7 @@ def with_learned(facts: CardFacts, folder: Path) -> CardFacts:
         The facts.
 
     Raises:
-        HandOverError: If what was left is damaged.
+        HandOverError: If that state is damaged.
     """
     found = None if facts.method_state == "left out" else handover.read(folder, check_weights=False)
     kept = () if found is None else found.methods
@@ -73,7 +73,7 @@ def has_facts(folder: Path) -> bool:
 
 
 def facts_from(data: Mapping[str, Any]) -> CardFacts:
-    """Facts from what `CardFacts.to_dict` made."""
+    """Facts from the data of `CardFacts.to_dict`."""
     known = {f.name for f in fields(CardFacts)}
     values: dict[str, Any] = {k: v for k, v in data.items() if k in known}
     values["base"] = _ref(data.get("base")) or ModelRef()
@@ -83,6 +83,7 @@ def facts_from(data: Mapping[str, Any]) -> CardFacts:
         MethodFacts(m["name"], m.get("options") or {}, _paper(m.get("paper"))) for m in data.get("methods", [])
     )
     values["tags"] = tuple(data.get("tags", ()))
+    values["ended"] = tuple(data.get("ended") or ())
     values["languages"] = tuple(data.get("languages", ()))
     if merge := data.get("merge"):
         inputs = tuple(_ref(r) or ModelRef() for r in merge["inputs"])
@@ -108,7 +109,7 @@ def _paper(data: Mapping[str, Any] | None) -> Paper | None:
 
 
 def evaluation_to(evaluation: Evaluation) -> dict[str, Any]:
-    """What ``continual_results.json`` holds: the matrix, and the figures that are computed from it."""
+    """The data of ``continual_results.json``: the matrix, and the figures computed from it."""
     width = len(evaluation.tasks)
     data: dict[str, Any] = {
         "format": 1,
@@ -130,7 +131,7 @@ def evaluation_to(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def evaluation_from(data: Mapping[str, Any]) -> Evaluation:
-    """An evaluation from what `evaluation_to` made; the figures are computed again."""
+    """An evaluation from the data of `evaluation_to`; the figures are computed again."""
     base, names = data.get("base_row"), data.get("row_names")
     return Evaluation(
         tasks=tuple(data.get("tasks", ())),

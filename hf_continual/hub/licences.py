@@ -1,6 +1,6 @@
-"""The licence of a model from the licences of its parents: copied when they agree, asked for when they differ.
+"""The licence of a model from the licences of its parents: copied if they agree, requested from the user if they differ.
 
-Never a default: a wrong licence harms the parents' authors. This is no legal advice.
+Never a default: a wrong licence harms the parents' authors. This is not legal advice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_continual.hub.refs import ModelRef
 
 
 class LicenseConflict(ValueError):
-    """The parents' licences differ, so that somebody has to decide."""
+    """The parents' licences differ, so the user must decide."""
 
 
 def hub_licenses() -> frozenset[str]:
@@ -29,8 +29,8 @@ class License:
 
     Args:
         id: An id of `hub_licenses`.
-        name: Name, where the id is ``other``.
-        link: Address or file, where the id is ``other``.
+        name: Name, if the id is ``other``.
+        link: Address or file, if the id is ``other``.
     """
 
     id: str
@@ -39,23 +39,23 @@ class License:
 
 
 def inherit(parents: Mapping[str, License | None], asked: str | None = None) -> tuple[License | None, str]:
-    """The licence that follows from those of the parents.
+    """Derive the licence from those of the parents.
 
     Args:
         parents: Licence of each parent by name; None is unknown.
-        asked: What the user says it is; wins.
+        asked: The user's choice; takes precedence.
 
     Returns:
         The licence or None, and where it comes from in words.
 
     Raises:
-        LicenseConflict: If the parents' licences differ and the user said nothing.
-        ValueError: If `asked` is no id of the Hub.
+        LicenseConflict: If the parents' licences differ and the user chose none.
+        ValueError: If `asked` is not a licence id of the Hub.
     """
     if asked is not None:
         if asked not in hub_licenses():
             raise ValueError(
-                f"license={asked!r} is not a licence id of the Hub. Take one of its list, such as 'apache-2.0', "
+                f"license={asked!r} is not a licence id of the Hub. Use one from its list, such as 'apache-2.0', "
                 f"'mit', 'cc-by-4.0', 'llama3.2' or 'other' (with license_name and license_link in the card)."
             )
         same = next((known for known in parents.values() if known is not None and known.id == asked), None)
@@ -65,8 +65,8 @@ def inherit(parents: Mapping[str, License | None], asked: str | None = None) -> 
     if len(different) > 1:
         listed = ", ".join(f"{name}: {found.name or found.id}" for name, found in known.items())
         raise LicenseConflict(
-            f"the parents have different licences ({listed}), and which one holds for the result cannot be computed. "
-            f"Read them and say which: license='...'."
+            f"the parents have different licences ({listed}), and which one applies to the result cannot be determined automatically. "
+            f"Read them and choose: license='...'."
         )
     unknown = [name for name in parents if name not in known]
     if unknown or not known:
@@ -75,18 +75,18 @@ def inherit(parents: Mapping[str, License | None], asked: str | None = None) -> 
 
 
 def with_license(facts: CardFacts, asked: str | None = None, known: Mapping[str, License] | None = None) -> CardFacts:
-    """Facts with the licence that follows from the parents'.
+    """Add the licence that follows from the parents' to the facts.
 
     Args:
         facts: The facts.
-        asked: What the user says it is.
+        asked: The user's choice.
         known: Licences by Hub id, as the Hub states them.
 
     Returns:
         The facts, completed.
 
     Raises:
-        LicenseConflict: If the parents' licences differ and nothing was said.
+        LicenseConflict: If the parents' licences differ and the user chose none.
     """
     parents = unique(
         (_called(p), (known or {}).get(p.hub_id or "") or (License(p.license) if p.license else None))
@@ -101,7 +101,7 @@ def with_license(facts: CardFacts, asked: str | None = None, known: Mapping[str,
 
 
 def unique(parents: Iterable[tuple[str, License | None]]) -> dict[str, License | None]:
-    """Licences by name, where several local models may have one name."""
+    """Licences by name, where several local models may share a name."""
     found: dict[str, License | None] = {}
     for name, stated in parents:
         key, number = name, 1

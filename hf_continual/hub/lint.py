@@ -1,4 +1,4 @@
-"""An offline linter for model cards: what the Hub would refuse, and what a reader should never meet."""
+"""An offline linter for model cards: what the Hub would refuse, and what a reader should never see."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _RESULTS, _CONFIG = "continual_results.json", "continual_config.json"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a card.
+    """A problem of a card.
 
     Args:
         rule: Name of the rule.
-        message: What was met, why it cannot stay, what to do.
-        is_claim: Whether it is a number that the author answers for, which stops no push.
+        message: What was found, why it is a problem, what to do.
+        is_claim: Whether it is a number that the author is responsible for, which does not stop a push.
     """
 
     rule: str
@@ -42,16 +42,16 @@ def lint_card(text: str, folder: Path | None = None) -> list[Finding]:
 
     Args:
         text: The card.
-        folder: The model's folder, for pictures, links and the numbers in ``continual_results.json``.
+        folder: The model's folder, for images, links and the numbers in ``continual_results.json``.
 
     Returns:
-        What is wrong with it; nothing for a clean card.
+        The problems found; nothing for a clean card.
     """
     try:
         metadata, body = read_card(text)
     except ValueError as error:
         return [Finding("metadata", f"{error}. The Hub refuses the whole push.")]
-    found = [] if metadata else [Finding("metadata", "the card has no metadata. Begin it with a '---' block.")]
+    found = [] if metadata else [Finding("metadata", "the card has no metadata. Start it with a '---' block.")]
     found += [Finding(rule, message) for rule, message in check_metadata(metadata)]
     for check in (_tokens, _paths, _placeholders, _snippets):
         found += check(text, body)
@@ -63,7 +63,7 @@ def lint_card(text: str, folder: Path | None = None) -> list[Finding]:
 
 
 def lint_folder(folder: Path) -> list[Finding]:
-    """Check the card of a folder, and that it agrees with the files beside it."""
+    """Check the card of a folder, and that it agrees with the files next to it."""
     file = folder / "README.md"
     if not file.is_file():
         return [Finding("card", f"{folder} holds no README.md. Write one, or render it: render_card({str(folder)!r}).")]
@@ -80,21 +80,19 @@ def lint_folder(folder: Path) -> list[Finding]:
 def _tokens(text: str, body: str) -> Iterator[Finding]:
     for match in TOKEN.finditer(text):
         yield Finding(
-            "token", f"something that looks like an access token ({match[0][:3]}...). Revoke it and take it out."
+            "token", f"something that looks like an access token ({match[0][:3]}...). Revoke it and remove it."
         )
 
 
 def _paths(text: str, body: str) -> Iterator[Finding]:
     for match in dict.fromkeys(m[0] for m in PATH.finditer(text)):
-        yield Finding(
-            "path", f"{match!r} is a path of one machine and means nothing to a reader. Name the model or file."
-        )
+        yield Finding("path", f"{match!r} is a local path that means nothing to a reader. Name the model or file.")
 
 
 def _placeholders(text: str, body: str) -> Iterator[Finding]:
     prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
     for match in dict.fromkeys(m[0].strip() for m in PLACEHOLDER.finditer(prose)):
-        yield Finding("placeholder", f"{match!r} was left in. Say it, or leave the section out.")
+        yield Finding("placeholder", f"{match!r} is a placeholder. Fill it in, or remove the section.")
 
 
 def _snippets(text: str, body: str) -> Iterator[Finding]:
@@ -104,7 +102,7 @@ def _snippets(text: str, body: str) -> Iterator[Finding]:
         except SyntaxError as error:
             yield Finding("snippet", f"Python block {i} does not compile: {error.msg}, line {error.lineno} of it.")
         if re.search(r"from_pretrained\(\s*[\"'](?:/|~|\.{1,2}/)", code):
-            yield Finding("snippet", f"Python block {i} loads a local path; a reader has only the Hub id.")
+            yield Finding("snippet", f"Python block {i} loads a local path; readers only have the Hub id.")
 
 
 def _files(body: str, folder: Path) -> Iterator[Finding]:
@@ -114,4 +112,4 @@ def _files(body: str, folder: Path) -> Iterator[Finding]:
     for target in dict.fromkeys(_LINK.findall(body)):
         file = target.partition("#")[0]
         if file and "://" not in target and not target.startswith("mailto:") and not (folder / file).exists():
-            yield Finding("link", f"the link {target} leads to no file of the folder.")
+            yield Finding("link", f"the link {target} does not lead to a file in the folder.")

@@ -1,4 +1,4 @@
-"""Numbers that the author of a card states as results: each against what was measured of the very thing that it is about."""
+"""Numbers that a card's author states as results: each is compared with the measurements of what it refers to."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _CLAUSE = re.compile(r"[;,](?=\s)|\band\b|\bbut\b|\bwhile\b|\.(?=\s)")
 
 @dataclass
 class Measured:
-    """What was measured, by what it is about.
+    """Measurements, by what they are about.
 
     Args:
-        things: Values by the name of a task or of an ability beside them, in small letters.
+        things: Values by the name of a task or general ability, in lower case.
         figures: OP, BWT, FWT, forgetting, their intervals and numbers of rows, which are about all tasks.
         settings: Values by the name of a setting.
     """
@@ -46,7 +46,7 @@ class Measured:
     settings: dict[str, list[float]] = field(default_factory=dict)
 
     def about(self, clause: str, line: str) -> list[float]:
-        """The values that a number in a clause may be: of the things it names, or its line names, or of all."""
+        """Values that a number in a clause may refer to: of things that the clause or its line names, or of all."""
         settings = [v for name, values in self.settings.items() if _names(clause, name) for v in values]
         for text in (clause, line):
             named = [name for name in self.things if _names(text, name)]
@@ -62,15 +62,15 @@ def _names(text: str, name: str) -> bool:
 
 
 def check_claims(text: str, body: str, folder: Path) -> Iterator[Rule]:
-    """Numbers that the author states as results, and that nothing in the folder has measured.
+    """Find numbers that the author states as results, but that nothing in the folder has measured.
 
     Args:
         text: The card.
         body: The card without its metadata.
-        folder: The folder with its facts. Without any, nothing can be compared.
+        folder: The folder with its facts; without facts, nothing can be compared.
 
     Yields:
-        Rule: ``"claim"``, and what is claimed.
+        Rule: ``"claim"``, and the claim.
     """
     measured = _measured(folder)
     if measured is None:
@@ -78,7 +78,7 @@ def check_claims(text: str, body: str, folder: Path) -> Iterator[Rule]:
     own = kept_text(text) if is_generated(text) else body
     prose = re.sub(r"^```.*?^```|<!--.*?-->", "", own, flags=re.DOTALL | re.MULTILINE)
     for line in prose.splitlines():
-        # Who says where a number was measured lets the reader check it.
+        # A link to the measurement lets the reader check the number.
         if _CITED.search(line):
             continue
         for found in _NUMBER.finditer(line):
@@ -88,13 +88,13 @@ def check_claims(text: str, body: str, folder: Path) -> Iterator[Rule]:
             if not _is_one_of(found[1].replace(",", "."), percent, measured.about(_clause(line, found.start()), line)):
                 yield (
                     "claim",
-                    f"the author's text says {found[0].strip()!r} in {line.strip()[:100]!r}, and nothing that was measured in "
-                    f"this folder gives it. Link where it was measured in the same line, or take it out.",
+                    f"the author's text says {found[0].strip()!r} in {line.strip()[:100]!r}, but no measurement in "
+                    f"this folder matches it. Link its source in the same line, or remove it.",
                 )
 
 
 def _clause(line: str, place: int) -> str:
-    """The part of a line, between commas and the like, that a place is in."""
+    """The part of a line, between commas and the like, around a position."""
     cuts = [0, *(m.end() for m in _CLAUSE.finditer(line)), len(line)]
     return next(line[a:b] for a, b in itertools.pairwise(cuts) if a <= place < b or b == len(line))
 
@@ -104,14 +104,14 @@ def _is_year(text: str) -> bool:
 
 
 def _is_one_of(text: str, percent: bool, values: list[float]) -> bool:
-    """Whether a number is one of these, as far as it is written out."""
+    """Whether a number is one of these, to the digits that are written."""
     value, places = float(text), len(text.partition(".")[2])
     scales = (100.0,) if percent else (1.0, 100.0)
     return any(abs(abs(m) * scale - value) <= 0.5 * 10**-places + 1e-9 for m in values for scale in scales)
 
 
 def _measured(folder: Path) -> Measured | None:
-    """Everything measured and set, from the folder's files; None where it has neither."""
+    """All measurements and settings from the folder's files; None if it has neither."""
     if not any((folder / name).is_file() for name in (RESULTS, CONFIG)):
         return None
     found = Measured()
@@ -119,11 +119,11 @@ def _measured(folder: Path) -> Measured | None:
         evaluation = evaluation_from(read_object(folder / RESULTS))
         _of_evaluation(evaluation, found)
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, IndexError):
-        pass  # said by `check_numbers`
+        pass  # reported by `check_numbers`
     try:
         _collect(read_json(folder / CONFIG), "", found.settings)
     except (FileNotFoundError, ValueError):
-        pass  # said by `check_numbers`
+        pass  # reported by `check_numbers`
     return found
 
 
@@ -131,7 +131,7 @@ def _of_evaluation(evaluation: Evaluation, found: Measured) -> None:
     for j, task in enumerate(evaluation.tasks):
         column = [row[j] for row in [evaluation.base_row or (), *evaluation.matrix] if j < len(row)]
         known = [v for v in column if v is not None]
-        # A change is between two moments of one task.
+        # A change is between two rows for one task.
         found.things[task.lower()] = [*known, *(a - b for a in known for b in known if a > b)]
     for gauge in evaluation.gauges:
         known = [v for v in (gauge.base, gauge.value) if v is not None]
@@ -142,7 +142,7 @@ def _of_evaluation(evaluation: Evaluation, found: Measured) -> None:
 
 
 def _collect(data: Any, name: str, found: dict[str, list[float]]) -> None:
-    """The numbers of the configuration by the name of their entry."""
+    """Numbers of the configuration, by the name of their entry."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             _collect(value, str(key).replace("_", " ").lower(), found)

@@ -1,6 +1,6 @@
-"""A folder's results against what they were computed from: the scores of every moment, and the predictions of every row.
+"""A folder's results against their sources: the scores after every task, and the predictions for every row.
 
-A task's folder in the folder of its run has both beside it; a folder that was moved or pushed has its own scores only.
+A task's folder inside its run has both next to it; a folder that was moved or pushed only has its own scores.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Moment:
 
     Args:
         name: The task that was learned last, or ``"base"``.
-        folder: The folder of this moment's model, or ``base``.
-        shown: The folder as it is named in messages.
+        folder: The folder of this row's model, or ``base``.
+        shown: The folder's name in messages.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Moment:
     shown: str
 
     def cells(self) -> Mapping[str, Any]:
-        """The scores that were written at this moment, by task; empty where there are none."""
+        """The scores written for this row, by task; empty if there are none."""
         try:
             data = read_json(self.folder / SCORES)
         except (FileNotFoundError, DamagedFile):
@@ -50,7 +50,7 @@ class Moment:
         return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
 
     def rows(self, task: str) -> list[dict[str, Any]] | None:
-        """The predictions of this moment on a task; None where they are not there."""
+        """The predictions of this row's model on a task; None if they are missing."""
         try:
             lines = read_lines(predictions_file(self.folder.parent, self.folder.name, task))
         except (FileNotFoundError, DamagedFile):
@@ -59,10 +59,10 @@ class Moment:
 
 
 def check_evidence(evaluation: Evaluation, folder: Path) -> Iterator[str]:
-    """What does not agree between results and what they were computed from.
+    """Find disagreements between results and their sources.
 
     Args:
-        evaluation: What ``continual_results.json`` says.
+        evaluation: The contents of ``continual_results.json``.
         folder: The folder that holds it.
 
     Yields:
@@ -88,7 +88,7 @@ def check_evidence(evaluation: Evaluation, folder: Path) -> Iterator[str]:
 
 
 def _moments(evaluation: Evaluation, folder: Path) -> list[Moment | None]:
-    """The base model's moment and one for each row, as far as they are kept."""
+    """The base model and each row of the matrix, as far as their scores are kept."""
     here = folder.resolve()
     found: list[Moment | None] = []
     places = [here.parent / BASE, here.parent.parent / BASE]  # a sweep's runs share one
@@ -106,18 +106,18 @@ def _moment(name: str, place: Path, here: Path) -> Moment:
 
 
 def _cell(moment: Moment, task: str, value: float | None, rows: int | None) -> Iterator[str]:
-    """One cell against its score, and against the mean of its rows."""
+    """Check one cell against its score, and against the mean of its rows."""
     cell = moment.cells().get(task)
     file = f"{moment.shown}{SCORES.as_posix()}"
     after = "" if not moment.shown else f" of {moment.name}" if moment.name == BASE else f" after {moment.name}"
     if cell is not None and not same(cell.get("value"), value):
-        yield f"{RESULTS} says {value!r} for {task!r}{after}, and {file} {cell.get('value')!r}."
+        yield f"{RESULTS} says {value!r} for {task!r}{after}, but {file} says {cell.get('value')!r}."
         return
     if cell is not None and rows is not None and isinstance(cell.get("n"), int) and cell["n"] != rows:
-        yield f"{RESULTS} says {rows} rows for {task!r}{after}, and {file} {cell['n']}."
+        yield f"{RESULTS} says {rows} rows for {task!r}{after}, but {file} says {cell['n']}."
     lines = moment.rows(task) if value is not None else None
     if lines is not None and not math.isclose(found := _mean(lines), value or 0.0, rel_tol=1e-9, abs_tol=1e-9):
-        yield f"{RESULTS} says {value!r} for {task!r}{after}, and its {len(lines)} predictions give {found!r}."
+        yield f"{RESULTS} says {value!r} for {task!r}{after}, but its {len(lines)} predictions give {found!r}."
 
 
 def _mean(lines: list[dict[str, Any]]) -> float:
@@ -126,7 +126,7 @@ def _mean(lines: list[dict[str, Any]]) -> float:
 
 
 def _intervals(evaluation: Evaluation, moments: list[Moment | None]) -> Iterator[str]:
-    """Intervals again from the predictions, where all rows are right or wrong: others depend on draws."""
+    """Compute intervals again from the predictions, if all rows are right or wrong: others depend on random draws."""
     if not evaluation.intervals:
         return
     rows: dict[tuple[int, int], list[float]] = {}
@@ -145,13 +145,13 @@ def _intervals(evaluation: Evaluation, moments: list[Moment | None]) -> Iterator
         bounds = found.get(_FIGURES.get(name, ""))
         if bounds is not None and not all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(pair, bounds, strict=True)):
             yield (
-                f"{RESULTS} says that {name} lies between {pair[0]:.4f} and {pair[1]:.4f}, and the predictions give "
-                f"{bounds[0]:.4f} to {bounds[1]:.4f}. Run the plan again, which writes the card anew."
+                f"{RESULTS} says that {name} lies between {pair[0]:.4f} and {pair[1]:.4f}, but the predictions give "
+                f"{bounds[0]:.4f} to {bounds[1]:.4f}. Run the plan again to rewrite the card."
             )
 
 
 def same(a: Any, b: float | None) -> bool:
-    """Whether two numbers are one, as far as JSON keeps them."""
+    """Whether two numbers are equal, to the precision of JSON."""
     if a is None or b is None:
         return a is b
     return isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-12)

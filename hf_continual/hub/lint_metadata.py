@@ -17,13 +17,13 @@ Rule = tuple[str, str]
 
 
 def check_metadata(data: Mapping[str, Any]) -> Iterator[Rule]:
-    """Everything that the Hub refuses or misreads.
+    """Find everything that the Hub refuses or misreads.
 
     Args:
         data: A card's metadata.
 
     Yields:
-        Rule: Name of a rule, and what breaks it.
+        Rule: Name of a rule, and the violation.
     """
     for key in _LISTS:
         value = data.get(key)
@@ -32,16 +32,16 @@ def check_metadata(data: Mapping[str, Any]) -> Iterator[Rule]:
             and not isinstance(value, list)
             and not (key in ("language", "base_model", "datasets", "metrics") and isinstance(value, str))
         ):
-            yield key, f"{key} must be a list of strings, and is {value!r}."
+            yield key, f"{key} must be a list of strings, but is {value!r}."
         for item in value if isinstance(value, list) else []:
             if not isinstance(item, str) or not item.strip():
-                yield key, f"{key} holds {item!r}, which is no name. Take it out."
+                yield key, f"{key} holds {item!r}, which is not a name. Remove it."
     yield from _ids(data)
     yield from _relation(data)
     yield from _license(data)
     for code in _list(data.get("language")):
         if isinstance(code, str) and not _LANGUAGE.fullmatch(code) and code not in ("code", "multilingual"):
-            yield "language", f"{code!r} is no lower-case ISO 639 code such as 'en'; the Hub refuses it."
+            yield "language", f"{code!r} is not a lower-case ISO 639 code such as 'en'; the Hub refuses it."
     yield from _index(data.get("model-index"))
 
 
@@ -55,7 +55,7 @@ def _ids(data: Mapping[str, Any]) -> Iterator[Rule]:
             if isinstance(item, str) and item.strip() and not is_hub_id(item):
                 yield (
                     key,
-                    f"{key} holds {item!r}, which is no Hub id such as 'me/model'; the Hub refuses it. Name the published one, or leave it out.",
+                    f"{key} holds {item!r}, which is not a valid Hub id such as 'me/model'; the Hub refuses it. Name the published one, or leave it out.",
                 )
     bases = _list(data.get("base_model"))
     for item in {b for b in bases if isinstance(b, str) and bases.count(b) > 1}:
@@ -66,14 +66,14 @@ def _relation(data: Mapping[str, Any]) -> Iterator[Rule]:
     relation, bases = data.get("base_model_relation"), _list(data.get("base_model"))
     if relation is None:
         if bases:
-            yield "relation", f"base_model_relation is missing, so the Hub guesses. Say one of {', '.join(RELATIONS)}."
+            yield "relation", f"base_model_relation is missing, so the Hub guesses. Use one of {', '.join(RELATIONS)}."
         return
     if relation not in RELATIONS:
-        yield "relation", f"base_model_relation={relation!r} is none of {', '.join(RELATIONS)}."
+        yield "relation", f"base_model_relation={relation!r} is not one of {', '.join(RELATIONS)}."
     if not bases:
         yield "relation", f"base_model_relation={relation!r} without a base_model. Name the base."
     if len(bases) > 1 and relation != "merge":
-        yield "relation", f"{len(bases)} base models and base_model_relation={relation!r}: several bases are a merge."
+        yield "relation", f"{len(bases)} base models and base_model_relation={relation!r}: several bases mean a merge."
     library = data.get("library_name")
     if relation == "adapter" and library not in (None, "peft"):
         yield "relation", f"an adapter with library_name={library!r}; an adapter is loaded by peft."
@@ -84,12 +84,12 @@ def _relation(data: Mapping[str, Any]) -> Iterator[Rule]:
 def _license(data: Mapping[str, Any]) -> Iterator[Rule]:
     found = data.get("license")
     if "licence" in data:
-        yield "license", "the key is 'license', and 'licence' is not read."
+        yield "license", "the key is 'license'; 'licence' is not read."
     for item in _list(found):
         if item not in hub_licenses():
             yield (
                 "license",
-                f"license {item!r} is not in the Hub's list. Take an id of it, or 'other' with license_name and license_link.",
+                f"license {item!r} is not in the Hub's list. Use an id from it, or 'other' with license_name and license_link.",
             )
     if found == "other" and not data.get("license_name"):
         yield "license", "license 'other' needs license_name and license_link."
@@ -107,7 +107,7 @@ def _index(index: Any) -> Iterator[Rule]:
             or not isinstance(model.get("name"), str)
             or not isinstance(model.get("results"), list)
         ):
-            yield "model-index", f"an entry needs a name and a list of results, and is {str(model)[:80]}."
+            yield "model-index", f"an entry needs a name and a list of results, but is {str(model)[:80]}."
             continue
         for result in model["results"]:
             yield from _result(result)
@@ -115,7 +115,7 @@ def _index(index: Any) -> Iterator[Rule]:
 
 def _result(result: Any) -> Iterator[Rule]:
     if not isinstance(result, dict):
-        yield "model-index", f"a result is {result!r}, and must be a mapping."
+        yield "model-index", f"a result is {result!r}, but must be a mapping."
         return
     task, dataset, metrics = result.get("task"), result.get("dataset"), result.get("metrics")
     if not isinstance(task, dict) or not isinstance(task.get("type"), str):
@@ -128,7 +128,7 @@ def _result(result: Any) -> Iterator[Rule]:
             yield "model-index", f"a result lacks dataset.{key}."
     for key in ("config", "split", "revision"):
         if key in dataset and not isinstance(dataset[key], str):
-            yield "model-index", f"dataset.{key} is {dataset[key]!r} and must be a string."
+            yield "model-index", f"dataset.{key} is {dataset[key]!r}, but must be a string."
     if not isinstance(metrics, list) or not metrics:
         yield "model-index", f"the result on {dataset.get('name')!r} has no metrics."
         return

@@ -1,4 +1,4 @@
-"""The numbers of a card against what was measured: generated sections, metadata and results, computed again."""
+"""A card's numbers against the measurements: generated sections, metadata and results, computed again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 def check_numbers(metadata: Mapping[str, Any], text: str, body: str, folder: Path) -> Iterator[Rule]:
-    """What a generated card says against the facts beside it.
+    """Compare a generated card with the facts next to it.
 
     Args:
         metadata: The card's metadata.
@@ -30,14 +30,14 @@ def check_numbers(metadata: Mapping[str, Any], text: str, body: str, folder: Pat
         folder: The folder with its facts.
 
     Yields:
-        Rule: ``"numbers"``, and what does not agree.
+        Rule: ``"numbers"``, and the disagreement.
     """
     if not is_generated(text):
         return
     if missing := [name for name in (CONFIG, RESULTS) if not (folder / name).is_file()]:
         yield (
             "numbers",
-            f"the card was made from {missing[0]}, which is not in the folder: nothing in it can be checked.",
+            f"the card was made from {missing[0]}, which is not in the folder: so nothing in it can be checked.",
         )
         return
     try:
@@ -57,7 +57,7 @@ def check_numbers(metadata: Mapping[str, Any], text: str, body: str, folder: Pat
 def _figures(data: Mapping[str, Any], evaluation: Evaluation) -> Iterator[str]:
     for name, value in evaluation.figures.items():
         if not same(data.get(name), value):
-            yield f"{RESULTS} says {name}={data.get(name)!r}, its matrix gives {value!r}."
+            yield f"{RESULTS} says {name}={data.get(name)!r}, but its matrix gives {value!r}."
 
 
 def _cells(body: str, evaluation: Evaluation) -> Iterator[str]:
@@ -75,14 +75,14 @@ def _index(metadata: Mapping[str, Any], evaluation: Evaluation) -> Iterator[str]
             whole = result["dataset"].get("type") == "task-sequence"
             key = metric["type"] if whole else f"task {result['dataset'].get('name')}"
             if key in known and not same(metric["value"], known[key]):
-                yield f"model-index says {key}={metric['value']!r}, {RESULTS} {known[key]!r}."
+                yield f"model-index says {key}={metric['value']!r}, but {RESULTS} says {known[key]!r}."
 
 
 def _head(metadata: Mapping[str, Any], rendered: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """What a reader of the Hub's results sees beside their values: names, datasets, how they were measured."""
+    """Check what readers of the Hub's results see besides the values: names, datasets, how they were measured."""
     if metadata.get("model-index") != rendered.get("model-index"):
         yield (
-            f"the model-index is not what the facts give. Render the card again (hf-continual card render {folder}); what you "
+            f"the model-index does not match the facts. Render the card again (hf-continual card render {folder}); results that you "
             f"measured elsewhere belongs between the keep marks, with a link."
         )
 
@@ -97,7 +97,7 @@ def _results(metadata: Mapping[str, Any]) -> list[Any]:
 
 
 def _lines(body: str, rendered: str, folder: Path) -> Iterator[str]:
-    """The generated sections, line by line, against what the facts give now."""
+    """Compare the generated sections, line by line, with what the facts give now."""
     here, there = _without_author(body), _without_author(rendered)
     matcher, told = difflib.SequenceMatcher(None, here, there, autojunk=False), 0
     for kind, a, b, c, d in matcher.get_opcodes():
@@ -105,7 +105,7 @@ def _lines(body: str, rendered: str, folder: Path) -> Iterator[str]:
             told += 1
             if told > _SHOWN:
                 continue
-            instead = f"the facts give {there[c + i - a]!r}" if c + i - a < d else "it comes from no fact"
+            instead = f"the facts give {there[c + i - a]!r}" if c + i - a < d else "no fact supports it"
             yield (
                 f"the line {here[i]!r} was not written by this library: {instead}. Render the card again (hf-continual card "
                 f"render {folder}), and write your own text between the keep marks."

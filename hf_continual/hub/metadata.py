@@ -12,7 +12,7 @@ LIBRARY_TAG = "hf_continual"
 
 
 def card_metadata(facts: CardFacts) -> dict[str, Any]:
-    """The metadata in the order in which it is written; what is unknown is left out.
+    """Build the metadata in the order in which it is written; unknown values are left out.
 
     Args:
         facts: The facts.
@@ -61,7 +61,7 @@ def model_index(facts: CardFacts) -> list[dict[str, Any]]:
         facts: The facts.
 
     Returns:
-        A model-index with one entry, or nothing where nothing was measured.
+        A model-index with one entry, or nothing if nothing was measured.
     """
     evaluation = facts.evaluation
     if not evaluation.matrix:

@@ -1,4 +1,4 @@
-"""LICENSE and NOTICE files of the parents travel with what was made from them."""
+"""LICENSE and NOTICE files of the parents, copied along with what was made from them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NAMES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def copy_notices(target: Target, folder: Path) -> list[str]:
-    """Copy the licence files of the published parents into a folder that has none of that name.
+    """Copy the licence files of the published parents into a folder that does not have them.
 
     Args:
-        target: Where to push; `bases` says which files the parents have.
+        target: Where to push; `bases` states which files the parents have.
         folder: The model's folder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The pictures that a card shows, and which of them lie in its folder and go to the Hub with it."""
+"""The images that a card shows, and which of them are in its folder and pushed with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ELSEWHERE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)
 
 
 def shown(body: str) -> list[str]:
-    """The pictures that a text shows, as they are written, without those on other servers.
+    """The images that a text shows, as written, without those on other servers.
 
     Args:
         body: A card without its metadata.
@@ -38,7 +38,7 @@ def shown(body: str) -> list[str]:
     names = {found[1].strip().lower(): found[2] or found[3] for found in _NAME.finditer(text)}
     found = []
     for match in _SHOWN.finditer(text):
-        # Of a srcset, several with their widths.
+        # A srcset lists several with their widths.
         found += [part for part in _WIDTH.split(next(filter(None, match.groups()))) if part]
     for match in _NAMED.finditer(text):
         if (target := names.get((match[2] or match[1]).strip().lower())) is not None:
@@ -47,23 +47,23 @@ def shown(body: str) -> list[str]:
 
 
 def place(target: str) -> str | None:
-    """Where in the folder a relative link leads.
+    """Where in the folder a relative link points.
 
     Args:
-        target: The link as it is written.
+        target: The link as written.
 
     Returns:
-        A path in the folder, or None if it leads out of it.
+        A path in the folder, or None if it points outside.
     """
     name = os.path.normpath(unquote(re.split(r"[?#]", target)[0]))
     return None if os.path.isabs(name) or name.split(os.sep)[0] in ("..", ".") else name.replace(os.sep, "/")
 
 
 def problem(target: str, folder: Path) -> str | None:
-    """Why a picture that a card shows will not be seen, or None.
+    """Why readers will not see an image of a card, or None.
 
     Args:
-        target: The link as it is written.
+        target: The link as written.
         folder: The card's folder.
 
     Returns:
@@ -71,19 +71,19 @@ def problem(target: str, folder: Path) -> str | None:
     """
     name = place(target)
     if name is None:
-        return f"the picture {target} is outside of the folder and is not pushed. Copy it in, and link it from there."
+        return f"the image {target} is outside the folder and is not pushed. Copy it into the folder and link it there."
     if not (folder / name).is_file() and not (folder / target).is_file():
-        return f"the picture {target} is not in the folder. Draw it, or take it out of the card."
+        return f"the image {target} is not in the folder. Create it, or remove it from the card."
     if not _goes(folder, name):
         return (
-            f"the picture {target} is in the folder and is not pushed: that is done with {', '.join(KINDS)} in folders that "
-            f"are not hidden. Save it as one of these, or take it out of the card."
+            f"the image {target} is in the folder but is not pushed: only {', '.join(KINDS)} are, in folders that "
+            f"are not hidden. Save it as one of these, or remove it from the card."
         )
     return None
 
 
 def linked_pictures(folder: Path, readme: str = "README.md") -> dict[str, Path]:
-    """The pictures of a folder that its card shows, links to, or names in its metadata.
+    """The images of a folder that its card shows, links to, or names in its metadata.
 
     Args:
         folder: The folder.
@@ -103,7 +103,7 @@ def linked_pictures(folder: Path, readme: str = "README.md") -> dict[str, Path]:
 
 
 def _goes(folder: Path, name: str) -> bool:
-    """Whether a file is of a kind that is pushed; not from hidden folders, nor through a link to a folder elsewhere."""
+    """Whether a file is of a kind that is pushed, and not in a hidden folder or behind a link to another folder."""
     inside = (folder / name).parent.resolve().is_relative_to(folder.resolve())
     return inside and name.lower().endswith(KINDS) and not any(part.startswith(".") for part in name.split("/"))
 

@@ -1,4 +1,4 @@
-"""Everything that can be known before a push, and so before the first training step."""
+"""Everything that can be checked before a push, and so before the first training step."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Value = TypeVar("Value")
 
 @dataclass
 class Target:
-    """A repository that may be pushed to.
+    """A repository to push to.
 
     Args:
         api: The client.
-        repo_id: Its whole id, with the namespace.
+        repo_id: Its full id, with the namespace.
         user: Account of the token.
         token: The token that was given, or None.
         revision: Branch to push to.
         create_pr: Whether a pull request is opened.
         exists: Whether the repository exists; False only in a dry run.
         folder: What is pushed, for messages.
-        resume: Command that makes the push again.
-        bases: What the Hub says of the parents, by id.
+        resume: Command that repeats the push.
+        bases: The Hub's information on the parents, by id.
     """
 
     api: HfApi
@@ -57,7 +57,7 @@ class Target:
         return HubPushError(problem, self.repo_id, self.folder, self.resume)
 
     def ask(self, call: Callable[[], Value], what: str) -> Value:
-        """Make a call with patience; a failure is an error of this push.
+        """Make a call with retries; a failure is an error of this push.
 
         Args:
             call: The call.
@@ -67,7 +67,7 @@ class Target:
             What it returned.
 
         Raises:
-            HubPushError: If it failed for good.
+            HubPushError: If it failed permanently.
         """
         try:
             return patiently(call, what)
@@ -79,37 +79,39 @@ def preflight(
     repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
     token: str | None = None, folder: Path | None = None, resume: str | None = None, create: bool = True,
 ) -> Target:  # fmt: skip
-    """Check token, rights, repository and branch; make what is missing.
+    """Check token, permissions, repository and branch; create what is missing.
 
     Args:
         repo_id: ``name`` or ``namespace/name``.
-        private: Whether a new repository is private; an existing one must be as asked. None: as it is.
-        revision: Branch; made if it does not exist.
+        private: Whether a new repository is private; an existing one must match. None: no preference.
+        revision: Branch; created if it does not exist.
         create_pr: Whether a pull request will be opened.
-        token: Access token; by default that of HF_TOKEN or ``hf auth login``.
+        token: Access token; by default from HF_TOKEN or ``hf auth login``.
         folder: What will be pushed, for messages.
-        resume: Command that makes the push again.
-        create: Whether anything may be made; not in a dry run.
+        resume: Command that repeats the push.
+        create: Whether anything may be created; not in a dry run.
 
     Returns:
         Where to push.
 
     Raises:
         HubPushError: If a push cannot succeed.
-        ValueError: If the arguments cannot be meant.
+        ValueError: If the arguments are invalid.
     """
     if not is_hub_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no Hub id such as 'name' or 'me/name' (letters, digits, '-', '_' and '.').")
+        raise ValueError(
+            f"{repo_id!r} is not a valid Hub id such as 'name' or 'me/name' (letters, digits, '-', '_' and '.')."
+        )
     if create_pr and revision not in (None, "main"):
         raise ValueError(
-            f"create_pr=True opens a pull request against main; revision={revision!r} cannot be asked for as well."
+            f"create_pr=True opens a pull request against main; revision={revision!r} cannot be combined with it."
         )
     target = Target(HfApi(token=token), repo_id, "", token, revision or "main", create_pr, folder=folder, resume=resume)
     if HF_HUB_OFFLINE:
         raise target.error("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or train without a push.")
     if token is None and get_token() is None:
         raise target.error("there is no access token. Log in with `hf auth login`, set HF_TOKEN, or pass token=.")
-    who = target.ask(lambda: target.api.whoami(cache=True), "asking the Hub who we are")
+    who = target.ask(lambda: target.api.whoami(cache=True), "asking the Hub for the account")
     target.user = str(who.get("name"))
     if "/" not in repo_id:
         target.repo_id = f"{target.user}/{repo_id}"
@@ -122,7 +124,7 @@ def preflight(
 
 
 def _info(target: Target) -> Any:
-    """The repository, or None where there is none (or none that we may see)."""
+    """The repository, or None if there is none (or none that this account may see)."""
 
     def look() -> Any:
         try:
@@ -138,24 +140,26 @@ def _info(target: Target) -> Any:
 def _repository(target: Target, private: bool | None, create: bool) -> None:
     info = _info(target)
     if info is None and target.create_pr:
-        raise target.error("there is no such repository to open a pull request in. Push without create_pr to make it.")
+        raise target.error(
+            "the repository does not exist, so no pull request can be opened. Push without create_pr to create it."
+        )
     if info is None and not create:
         target.exists = False
         return
     if info is None:
         target.ask(
-            lambda: target.api.create_repo(target.repo_id, private=private, exist_ok=True), "making the repository"
+            lambda: target.api.create_repo(target.repo_id, private=private, exist_ok=True), "creating the repository"
         )
         info = _info(target)
         if info is None:
             raise target.error(
-                f"the repository cannot be seen after it was made. The token of {target.user} may lack read rights there."
+                f"the repository is not visible after it was created. The token of {target.user} may lack read permission there."
             )
     if private is not None and info.private is not None and bool(info.private) != private:
         is_, wanted = ("private", "public") if info.private else ("public", "private")
         raise target.error(
-            f"private={private} was asked for, and the repository is there already and is {is_}. Make it {wanted} in its "
-            f"settings on the Hub, take another name, or leave private out to push it as it is."
+            f"private={private} was requested, but the repository already exists and is {is_}. Make it {wanted} in its "
+            f"settings on the Hub, choose another name, or leave private out to push to it unchanged."
         )
 
 
@@ -164,11 +168,11 @@ def _may_write(target: Target) -> None:
         try:
             target.api.auth_check(target.repo_id, write=True)
         except HfHubHTTPError as error:
-            # A Hub without this question: the commit will tell.
+            # A Hub without this endpoint: the commit will tell.
             if error.response.status_code != 404:
                 raise
 
-    target.ask(check, "asking for write rights")
+    target.ask(check, "checking write permission")
 
 
 def _branch(target: Target, create: bool) -> None:
@@ -184,19 +188,20 @@ def _branch(target: Target, create: bool) -> None:
 
     if not target.ask(look, "looking for the branch") and create:
         target.ask(
-            lambda: target.api.create_branch(target.repo_id, branch=target.revision, exist_ok=True), "making the branch"
+            lambda: target.api.create_branch(target.repo_id, branch=target.revision, exist_ok=True),
+            "creating the branch",
         )
 
 
 def check_bases(target: Target, facts: CardFacts) -> dict[str, License]:
-    """Look every published parent up: it must be there, and its card may state a licence.
+    """Look up every published parent: it must exist, and its card may state a licence.
 
     Args:
-        target: Where to push; keeps what was found in `bases`.
+        target: Where to push; `bases` stores the results.
         facts: The facts.
 
     Returns:
-        Licences by Hub id, where they are stated.
+        Licences by Hub id, if they are stated.
 
     Raises:
         HubPushError: If a parent is not on the Hub.
@@ -210,7 +215,7 @@ def check_bases(target: Target, facts: CardFacts) -> dict[str, License]:
                 return target.api.model_info(hub_id, revision=revision)
             except (RepositoryNotFoundError, RevisionNotFoundError) as error:
                 raise target.error(
-                    f"{hub_id}{f' at {revision}' if revision else ''} is named as a base of this model, and the Hub does not "
+                    f"{hub_id}{f' at {revision}' if revision else ''} is named as a base of this model, but the Hub does not "
                     f"have it (or does not show it to {target.user}). Publish it first, or name the right one: "
                     f"ContinualConfig(hub_base_model='...') or base_model= of the push."
                 ) from error

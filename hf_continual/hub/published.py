@@ -1,4 +1,4 @@
-"""The record of a push, in the folder that was pushed: later stages find their published parent by it. Never pushed."""
+"""The record of a push, in the folder that was pushed: later stages find their published parent with it. Never pushed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECORD = Path("continual") / "published.json"
 
 
 def read_published(folder: Path) -> dict[str, Any]:
-    """What the last push of a folder wrote down; empty where there was none, or the weights are others since."""
+    """The record of a folder's last push; empty if there was none, or if the weights have changed since."""
     file = folder / RECORD
     try:
         record = read_json(file) if file.is_file() else {}
@@ -27,11 +27,11 @@ def read_published(folder: Path) -> dict[str, Any]:
 
 
 def write_published(folder: Path, repo_id: str, revision: str, kept: str) -> None:
-    """Note where a folder was pushed.
+    """Record where a folder was pushed.
 
     Args:
-        folder: What was pushed.
-        repo_id: Where.
+        folder: The folder.
+        repo_id: The repository.
         revision: The commit.
         kept: The author's text of the card that was pushed.
     """
@@ -39,7 +39,7 @@ def write_published(folder: Path, repo_id: str, revision: str, kept: str) -> Non
 
 
 def _weights(folder: Path) -> dict[str, list[int]]:
-    """Size and time of every file of weights: a folder that was trained on is no longer what was pushed."""
+    """Size and time of every weight file: a folder that was trained further is no longer what was pushed."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         stat = file.stat()

@@ -1,4 +1,4 @@
-"""`push_to_hub`: a complete folder on the disk becomes one commit, or one clear error that loses nothing."""
+"""`push_to_hub`: a complete folder on disk becomes one commit, or one clear error that loses nothing."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """The result of a push.
 
     Args:
         repo_id: The repository.
         oid: The commit that holds the folder; None in a dry run.
         commit_url: Its page.
         pr_url: Page of the pull request, if one was opened.
-        new: Whether this push made the commit; False where everything was there already.
+        new: Whether this push made the commit; False if everything was already there.
         files: Paths in the repository.
-        left_out: Files of the folder that stay on this machine.
-        size: Bytes of the files.
+        left_out: Files of the folder that were not pushed.
+        size: Total bytes of the files.
     """
 
     repo_id: str
@@ -74,39 +74,39 @@ def push_to_hub(
     include: Sequence[str] = (),
     message: str = "Model, card and evidence",
 ) -> Pushed | None:
-    """Publish a folder: weights, tokenizer, card, configuration, results and pictures in one commit.
+    """Publish a folder: weights, tokenizer, card, configuration, results and images in one commit.
 
-    The card is rendered again from the facts in the folder, over the author's text in the repository. All that can be
-    checked is checked before the first byte is sent. What failed can be called again: nothing is uploaded twice, and
-    a commit whose answer was lost is found by its checksums.
+    The card is rendered again from the facts in the folder, and keeps the author's text in the repository. Everything that can be
+    checked is checked before the first byte is sent. A failed push can be repeated: nothing is uploaded twice, and
+    a commit whose response was lost is found by its checksums.
 
     Example:
         >>> push_to_hub("out/task-02-tickets", "me/three-tasks", tag="task-3")
 
     Args:
-        folder: A model or adapter as ContinualTrainer, train_stream, a merge or `save_pretrained` left it.
-        repo_id: ``name`` or ``namespace/name``; made if it does not exist.
-        private: Whether a new repository is private; an existing one must be as asked. None: the account's default, or
-            as it is.
-        revision: Branch; made if it does not exist.
-        create_pr: Open a pull request and leave the branch alone.
-        token: Access token; by default that of HF_TOKEN or ``hf auth login``.
+        folder: A model or adapter as ContinualTrainer, train_stream, a merge or `save_pretrained` wrote it.
+        repo_id: ``name`` or ``namespace/name``; created if it does not exist.
+        private: Whether a new repository is private; an existing one must match. None: the account's default, or
+            unchanged.
+        revision: Branch; created if it does not exist.
+        create_pr: Open a pull request and leave the branch unchanged.
+        token: Access token; by default from HF_TOKEN or ``hf auth login``.
         tag: Name for the commit.
-        dry_run: Make every check, send nothing and make no repository; the card is rendered in the folder.
-        license: Licence of the model; needed where the parents' differ.
-        base_model: Hub id of the base model, where the folder knows only a local copy.
-        method_state: Whether what the methods learned goes with the model, so that the next task can be trained from the
+        dry_run: Run every check, send nothing and create no repository; the card is rendered in the folder.
+        license: Licence of the model; needed if the parents' licences differ.
+        base_model: Hub id of the base model, if the folder names only a local copy.
+        method_state: Whether to push the methods' state with the model, so that the next task can be trained from the
             repository; it holds tensors and numbers, no rows.
-        include: Further files by their path in the folder. Rows of data, such as ``"continual/memory.jsonl"``, are pushed
-            in no other way.
+        include: Additional files, by their path in the folder. Rows of data, such as ``"continual/memory.jsonl"``, are pushed
+            only this way.
         message: First line of the commit.
 
     Returns:
-        What was done; None on all processes but the first.
+        The result; None on all processes except the first.
 
     Raises:
-        HubPushError: If it was not pushed. The folder is whole, and the message names the command that goes on.
-        ValueError: If the arguments cannot be meant.
+        HubPushError: If it was not pushed. The folder is complete, and the message names the command to resume.
+        ValueError: If the arguments are invalid.
     """
     if not is_first_process():
         return None
@@ -144,7 +144,7 @@ def push_to_hub(
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that pushes; asks nobody, so that no process waits for another."""
+    """Whether this is the process that pushes; needs no communication, so no process waits for another."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
@@ -152,12 +152,12 @@ def is_first_process() -> bool:
 
 
 def resume_command(folder: Path, repo_id: str, flags: Mapping[str, Any]) -> str:
-    """The command that makes a push again, without the token.
+    """The command that repeats a push, without the token.
 
     Args:
-        folder: What is pushed.
-        repo_id: Where.
-        flags: Options by name; None is left out.
+        folder: The folder.
+        repo_id: The repository.
+        flags: Options by name; those that are None are left out.
 
     Returns:
         A line for a shell.
@@ -178,14 +178,14 @@ def resume_command(folder: Path, repo_id: str, flags: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """A push before the Hub was asked.
+    """A push before any request to the Hub.
 
     Args:
-        repo_id: Where it is to go.
-        folder: What is to be pushed.
-        resume: Command that makes the push again.
+        repo_id: The repository.
+        folder: The folder.
+        resume: Command that repeats the push.
         token: The token that was given.
-        whole: Whether the folder is known to hold a whole model.
+        whole: Whether the folder is known to hold a complete model.
     """
 
     repo_id: str
@@ -195,7 +195,7 @@ class Draft:
     whole: bool = True
 
     def local(self, call: Callable[[], Value]) -> Value:
-        """Make a check of the folder; what it finds is an error of this push.
+        """Run a check of the folder; a failure is an error of this push.
 
         Args:
             call: The check.
@@ -214,20 +214,20 @@ class Draft:
 
 
 def folder_facts(folder: Path, base_model: str | None = None) -> CardFacts | None:
-    """What is known about a folder's model; None where a card by hand is to be pushed as it is.
+    """The facts about a folder's model; None if a card written by hand is to be pushed unchanged.
 
     Args:
         folder: The folder.
-        base_model: Hub id of its base, where the folder knows only a local copy.
+        base_model: Hub id of its base, if the folder names only a local copy.
 
     Returns:
-        The facts; of an adapter always with a published base.
+        The facts; for an adapter, always with a published base.
 
     Raises:
         ValueError: If it is an adapter on an unpublished model.
     """
     if base_model is not None and not is_hub_id(base_model):
-        raise ValueError(f"base_model={base_model!r} is no Hub id such as 'me/model'.")
+        raise ValueError(f"base_model={base_model!r} is not a valid Hub id such as 'me/model'.")
     if has_facts(folder):
         facts: CardFacts | None = read_facts(folder)
     elif (card := _card(folder)) and kept_text(card) and not is_generated(card):
@@ -250,7 +250,7 @@ def _card(folder: Path) -> str:
 
 
 def _complete(target: Target, facts: CardFacts, folder: Path, license: str | None) -> CardFacts:
-    """What only the Hub knows: that the parents exist, and their licences."""
+    """Add what only the Hub knows: whether the parents exist, and their licences."""
     draft = Draft(target.repo_id, folder, target.resume or "", target.token)
     known = check_bases(target, facts)
     facts = draft.local(lambda: with_license(facts, license, known))
@@ -263,7 +263,7 @@ def _complete(target: Target, facts: CardFacts, folder: Path, license: str | Non
 
 
 class _Push:
-    """The card and the files of one push, made again whenever the branch has moved."""
+    """The card and the files of one push, rebuilt whenever the branch has moved."""
 
     def __init__(
         self, target: Target, facts: CardFacts | None, folder: Path, contents: Contents, choice: Mapping[str, Any]
@@ -274,7 +274,7 @@ class _Push:
         self.recorded = read_published(folder).get("kept")
 
     def rebuild(self, remote: Remote | None) -> Contents:
-        """Write the card over the author's text in the folder and in the branch, and check it."""
+        """Write the card, keeping the author's text in the folder and in the branch, and check it."""
         if self.facts is not None:
             theirs = "" if remote is None else self._fetch(remote)
             write_card(self.folder, self.facts, merged_author(self.mine, theirs, self.recorded))
@@ -283,7 +283,7 @@ class _Push:
             logger.warning("%s", claim)
         if stops := [found for found in findings if not found.is_claim]:
             listed = "\n  ".join(str(found) for found in stops)
-            raise self.target.error(f"its card has findings, and nothing was sent:\n  {listed}\n")
+            raise self.target.error(f"its card has findings, so nothing was sent:\n  {listed}\n")
         self.contents = self.draft.local(
             lambda: collect(self.folder, secrets_in_use(self.target.token), self.contents, **self.choice)
         )

@@ -1,4 +1,4 @@
-"""Names of models: Hub ids with their commit, and local folders, which are never shown as paths."""
+"""Names of models: Hub ids with their commit, and local folders, whose paths are never shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SNAPSHOT = re.compile(r"models--(.+?)[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|
 
 
 def is_hub_id(name: Any) -> bool:
-    """Whether a name can be that of a Hub repository: ``name`` or ``namespace/name``, no path."""
+    """Whether a name can be that of a Hub repository: ``name`` or ``namespace/name``, not a path."""
     return (
         isinstance(name, str)
         and HUB_ID.fullmatch(name) is not None
@@ -30,13 +30,13 @@ def is_hub_id(name: Any) -> bool:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model by its name on the Hub, or as a local one that has none.
+    """A model by its Hub id, or a local one without an id.
 
     Args:
         hub_id: Repository, or None for a model that is not published.
         revision: Commit, branch or tag.
         license: Licence that its card states.
-        name: What a local model is called in the text; never a path.
+        name: Name of a local model in the text; never a path.
     """
 
     hub_id: str | None = None
@@ -47,7 +47,7 @@ class ModelRef:
     def __post_init__(self) -> None:
         if self.hub_id is not None and not is_hub_id(self.hub_id):
             raise ValueError(
-                f"{self.hub_id!r} is no Hub id such as 'me/model'. A local model has hub_id=None and a name of its own."
+                f"{self.hub_id!r} is not a valid Hub id such as 'me/model'. A local model has hub_id=None and its own name."
             )
 
     @property
@@ -63,12 +63,12 @@ UNKNOWN = ModelRef()
 
 
 def model_ref(path: str | os.PathLike[str] | None, revision: str | None = None, name: str | None = None) -> ModelRef:
-    """What a path or id stands for: a Hub id, a folder of the Hub cache, a folder that was pushed, or a local folder.
+    """Resolve a path or id: a Hub id, a folder of the Hub cache, a folder that was pushed, or a local folder.
 
     Args:
-        path: What a model was loaded from.
+        path: The source of a model.
         revision: Revision it was loaded at.
-        name: What to call it when it is local.
+        name: Its name if it is local.
 
     Returns:
         The reference; holds no path.
@@ -89,7 +89,7 @@ def model_ref(path: str | os.PathLike[str] | None, revision: str | None = None, 
 
 
 def loaded_ref(path: str | os.PathLike[str] | None, revision: str | None = None, name: str | None = None) -> ModelRef:
-    """As `model_ref`, for a model that was just loaded: the commit is the one that the cache holds."""
+    """Like `model_ref`, for a model that was just loaded: the commit is the one in the cache."""
     ref = model_ref(path, revision, name)
     if ref.hub_id is None or (ref.revision and len(ref.revision) == 40):
         return ref

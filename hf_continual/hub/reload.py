@@ -1,4 +1,4 @@
-"""What is on the disk is the model: loaded again with plain transformers or PEFT and compared."""
+"""Check that the saved files are the model: load them with plain transformers or PEFT and compare."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hf_continual.inference.names import NAMES
 
 
 class WrongModel(ValueError):
-    """The saved model is not the one that it should be."""
+    """The saved model is not the expected one."""
 
 
 def check_loads(folder: Path) -> None:
-    """Load a merged model as a reader will, and refuse missing weights and numbers that are none.
+    """Load a merged model as a reader will, and refuse missing weights and numbers that are not finite.
 
     Args:
         folder: The folder.
@@ -34,13 +34,11 @@ def check_loads(folder: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
-            raise WrongModel(
-                f"the model on the disk has {kind.replace('_', ' ')}: {', '.join(found[:3])}. Merge again."
-            )
+            raise WrongModel(f"the model on disk has {kind.replace('_', ' ')}: {', '.join(found[:3])}. Merge again.")
     with torch.no_grad():
         logits = model.eval()(input_ids=some_ids(model)).logits
     if not torch.isfinite(logits).all():
-        raise WrongModel("the logits of the model on the disk are not finite: the merge went wrong. It was not pushed.")
+        raise WrongModel("the logits of the model on disk are not finite: the merge went wrong. It was not pushed.")
 
 
 def _check_finite(folder: Path) -> None:
@@ -65,9 +63,9 @@ def some_ids(model: Any, number: int = 16) -> Any:
 
 
 def check_same(folder: Path, live: Any) -> None:
-    """Compare the model on the disk with the live one, bit for bit.
+    """Compare the model on disk with the live one, bit for bit.
 
-    An adapter's tensors are compared; of a full model also its logits, after plain transformers loaded it again.
+    An adapter's tensors are compared; for a full model also its logits, after loading it with plain transformers.
 
     Args:
         folder: Where the live model was saved.
@@ -88,7 +86,7 @@ def check_same(folder: Path, live: Any) -> None:
     left, right = dict(live.state_dict()), dict(again.state_dict())
     for name in right:
         if name not in left or not torch.equal(left[name], right[name]):
-            raise WrongModel(f"{name} on the disk is not what the model holds. Save it again.")
+            raise WrongModel(f"{name} on disk differs from the live model. Save it again.")
     was = live.training
     live.eval()
     try:
@@ -98,9 +96,7 @@ def check_same(folder: Path, live: Any) -> None:
     finally:
         live.train(was)
     if worst != 0:
-        raise WrongModel(
-            f"the model on the disk answers differently from the live one (logits differ by up to {worst:g})."
-        )
+        raise WrongModel(f"the model on disk answers differently from the live one (logits differ by up to {worst:g}).")
 
 
 def _same_adapter(folder: Path, live: Any) -> None:
@@ -112,9 +108,9 @@ def _same_adapter(folder: Path, live: Any) -> None:
     held = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(live).items()}
     if saved.keys() != held.keys():
         lost = sorted(saved.keys() ^ held.keys())
-        raise WrongModel(f"{lost[0]} is in one of the adapter on the disk and the live one. Save it again.")
+        raise WrongModel(f"{lost[0]} is in only one of the adapter on disk and the live one. Save it again.")
     for name, tensor in saved.items():
         if not torch.equal(tensor, held[name].to(tensor.dtype)):
-            raise WrongModel(f"{name} of the adapter on the disk is not what the model holds. Save it again.")
+            raise WrongModel(f"{name} of the adapter on disk differs from the live model. Save it again.")
     config = read_json(folder / "adapter_config.json")
     assert config.get("r") is not None or config["peft_type"] in NAMES

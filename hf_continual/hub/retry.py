@@ -1,4 +1,4 @@
-"""Bounded patience with a server: waits that it asks for, failures that pass, failures that do not."""
+"""Bounded retries: honour Retry-After, retry transient failures, give up on permanent ones."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Patience:
-    """How long failures that may pass are waited for.
+    """How often and how long transient failures are retried.
 
     Args:
-        attempts: Calls at most.
+        attempts: Maximum number of calls.
         first: Seconds before the second call; doubled each time.
-        longest: Seconds at most that are waited without being asked to.
-        asked: Seconds at most that are waited when the server says how long.
+        longest: Longest wait in seconds, unless the server asks for one.
+        asked: Longest wait in seconds that the server may ask for.
     """
 
     attempts: int = 6
@@ -37,13 +37,13 @@ class Patience:
     asked: float = 330.0
 
     def wait(self, attempt: int, error: BaseException) -> float | None:
-        """Seconds to wait after a failed attempt, counted from 0; None is to give up."""
+        """Seconds to wait after a failed attempt, counted from 0; None means giving up."""
         if attempt + 1 >= self.attempts or not passes(error):
             return None
         wanted = asked_wait(error)
         if wanted is None:
             return min(self.first * 2**attempt, self.longest)
-        # One second more: the server's clock rounds down.
+        # One extra second: the server's clock rounds down.
         return None if wanted > self.asked else wanted + (1.0 if wanted else 0.0)
 
 
@@ -51,7 +51,7 @@ PATIENCE = Patience()
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those it was raised from: the client wraps an upload's failure in a RuntimeError."""
+    """An error and its causes: the client wraps an upload's failure in a RuntimeError."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -71,8 +71,8 @@ def passes(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in PASSING or (status == 409 and "another conflicting operation" in str(error))
-    # The client does not export the errors of its HTTP library, which it has changed twice: they are told by module.
-    # An HTML page in place of JSON is a proxy that is down.
+    # The client does not export the errors of its HTTP library, which has changed twice: they are recognised by module.
+    # An HTML page instead of JSON means that a proxy is down.
     return any(
         isinstance(e, ConnectionError | TimeoutError | json.JSONDecodeError)
         or type(e).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
@@ -99,12 +99,12 @@ def asked_wait(error: BaseException) -> float | None:
 
 
 def patiently(call: Callable[[], Value], what: str, patience: Patience | None = None) -> Value:
-    """Make a call that may be made again, until it succeeds or patience ends.
+    """Retry a call until it succeeds or patience runs out.
 
     Args:
-        call: The call; a second one must do no harm.
+        call: The call; repeating it must be harmless.
         what: What it does, for the log.
-        patience: How long; by default `PATIENCE`.
+        patience: Limits; by default `PATIENCE`.
 
     Returns:
         What it returned.
@@ -126,7 +126,7 @@ def patiently(call: Callable[[], Value], what: str, patience: Patience | None = 
 
 
 def pause(what: str, error: BaseException, seconds: float) -> None:
-    """Say what failed, and wait."""
+    """Log what failed, and wait."""
     status = status_of(error)
     reason = f"HTTP {status}" if status else type(error).__name__
     logger.warning("%s: %s, trying again in %.0f s", what, reason, seconds)

@@ -9,22 +9,23 @@ from hf_continual.tasks import Task
 
 
 def summary(facts: CardFacts) -> str:
-    """Two sentences from the numbers: what it learnt, from what, by which method; what it knows and forgot."""
+    """Two sentences from the numbers: what it learned, from what, by which method; what it knows and forgot."""
     names = [t.name for t in facts.tasks]
     kind = "A LoRA adapter" if facts.kind == "adapter" else "A language model"
     if (own := facts.adapter.get("kind")) is not None:
         kind = f"{NAMES[own].title[0].upper()}{NAMES[own].title[1:]} for a frozen language model"
     start = facts.base.shown if facts.base.hub_id or facts.base.name else "a local base model"
     if facts.merge is not None:
-        inputs = len(facts.merge.inputs)
-        first = f"{kind} merged from {inputs} models by {facts.merge.method}; the root of its lineage is {start}."
+        others = sum(ref != facts.base for ref in facts.merge.inputs)
+        inputs = f"{others} model{'s' * (others != 1)}{' and the base' * (others < len(facts.merge.inputs))}"
+        first = f"{kind} merged from {inputs} by {facts.merge.method}; the root of its lineage is {start}."
     elif len(names) > 1:
-        first = f"{kind} that learnt {len(names)} tasks one after the other ({', '.join(names)}), starting from {start}"
+        first = f"{kind} that learned {len(names)} tasks one after another ({', '.join(names)}), starting from {start}"
         first += _by(facts) + "."
     else:
         # A run that gave its task no name has the default's.
-        learnt = f"learnt {names[0]}, starting from" if names and names != [Task.name] else "was fine-tuned from"
-        first = f"{kind} that {learnt} {start}{_by(facts)}."
+        learned = f"learned {names[0]}, starting from" if names and names != [Task.name] else "was fine-tuned from"
+        first = f"{kind} that {learned} {start}{_by(facts)}."
     figures = facts.evaluation.figures
     if figures["op"] is None:
         return first + "\nIt was not scored on its tasks (NOT_RUN)."
@@ -38,7 +39,7 @@ def summary(facts: CardFacts) -> str:
 
 
 def _lost(evaluation: Evaluation) -> str:
-    """What became of the earlier tasks, on average and of the one that lost most."""
+    """How much the earlier tasks lost, on average and for the one that lost most."""
     lost = evaluation.figures["forgetting"]
     if lost is None:
         return ""
@@ -52,15 +53,15 @@ def _lost(evaluation: Evaluation) -> str:
             else "; no earlier task fell below its best"
         )
     if lost > 0:
-        return f"; on average an earlier task lost {tables.number(lost)} since its best"
+        return f"; on average an earlier task lost {tables.number(lost)} from its best"
     even = "kept its best" if lost == 0 else f"gained {tables.number(-lost)} on its best"
     return f"; on average an earlier task {even}, but {worst} lost {tables.number(each[worst])}"
 
 
 def _abilities(evaluation: Evaluation) -> str:
-    """What became of the abilities beside the tasks, where they got worse: it is part of what was forgotten."""
+    """General abilities that got worse: this is part of what was forgotten."""
     worse = [f"{g.name} from {tables.number(g.base)} to {tables.number(g.value)}" for g in evaluation.gauges if g.worse]
-    return f" Beside its tasks it got worse: {', '.join(worse)}." if worse else ""
+    return f" Outside its tasks it got worse: {', '.join(worse)}." if worse else ""
 
 
 def _by(facts: CardFacts) -> str:

@@ -12,19 +12,19 @@ from hf_continual.hub.text import safe
 
 MEANINGS = {
     "op": ("OP", "mean score over all tasks after the last one", True),
-    "bwt": ("BWT", "mean change of the earlier tasks since each was learnt; below 0 is forgetting", True),
-    "fwt": ("FWT", "mean score on a task before it is learnt, against the base model", True),
+    "bwt": ("BWT", "mean change of the earlier tasks since each was learned; below 0 is forgetting", True),
+    "fwt": ("FWT", "mean score on a task before it is learned, against the base model", True),
     "forgetting": ("Forgetting", "mean drop of the earlier tasks from each one's best", False),
 }
 
 
 def number(value: float | None) -> str:
-    """A score as it is printed everywhere on a card."""
+    """A score as printed everywhere on a card."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def signed(value: float | None) -> str:
-    """A change as it is printed."""
+    """A change as printed on a card."""
     return "-" if value is None else f"{value:+.4f}"
 
 
@@ -37,12 +37,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def moment_names(evaluation: Evaluation) -> list[str]:
-    """What each row of the matrix is."""
+    """The name of each row of the matrix."""
     return list(evaluation.row_names or [f"after {task}" for task in evaluation.tasks[: len(evaluation.matrix)]])
 
 
 def matrix_table(evaluation: Evaluation) -> str:
-    """The accuracy matrix with its base row; a cell that is no number says why."""
+    """The accuracy matrix with its base row; a cell without a number states why."""
     width = len(evaluation.tasks)
     rows = [["base model", *(_cell(evaluation, "base", t, v) for t, v in _padded(evaluation, evaluation.base_row))]]
     rows = rows if evaluation.base_row is not None else []
@@ -78,13 +78,13 @@ def protocol(evaluation: Evaluation) -> str:
             parts.append("Rows: " + ", ".join(f"{t} {n:,}" for t, n in evaluation.rows.items()) + ".")
     row = "Rows of the table are models" if evaluation.row_names else "Row i is the model after learning task i"
     parts.append(
-        f'{row}, a column is the task it was scored on; "-" was not asked for, NOT_RUN and ERROR say themselves.'
+        f'{row}, a column is the task it was scored on; "-": no score was requested, NOT_RUN: not scored, ERROR: scoring failed.'
     )
     return " ".join(parts)
 
 
 def statuses(evaluation: Evaluation) -> str:
-    """What did not run, by name."""
+    """Evaluations that failed, by name."""
     words = [
         f"{place.replace('/', ' on ')}: {status}"
         for place, status in sorted(evaluation.status.items())
@@ -94,7 +94,7 @@ def statuses(evaluation: Evaluation) -> str:
 
 
 def figures_table(evaluation: Evaluation) -> str:
-    """OP, BWT, FWT and forgetting with what they mean; those that cannot be computed are NOT_RUN."""
+    """OP, BWT, FWT and forgetting with their meaning; those that cannot be computed are NOT_RUN."""
     rows = []
     for name, value in evaluation.figures.items():
         short, meaning, higher = MEANINGS[name]
@@ -109,7 +109,7 @@ def figures_table(evaluation: Evaluation) -> str:
 
 
 def gauges_table(evaluation: Evaluation) -> str:
-    """Abilities beside the tasks, before and after."""
+    """General abilities outside the tasks, before and after."""
     rows = []
     for g in evaluation.gauges:
         name = (
@@ -124,7 +124,7 @@ def gauges_table(evaluation: Evaluation) -> str:
 
 
 def change_text(gauge: GaugeFacts) -> str:
-    """An ability before and after; of a loss in nats also what that is as perplexity, which is its exponential."""
+    """An ability before and after; for a loss in nats also as perplexity, its exponential."""
     text = f"{gauge.name} {number(gauge.base)} to {number(gauge.value)}"
     if gauge.base is None or gauge.value is None:
         return text
@@ -135,7 +135,7 @@ def change_text(gauge: GaugeFacts) -> str:
 
 
 def sequence_table(facts: CardFacts) -> str:
-    """The tasks, what each was learnt from, and where its model is."""
+    """The tasks, what each was trained from, and where its model is."""
     rows = []
     for i, task in enumerate(facts.tasks):
         this = "this model" if facts.merge is None and i == len(facts.tasks) - 1 else "-"
@@ -155,7 +155,7 @@ def sequence_table(facts: CardFacts) -> str:
 
 
 def dataset_text(task: TaskFacts) -> str:
-    """The dataset as a link with its commit; local rows are said to be local."""
+    """The dataset as a link with its commit; local rows are called local."""
     if not task.dataset:
         return "local rows"
     commit = f" ({task.dataset_revision[:7]})" if task.dataset_revision else ""
@@ -164,7 +164,7 @@ def dataset_text(task: TaskFacts) -> str:
 
 
 def plain(value: Any) -> str:
-    """A hyper-parameter as text; long data is named by its size."""
+    """A hyper-parameter as text; long data is described by its size."""
     value = safe(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 100 else f"{type(value).__name__} of {len(value)} entries, see continual_config.json"

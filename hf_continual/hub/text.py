@@ -1,4 +1,4 @@
-"""A card as metadata and body; what of it is the author's; values that may be printed."""
+"""A card as metadata and body; which parts are the author's; values that may be printed."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def read_card(text: str) -> tuple[dict[str, Any], str]:
         Both; no metadata is an empty mapping.
 
     Raises:
-        ValueError: If the metadata is no mapping, or cannot be read.
+        ValueError: If the metadata is not a mapping, or cannot be read.
     """
     text = text.replace("\r\n", "\n")
     if not text.startswith("---\n"):
         return {}, text
     head, found, body = text[4:].partition("\n---")
     if not found:
-        raise ValueError("the metadata begins with '---' and does not end with it")
+        raise ValueError("the metadata begins with '---' but does not end with it")
     data = load_metadata(head)
     if data is None:
         return {}, body.lstrip("\n")
     if not isinstance(data, dict):
-        raise ValueError(f"the metadata must be a mapping, and is {type(data).__name__}")
+        raise ValueError(f"the metadata must be a mapping, but is {type(data).__name__}")
     return data, body.lstrip("\n")
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """As `read_card`; metadata that cannot be read is empty."""
+    """Like `read_card`; metadata that cannot be read is empty."""
     try:
         return read_card(text)
     except ValueError:
@@ -62,14 +62,14 @@ def is_generated(text: str) -> bool:
 
 
 def kept_text(text: str | None) -> str:
-    """What the author wrote into a card.
+    """The author's text in a card.
 
     Args:
         text: A card, or None.
 
     Returns:
-        The text between the markers; of a card by hand its whole body; of another tool's draft with its
-        placeholders nothing.
+        The text between the markers; the whole body of a card written by hand; nothing of another tool's draft
+        with placeholders.
     """
     if not text:
         return ""
@@ -80,7 +80,7 @@ def kept_text(text: str | None) -> str:
 
 
 def _is_draft(text: str) -> bool:
-    """Whether another trainer wrote a card by itself, of which nothing is the author's."""
+    """Whether another trainer generated a card, so that nothing in it is the author's."""
     data = split_card(text)[0]
     said = ("generated_from_trainer", "licence")
     return any(word in (data.get("tags") or []) or word in data for word in said) or "## Quick start" in text
@@ -102,9 +102,9 @@ def foreign_metadata(text: str | None, own: Mapping[str, Any]) -> dict[str, Any]
 
 
 def merged_author(mine: str, theirs: str, recorded: str | None) -> str:
-    """What two cards hold of their author's, as one card to keep it from.
+    """Combine the author's parts of two cards into one card to keep them from.
 
-    Where both were edited since the last push, both texts stay, the repository's first.
+    If both were edited since the last push, both texts are kept, the repository's first.
 
     Args:
         mine: The card in the folder.
@@ -127,10 +127,10 @@ def merged_author(mine: str, theirs: str, recorded: str | None) -> str:
     return f"---\n{head}---\n{GENERATED} -->\n{KEEP}\n{kept}\n{KEEP_END}\n"
 
 
-# Keys that are computed; an old card's own values of them are no author's text.
+# Keys that are computed; an old card's values of them are not the author's text.
 OWN_KEYS = ("pipeline_tag", "datasets", "tags", "metrics")
 
-# Keys that this library answers for: where a fact became unknown, the old answer must not stay.
+# Keys that this library owns: if a fact became unknown, the old value must not remain.
 NEVER_KEPT = (
     "base_model",
     "base_model_relation",
@@ -143,13 +143,13 @@ NEVER_KEPT = (
 
 
 def safe(data: Any) -> Any:
-    """Plain data that may be published: no path of this machine, nothing that is a token.
+    """Plain data that may be published: no local paths, no tokens.
 
     Args:
         data: Plain data.
 
     Returns:
-        The same; a path became its last part, a token-like entry was left out.
+        The same, with paths reduced to their last part and token-like entries left out.
     """
     if isinstance(data, Mapping):
         return {

@@ -1,7 +1,7 @@
 """`hf-continual merge METHOD`: one command for all merges, a summary at the end.
 
-The options of a method are the fields of its dataclass, so they are known when the method is: the command finds its name among
-the arguments first, and reads them with the options of every merge and those of this one.
+The options of a method are the fields of its dataclass. The command therefore finds the method's name among the arguments
+first, then parses them with the options of every merge and those of this method.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_continual.merging.methods.table import merge_class
 
 __all__ = ["METHODS", "merge", "run_merge"]
 
-# Options of the output that are passed on as they are.
+# Output options that are passed on unchanged.
 _WRITTEN = (
     "output", "adapter_rank", "dtype", "max_shard_size", "vocab", "overwrite", "dry_run", "push_to_hub", "private", "license",
 )  # fmt: skip
@@ -33,7 +33,7 @@ _output, _publish = (partial(typer.Option, rich_help_panel=panel) for panel in (
 
 
 def merge(ctx: typer.Context) -> None:
-    """Merge checkpoints into one, a chunk at a time: models are never in memory."""
+    """Merge checkpoints into one, a chunk at a time: no model is ever loaded whole."""
     words = list(ctx.args)
     method = method_among(words)
     known = {} if method is None else options_of(method)
@@ -50,36 +50,39 @@ def _told(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; complete or absent.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="The merge as a file, with these names as keys, or mergekit's YAML.")
+        Path | None, typer.Option(help="YAML file with these names as keys, or a mergekit config.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE, such as density=0.1.")
+        list[str] | None, typer.Option("--set", help="Set a method option, NAME=VALUE, such as density=0.1.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The full model that adapters sit on, or that was tuned.")] = None,
+    base: Annotated[str | None, typer.Option(help="The full model below the adapters, or before fine-tuning.")] = None,
     output: Annotated[str | None, _output(help="model or adapter; by default an adapter if that is exact.")] = None,
-    adapter_rank: Annotated[int | None, _output(help="Rank of an adapter output; by default the exact sum.")] = None,
+    adapter_rank: Annotated[
+        int | None, _output(help="Rank of an adapter output; the default keeps the exact sum.")
+    ] = None,
     dtype: Annotated[str | None, _output(help="float32, bfloat16 or float16; by default the first model's.")] = None,
-    max_shard_size: Annotated[str | None, _output(help="Size of a file, such as 5GB.")] = None,
+    max_shard_size: Annotated[str | None, _output(help="Largest size of a weight file, such as 5GB.")] = None,
     vocab: Annotated[
         str | None, _output(help="strict, or extend for vocabularies that continue a shorter one.")
     ] = None,
     overwrite: Annotated[bool, _output("--overwrite", help="Replace the output once the new one is complete.")] = False,
-    fresh: Annotated[bool, _output("--fresh", help="Do not go on from an interrupted merge.")] = False,
-    dry_run: Annotated[bool, _output("--dry-run", help="Make every check, print the plan, write nothing.")] = False,
+    fresh: Annotated[bool, _output("--fresh", help="Start over instead of resuming an interrupted merge.")] = False,
+    dry_run: Annotated[bool, _output("--dry-run", help="Run every check, print the plan, write nothing.")] = False,
     quantized_base: Annotated[
         str | None,
-        _output(help="Base of adapters trained in 4 or 8 bits: original, dequantize, error, or JSON that says how."),
+        _output(help="Base for adapters trained on a 4- or 8-bit base: original, dequantize, error, or a JSON config."),
     ] = None,
-    push_to_hub: Annotated[str | None, _publish(help="Hub id to publish the result at.")] = None,
+    push_to_hub: Annotated[str | None, _publish(help="Hub id to push the result to.")] = None,
     private: Annotated[bool | None, _publish("--private/--public", help="Whether a new repository is private.")] = None,
-    license: Annotated[str | None, _publish(help="Licence id, where the inputs' licences differ.")] = None,
+    license: Annotated[str | None, _publish(help="Licence id, needed if the inputs' licences differ.")] = None,
     quiet: Annotated[bool, _output("--quiet", help="No progress bar and no log.")] = False,
+    as_json: Annotated[bool, _output("--json", help="Print what came out as JSON.")] = False,
 ) -> None:
-    """What every merge is told; Typer reads it."""
+    """Declare the options of every merge, for Typer."""
 
 
 def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-    """What is done with the arguments of every merge, and the options of the method that were given."""
+    """Run the command, given the arguments of every merge and the options of the method."""
     written = {name: told[name] for name in _WRITTEN} | {
         "resume": not told["fresh"],
         "progress": False if told["quiet"] else None,
@@ -92,28 +95,28 @@ def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     method, models, out, base = told["method"], told["models"], told["out"], told["base"]
     given = {**chosen, **read_set(told["set_"])}
     if told["config"] is not None:
-        run_file(told["config"], method, models, out, base, given, written)
+        run_file(told["config"], method, models, out, base, given, written, told["as_json"])
         return
     if method is None or not models or out is None:
         raise ValueError("a merge needs METHOD, MODELS and --out; or --config FILE.")
-    run_merge(method, models, out, base, given, written)
+    run_merge(method, models, out, base, given, written, told["as_json"])
 
 
 @cache
 def _shared() -> dict[str, bool]:
-    """Options of every merge by all words that give them, and whether a value follows."""
+    """Every spelling of the options of every merge, and whether a value follows it."""
     options = [p for p in _command(None, {}).params if p.param_type_name == "option"]
     return {"--help": False} | {w: not p.is_flag for p in options for w in (*p.opts, *p.secondary_opts)}
 
 
 def method_among(words: Sequence[str]) -> str | None:
-    """The method that a command names, itself or by its file.
+    """Find the method that a command names, itself or in its file.
 
     Args:
         words: The command's arguments.
 
     Returns:
-        Its name; the first word that is no option where none is a method, or None.
+        Its name; if no word is a method, the first word that is not an option, or None.
 
     Raises:
         FileNotFoundError: If the file is not there.
@@ -132,7 +135,7 @@ def method_among(words: Sequence[str]) -> str | None:
     if file is not None:
         return read_merge_file(Path(file)).method
     known = next((name for name, _ in names if name.replace("_", "-") in METHODS or _is_class(name)), None)
-    # What stands behind an option that only its method knows may be the option's value.
+    # A word after an option that only its method knows may be the option's value.
     return known or next((name for name, is_value in names if not is_value), None)
 
 
@@ -142,7 +145,7 @@ def _is_class(word: str) -> bool:
 
 
 def _check_options(words: Sequence[str], method: str | None, known: Mapping[str, MethodOption]) -> None:
-    """Refuse an option that neither all merges nor this one have."""
+    """Refuse an option that neither every merge nor this method has."""
     spelled = {*_shared(), *(word for option in known.values() for word in (*option.spellings, *option.flags))}
     for word in words:
         option = word.partition("=")[0]
@@ -150,12 +153,15 @@ def _check_options(words: Sequence[str], method: str | None, known: Mapping[str,
             refuse_option(option, method, known, _shared())
 
 
+_EXAMPLE = "Example: hf-continual merge ties law tax --base Qwen/Qwen2.5-0.5B --out merged"
+
+
 def _about(method: str | None) -> tuple[str | None, str | None]:
-    """What stands above and below the options."""
+    """Help text above and below the options."""
     if method is None:
-        return merge.__doc__, "hf-continual merge METHOD --help shows the options of a method."
+        return merge.__doc__, f"hf-continual merge METHOD --help shows the options of a method. {_EXAMPLE}"
     cls = merge_class(method)
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}"
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}. {_EXAMPLE}"
 
 
 def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
@@ -166,14 +172,14 @@ def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
 
 
 def _with_options(method: str | None, known: Mapping[str, MethodOption]) -> Callable[..., None]:
-    """The command with the options of a method."""
+    """Build the command with the options of a method."""
     common = list(inspect.signature(_told, eval_str=True).parameters.values())
     panel = f"Options of {method}"
     own, flags = [], {}
     for option in known.values():
         if option.name in {p.name for p in common}:
-            continue  # it can only be given by --set
-        text = option.help + (" Here a file, .jsonl or .txt." if option.rows else "")
+            continue  # can only be given with --set
+        text = option.help + (" On the command line, a .jsonl or .txt file." if option.rows else "")
         told = typer.Option(
             "/".join(option.spellings), help=text, rich_help_panel=panel, metavar=option.metavar,
             show_default=option.default or False,
@@ -207,6 +213,6 @@ def _choice(quantized_base: str | None) -> Any:
         return json.loads(quantized_base)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"--quantized-base {quantized_base!r} is no JSON: {error}. Write for example "
+            f"--quantized-base {quantized_base!r} is not valid JSON: {error}. Write for example "
             '--quantized-base \'{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}\'.'
         ) from None

@@ -1,6 +1,6 @@
-"""A merge as a file: this library's own keys, or mergekit's for the merges that both have.
+"""Read a merge from a file: this library's own keys, or mergekit's for the methods that both have.
 
-What a mergekit file asks for and means something else here is refused with a sentence, never read as something near.
+A mergekit setting that means something else here is refused with an explanation, never approximated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THEIRS = (
     "merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template", "slices",
     "name", "tokenizer",
 )  # fmt: skip
-# mergekit's name -> ours, and where its `weight` of each model goes.
+# mergekit's name -> ours, and the option that takes the `weight` of each model.
 METHODS = {
     "linear": ("linear", "weights"),
     "task_arithmetic": ("task_arithmetic", "scale"),
@@ -35,13 +35,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MergeFile:
-    """What a file asks for.
+    """A merge, as a file describes it.
 
     Args:
         method: Name of the merge.
         models: Folders or Hub ids, oldest first.
         base: The base, or None.
-        out: Output folder, or None where the file names none.
+        out: Output folder, or None if the file names none.
         options: Options of the method and of the output.
     """
 
@@ -59,11 +59,11 @@ def read_merge_file(file: Path) -> MergeFile:
         file: The file.
 
     Returns:
-        What it asks for.
+        The merge that it describes.
 
     Raises:
-        FileNotFoundError: If there is none.
-        MergeError: If it cannot be read, or asks for what there is not.
+        FileNotFoundError: If it does not exist.
+        MergeError: If it cannot be read, or asks for something that is not supported.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist (looked in {Path.cwd()}).")
@@ -72,9 +72,7 @@ def read_merge_file(file: Path) -> MergeFile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MergeError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(data, Mapping):
-        raise MergeError(
-            f"{file} holds {type(data).__name__}, and a merge is a mapping with the keys {', '.join(OWN)}."
-        )
+        raise MergeError(f"{file} holds {type(data).__name__}, expected a mapping with the keys {', '.join(OWN)}.")
     try:
         return _theirs(dict(data)) if "merge_method" in data else _own(dict(data))
     except (ValueError, TypeError) as error:
@@ -96,13 +94,17 @@ def _theirs(data: dict[str, Any]) -> MergeFile:
         raise ValueError(f"unknown key {unknown[0]!r}.{did_you_mean(unknown[0], THEIRS)}")
     name = str(data["merge_method"])
     if name not in METHODS:
-        raise ValueError(f"merge_method={name!r} is not one of those that both have: {', '.join(METHODS)}.")
+        raise ValueError(
+            f"merge_method={name!r} is not a method that mergekit and this library share: {', '.join(METHODS)}."
+        )
     if data.get("slices") is not None:
-        raise ValueError("`slices` builds a model of layers of several; that is not merged here. Name whole `models`.")
+        raise ValueError(
+            "`slices` builds a model from the layers of several, which is not supported here. List whole `models`."
+        )
     for key in ("tokenizer_source", "tokenizer"):
         if data.get(key) not in (None, "base"):
             raise ValueError(
-                f"{key}={data[key]!r}: the tokenizer is the newest model's, or the longest with vocab=extend. Leave it out."
+                f"{key}={data[key]!r}: the tokenizer is always the newest model's, or the longest with vocab=extend. Leave this key out."
             )
     entries = [_entry(e) for e in data.get("models") or ()]
     base = data.get("base_model")
@@ -115,7 +117,7 @@ def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(entry, Mapping) or "model" not in entry:
         raise ValueError(f"an entry of models is {entry!r}; it needs the key 'model'.")
     if strange := [k for k in entry if k not in ("model", "parameters")]:
-        raise ValueError(f"the model {entry['model']!r} has the key {strange[0]!r}, which is not known.")
+        raise ValueError(f"the model {entry['model']!r} has the unknown key {strange[0]!r}.")
     return str(entry["model"]), dict(entry.get("parameters") or {})
 
 
@@ -131,7 +133,7 @@ def _translated(
     if weights_to == "weights":
         if not normalize:
             raise ValueError(
-                "normalize=false of a linear merge is a sum and no average: use task_arithmetic with a base."
+                "normalize=false makes a linear merge a sum, not an average: use task_arithmetic with a base."
             )
         options["weights"] = weights
     elif weights_to == "scale":
@@ -166,11 +168,13 @@ def _shares(
         default = shared.pop(theirs, None)
         values = {_number(m, theirs, p.pop(theirs, default)) for m, p in entries if theirs in p or default is not None}
         if len(values) > 1:
-            raise ValueError(f"{theirs} differs between the models ({sorted(values)}); {name} has one for all here.")
+            raise ValueError(
+                f"{theirs} differs between the models ({sorted(values)}); {name} takes one value for all here."
+            )
         if values and (theirs != "gamma" or method == "breadcrumbs"):
             found[ours] = values.pop()
     if method in ("dare", "dare_ties") and not shared.pop("rescale", True):
-        raise ValueError(f"rescale=false of {name}: what is kept is always rescaled here, as in the paper.")
+        raise ValueError(f"rescale=false of {name}: kept changes are always rescaled here, as in the paper.")
     if method in ("ties", "dare", "dare_ties") and "density" not in found:
         found["density"] = 1.0  # mergekit's default keeps all
     return found
@@ -183,12 +187,12 @@ def _check_mean(name: str, weights: Sequence[float], normalize: bool) -> None:
         )
     if not normalize:
         raise ValueError(
-            f"{name} without normalize=true adds up what agrees; here it is averaged, as in the paper. Say normalize: true, or "
+            f"{name} without normalize=true adds up the changes that agree; here they are averaged, as in the paper. Set normalize: true, or "
             f"use dare_linear."
         )
 
 
 def _number(where: str, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key}={value!r} of {where}: only one number for all tensors can be read here.")
+        raise ValueError(f"{key}={value!r} of {where}: only one number for all tensors is supported here.")
     return float(value)

@@ -1,4 +1,4 @@
-"""What goes wrong when checkpoints are merged."""
+"""Errors of merging checkpoints."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 class MergeError(RuntimeError):
-    """Checkpoints that cannot be merged, or a merge that cannot go on.
+    """Checkpoints that cannot be merged, or a merge that cannot continue.
 
-    The message names the model, the tensor or setting, the values met, and a way out.
+    The message names the model, the tensor or setting, the values found, and what to do.
     """
 
 

@@ -1,4 +1,4 @@
-"""`merge`: every way of merging, by its name or by a method of one's own."""
+"""`merge`: every merge method, by its name or as your own `MergeMethod`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def merge(
 ) -> MergeResult:
     """Merge checkpoints without loading them.
 
-    Every check comes first, then the passes that look at values, then the output, which is complete or absent. Interrupted, the
-    same call resumes; called again when it is finished, it returns what is there.
+    Every check comes first, then the passes that read values, then the output, which is complete or absent. If interrupted, the
+    same call resumes; called again after it has finished, it returns the existing result.
 
     Example:
         >>> merge("ties", ["law", "tax"], "both", base="Qwen/Qwen2.5-0.5B", density=0.2)
@@ -36,17 +36,17 @@ def merge(
             ``dare_ties``, ``della``, ``breadcrumbs``, ``consensus``, ``fapm``, ``magnitude_max``, ``model_stock``, or
             ``"package.module:Class"``; or a `MergeMethod`.
         models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``), oldest first.
-        output_dir: Where the result goes; complete or absent.
-        base: The full model that adapters sit on, or that changes are counted from.
-        **options: Hyper-parameters of the method, where it is named; and how the output is written, see `OutputOptions`.
+        output_dir: Output folder; complete or absent.
+        base: The full model that adapters belong to, or that changes are measured from.
+        **options: Hyper-parameters of the method, if it is given by name; and how the output is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
-        TypeError: If there is no such option.
+        TypeError: If an option does not exist.
         ValueError: If an argument does not fit.
-        MergeError: If the models do not, or a file changes meanwhile.
+        MergeError: If the models do not fit, or a file changes meanwhile.
         FileExistsError: If the output folder is in use.
         OSError: If the disk is full.
     """

@@ -1,4 +1,4 @@
-"""The options of a merge method, read from its dataclass: names, types, help, and what a word of the command line means."""
+"""The options of a merge method, read from its dataclass: names, types, help, and how command-line words are parsed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hf_continual.merging.methods.table import merge_class
 
 @dataclass(frozen=True)
 class MethodOption:
-    """A hyper-parameter of a method as an option.
+    """A hyper-parameter of a method, as an option.
 
     Args:
         name: The field's name.
         kinds: What its type allows: classes, and the values of a `Literal`.
-        help: What the method's docstring says about it.
+        help: Its description in the method's docstring.
         required: Whether it has no default.
-        default: The default as it is shown, or None.
-        rows: Whether it takes rows, which a file holds on the command line.
-        flags: Words of the command line that stand for one of its values, such as ``--self-calibration`` for ``"self"``.
+        default: The default as shown, or None.
+        rows: Whether it takes rows; on the command line these come from a file.
+        flags: Command-line flags that stand for one of its values, such as ``--self-calibration`` for ``"self"``.
     """
 
     name: str
@@ -38,41 +38,41 @@ class MethodOption:
 
     @property
     def spelling(self) -> str:
-        """Such as ``--num-typical``."""
+        """Its flag, such as ``--num-typical``."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """All words that give it: of a truth, also that it is none."""
+        """All flags that set it; for a boolean, also the negated one."""
         no = "--no-" + self.name.replace("_", "-")
         return (self.spelling, no) if self.type is bool else (self.spelling,)
 
     @property
     def metavar(self) -> str | None:
-        """The words that it may be, where they are few."""
+        """The allowed values, if they are few."""
         words = sorted(kind for kind in self.kinds if isinstance(kind, str))
         words += ["<float>"] if float in self.kinds else []
         return f"[{'|'.join(words)}]" if self.type is str and set(words) != {"<float>"} and words else None
 
     @property
     def type(self) -> type:
-        """What the command line reads: a truth, a number, or a word for `read`."""
+        """The type that the command line parses: a boolean, a number, or a word for `read`."""
         if bool in self.kinds:
             return bool
         plain = self.kinds - {type(None)}
         return next((kind for kind in (int, float) if plain == {kind}), str)
 
     def read(self, value: Any) -> Any:
-        """A value of the command line or of a file, as the method takes it.
+        """Convert a value from the command line or a file to what the method takes.
 
         Args:
-            value: A word, or what is no word any more.
+            value: A string, or an already converted value.
 
         Returns:
             The value.
 
         Raises:
-            ValueError: If numbers are wanted and the word is none.
+            ValueError: If a number is required and the string is not one.
         """
         if self.rows and isinstance(value, str | os.PathLike):
             from hf_continual.data.rows import load_rows
@@ -94,7 +94,7 @@ class MethodOption:
         raise ValueError(f"{self.spelling}={value!r}: give {wanted}.")
 
     def _numbers(self, word: str) -> Any:
-        """The number or the list of numbers that a word says, or None."""
+        """The number or list of numbers in a string, or None."""
         if int in self.kinds and re.fullmatch(r"-?\d+", word):
             return int(word)
         if not self.kinds & {float, Sequence}:
@@ -109,7 +109,7 @@ class MethodOption:
 
 
 def options_of(name: str) -> dict[str, MethodOption]:
-    """The options of a method, by name.
+    """Read the options of a method, by name.
 
     Args:
         name: A key of the table of merges, or ``"package.module:Class"``.
@@ -135,7 +135,7 @@ def options_of(name: str) -> dict[str, MethodOption]:
 
 
 def _kinds(hint: Any) -> list[Any]:
-    """A type taken apart: the classes of a union, the values of a `Literal`."""
+    """Split a type: the classes of a union, the values of a `Literal`."""
     origin = get_origin(hint)
     if origin is Literal:
         return list(get_args(hint))
@@ -145,7 +145,7 @@ def _kinds(hint: Any) -> list[Any]:
 
 
 def _said(cls: type[MergeMethod]) -> dict[str, str]:
-    """What the docstrings of a class and its bases say about each argument."""
+    """The description of each argument in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")

@@ -1,4 +1,4 @@
-"""The one pipeline of every merge: open, compare, plan, look, write, tell, publish."""
+"""The pipeline of every merge: open, compare, plan, make passes, write, report, publish."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Planned:
     """A merge that passed every check of its inputs; nothing is written yet.
 
     Args:
-        method: The method, as new: what an earlier merge by the same object found is not in it.
-        models: What it takes.
+        method: A fresh copy of the method, without results of an earlier merge by the same object.
+        models: The models of the merge.
         target: Where the result goes.
         options: How it is written.
-        job: The merge as plain data; of a method that looks, before it has looked.
+        job: The merge as plain data; for a method that makes passes, before it has made them.
         plan: What will be written.
-        seconds: How long this took.
+        seconds: Wall time of planning.
     """
 
     method: MergeMethod
@@ -62,11 +62,11 @@ class Planned:
     seconds: float
 
     def finished(self) -> dict[str, Any] | None:
-        """The report of a finished merge of the same models that was asked for the same, or None."""
+        """The report of a finished merge of the same models with the same request, or None."""
         if not self.options.resume or not (self.target / self.job.report).is_file():
             return None
         found = read_json(self.target / self.job.report)
-        # Reports of earlier versions have no "asked"; the same plan is the same merge too.
+        # Reports of earlier versions have no "asked"; with the same plan it is the same merge.
         same = found.get("asked") == self.plan.asked or found.get("plan") == self.plan.identity
         whole = same and all(
             (self.target / name).is_file() and (self.target / name).stat().st_size == facts["size"]
@@ -82,7 +82,7 @@ class Planned:
         check_push(self.job, self.options, self.plan.layout.kind)
 
     def result(self, report: Mapping[str, Any], **seconds: float) -> MergeResult:
-        """What the caller gets."""
+        """The result for the caller."""
         layout, plan = self.plan.layout, self.plan
         done = MergeResult(
             self.target, self.job.method, self.job.paper, layout.kind, layout.rank, report, plan.bytes_read,
@@ -99,7 +99,7 @@ def merge_by(
     base: str | os.PathLike[str] | None = None,
     **output: Any,
 ) -> MergeResult:
-    """Merge by a method; see `hf_continual.merge`, which takes names too and says what the arguments are."""
+    """Merge by a method; see `hf_continual.merge`, which also takes names and describes the arguments."""
     merge = planned(method, models, output_dir, base=base, **output)
     if merge.options.dry_run:
         merge.check()
@@ -117,7 +117,7 @@ def planned(
     base: str | os.PathLike[str] | None = None,
     **output: Any,
 ) -> Planned:
-    """Make every check of the inputs and plan the output; only headers and configurations are read.
+    """Run every check of the inputs and plan the output; only headers and configurations are read.
 
     Args:
         method: The method.
@@ -131,7 +131,7 @@ def planned(
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     options, target = read_output(output), Path(output_dir)
     _check_call(method, models, base)
@@ -151,13 +151,13 @@ def planned(
 
 def _check_call(method: MergeMethod, models: Sequence[Any], base: Any) -> None:
     if method.from_base and base is None:
-        raise ValueError(f"merge {method.name} needs base=, the model that the others were tuned from.")
+        raise ValueError(f"merge {method.name} needs base=, the model that the others were fine-tuned from.")
     check_list(models)
     least, most = method.models
     if not least <= len(models) <= (most or len(models)):
         wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(
-            f"merge {method.name} takes {wanted} models, and {len(models)} were given: {[str(m) for m in models]}."
+            f"merge {method.name} takes {wanted} models, but {len(models)} were given: {[str(m) for m in models]}."
         )
 
 
@@ -170,7 +170,7 @@ def _job(method: MergeMethod, models: Models, rules: Rules) -> Job:
 
 
 def _not_looked_yet(method: MergeMethod, models: Models) -> Job:
-    """The job with rules of the right kind, for a plan."""
+    """The job of a method that has not made its passes yet, with rules of the right kind, for a plan."""
     equal = Average((1 / len(models.members),) * len(models.members))
 
     def none(values: Any, at: Any) -> Any:
@@ -180,11 +180,11 @@ def _not_looked_yet(method: MergeMethod, models: Models) -> Job:
 
 
 def _made(merge: Planned) -> MergeResult:
-    """Write the output, or find that it is finished."""
+    """Write the output, or return the existing one if it is finished."""
     target, options = merge.target, merge.options
     with locked(target):
         if (done := merge.finished()) is not None:
-            logger.info("%s: this merge is finished already", target)
+            logger.info("%s: this merge has already finished", target)
             if options.license is not None:
                 write_merge_card(target, merge.job, done, target.resolve().name, options.license)
             return merge.result(done)
@@ -195,7 +195,7 @@ def _made(merge: Planned) -> MergeResult:
 
 
 def _looked(merge: Planned) -> Planned:
-    """Let the method make its passes, and lay the output out with the rules that it has then."""
+    """Run the method's passes, and lay the output out with the resulting rules."""
     folder = staging_folder(merge.target)
     kept = _kept(folder / FOUND, merge.plan.asked) if merge.options.resume else {}
     passes = Passes(
@@ -207,16 +207,16 @@ def _looked(merge: Planned) -> Planned:
 
 
 def _kept(file: Path, asked: str) -> dict[str, Any]:
-    """What an interrupted merge of the very same inputs and options has found."""
+    """Results of an interrupted merge of exactly the same inputs and options."""
     try:
         found: Mapping[str, Any] = read_json(file) if file.is_file() else {}
         return dict(found["found"]) if found.get("asked") == asked else {}
     except (DamagedFile, ValueError, KeyError, TypeError):
-        return {}  # it is found again
+        return {}  # it is computed again
 
 
 def _written(merge: Planned) -> MergeResult:
-    """Write the output in the folder beside it, and put it in its place."""
+    """Write the output in the staging folder, and move it into place."""
     started = time.perf_counter()
     job, plan, layout, target = merge.job, merge.plan, merge.plan.layout, merge.target
     work = Staging(target, plan.identity, merge.options.resume, layout.errors)
@@ -246,7 +246,7 @@ def _plan(job: Job, options: Output) -> MergePlan:
     warn_identical(job.members)
     notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     layout = lay_out(job, options, notes)
-    # After the models were compared with each other, which says more where they do not fit.
+    # After comparing the models with each other, which gives clearer messages if they do not fit.
     notes += check_whole([m.checkpoint for m in job.members])
     beside = SideFiles(job.members, job.newest, options.vocab)
     files = beside.files(layout.kind == "model")
@@ -259,7 +259,7 @@ def _plan(job: Job, options: Output) -> MergePlan:
 def _identified(
     job: Job, layout: Layout, files: Mapping[str, Path | str], notes: tuple[str, ...], options: Output
 ) -> MergePlan:
-    """The plan, and what makes it the same as another."""
+    """The plan, with the facts that identify it."""
     facts = describe_job(job, layout.kind, layout.rank, list(notes), options)
     own = {f for m in job.members for f in m.own.files}
     of_base = [] if job.base is None else job.base.files
@@ -269,7 +269,7 @@ def _identified(
     shards = [[s.file, s.header.decode("utf-8", "replace")] for s in layout.shards]
 
     def hashed(sources: Any, **decisive: Any) -> str:
-        # Which bytes the inputs were when they were looked at.
+        # Identifies the bytes of the inputs at the time of the passes.
         told = sorted([f.header_sha256, f.size, f.mtime_ns] for f in sources)
         text = json.dumps({**decisive, "layout": shards, "sources": told}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

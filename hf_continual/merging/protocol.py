@@ -1,7 +1,7 @@
-"""The protocol: what a way of merging is, and all that it may see of the models.
+"""The protocol of a merge method, and all that a method may see of the models.
 
-A method gives a rule for every tensor. A rule is pure: the values of one range of elements in every model go in, and where the
-range is; the merged values come out. It never sees a whole model, and where the range begins and ends must not change a bit.
+A method returns a rule for every tensor. A rule is pure: its inputs are the values of one range of elements in every model and
+the range's position, its output the merged values. It never sees a whole model, and the limits of a range must not change a bit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a merge, opened; no value is read yet.
+    """The opened models of a merge; no value is read yet.
 
     Args:
-        members: Models in the order in which a rule sees them: those that were named, and before them the base where the method
-            counts from it.
-        base: The full model that adapters sit on, or that changes are counted from; None where none was given.
+        members: Models in the order in which a rule sees them: those that were named, preceded by the base if the method
+            measures changes from it.
+        base: The full model that adapters belong to, or that changes are measured from; None if not given.
         from_base: Whether the base is the first of the members.
-        newest: Place of the model that gives tokenizer and chat template.
+        newest: Index of the model whose tokenizer and chat template are used.
     """
 
     members: tuple[Member, ...]
@@ -50,21 +50,21 @@ class Models:
 
 @dataclass
 class MergeMethod:
-    """A way of merging. Subclasses are dataclasses of their hyper-parameters.
+    """A merge method. Subclasses are dataclasses of their hyper-parameters.
 
-    A merge works on a new object with the same hyper-parameters, so what a hook finds may be kept in fields that are no
-    parameters (``field(init=False)``). The hooks are called in the order in which they stand here. Most methods need
-    `prepare` alone; those behind `describe` are for methods that are more than one rule for each tensor.
+    A merge works on a new object with the same hyper-parameters, so results of a hook may be kept in fields that are not
+    parameters (``field(init=False)``). The hooks are called in the order below. Most methods only need
+    `prepare`; the hooks after `describe` are for methods that are more than one rule per tensor.
 
     Class attributes:
         name: Its name in reports.
-        paper: What it implements.
-        from_base: Whether it counts changes from a base, which is then needed and is the first model of its rules.
+        paper: The paper that it implements.
+        from_base: Whether it measures changes from a base, which is then required and comes first in its rules.
         looks: Whether `prepare` reads values; it then runs under the output's lock, after every check.
         linear: Whether every rule is a weighted sum, so that adapters can be merged to an adapter.
-        models: How many models it takes, least and most; None for no limit.
+        models: Minimum and maximum number of models; None for no limit.
         report: Name of its report.
-        image: Name of the picture that `evidence` draws, which the model card then shows.
+        image: Name of the plot that `evidence` draws, which the model card then shows.
     """
 
     name: ClassVar[str]
@@ -79,8 +79,8 @@ class MergeMethod:
     def open(
         self, models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] | None, output: Output
     ) -> Models:
-        """Open what was named, for a method to which models are more than a list on a base; only headers are read."""
-        from hf_continual.merging.inputs.members import (  # torch, which the table of merges does not need
+        """Open the named models; a method overrides this if its models are more than a list on a base. Only headers are read."""
+        from hf_continual.merging.inputs.members import (  # imports torch, which the table of merges does not need
             Member,
             open_members,
         )
@@ -90,43 +90,43 @@ class MergeMethod:
         return Models((*first, *members), full, self.from_base)
 
     def check(self, models: Models) -> None:
-        """Refuse models that the method cannot take with a `ValueError` that says what to do; no value is read yet."""
+        """Refuse models that the method cannot take with a `ValueError` that states what to do; no value is read yet."""
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The rule of each tensor, by its name.
+        """Return the rules: a function from a tensor's name to its rule.
 
-        A method that `looks` first makes passes over values; what it finds is kept, so that an interrupted merge does not look
-        again. In a dry run it is not called.
+        A method that `looks` first makes passes over values; the results are kept, so that an interrupted merge does not repeat
+        them. It is not called in a dry run.
         """
         raise NotImplementedError
 
     def facts(self) -> Mapping[str, Any]:
-        """What `prepare` found, for the report; plain data."""
+        """Results of `prepare`, for the report; plain data."""
         return {}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """Hyper-parameters as they act on these models, plain data: with the inputs they decide the output's bytes."""
+        """Hyper-parameters as applied to these models, plain data: with the inputs they determine the output's bytes."""
         return {name: getattr(self, name) for name in hyper_parameters(type(self))}
 
     def asked(self, models: Models) -> Mapping[str, Any]:
-        """What tells this call from another on the same models, plain data, where `describe` leaves inputs out or tells what
-        was found; a finished merge that was asked for the same is not made again."""
+        """Plain data that identifies this call among calls on the same models, if `describe` omits inputs or includes results;
+        a finished merge with the same request is not repeated."""
         return self.describe(models)
 
     def known(self, models: Models) -> Mapping[str, Any]:
-        """Entries of the report that are known before `prepare`, also in a dry run."""
+        """Entries of the report that are known before `prepare`, including in a dry run."""
         return {}
 
     def outputs(self, output: Output, notes: list[str]) -> list[OutputTensor] | None:
-        """The output's tensors, of a method that needs more than the models' values or combines adapters factor by factor.
+        """The output's tensors, for a method that needs more than the models' values or combines adapters factor by factor.
 
         Called before `prepare`, for the plan, and after it. None: each tensor is made by its rule.
         """
         return None
 
     def evidence(self, out: Path) -> None:
-        """Write further files, such as a picture of what was found, into the output before it is published."""
+        """Write further files, such as a plot of the results, into the output before it is published."""
 
     def result(self, done: MergeResult, models: Models) -> MergeResult:
-        """What the caller gets, of a method that tells more than every merge."""
+        """The result for the caller, if the method returns more than every merge does."""
         return done

@@ -1,4 +1,4 @@
-"""The former place of `hf_continual.merging.methods.task_arithmetic`; scripts that import from here still work."""
+"""The former place of `hf_continual.merging.methods.task_arithmetic`; scripts that import from it still work."""
 
 from hf_continual.named import former_place
 

@@ -1,10 +1,10 @@
-"""The protocol: what a continual-learning method is, and all that it may see of a run.
+"""The protocol: what a continual-learning method is, and everything it may see of a run.
 
-A method overrides two or three *hooks* of the calls below; every default does nothing.
+A method overrides two or three of the *hooks* below; every default does nothing.
 Hooks add or edit, they never replace: rows are added, loss terms are added, gradients and
-weights are edited in place in list order, and at most one method brings an optimizer.
+weights are edited in place in list order, and at most one method may supply the optimizer.
 
-Shapes carry a suffix wherever two axes or more matter:
+Shapes carry a suffix wherever two or more axes matter:
 B batch, S sequence, D hidden, V vocabulary, R rank of an adapter, L layers, T tasks, M models.
 """
 
@@ -39,32 +39,32 @@ TASK, PADDING = -1, -100
 
 
 def _named(value: Any) -> Any:
-    """What stands for a value that is not plain data; a dataset becomes its fingerprint and length."""
+    """Replace a value that is not plain data; a dataset becomes its fingerprint and length."""
     return {"rows": len(value), "fingerprint": fingerprint_of(value)} if isinstance(value, Dataset) else repr(value)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One micro-batch after its single forward pass, everything with its graph.
+    """One micro-batch after its single forward pass, all with its graph.
 
     Attributes:
-        inputs: What the model was called with (`input_ids`, `labels`, `attention_mask` or positions).
+        inputs: The model's arguments (`input_ids`, `labels`, `attention_mask` or positions).
         token_loss_BS: Loss of predicting token t + 1 at position t, zero where the label is ignored;
             shape (B, S - 1).
         taps: Outputs of the modules named in `Method.taps`, by that name.
         source_BS: Where each token comes from: -1 the task, k the k-th replay source, -100 padding. Virtual tokens of
-            prompt learning stand in front of each row, here and in all other shapes, as padding.
-        row_BS: Index of the token's row within its replay source; of a task token within `Run.task_rows`, where a method
-            asks for it (`Method.reads_row_ids`), else -1; -1 for padding.
-        offset_BS: Position of the token within that row; -1 where `row_BS` is.
+            prompt learning precede each row as padding, here and in all other shapes.
+        row_BS: Index of the token's row within its replay source; for a task token within `Run.task_rows`, if a method
+            asks for it (`Method.reads_row_ids`), otherwise -1; -1 for padding.
+        offset_BS: Position of the token within that row; -1 where `row_BS` is -1.
         sources: Names of the replay sources; `source_BS` indexes this tuple.
         tokens: Number of (weighted) loss tokens of the whole optimizer step over all processes, by
             which the trainer divides the summed token loss.
         drawn: ``(source, row, tokens)`` of each replay row in this micro-batch, in the order of its tokens; on the
-            host, so that a method can fetch what it keeps of a row without asking the accelerator.
+            host, so that a method can look up what it keeps per row without waiting for the accelerator.
         entropy_BS: Entropy in nats of the prediction at position t, without gradient; shape (B, S - 1).
         notes: See `note`.
-        scale: What a sum of token losses over `tokens` is multiplied with to be in the unit of a
+        scale: Factor that turns a sum of token losses over `tokens` into the unit of a
             loss term (processes, accumulation steps).
     """
 
@@ -82,7 +82,7 @@ class Forward:
     notes: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
 
     def note(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Log a value that is no loss term: the mean ``total / count`` over the logged steps, under the method's name."""
+        """Log a value that is not a loss term, under the method's name: the mean ``total / count`` over the steps."""
         self.notes[name] = (total, count)
 
     def mask(self, source: str | None = None) -> Tensor:
@@ -94,9 +94,9 @@ class Forward:
         return self.mask(source)[:, 1:] & (self.inputs["labels"][:, 1:] != PADDING)
 
     def token_mean(self, values_BS: Tensor) -> Tensor:
-        """Reduce per-token values exactly as the trainer reduces the token loss.
+        """Reduce per-token values exactly like the trainer reduces the token loss.
 
-        A term made with it is independent of how the tokens fall into micro-batches and processes.
+        A term made with it does not depend on how tokens are split over micro-batches and processes.
 
         Args:
             values_BS: One value per position of `token_loss_BS`, zero where it must not count.
@@ -109,13 +109,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class AddedRows:
-    """Rows that a method mixes into each micro-batch, as far as its hyper-parameters say.
+    """Rows that a method mixes into each micro-batch, as given by its hyper-parameters.
 
     Args:
-        ratio: Their share of the tokens of the mix, or None.
+        ratio: Their fraction of the tokens of the mix, or None.
         per_batch: Their number in each micro-batch of each process, or None.
-        weight: Weight of one of their tokens in the loss.
-        max_length: Tokens of such a row at which the method cuts it, or None.
+        weight: Weight of each of their tokens in the loss.
+        max_length: Number of tokens to which the method truncates such a row, or None.
     """
 
     ratio: float | None = None
@@ -129,16 +129,18 @@ class Method:
 
     Class attributes:
         name: Log prefix, state file and replay source. Lower case, no slash.
-        paper: What it implements; None for an idea of one's own.
+        paper: The paper it implements; None for an unpublished idea.
         taps: Module outputs wanted in `Forward.taps`: ``"last_hidden_state"``, or paths of modules
             below the causal language model such as ``"model.layers.3"``.
-        places: Hyper-parameters that say where something lies, such as rows or a cache; a resumed run may name another
-            place. What lies there must be the same, which is checked for rows; a method checks the rest.
-        state_with_model: Whether its state is small and needs no optimizer's, so that `save_only_model` keeps it.
-        leaves: What `task_state` returns, in words for the model card.
-        droppable: Whether a later task may go without the method; what it left is then left behind, with a warning.
-        outlives_merging: Whether what it left still holds once the adapter was merged into its base.
-        bytes_per_parameter: What it keeps for each trainable parameter beside AdamW's two moments, in bytes.
+        places: Hyper-parameters that are locations, such as of rows or a cache; a resumed run may use another
+            location. The content must be the same, which is checked for rows; a method checks the rest.
+        state_with_model: Whether its state is small and needs no optimizer state, so `save_only_model` keeps it.
+        leaves: Description of what `task_state` returns, for the model card.
+        general_text: Whether the rows that it replays are general text, which belongs to no task.
+        watches: Whether it only watches the run: it is in no description, card or hand-over, and is called last.
+        droppable: Whether a later task may run without the method; its state is then dropped, with a warning.
+        outlives_merging: Whether its state is still valid after the adapter is merged into its base.
+        bytes_per_parameter: Bytes it keeps per trainable parameter, on top of AdamW's two moments.
     """
 
     name: ClassVar[str]
@@ -148,19 +150,21 @@ class Method:
     places: ClassVar[tuple[str, ...]] = ()
     state_with_model: ClassVar[bool] = False
     leaves: ClassVar[str] = ""
+    general_text: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     droppable: ClassVar[bool] = False
     outlives_merging: ClassVar[bool] = False
 
     def reads_forward(self) -> bool:
-        """Whether `loss_terms` must be called; a method may answer by its hyper-parameters."""
+        """Whether `loss_terms` must be called; may depend on the hyper-parameters."""
         return type(self).loss_terms is not Method.loss_terms
 
     def makes_rows(self) -> bool:
-        """Whether `replay` has its rows only after `prepare`; it is called again then, and returns None before."""
+        """Whether `replay` has its rows only after `prepare`; it returns None before, and is called again then."""
         return False
 
     def reads_reference(self) -> bool:
-        """Whether it reads whole weights before training, as a reference; ZeRO-3 has spread them by then."""
+        """Whether it reads whole weights before training, as a reference; ZeRO-3 has sharded them by then."""
         return False
 
     def reads_row_ids(self) -> bool:
@@ -168,7 +172,7 @@ class Method:
         return False
 
     def added_rows(self) -> AddedRows | None:
-        """What `replay` will mix in, told before there is a run; None adds no rows."""
+        """The rows that `replay` will mix in, known before there is a run; None adds no rows."""
         return None
 
     def adapter(self) -> PeftConfig | None:
@@ -180,15 +184,15 @@ class Method:
 
     @classmethod
     def row_sources(cls) -> tuple[str, ...]:
-        """Hyper-parameters that name rows, where a plan may put the rows of earlier tasks: unless said, `rows` and `memory`."""
+        """Hyper-parameters where a plan may put the rows of earlier tasks; by default `rows` and `memory`."""
         return tuple(name for name in hyper_parameters(cls) if name in ("rows", "memory"))
 
     def extra_steps(self, steps: int) -> int:
-        """Forward and backward passes of the size of a step that a run of so many steps makes beside them."""
+        """Forward and backward passes of the size of a step that a run of `steps` steps makes in addition."""
         return 0
 
     def extra_updates(self, steps: int) -> int:
-        """How often it calls `Run.update()` or `Run.optimizer_step()` in a run of so many steps."""
+        """Number of its calls of `Run.update()` or `Run.optimizer_step()` in a run of `steps` steps."""
         return 0
 
     def replay(self, run: Run) -> ReplayRows | None:
@@ -199,55 +203,59 @@ class Method:
         """Hook 2: surgery on the model, before any wrapper and before the optimizer exists."""
 
     def load_task_state(self, state: State, run: Run) -> None:
-        """Take over what the method left when the task before ended; see `task_state`.
+        """Load what the method left when the previous task ended; see `task_state`.
 
-        Called once at the start of training, before `prepare`, if the weights that training starts from have such a
-        state beside them. Refuses a state that does not fit the model with a `ValueError`.
+        Called once at the start of training, before `prepare`, if the weights that training starts from come with such
+        a state. Raises a `ValueError` for a state that does not fit the model.
         """
 
     def prepare(self, run: Run) -> None:
         """Long passes before the first step, with the weights that training starts from, also in a resumed run.
 
-        Nothing is wrapped yet and no checkpoint is loaded. What takes long belongs into a cache, so that a killed run
-        does not begin again.
+        Nothing is wrapped yet and no checkpoint is loaded. Cache what takes long, so that a killed run
+        does not start over.
         """
 
     def edit_rows(self, run: Run, rows: Dataset) -> Dataset:
-        """Re-label, drop or add to the task's own rows, tokenised as they are trained, before they are used.
+        """Relabel, drop or add to the task's own rows, tokenised for training, before they are used.
 
         Called after `prepare`, in list order; a resumed run must give the same rows.
         """
         return rows
 
     def optimizer(self, run: Run) -> OptimizerChoice | None:
-        """Hook 3: an optimizer in place of the configured one; at most one method brings one."""
+        """Hook 3: an optimizer to use instead of the configured one; at most one method may supply it."""
         return None
 
     def begin_task(self, run: Run) -> None:
-        """Everything is wrapped, loaded and about to start."""
+        """Called when everything is wrapped and loaded, just before the first step."""
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """Hook 4: scalars to add to the loss of this micro-batch, means over it, by log name."""
+        """Hook 4: scalars to add to this micro-batch's loss, as means over it, by log name."""
         return {}
 
     def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
         """Hook 5: change `.grad` in place, after accumulation and clipping, before the step."""
 
     def after_step(self, run: Run) -> None:
-        """Hook 6a: the weights have moved and the clipped gradients are still there.
+        """Hook 6a: called when the weights have moved and the clipped gradients still exist.
 
         Here and in `end_step` weights may be edited in place, under ``torch.no_grad()`` and not through ``.data``: an
-        optimizer that keeps residuals of weights in low precision must see the edit, and drops them.
+        optimizer that keeps residuals of weights in low precision must see the edit, so that it drops them.
         """
 
     def end_step(self, run: Run) -> None:
-        """Hook 6b: schedule stepped, gradients zeroed, step counted; before log, eval and save."""
+        """Hook 6b: called after the schedule, zeroed gradients and step count; before log, eval and save."""
+
+    def measure(self, run: Run) -> dict[str, Tensor]:
+        """Scalars that say what the method does, by name; asked for where a run's gauges are measured."""
+        return {}
 
     def end_task(self, run: Run) -> None:
-        """Hook 7: training of this task is over."""
+        """Hook 7: called when training of this task is over."""
 
     def renew(self) -> None:
-        """Be as it was built: a method that is given to another trainer takes nothing along that it learned in the last."""
+        """Reset to the state at construction, so that nothing learned is carried over to another trainer."""
         built = self.__dict__.get("_built")
         if built is None:
             self.__dict__["_built"] = dict(self.__dict__)
@@ -257,18 +265,18 @@ class Method:
         self.__dict__.update(built, _built=built)
 
     def release(self) -> None:
-        """Take every hook off the model: `train` has ended, in whatever way; called after an error too."""
+        """Remove every hook from the model; called when `train` ends in any way, also after an error."""
 
     def task_state(self, run: Run) -> State:
-        """What later tasks need: tensors and plain data, called on every process after `end_task`.
+        """Return what later tasks need, as tensors and plain data; called on every process after `end_task`.
 
-        It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and goes with it to whoever trains
-        on. No rows of data: they would be published with the model.
+        It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and is loaded by the next run
+        that trains it further. No rows of data: they would be published with the model.
         """
         return {}
 
     def state_dict(self, run: Run) -> State:
-        """Everything learnt since construction that a resumed run cannot rebuild.
+        """Everything learned since construction that a resumed run cannot rebuild.
 
         Called on every process while a checkpoint is written, before the optimizer is saved; what
         process 0 returns is written.
@@ -276,7 +284,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Take back what `state_dict` returned; called before `begin_task` of a resumed run."""
+        """Load what `state_dict` returned; called before `begin_task` of a resumed run."""
 
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain data, for configuration files, resume checks and model cards."""
@@ -285,14 +293,14 @@ class Method:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """An optimizer that a method brings.
+    """An optimizer that a method supplies.
 
     Args:
         cls: A `torch.optim.Optimizer`.
-        kwargs: Its constructor's arguments but the parameters.
+        kwargs: Its constructor's arguments except the parameters.
         options: Extra options of single parameters by name pattern (regular expression, searched in
-            the parameter's name), first match wins. Parameters with different options get groups of
-            their own when the optimizer is built, never later.
+            the parameter's name), first match wins. Parameters with different options get their own
+            groups when the optimizer is built, never later.
     """
 
     cls: type[Optimizer]

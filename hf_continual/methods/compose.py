@@ -1,4 +1,4 @@
-"""Many methods as one, and the conflicts between them with their messages."""
+"""Several methods used as one, and error messages for conflicts between them."""
 
 from __future__ import annotations
 
@@ -32,33 +32,35 @@ STATIONS = {
 
 
 def hooks(method: type[Method]) -> list[str]:
-    """The hooks that a method overrides, in the order in which a step meets them."""
+    """The hooks that a method overrides, in the order in which a step calls them."""
     names = [title for call, title in STATIONS.items() if overrides(method, call)]
     return list(dict.fromkeys(names))
 
 
 def overrides(method: type[Method], call: str) -> bool:
-    """Whether a method does something at a call of the protocol."""
+    """Whether a method overrides a hook."""
     return getattr(method, call) is not getattr(Method, call)
 
 
 def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: str) -> None:
-    """Refuse to go on without a method that has left something for this task.
+    """Refuse to continue without a method that left something for this task.
 
     Args:
-        left: Name, kind and size in words of each method that left something.
+        left: Name, kind and size (as text) of each method that left something.
         methods: The methods of this task.
-        where: What they left it with, in words.
+        where: The model they left it with, for messages.
 
     Raises:
-        ValueError: If one is not there, or is of another kind.
+        ValueError: If one is missing, or is of another kind.
     """
     here = {name: kind for name, kind, _ in methods.kinds()}
     for name, kind, size in left:
-        # Only kinds of the table are looked up: the list may be somebody else's, and a lookup imports what it names.
+        # Only kinds of the table are looked up: the list may be someone else's, and a lookup imports what it names.
         if name not in here and kind in TABLE and method_class(kind).droppable:
             logger.warning(
-                "%s comes with what method %r learned, and this run has no such method: it stays behind.", where, name
+                "%s comes with what method %r learned, and this run does not use that method: it is dropped.",
+                where,
+                name,
             )
         elif here.get(name) != kind:
             has = f"a {here[name]!r} of that name" if name in here else ", ".join(here) or "none"
@@ -69,19 +71,19 @@ def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: s
 
 
 def kind_of(method: type[Method]) -> str:
-    """What a method is called in data: its key in the table, or ``"package.module:Class"``."""
+    """A method's name in plain data: its key in the table, or ``"package.module:Class"``."""
     path = f"{method.__module__}:{method.__qualname__}"
     return next((name for name, target in TABLE.items() if target == path), path)
 
 
 def check_protocol(method: type[Method]) -> None:
-    """Refuse a class that would fail in the middle of a run, or only when its task is saved.
+    """Refuse a class that would fail only during a run, or when its task is saved.
 
     Args:
         method: A subclass of `Method`.
 
     Raises:
-        TypeError: If it lacks a name, its paper is not a `Paper`, or a call takes other arguments.
+        TypeError: If it lacks a name, its paper is not a `Paper`, or a hook takes other arguments.
     """
     title = method.__name__
     if not isinstance(getattr(method, "name", None), str | property) and "name" not in getattr(
@@ -93,7 +95,7 @@ def check_protocol(method: type[Method]) -> None:
     if not isinstance(method.paper, Paper | None):
         raise TypeError(
             f"{title}.paper is {method.paper!r} ({type(method.paper).__name__}): give a hf_continual.Paper(title, authors, year), "
-            f"or None for an idea of your own."
+            f"or None for an unpublished idea."
         )
     for call in STATIONS:
         if overrides(method, call):
@@ -101,13 +103,13 @@ def check_protocol(method: type[Method]) -> None:
 
 
 def check_described(method: Method) -> None:
-    """Refuse a method whose hyper-parameters could not be saved with the model.
+    """Refuse a method whose hyper-parameters cannot be saved with the model.
 
     Args:
         method: The method.
 
     Raises:
-        TypeError: If it was made with a hyper-parameter that it does not keep under its name.
+        TypeError: If it takes a hyper-parameter that it does not keep under the same name.
     """
     if type(method).describe is not Method.describe:
         return
@@ -120,7 +122,7 @@ def check_described(method: Method) -> None:
 
 
 def _check_call(method: type[Method], call: str) -> None:
-    """Refuse an override that cannot be called as the protocol calls it."""
+    """Refuse an override that cannot be called like the hook."""
     wanted = list(inspect.signature(getattr(Method, call)).parameters)
     try:
         inspect.signature(getattr(method, call)).bind(*wanted)
@@ -139,19 +141,19 @@ class Methods:
 
     Raises:
         TypeError: If an entry is not a method.
-        ValueError: If two have the same name, or two bring an optimizer or modules of their own.
+        ValueError: If two have the same name, or two supply an optimizer or modules of their own.
     """
 
     def __init__(self, methods: Iterable[Method]) -> None:
         if isinstance(methods, Method):
             name = type(methods).__name__
-            raise TypeError(f"methods is one {name}, and it must be a list: methods=[{name}(...)].")
+            raise TypeError(f"methods is a single {name}, and it must be a list: methods=[{name}(...)].")
         if isinstance(methods, str | Mapping):
             raise TypeError(
-                f"methods={methods!r} describes methods as data, and here they are objects. Give it to the configuration: "
+                f"methods={methods!r} describes methods as data, and here they must be objects. Give it to the configuration: "
                 f"ContinualConfig(methods={methods!r})."
             )
-        self.methods = tuple(methods)
+        self.methods = tuple(sorted(methods, key=lambda method: bool(getattr(method, "watches", False))))
         for method in self.methods:
             if isinstance(method, type) and issubclass(method, Method):
                 raise TypeError(
@@ -168,14 +170,14 @@ class Methods:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"Two methods are called {twice[0]!r}: their logs and state would overwrite each other. "
-                f"Drop one, or give one another name where the method has a `name` parameter."
+                f"Drop one, or rename one if the method has a `name` parameter."
             )
         for method in self.methods:
             plain_name(type(method).__name__, method.name)
         bringing = [m for m in self.methods if overrides(type(m), "optimizer")]
         if len(bringing) > 1:
             both = " and ".join(type(m).__name__ for m in bringing)
-            raise ValueError(f"{both} both bring an optimizer, and a step can have one. Drop one of them.")
+            raise ValueError(f"{both} both supply an optimizer, and a run can have only one. Drop one of them.")
         self.optimizing: Method | None = bringing[0] if bringing else None
         adapting = [m for m in self.methods if overrides(type(m), "adapter")]
         if len(adapting) > 1:
@@ -191,19 +193,24 @@ class Methods:
     def __len__(self) -> int:
         return len(self.methods)
 
+    @property
+    def acting(self) -> tuple[Method, ...]:
+        """The methods that change how the model learns, without those that only watch."""
+        return tuple(m for m in self.methods if not m.watches)
+
     def at(self, call: str) -> list[Method]:
-        """The methods that do something at a call of the protocol."""
+        """The methods that override a hook."""
         return [m for m in self.methods if overrides(type(m), call)]
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """All module outputs asked for, each once."""
+        """All requested module outputs, each once."""
         return tuple(dict.fromkeys(name for m in self.methods for name in m.taps))
 
     def kinds(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Name, kind and hyper-parameters of each method; a kind is a key of the table or ``"package.module:Class"``."""
-        return [(m.name, kind_of(type(m)), m.describe()) for m in self.methods]
+        return [(m.name, kind_of(type(m)), m.describe()) for m in self.acting]
 
     def describe(self) -> list[dict[str, Any]]:
-        """The methods as data, in order, from which they can be built again: ``[{kind: hyper-parameters}, ...]``."""
-        return [{kind_of(type(m)): m.describe()} for m in self.methods]
+        """The methods as data, in order, from which they can be rebuilt: ``[{kind: hyper-parameters}, ...]``."""
+        return [{kind_of(type(m)): m.describe()} for m in self.acting]

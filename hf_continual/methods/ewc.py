@@ -1,28 +1,28 @@
-r"""Elastic weight consolidation: important weights are held by springs.
+r"""Elastic weight consolidation: important weights are held in place by springs.
 
 Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, https://arxiv.org/abs/1612.00796.
 
-When a task ends, the diagonal Fisher information F of its own rows says how much each weight matters to it, and
-theta* is where the weights are. Later tasks pay for moving away (eq. 3):
+When a task ends, the diagonal Fisher information F on its own rows tells how much each weight matters to it, and
+theta* are the weights. Later tasks pay for moving away (eq. 3):
 
     L(theta) = L_task(theta) + lambda / 2 sum_i F_i (theta_i - theta*_i)^2,      dL/dtheta_i += lambda F_i (theta_i - theta*_i)
 
 The gradient is added in closed form once per optimizer step, after accumulation and clipping: no graph, and the same
-whatever the accumulation, the number of processes and the scale of the loss. It is itself not clipped.
+for any accumulation, number of processes and loss scale. It is not clipped itself.
 
-F is measured in one pass without dropout over rows as they were trained, L the token mean of a batch or row:
+F is measured in one pass without dropout over the rows as trained; L is the token mean of a batch or row:
 
     F = 1/N sum_b n_b (grad L_b)^2      "batch": over batches of n_b rows, as the published code of Spurious Forgetting
-    F = 1/N sum_n (grad L_n)^2          "sample": over single rows, as the definition says; about n_b times as large
+    F = 1/N sum_n (grad L_n)^2          "sample": over single rows, as in the definition; about n_b times as large
 
 and over tasks, with k tasks in F_old: ``"mean"`` (F_new + k F_old) / (k + 1), ``"sum"`` F_new + F_old, ``"online"``
 F_new + decay F_old (Schwarz et al., 2018). The anchors are the weights after the last task.
 
 Differs from the published code: dropout is off while F is measured, the penalty is divided neither by nor
-multiplied with the accumulation steps (theirs counts it once per micro-batch), and no copy of the model is kept.
+multiplied by the accumulation steps (theirs counts it once per micro-batch), and no copy of the model is kept.
 
 Memory: 8 bytes per trainable parameter (F and theta* in float32), 4 more while F is measured; 8 on disk, handed to the
-next task. On an accelerator a step takes room for 2^25 elements besides.
+next task. On an accelerator a step also needs memory for 2^25 elements.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from hf_continual.bounds import between, one_of, whole_number
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.fisher import add_squares_, fisher_diagonal, measure_fisher
 from hf_continual.paper import Paper
+from hf_continual.tensors.anchors import distance
 from hf_continual.tensors.flat import local
 from hf_continual.tensors.whole import sharded_as, whole
 
@@ -55,7 +56,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
-AT_ONCE = 1 << 25  # elements: bounds the copies of a step on a device that has more weights than room
+AT_ONCE = 1 << 25  # elements: bounds a step's copies on a device with little free memory
 OverTasks = Literal["mean", "sum", "online"]
 
 
@@ -64,8 +65,8 @@ def penalty(params: Tensors, anchors: Tensors, fisher: Tensors, weight: float) -
 
     Args:
         params: Weights by name.
-        anchors: theta*, where the weights were after the last task.
-        fisher: F, of the same shapes; names that it lacks are free.
+        anchors: theta*, the weights after the last task.
+        fisher: F, of the same shapes; names missing from it are free.
         weight: lambda.
 
     Returns:
@@ -82,7 +83,7 @@ def penalty_gradients(params: Tensors, anchors: Tensors, fisher: Tensors, weight
     Args:
         params: Weights by name, any float dtype.
         anchors: theta*, of the same shapes.
-        fisher: F, of the same shapes; names that it lacks have no gradient.
+        fisher: F, of the same shapes; names missing from it have no gradient.
         weight: lambda.
 
     Returns:
@@ -125,17 +126,17 @@ def add_penalty_gradients_(
 
 
 def merged_fisher(new: Tensors, old: Tensors, tasks: int, over_tasks: OverTasks, decay: float) -> dict[str, Tensor]:
-    """F after a task, from the task's own and that of earlier tasks.
+    """F after a task, from the task's own F and that of earlier tasks.
 
     Args:
         new: F of the task's rows.
-        old: F of earlier tasks; a weight may be in one of the two only.
+        old: F of earlier tasks; a weight may be in only one of the two.
         tasks: Number of tasks in `old`.
         over_tasks: ``"mean"``, ``"sum"`` or ``"online"``.
         decay: Of ``"online"``.
 
     Returns:
-        F by name, of all weights that either knows.
+        F by name, for all weights in either.
     """
     if not tasks:
         return dict(new)
@@ -154,8 +155,8 @@ def merged_fisher(new: Tensors, old: Tensors, tasks: int, over_tasks: OverTasks,
 class EWC(Method):
     """Hold weights that mattered to earlier tasks near where those tasks left them.
 
-    Idea: a weight that the old tasks' likelihood depends on moves at a price, the others are free.
-    Hooks: gradients, task end. Cost: one elementwise pass over the trainable weights per step; when the task ends
+    Idea: moving a weight that the old tasks' likelihood depends on costs loss; the others are free.
+    Hooks: gradients, task end. Cost: one elementwise pass over the trainable weights per step; when the task ends,
     one forward and backward pass over its rows (`rows` limits it).
     Relations: with LoRA, F and theta* are those of the adapter's factors: the diagonal form of LaLoRA. A new adapter
     (``between_tasks: new_adapter``) has no earlier weights, so nothing is held. RecAdam pulls all weights alike.
@@ -167,9 +168,9 @@ class EWC(Method):
         fisher: ``"batch"`` squares the gradient of batches, ``"sample"`` that of single rows.
         over_tasks: How F of several tasks becomes one: ``"mean"``, ``"sum"`` or ``"online"``.
         decay: gamma of ``"online"``, between 0 and 1.
-        rows: Most rows in the pass, drawn with the run's seed; None: all.
-        batch_rows: Rows of a batch over all processes; None: those of an optimizer step.
-        name: Prefix of the logged values, and of the files that are handed over.
+        rows: Maximum number of rows in the pass, drawn with the run's seed; None: all.
+        batch_rows: Rows of a batch over all processes; None: as many as an optimizer step.
+        name: Prefix of the logged values, and of the files handed to the next task.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
@@ -218,7 +219,7 @@ class EWC(Method):
                 whole_number("EWC", key, getattr(self, key))
 
     def load_task_state(self, state: State, run: Run) -> None:
-        """Take over F and theta* of the earlier tasks."""
+        """Load F and theta* of the earlier tasks."""
         self._tasks = int(state["tasks"])
         self._old = {n.removeprefix("fisher/"): t for n, t in state.items() if n.startswith("fisher/")}
         self._anchors = {n.removeprefix("anchor/"): t for n, t in state.items() if n.startswith("anchor/")}
@@ -228,19 +229,19 @@ class EWC(Method):
         if wrong := [n for n in self._held if self._old[n].shape != params[n].shape]:
             first = wrong[0]
             raise ValueError(
-                f"EWC: {len(wrong)} weights have another shape than when their importance was measured, such as {first}: "
+                f"EWC: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(self._old[first].shape)} then, {tuple(params[first].shape)} now. Train with the same model and "
                 f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True)."
             )
 
     def begin_task(self, run: Run) -> None:
-        """Put F and theta* of the weights that are trained where the weights are."""
+        """Move F and theta* of the trained weights to their device."""
         self._after = {}
         params = run.named_parameters()
         held = [n for n in self._held if n in params]
         if self._tasks and not held:
             logger.warning(
-                "EWC: none of the %d weights that are trained was trained by an earlier task (a new adapter, or other "
+                "EWC: none of the %d trained weights was trained by an earlier task (a new adapter, or other "
                 "layers): nothing is held. Continue the same weights to hold them.", len(params),
             )  # fmt: skip
         self._live = tuple(  # pyrefly: ignore[bad-assignment]
@@ -257,14 +258,19 @@ class EWC(Method):
         weights, springs, where = ({n: local(t[n].detach()) for n in grads} for t in (params, fisher, anchors))
         add_penalty_gradients_(grads, weights, where, springs, self.weight)
 
+    def measure(self, run: Run) -> dict[str, Tensor]:
+        """How far the weights are from where earlier tasks left them."""
+        anchors, params = self._live[0] if self._live else {}, run.named_parameters()
+        return {"distance": distance(((params[n], a) for n, a in anchors.items()), run.sum if run.is_sharded else None)}
+
     def end_task(self, run: Run) -> None:
-        """Measure F on the task's own rows, and note where the weights are."""
+        """Measure F on the task's own rows, and store the weights."""
         params = run.named_parameters()
         new, counted = measure_fisher(
             run, run.task_rows, self.fisher, self.rows, self.batch_rows, what=f"{self.name}: Fisher"
         )
         fisher = {n: whole(t).cpu() for n, t in new.items()}
-        # A new adapter's weights are others than the earlier ones of the same name.
+        # A new adapter's weights are different from the earlier ones of the same name.
         old = {n: t for n, t in self._old.items() if n not in params or n in self._live[1]}
         fisher = merged_fisher(fisher, old, self._tasks, self.over_tasks, self.decay)
         anchors = {**self._anchors, **{n: whole(p.detach()).cpu() for n, p in params.items()}}
@@ -281,7 +287,7 @@ class EWC(Method):
 
 
 def _is_new_adapter(name: str, params: Tensors, anchors: Tensors) -> bool:
-    """Whether a factor belongs to an adapter that has learned nothing, though an earlier one of its name had."""
+    """Whether a factor belongs to an untrained adapter, although an earlier one of the same name was trained."""
     for a, b in (("lora_A", "lora_B"), ("lora_embedding_B", "lora_embedding_A")):
         if f".{a}." in name or f".{b}." in name:
             zero = name.replace(f".{a}.", f".{b}.")

@@ -1,9 +1,9 @@
-r"""The diagonal Fisher information of weights, measured on rows: what EWC holds weights by, and RecAdam can.
+r"""The diagonal Fisher information of weights, measured on rows; used by EWC and, optionally, RecAdam.
 
 Kirkpatrick et al., PNAS 2017, https://arxiv.org/abs/1612.00796, where F is the mean square of the gradient of log p:
 
     F = 1/N sum_b n_b (grad L_b)^2      "batch": over batches of n_b rows, L_b the token mean of the batch
-    F = 1/N sum_n (grad L_n)^2          "sample": over single rows, as the definition says; about n_b times as large
+    F = 1/N sum_n (grad L_n)^2          "sample": over single rows, as in the definition; about n_b times as large
 
 Both are empirical: the labels are those of the rows, not drawn from the model.
 """
@@ -34,10 +34,10 @@ def add_squares_(fisher: Mapping[str, Tensor], gradients: Mapping[str, Tensor | 
 
 
 def fisher_diagonal(losses: Iterable[Tensor], params: Mapping[str, Tensor], rows: Iterable[int]) -> dict[str, Tensor]:
-    """F from losses: ``1/N sum_b n_b (grad L_b)^2``; with ``n_b = 1`` everywhere the definition's, over single rows.
+    """F from losses: ``1/N sum_b n_b (grad L_b)^2``; with ``n_b = 1`` it is the definition, over single rows.
 
     Args:
-        losses: Scalars with their graphs, one for each batch or row; may be made one after the other.
+        losses: Scalars with their graphs, one for each batch or row; may be computed lazily.
         params: Weights by name, which the losses depend on.
         rows: n_b, the number of rows in each.
 
@@ -45,7 +45,7 @@ def fisher_diagonal(losses: Iterable[Tensor], params: Mapping[str, Tensor], rows
         F by name, float32, of the shapes of `params`.
 
     Raises:
-        ValueError: If there is no loss, or another number of losses than of `rows`.
+        ValueError: If there are no losses, or their number differs from that of `rows`.
     """
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
     total = 0
@@ -54,7 +54,7 @@ def fisher_diagonal(losses: Iterable[Tensor], params: Mapping[str, Tensor], rows
         add_squares_(fisher, dict(zip(params, found, strict=True)), count)
         total += count
     if not total:
-        raise ValueError("the Fisher information of no row is not defined: give at least one loss.")
+        raise ValueError("there are no losses, and the Fisher information needs at least one row.")
     return {name: f.div_(total) for name, f in fisher.items()}
 
 
@@ -73,19 +73,19 @@ def measure_fisher(
         rows: Tokenised rows, a Dataset.
         kind: ``"batch"`` or ``"sample"``.
         most: Rows to draw with the run's seed; None: all.
-        batch_rows: Rows of a batch over all processes; None: those of an optimizer step.
+        batch_rows: Rows of a batch over all processes; None: as many as an optimizer step.
         what: Title of the progress bar.
 
     Returns:
-        F by name, float32 and spread over processes as the weights are, and the number of rows.
+        F by name, float32 and sharded like the weights, and the number of rows.
 
     Raises:
-        ValueError: If single rows are asked for and the weights are spread over processes.
+        ValueError: If single rows are requested and the weights are sharded over processes.
     """
     single = kind == "sample"
     if single and run.is_sharded:
         raise ValueError(
-            f"{what}: fisher='sample' needs the gradient of one row on one process, and the weights are spread over "
+            f"{what}: fisher='sample' needs the gradient of one row on one process, and the weights are sharded over "
             f"processes. Use fisher='batch'."
         )
     if most is not None and most < len(rows):

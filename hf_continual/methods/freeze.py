@@ -3,14 +3,14 @@ r"""Freezing the bottom layers, against spurious forgetting.
 Zheng et al., "Spurious Forgetting in Continual Learning of Language Models", ICLR 2025,
 https://arxiv.org/abs/2501.13453.
 
-Much of what looks forgotten after a new task is still there; what was lost is its alignment with the
+Much of what looks forgotten after a new task is still there; it lost its alignment with the
 task, and that happens in the first steps and in the bottom layers. So when learning task t >= t0, the
-input embeddings and the lowest n blocks stay as they are:
+input embeddings and the lowest n blocks are frozen:
 
     theta_F = {embeddings} + {parameters of blocks 0 .. n-1},     theta_F <- constant for t >= t0.
 
-The embeddings are everything that runs between the token ids and block 0: token and position embeddings, and what
-norms, projects or adds to them. Vision and audio towers are trained as without the method.
+The embeddings are everything that runs between the token ids and block 0: token and position embeddings, and whatever
+normalises, projects or adds to them. Vision and audio towers are trained as without the method.
 
 Differs from the authors' code, which matches substrings of names: their `layers.1` also freezes layers
 10 to 19, so most shipped configurations freeze more than the bottom. `compatibility="official-substring"`
@@ -58,12 +58,12 @@ logger = logging.getLogger(__name__)
 
 
 def frozen_modules(model: nn.Module, bottom: int, embeddings: bool) -> dict[str, nn.Module]:
-    """The modules that are to stay as they are, by name.
+    """The modules to freeze, by name.
 
     Args:
         model: A causal language model without adapters around it.
         bottom: Number of blocks, counted from the input.
-        embeddings: Whether the input embeddings belong to them.
+        embeddings: Whether the input embeddings are among them.
 
     Returns:
         Modules by name.
@@ -78,42 +78,42 @@ def frozen_modules(model: nn.Module, bottom: int, embeddings: bool) -> dict[str,
             f"Give at most {len(blocks)}; the paper uses 1 to 3 after the first task."
         )
     chosen = {f"{blocks.path}.{i}": blocks.modules[i] for i in range(bottom)}
-    # One process may hold the weights and another none: what is below must not depend on who looks.
+    # One process may hold the weights and another none: the result must not depend on the process.
     below = from_first(lambda: list(modules_below(model))) if embeddings else []
     return {name: model.get_submodule(name) for name in below} | chosen
 
 
 def official_substrings(blocks: Blocks, embedding_names: list[str], bottom: int) -> list[str]:
-    """What the authors' configurations list for n layers; a parameter whose name contains one is frozen."""
+    """The substrings in the authors' configurations for n layers; a parameter whose name contains one is frozen."""
     last = blocks.path.rpartition(".")[2]
     return [*(name.rpartition(".")[2] for name in embedding_names), *(f"{last}.{i}" for i in range(bottom))]
 
 
 @dataclass
 class FreezeLayers(Method):
-    """Keep the input embeddings and the lowest blocks as they are.
+    """Freeze the input embeddings and the lowest blocks.
 
-    Idea: early steps of a new task overwrite the bottom layers and misalign what lies above; frozen
-    bottom layers keep old tasks readable, and the upper blocks have room enough to learn the new one.
+    Idea: early steps of a new task overwrite the bottom layers and misalign the layers above; frozen
+    bottom layers keep old tasks readable, and the upper blocks have enough capacity to learn the new one.
     Hooks: model surgery. Cheaper than plain fine-tuning: no backward pass, gradients or optimizer
     state below the first trainable block, with gradient checkpointing too.
-    Relations: composes with everything. With LoRA it means no adapters below; tokens that the adapter names in
-    `trainable_token_indices` stay trainable.
+    Relations: composes with everything. With LoRA there are no adapters in frozen blocks; tokens that the adapter lists
+    in `trainable_token_indices` stay trainable.
 
     Args:
         bottom: Number of blocks to freeze, counted from the input. The paper uses 1 to 3 of a 7B model
             after the first task, 6 to keep the alignment of a chat model, 7 or 8 of 12 for Biography.
-        embeddings: Whether the input embeddings are frozen too. Where the language-model head is the same
-            matrix (tied), True freezes the head with it, and says so; ``"untie"`` gives the head a copy of its
-            own, which costs one more matrix; False leaves the matrix trainable.
-        from_task: Index of the first task that is learnt with frozen layers: 0 freezes at once, 1 learns
+        embeddings: Whether the input embeddings are frozen too. If the language-model head is the same
+            matrix (tied), True freezes the head with it, and logs it; ``"untie"`` gives the head its own
+            copy, which costs one more matrix; False leaves the matrix trainable.
+        from_task: Index of the first task that is learned with frozen layers: 0 freezes at once, 1 learns
             the first task of a sequence with all weights.
         compatibility: ``"official-substring"`` freezes what the authors' code freezes, for comparisons.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
         ValueError: If nothing would be frozen, nothing would be left to train, or an adapter's `modules_to_save`
-            asks to train embeddings that are to be frozen.
+            trains embeddings that should be frozen.
     """
 
     bottom: int
@@ -147,7 +147,7 @@ class FreezeLayers(Method):
         """Freeze, before any wrapper and before the optimizer exists."""
         self._embeddings, self._trained = [], []
         if task.index < self.from_task:
-            logger.info("freeze: task %d is learnt with all weights (from_task=%d).", task.index, self.from_task)
+            logger.info("freeze: task %d is learned with all weights (from_task=%d).", task.index, self.from_task)
             return
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if self.embeddings and is_tied(base):
@@ -169,12 +169,12 @@ class FreezeLayers(Method):
         ]
 
     def begin_task(self, run: Run) -> None:
-        """Let the outputs of frozen embeddings require no gradient.
+        """Detach the outputs of frozen embeddings.
 
-        Gradient checkpointing and adapters make them require one, which would draw the backward pass through all
-        frozen blocks. Whatever else lies below and is trained (a projector, soft prompts) keeps its gradient.
-        Re-entrant checkpointing needs an input that requires one, so the first trainable block that runs gets it
-        (with text alone, the cross attention of Mllama does not).
+        Gradient checkpointing and adapters make them require a gradient, which would pull the backward pass through all
+        frozen blocks. Anything else below that is trained (a projector, soft prompts) keeps its gradient.
+        Re-entrant checkpointing needs an input that requires a gradient, so the first trainable block that runs gets
+        one (on text alone, Mllama's cross attention does not run).
         """
         self.release()
         self._handles = [module.register_forward_hook(_detach_output) for module in self._embeddings]
@@ -183,15 +183,15 @@ class FreezeLayers(Method):
         ]
 
     def release(self) -> None:
-        """Give the model back without hooks."""
+        """Remove the hooks from the model."""
         while self._handles:
             self._handles.pop().remove()
 
     def _parameters(self, base: nn.Module, modules: dict[str, nn.Module]) -> list[nn.Parameter]:
-        """What is frozen, each once: all of the modules, but for rows of new tokens that an adapter trains."""
+        """The parameters to freeze, each once: all of the modules' except rows of new tokens that an adapter trains."""
         rows = {id(p) for module in modules.values() for p in trainable_rows(module)}
         if rows:
-            logger.info("freeze: the rows of embeddings that trainable_token_indices names stay trainable.")
+            logger.info("freeze: the embedding rows listed in trainable_token_indices stay trainable.")
         found = {id(p): p for module in modules.values() for p in module.parameters()}
         if self.compatibility == "official-substring":
             parts = official_substrings(find_blocks(base), list(embedding_modules(base)), self.bottom)
@@ -203,13 +203,13 @@ class FreezeLayers(Method):
         for name, module in modules.items():
             if not name.startswith(f"{blocks}.") and has_fresh_copy(module):
                 raise ValueError(
-                    f"FreezeLayers(embeddings={self.embeddings!r}) freezes {name}, and the adapter's modules_to_save "
-                    f"asks to train it. Give FreezeLayers(embeddings=False), or take {name.rpartition('.')[2]!r} out of "
-                    f"modules_to_save; trainable_token_indices trains the rows of new tokens alone."
+                    f"FreezeLayers(embeddings={self.embeddings!r}) freezes {name}, but the adapter's modules_to_save "
+                    f"trains it. Give FreezeLayers(embeddings=False), or take {name.rpartition('.')[2]!r} out of "
+                    f"modules_to_save; trainable_token_indices trains only the rows of new tokens."
                 )
 
     def _check_rest(self, model: nn.Module, base: nn.Module, frozen: list[nn.Parameter]) -> None:
-        """Refuse to freeze all that is trainable, before anything is changed."""
+        """Refuse to freeze everything trainable, before anything is changed."""
         gone = {id(p) for p in frozen}
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if trained - gone:
@@ -217,13 +217,15 @@ class FreezeLayers(Method):
         blocks = find_blocks(base).modules
         lies = [i for i, block in enumerate(blocks) if any(id(p) in trained for p in block.parameters())]
         if not trained:
-            advice = "None was trainable before: set requires_grad, or give an adapter."
+            advice = "No parameter was trainable before: set requires_grad, or add an adapter."
         elif lies and lies[-1] > 0:
             advice = f"The highest block with a trainable weight is {lies[-1]}: freeze {lies[-1]} or fewer blocks."
         elif lies:
-            advice = "All that is trainable lies in block 0: let the adapter reach higher blocks, or drop FreezeLayers."
+            advice = (
+                "All trainable parameters are in block 0: let the adapter reach higher blocks, or drop FreezeLayers."
+            )
         else:
-            advice = "All that is trainable are embeddings: give embeddings=False, or drop FreezeLayers."
+            advice = "All trainable parameters are embeddings: give embeddings=False, or drop FreezeLayers."
         raise ValueError(
             f"FreezeLayers(bottom={self.bottom}, embeddings={self.embeddings!r}) leaves no parameter of "
             f"{type(model).__name__} trainable. {advice}"
@@ -234,7 +236,7 @@ class FreezeLayers(Method):
         fresh = {name: layer for name, layer in layers.items() if is_fresh(layer)}
         remove_adapters(model, fresh)
         logger.info(
-            "freeze: %d new adapter layers below block %d were taken off, %d others are kept and frozen.",
+            "freeze: %d new adapter layers below block %d were removed, %d others are kept and frozen.",
             len(fresh), self.bottom, len(layers) - len(fresh),
         )  # fmt: skip
 
@@ -242,7 +244,7 @@ class FreezeLayers(Method):
         size = elements(base.get_input_embeddings().weight)  # pyrefly: ignore[not-callable]
         logger.warning(
             "freeze: %s ties the language-model head to the input embeddings, so freezing these %d parameters freezes "
-            "the head too. embeddings='untie' trains a head of its own, embeddings=False trains the shared matrix.",
+            "the head too. embeddings='untie' trains a separate head, embeddings=False trains the shared matrix.",
             type(base).__name__, size,
         )  # fmt: skip
 
@@ -259,7 +261,7 @@ class FreezeLayers(Method):
         )  # fmt: skip
         if other:
             logger.info(
-                "freeze: %d more parameters (%s) are trained by rows that reach them, such as images, and by no others.",
+                "freeze: %d more parameters (%s) are trained only by rows that reach them, such as images.",
                 other, ", ".join(name for name, params in beside.items() if params),
             )  # fmt: skip
 
@@ -277,7 +279,7 @@ def _require_input_grad(module: nn.Module, args: Any, kwargs: Any) -> Any:
     checkpoint = module.__dict__.get("_gradient_checkpointing_func")
     if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant"):
         return _on_hidden(args, kwargs, require)
-    return None  # everything else needs no gradient of the input, and should not compute it
+    return None  # other blocks need no gradient of the input, and should not compute it
 
 
 def _on_hidden(args: Any, kwargs: Any, change: Any) -> Any:

@@ -1,20 +1,20 @@
-r"""Gradient projection: the direction in which every run of a new task sets out is taken from its gradients.
+r"""Gradient projection: remove from the gradients the direction in which every run of a new task starts.
 
 Zheng et al., "Spurious Forgetting in Continual Learning of Language Models", ICLR 2025, https://arxiv.org/abs/2501.13453.
 
-The first steps on a new task undo how the model answers old ones, always in about the same direction. It is found by k
-preliminary runs from the same start, each of n steps, and is what they have in common between two of their steps:
+The first steps on a new task undo how the model answers old ones, always in roughly the same direction. It is found by
+k preliminary runs from the same start, each of n steps, as their mean movement between two of their steps:
 
     d = 1/k sum_i (theta_i(n) - theta_i(m)),        then in each step, for each row r of a weight:    g_r <- g_r - (g_r . d_r) d_r / |d_r|^2
 
-One-dimensional weights are projected whole. `literal=True` is the formula in the published code's comments, which removes
-d_r cos(g_r, d_r) from a row and d (g . d) / |d| from a vector: no projection, and next to nothing where d is short.
+One-dimensional weights are projected as a whole. `literal=True` is the formula in the published code's comments, which
+subtracts d_r cos(g_r, d_r) from a row and d (g . d) / |d| from a vector: not a projection, and tiny if d is short.
 
-The preliminary runs are made here: a fresh AdamW with the run's settings and its peak learning rate on other draws of the
-task's own rows. Then weights and random numbers are put back, bit for bit.
+The preliminary runs are made here: a fresh AdamW with the run's settings and its peak learning rate, on different draws
+of the task's own rows. Then weights and random states are restored, bit for bit.
 
-Memory: 4 bytes per trainable parameter for the directions; while the preliminary runs last, their AdamW's moments in place of
-those of the run's optimizer, and the weights in main memory. Cost: k n steps before the first one.
+Memory: 4 bytes per trainable parameter for the directions; during the preliminary runs, their AdamW's moments in place
+of those of the run's optimizer, and the weights in main memory. Cost: k n steps before the first one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 def project(grad: Tensor, direction: Tensor, literal: bool = False) -> Tensor:
-    """Take a direction out of a gradient, row by row; a vector is one row.
+    """Remove a direction from a gradient, row by row; a vector is one row.
 
     Args:
-        grad: g, (rows, columns) or more dimensions, of which the last is a row; or (D,).
-        direction: d, of the same shape. A row of zeros takes nothing out.
-        literal: The published formula instead of the projection.
+        grad: g, (rows, columns) or more dimensions, with rows along the last; or (D,).
+        direction: d, of the same shape. A row of zeros removes nothing.
+        literal: Use the published formula instead of the projection.
 
     Returns:
         A new tensor of the shape and dtype of `grad`.
@@ -69,22 +69,22 @@ def project(grad: Tensor, direction: Tensor, literal: bool = False) -> Tensor:
 
 @dataclass
 class GradientProjection(Method):
-    """Learn without moving along the direction in which every run of the task would set out.
+    """Learn without moving along the direction in which every run of the task would start.
 
-    Idea: what the first steps on a new task have in common undoes the alignment of old tasks, and the task can be learnt
-    without it. Hooks: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over the
-    projected weights per step. Adam's division by its second moment turns a step away from its gradient, so that weights may
-    move a little along the direction; with SGD they do not.
-    Relations: FreezeLayers and a short first task are the paper's cheaper remedies, TaskVector its correction afterwards.
-    It acts in every task that it is given to. Composes with everything.
+    Idea: the common part of the first steps on a new task undoes the alignment of old tasks, and the task can be
+    learned without it. Hooks: gradients. Cost: ``runs * steps`` steps before the first one, two elementwise passes over
+    the projected weights per step. Adam's division by its second moment rotates a step away from its gradient, so that
+    weights may move a little along the direction; with SGD they do not.
+    Relations: FreezeLayers and a short first task are the paper's cheaper remedies, TaskVector the correction
+    afterwards. It acts in every task it is given to. Composes with everything.
 
     Args:
-        runs: k, preliminary runs; 0 is plain fine-tuning.
-        steps: n, optimizer steps of each.
-        since: m, the step from which on their movement counts; None: two thirds of `steps`, as the paper's 100 of 150.
+        runs: k, number of preliminary runs; 0 is plain fine-tuning.
+        steps: n, optimizer steps of each run.
+        since: m, the step from which their movement counts; None: two thirds of `steps`, like the paper's 100 of 150.
         layers: ``"attention"`` projects weights of attention modules, ``"all"`` every trained weight.
-        literal: The published formula instead of the projection, see `project`.
-        name: Prefix of the logged values, and of the files that are kept.
+        literal: Use the published formula instead of the projection, see `project`.
+        name: Prefix of the logged values, and of its files.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
@@ -122,7 +122,7 @@ class GradientProjection(Method):
 
     @property
     def first_counted(self) -> int:
-        """m as it is used."""
+        """The m in use."""
         return 2 * self.steps // 3 if self.since is None else self.since
 
     def extra_steps(self, steps: int) -> int:
@@ -149,7 +149,7 @@ class GradientProjection(Method):
         chosen = [name for name in params if name in attending]
         if not chosen:
             raise ValueError(
-                f"GradientProjection(layers='attention'): of the {len(params)} weights that are trained none belongs to an "
+                f"GradientProjection(layers='attention'): none of the {len(params)} trained weights belongs to an "
                 f"attention module. Use layers='all', or freeze less."
             )
         return chosen
@@ -174,7 +174,7 @@ class GradientProjection(Method):
         return total
 
     def _preliminary(self, run: Run, which: int, chosen: list[str]) -> dict[str, Tensor]:
-        """One run from the weights that are there: its movement between the two steps, float32. Leaves them moved."""
+        """Make one run from the current weights; return its movement between the two steps, float32. Moves the weights."""
         params, settings = run.named_parameters(), {**run.optimizer_defaults(), "lr": run.learning_rate}
         optimizer: Any = torch.optim.AdamW(params.values(), **settings)  # pyrefly: ignore[bad-argument-type]
         before: dict[str, Tensor] = {}
@@ -188,7 +188,7 @@ class GradientProjection(Method):
 
     @torch.no_grad()
     def edit_gradients(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Take the directions out of the gradients."""
+        """Remove the directions from the gradients."""
         spread: list[tuple[Tensor, Tensor]] = []
         for name, direction in self._live.items():
             if (grad := params[name].grad) is None:
@@ -201,34 +201,34 @@ class GradientProjection(Method):
             if self.literal and g.dim() > 1:
                 along = along / torch.linalg.vector_norm(g.float(), dim=-1, keepdim=True).clamp(min=1e-30)
             g.sub_((d * along).to(g.dtype))
-        if spread and self._add_up is not None:  # vectors in parts: one sum over the processes for all of them
+        if spread and self._add_up is not None:  # sharded vectors: one sum over the processes for all of them
             sums = self._add_up(torch.stack([(g.float() * d).sum() for g, d in spread]))
             for (g, d), along in zip(spread, sums, strict=True):
                 g.sub_((d * along).to(g.dtype))
 
     def state_dict(self, run: Run) -> State:
-        """The directions as a step needs them."""
+        """The directions, scaled as `edit_gradients` uses them."""
         return {name: whole(d).cpu() for name, d in self._live.items()}
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Take them back."""
+        """Load the directions."""
         self._loaded = dict(state)
 
     def end_task(self, run: Run) -> None:
-        """The next task has directions of its own."""
+        """Drop the directions: the next task has its own."""
         Unfinished(run, self.name, self.describe()).clear()
         self._live = {}
 
 
 def ready(direction: Tensor, literal: bool) -> Tensor:
-    """A direction scaled so that ``g - d (d . g)`` is the projection, or with a division by the length of g_r the published formula."""
+    """Scale a direction so that ``g - d (d . g)`` is the projection or, over the length of g_r, the published formula."""
     length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     return torch.where(length > 0, direction / (length.sqrt() if literal else length), 0.0)
 
 
 @contextmanager
 def put_back(params: Mapping[str, nn.Parameter], device: torch.device) -> Iterator[None]:
-    """Inside, weights and random numbers may move; afterwards they are what they were."""
+    """Restore weights and random states on exit."""
     start = {n: local(p.detach()).to("cpu", copy=True) for n, p in params.items()}
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices=devices, device_type=kind):

@@ -1,22 +1,23 @@
-r"""MIGU: only the output neurons that a batch excites most are updated.
+r"""MIGU: update only the output neurons that respond most to a batch.
 
 Du et al., "Unlocking Continual Learning Abilities in Language Models", EMNLP Findings 2024,
 https://arxiv.org/abs/2406.17245.
 
-Tasks excite different neurons of a linear layer. The magnitude of output neuron j is summed over all tokens of an optimizer
-step, and only the rows of the weight that belong to the largest magnitudes keep their gradient (sec. 3):
+Tasks activate different neurons of a linear layer. The magnitude of output neuron j is summed over all tokens of an
+optimizer step, and only the rows of the weight that belong to the largest magnitudes keep their gradient (sec. 3):
 
     a_j = sum over tokens |(W x + b)_j|,     mask_j = a_j >= quantile(a, 1 - share),     dL/dW_j <- mask_j dL/dW_j
 
-Biases keep theirs. The masks come after accumulation and clipping, from forward passes that are made anyway.
+Biases keep theirs. The masks are applied after accumulation and clipping, and come from forward passes that are made
+anyway.
 
 With LoRA the published code masks nothing (its branch is never taken). Here rows of B are masked by the combined output
-W x + s B A x, which is what its remains compute; `mask_a` masks rows of A by |A x| as well.
+W x + s B A x, as the rest of that code computes it; `mask_a` also masks rows of A by |A x|.
 
-Differs from the published code: padding does not count (theirs sums it too), a recomputed forward pass under gradient
-checkpointing neither, and the language-model head is not masked: its outputs are never formed by the fused loss.
+Differs from the published code: padding does not count (theirs includes it), nor does a recomputed forward pass under
+gradient checkpointing, and the language-model head is not masked: its outputs are never formed by the fused loss.
 
-Memory: one float32 value per output neuron, twice. Nothing is kept between tasks but their number.
+Memory: two float32 values per output neuron. Only the number of tasks is kept between tasks.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ logger = logging.getLogger(__name__)
 
 
 def output_mask(activation_sum_O: Tensor, share: float) -> Tensor:
-    """The output neurons with the largest activations.
+    """Select the output neurons with the largest activations.
 
     Args:
-        activation_sum_O: a, summed magnitude of each output neuron, (O,); or of several layers, (L, O).
-        share: Share that is kept, in (0, 1]; 1 minus the threshold of the paper.
+        activation_sum_O: a, summed magnitude of each output neuron, (O,); or for several layers, (L, O).
+        share: Fraction to keep, in (0, 1]; 1 minus the threshold of the paper.
 
     Returns:
         bool of the same shape, True at and above the linearly interpolated quantile: equal values are kept together.
 
     Raises:
-        ValueError: If the share lies outside.
+        ValueError: If the fraction is out of range.
     """
-    between("output_mask", "share", share, 0, 1, "]", "It is the share of output neurons that is updated.")
+    between("output_mask", "share", share, 0, 1, "]", "It is the fraction of output neurons that is updated.")
     count = activation_sum_O.shape[-1]
-    # The least value that is not below the quantile stands at (1 - share) (count - 1), rounded up.
+    # The smallest value that is not below the quantile is at (1 - share) (count - 1), rounded up.
     rank = count - 1 - share_rank(count, 1 - share) if share < 1 else 0
     return activation_sum_O >= activation_sum_O.kthvalue(rank + 1, dim=-1, keepdim=True).values
 
@@ -65,24 +66,24 @@ def output_mask(activation_sum_O: Tensor, share: float) -> Tensor:
 class MIGU(Method):
     """Update only the rows of each weight whose output neurons respond most to the batch.
 
-    Idea: which neurons respond tells which belong to a task, without labels of tasks and without old rows.
+    Idea: the neurons that respond identify a task, without task labels and without old rows.
     Hooks: loss terms (reads the forward pass), gradients. Cost: one reduction over the outputs of each linear layer
-    and forward pass, a selection per step; no forward pass of its own.
-    Relations: nothing is kept of earlier tasks, so it adds to replay, EWC or O-LoRA. AdamW's momentum and weight decay go
-    on in masked rows, as in the paper. Composes with everything.
+    and forward pass, a selection per step; no extra forward pass.
+    Relations: nothing is kept of earlier tasks, so it can be added to replay, EWC or O-LoRA. AdamW's momentum and
+    weight decay continue in masked rows, as in the paper. Composes with everything.
 
-    Masked are the weights of trainable linear layers (of LoRA their factors). Embeddings, norms, biases, experts that
-    are one tensor, and the language-model head are updated as ever.
+    It masks the weights of trainable linear layers (for LoRA the factors). Embeddings, norms, biases, experts that
+    are one tensor, and the language-model head are updated as usual.
 
     Args:
-        share: Share of the output neurons that is updated; the paper's scripts have 0.3 (threshold 0.7).
-        mask_a: Whether rows of LoRA's A are masked too, by |A x|.
-        first_task: Whether the first task is masked too; the paper begins with the second.
-        name: Prefix of the logged values, and of the files that are handed over.
+        share: Fraction of the output neurons that is updated; the paper's scripts use 0.3 (threshold 0.7).
+        mask_a: Whether to mask rows of LoRA's A too, by |A x|.
+        first_task: Whether to mask the first task too; the paper starts with the second.
+        name: Prefix of the logged values, and of the files handed to the next task.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
-        ValueError: If one is out of range, or the model has no linear layer that is trained.
+        ValueError: If one is out of range, or no linear layer of the model is trained.
     """
 
     share: float = 0.3
@@ -108,38 +109,38 @@ class MIGU(Method):
         between("MIGU", "share", self.share, 0, 1, closed="]")
 
     def reads_forward(self) -> bool:
-        """Not where all rows are updated."""
+        """False if all rows are updated."""
         return self.share < 1
 
     def load_task_state(self, state: State, run: Run) -> None:
-        """Know that this is not the first task."""
+        """Note that this is not the first task."""
         self._tasks = int(state["tasks"])
 
     def begin_task(self, run: Run) -> None:
-        """Find the weights that are masked and listen to their layers."""
+        """Find the weights to mask and hook their layers."""
         self.release()
         if self.share == 1:
             return
         if not (self.first_task or self._tasks or run.task.index):
-            logger.info("MIGU: the first task is trained plainly; first_task=True masks it too.")
+            logger.info("MIGU: the first task is plain training; first_task=True masks it too.")
             return
         weights = masked_weights(run.model, self.mask_a)
         if not weights:
             raise ValueError(
-                "MIGU: no weight of a linear layer is trained, so no output neuron can be masked. Freeze less, or adapt linear "
+                "MIGU: no weight of a linear layer is trained, so there are no output neurons to mask. Freeze less, or adapt linear "
                 "layers (LoraConfig(target_modules='all-linear'))."
             )
         self._run, self._sums = run, OutputSums(run.model, weights, run.device)
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """No term: this forward pass is one of the step's, so its outputs count."""
+        """Count this forward pass; adds no term."""
         if self._sums is not None:
             self._sums.count()
         return {}
 
     @torch.no_grad()
     def edit_gradients(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Mask the rows."""
+        """Mask the rows of the gradients."""
         if self._sums is None or self._run is None:
             return
         for members, sums_LO in self._sums.groups(self._run.sum):
@@ -149,13 +150,13 @@ class MIGU(Method):
         self._sums.clear()
 
     def release(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         if self._sums is not None:
             self._sums.remove()
         self._run = self._sums = None
 
     def task_state(self, run: Run) -> State:
-        """That there was a task."""
+        """The number of tasks so far."""
         return {"tasks": self._tasks + 1}
 
 

@@ -1,6 +1,6 @@
 """The table of methods, and methods built from plain data (YAML, JSON, a command line).
 
-Importing this module imports no method and no torch. A new method is one row here, one file beside this one,
+Importing this module imports no method and no torch. A new method is one row here, one file next to this one,
 one test file and one recipe.
 """
 
@@ -38,10 +38,10 @@ def method_class(name: str) -> type[Method]:
     """Find a method's class.
 
     Args:
-        name: A key of `TABLE`, or ``"package.module:Class"`` for a method of one's own.
+        name: A key of `TABLE`, or ``"package.module:Class"`` for your own method.
 
     Returns:
-        The class, imported now.
+        The class.
 
     Raises:
         ValueError: If there is no such name, module or class, or it is not a `Method`.
@@ -63,20 +63,20 @@ def _target(name: str) -> str:
     if target is None:
         hint = did_you_mean(name, TABLE)
         raise ValueError(
-            f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; a method of your own is named "
+            f"Unknown method {name!r}.{hint} Known are {', '.join(TABLE)}; your own method is named "
             f"'package.module:Class'."
         )
     return target
 
 
 def check_description(description: Any) -> None:
-    """Check the names in a description of methods without importing a method, so that a typing error is met at once.
+    """Check the names in a description of methods without importing a method, so that a typo is reported at once.
 
     Args:
-        description: See `build_methods`; objects and methods of one's own are not looked into.
+        description: See `build_methods`; objects and user-defined methods are not checked.
 
     Raises:
-        TypeError: If hyper-parameters are not a mapping, or one that is needed is missing.
+        TypeError: If hyper-parameters are not a mapping, or a required one is missing.
         ValueError: If a method or a hyper-parameter is unknown.
     """
     if isinstance(description, str):
@@ -93,7 +93,7 @@ def check_description(description: Any) -> None:
 
 
 def _check_options(name: str, options: Any, known: Mapping[str, bool]) -> None:
-    """Refuse hyper-parameters that a method does not take, and the lack of one that it needs."""
+    """Refuse unknown hyper-parameters, and missing required ones."""
     if not isinstance(options, Mapping):
         raise TypeError(
             f"methods.{name} must be a mapping of hyper-parameters, got {type(options).__name__} "

@@ -1,4 +1,4 @@
-r"""Task vector: what the first part of a run did to all tasks alike is taken back at its end.
+r"""Task vector: undo at the end what the first part of a run did to all tasks alike.
 
 Zheng et al., "Spurious Forgetting in Continual Learning of Language Models", ICLR 2025, https://arxiv.org/abs/2501.13453
 (one of the methods compared there), after Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023.
@@ -7,12 +7,12 @@ The steps up to e undo how the model answers old tasks; their movement v, times 
 
     v = theta(e) - theta(start),        theta' = theta(end) - alpha v
 
-The same on checkpoints, without training anew, is task arithmetic with weights 1 and -alpha:
+The same on checkpoints, without training again, is task arithmetic with weights 1 and -alpha:
 ``task_arithmetic([end, checkpoint_e], out, base=start, scale=[1.0, -alpha])``. On LoRA adapters the two differ: here the factors
-are edited, as in a state dict; there the products B A.
+are edited, as in a state dict; there, the products B A.
 
-Memory: 4 bytes per trainable parameter in main memory, from step e on also in every checkpoint; before that the weights
-training starts from, in their own dtype.
+Memory: 4 bytes per trainable parameter in main memory, from step e on also in every checkpoint; before that, the
+weights training starts from, in their own dtype.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TaskVector(Method):
-    """Subtract part of what the first part of the run did from the trained weights.
+    """Subtract part of the run's early movement from the trained weights.
 
-    Idea: the early movement is what every run on the task shares and what old tasks suffer from; the late movement is the
+    Idea: the early movement is common to every run on the task and hurts old tasks; the late movement learns the
     task. Hooks: after step, task end. Cost: one copy of the trainable weights to main memory, at the start and at step e.
-    Relations: GradientProjection keeps weights from moving that way in the first place. It acts in every task that it is
+    Relations: GradientProjection keeps weights from moving that way in the first place. It acts in every task it is
     given to. Methods that come later in the list see the edited weights when the task ends. Composes with everything.
 
     Args:
-        at: e, an optimizer step, or as a share of the run a number between 0 and 1. The paper's plots take epochs 12 to 18 of
-            checkpoints up to 25, so that half of the run is the default.
-        alpha: Share of v that is subtracted; the paper's table has 0.16 and 0.22.
-        name: Prefix of the logged values, and of the files that are kept.
+        at: e, an optimizer step, or a number between 0 and 1, a fraction of the run. The paper's plots use epochs 12 to
+            18 of checkpoints up to 25, so half of the run is the default.
+        alpha: Fraction of v to subtract; the paper's table has 0.16 and 0.22.
+        name: Prefix of the logged values, and of its files.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
-        ValueError: If one is out of range, or e lies behind the end of the run.
+        ValueError: If one is out of range, or e is after the end of the run.
     """
 
     at: float = 0.5
@@ -76,7 +76,7 @@ class TaskVector(Method):
         at_least("TaskVector", "alpha", self.alpha, 0)
 
     def reads_reference(self) -> bool:
-        """The weights that training starts from."""
+        """Always: it needs the weights that training starts from."""
         return True
 
     def prepare(self, run: Run) -> None:
@@ -86,11 +86,11 @@ class TaskVector(Method):
             self._start = {n: p.detach().to("cpu", copy=True) for n, p in run.named_parameters().items()}
 
     def begin_task(self, run: Run) -> None:
-        """Refuse a step that does not come."""
+        """Refuse a step after the end of the run."""
         if self.alpha and self._step(run) >= run.max_steps:
             raise ValueError(
-                f"TaskVector(at={self.at:g}): the run has {run.max_steps} steps, and the vector ends before its last one. Give a "
-                f"step below {run.max_steps}, or a share of the run such as at=0.5."
+                f"TaskVector(at={self.at:g}): the run has {run.max_steps} steps, and the vector must end before the last one. Give a "
+                f"step below {run.max_steps}, or a fraction of the run such as at=0.5."
             )
 
     def _step(self, run: Run) -> int:
@@ -98,8 +98,8 @@ class TaskVector(Method):
 
     @torch.no_grad()
     def end_step(self, run: Run) -> None:
-        """At step e: the vector."""
-        if not self._start or run.step < self._step(run):  # a step that a scaler skipped is none
+        """Compute the vector at step e."""
+        if not self._start or run.step < self._step(run):  # a step that a scaler skipped does not count
             return
         for name, p in run.named_parameters().items():
             now = whole(p.detach())
@@ -108,7 +108,7 @@ class TaskVector(Method):
 
     @torch.no_grad()
     def end_task(self, run: Run) -> None:
-        """Subtract it."""
+        """Subtract the vector."""
         if self.alpha and not self._vector:
             logger.warning("TaskVector: training ended before step %d; nothing is subtracted.", self._step(run))
         for name, p in run.named_parameters().items():
@@ -119,11 +119,11 @@ class TaskVector(Method):
         self._start, self._vector = {}, {}
 
     def state_dict(self, run: Run) -> State:
-        """The vector, once it is there; before, a resumed run takes the start from where it began."""
+        """The vector, once it exists; before that, a resumed run reads the start from its initial weights."""
         return dict(self._vector)
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Take it back."""
+        """Load the vector."""
         self._vector = dict(state)
         if self._vector:
             self._start = {}

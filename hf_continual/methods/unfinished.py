@@ -1,4 +1,4 @@
-"""What a long pass before the first step has come to, so that a killed run goes on from there and not from its beginning."""
+"""Progress of a long pass before the first step, so that a killed run resumes it instead of starting over."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hf_continual.tensors.identity import sample_of
 
 
 class Unfinished:
-    """Sums over the finished parts of a pass, in ``output_dir/continual-NAME.unfinished``, until the task ends.
+    """The sums over the finished parts of a pass, in ``output_dir/continual-NAME.unfinished``, until the task ends.
 
     Args:
-        run: The run; one without an output folder keeps nothing.
+        run: The run; without an output folder, nothing is kept.
         name: The method's name.
-        options: What else decides the outcome: a file of other options, rows or weights is not taken up.
+        options: Other inputs of the result: a file with different options, rows or weights is ignored.
     """
 
     def __init__(self, run: Run, name: str, options: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Unfinished:
         return checksum([*map(repr, given), digest_of(run.task_rows), sample_of(run.named_parameters())])
 
     def read(self) -> tuple[int, dict[str, Tensor]]:
-        """How many parts are finished, and their sums; 0 and nothing where there is no such file."""
+        """Number of finished parts, and their sums; 0 and nothing if there is no such file."""
         if self._file is None:
             return 0, {}
         key, file = self._key, self._file
@@ -48,7 +48,7 @@ class Unfinished:
         return done, load_file(file) if done else {}
 
     def write(self, done: int, sums: Mapping[str, Tensor]) -> None:
-        """Keep the sums over so many parts, whole or not at all."""
+        """Keep the sums over `done` parts; written whole or not at all."""
         if self._file is None or not self._run.is_main_process:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Unfinished:
         os.replace(partial, self._file)
 
     def clear(self) -> None:
-        """The pass is not needed any more."""
+        """Remove the file: the pass is no longer needed."""
         if self._file is not None and self._run.is_main_process:
             with contextlib.suppress(FileNotFoundError):
                 self._file.unlink()
@@ -70,5 +70,5 @@ def _done(file: Path, key: str) -> int:
         with safe_open(file, "pt") as opened:
             facts = opened.metadata() or {}
     except (SafetensorError, OSError):
-        return 0  # cut off by a power cut: the pass begins again
+        return 0  # truncated by a power cut: the pass starts over
     return int(facts["done"]) if facts.get("key") == key else 0

@@ -1,4 +1,4 @@
-"""The arms of a sweep: what each changes in the plan, and where that is written."""
+"""The arms of a sweep: what each changes in the plan, and where it is written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hf_continual.stream.plan_lines import Key, Where
 
 
 def arms_of(plan: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
-    """Every arm of a plan's sweep as a plan of its own.
+    """Turn every arm of a plan's sweep into a separate plan.
 
     Args:
         plan: As read; without a sweep it is its only arm.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Yields:
         tuple[str, Plan, Where]: The arm's name, "" if there is one arm; its plan, without a sweep; where its entries are written.
@@ -42,7 +42,7 @@ def _changes(plan: Plan, arm: ArmPlan) -> dict[str, Any]:
 
 
 def _moved(where: Where, written: tuple[Key, ...], stands_for: tuple[Key, ...]) -> Where:
-    """The same places, with those below `written` also known by the keys of the plan that they stand for."""
+    """The same places, with those under `written` also known by the plan's keys that they represent."""
     moved = Where(where.file, dict(where.lines))
     moved.overridden |= where.overridden
     size = len(written)

@@ -12,7 +12,7 @@ from hf_continual.stream.folder_model import model_of
 
 def chat_from_command(
     folder: str, *, prompt: str | None, system: str | None, base: str | None, max_new_tokens: int, temperature: float, dtype: str,
-    as_json: bool,
+    quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer one message, or a conversation line by line.
 
@@ -20,10 +20,11 @@ def chat_from_command(
         folder: Folder or Hub id of a model or adapter, or the folder of a plan's run.
         prompt: The one message, or None for a conversation.
         system: System message, or None.
-        base: The adapter's base in place of what it names.
-        max_new_tokens: Tokens of an answer, at most.
-        temperature: 0 takes the likeliest token.
+        base: The adapter's base, instead of the recorded one.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: 0 always takes the likeliest token.
         dtype: dtype of the weights.
+        quiet: Whether only answers are printed.
         as_json: Whether each answer is a line of JSON.
     """
     model = model_of(folder, base, dtype)
@@ -34,7 +35,7 @@ def chat_from_command(
 
     live, tokenizer, _ = loaded(model)
     messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-    for text in _typed(as_json) if prompt is None else iter([prompt]):
+    for text in _typed(as_json or quiet) if prompt is None else iter([prompt]):
         messages.append({"role": "user", "content": text})
         said = answer(live, tokenizer, messages, max_new_tokens, temperature)
         sys.stdout.write((json.dumps({"prompt": text, "answer": said}) if as_json else said) + "\n")
@@ -42,10 +43,10 @@ def chat_from_command(
         messages.append({"role": "assistant", "content": said})
 
 
-def _typed(as_json: bool) -> Iterator[str]:
-    """What the user types, until an empty line or the end."""
+def _typed(bare: bool) -> Iterator[str]:
+    """The user's lines, until an empty line or the end of input."""
     while True:
-        if sys.stdin.isatty() and not as_json:
+        if sys.stdin.isatty() and not bare:
             sys.stdout.write("> ")
             sys.stdout.flush()
         line = sys.stdin.readline().strip()
@@ -57,14 +58,14 @@ def _typed(as_json: bool) -> Iterator[str]:
 def answer(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int = 256, temperature: float = 0.0
 ) -> str:
-    """What a model says next.
+    """Generate the model's next message.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer; without a chat template the texts of the conversation are simply joined.
         messages: The conversation so far, a user's message last.
-        max_new_tokens: Tokens of the answer, at most.
-        temperature: 0 takes the likeliest token.
+        max_new_tokens: Maximum number of tokens of the answer.
+        temperature: 0 always takes the likeliest token.
 
     Returns:
         The answer, without special tokens.

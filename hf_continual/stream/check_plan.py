@@ -1,4 +1,4 @@
-"""What is wrong with a plan, as far as it can be told without importing torch: names, numbers, paths."""
+"""Check a plan as far as possible without importing torch: names, numbers, paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
 
-# What a plan sets itself, and where.
+# Options of ContinualConfig that a plan may set for its tasks.
+_OURS = ("fresh_methods", "gauges", "stop_if", "rollback_if", "keep_best", "stop_when")
+# Options that a plan sets itself, and where.
 _PLANS_OWN = ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint")
 
 
@@ -25,10 +27,10 @@ def check_plan(plan: Plan, where: Where) -> None:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Raises:
-        PlanError: If something cannot be used; says where.
+        PlanError: If something cannot be used; names the place.
     """
     _check_tasks(plan, where)
     _check_options(plan, where)
@@ -38,7 +40,7 @@ def check_plan(plan: Plan, where: Where) -> None:
     if plan.sweep and plan.sweep.arms:
         if plan.sweep.methods is not None:
             raise where.error(
-                ("sweep", "arms"), "the sweep names methods and arms. Keep one: arms may have methods too."
+                ("sweep", "arms"), "the sweep gives both methods and arms. Keep one: arms may have methods too."
             )
         for _, arm, its in arms_of(plan, where):
             check_plan(arm, its)
@@ -49,7 +51,7 @@ def check_plan(plan: Plan, where: Where) -> None:
 
 
 def _check_tasks(plan: Plan, where: Where) -> None:
-    """Names that must be those of tasks with test rows."""
+    """Check names that must be tasks with test rows."""
     names = [task.name for task in plan.tasks]
     asked: list[tuple[tuple[Key, ...], str]] = []
     if isinstance(plan.evaluation.tasks, list):
@@ -62,15 +64,15 @@ def _check_tasks(plan: Plan, where: Where) -> None:
             hint = did_you_mean(name, names)
             raise where.error(
                 path,
-                f"task {name!r} is to be evaluated but is not defined.{hint} The plan's tasks are {', '.join(names)}.",
+                f"task {name!r} should be evaluated but is not defined.{hint} The plan's tasks are {', '.join(names)}.",
             )
         if name not in tested:
-            raise where.error(path, f"task {name!r} is to be evaluated and has no test rows. Give it `test:`.")
+            raise where.error(path, f"task {name!r} should be evaluated but has no test rows. Give it `test:`.")
 
 
 def _check_options(plan: Plan, where: Where) -> None:
-    """Options that must be those of SFTConfig and LoraConfig, and numbers that train."""
-    sft = {**option_names(SFT_CONFIG), "fresh_methods": False}
+    """Check options of SFTConfig and LoraConfig, and numbers with which nothing would be trained."""
+    sft = {**option_names(SFT_CONFIG), **dict.fromkeys(_OURS, False)}
     lora = option_names(LORA_CONFIG)
     for label, options, owner, known in [
         (("sft",), plan.sft, "SFTConfig", sft),
@@ -82,7 +84,7 @@ def _check_options(plan: Plan, where: Where) -> None:
                 raise where.error((*label, key), f"{owner} has no option {key!r}.{did_you_mean(key, known)}")
             if owner == "SFTConfig" and key in _PLANS_OWN:
                 raise where.error(
-                    (*label, key), f"{key!r} is the plan's to set: say `output_dir` and `seed` at the top of the plan."
+                    (*label, key), f"{key!r} is set by the plan: write `output_dir` and `seed` at the top of the plan."
                 )
     for i, task in enumerate(plan.tasks):
         if problem := check_numbers({**plan.sft, **task.sft}):
@@ -133,7 +135,7 @@ def _names_in(description: Any) -> list[str]:
 
 
 def described_methods(plan: Plan) -> Iterator[tuple[tuple[Key, ...], Any]]:
-    """Every place of a plan that describes methods, and what it says."""
+    """Every entry of a plan that describes methods, with its place."""
     yield ("methods",), plan.methods
     for i, task in enumerate(plan.tasks):
         yield ("tasks", i, "methods"), task.methods
@@ -146,7 +148,7 @@ def _asks_for_kept(plan: Plan) -> bool:
 
 
 def _check_paths(plan: Plan, where: Where) -> None:
-    """Files that must exist, and the output folder, which must be one that can be written."""
+    """Check that files exist and that the output folder can be written."""
     for key in ("path", "tokenizer"):
         if (source := getattr(plan.model, key)) is not None:
             try:
@@ -162,7 +164,7 @@ def _check_paths(plan: Plan, where: Where) -> None:
         for place, source in _files_of(methods, path):
             _check_rows(source, place, where)
     if problem := cannot_hold(Path(plan.output_dir)):
-        raise where.error(("output_dir",), f"{problem}. Name another output_dir.")
+        raise where.error(("output_dir",), f"{problem}. Choose another output_dir.")
 
 
 def _check_rows(source: Any, path: tuple[Key, ...], where: Where) -> None:

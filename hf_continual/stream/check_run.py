@@ -1,4 +1,4 @@
-"""What is wrong with a run, or likely not meant, once its rows are read: said before weights are loaded."""
+"""Errors in a run, and likely mistakes, reported once its rows are read and before weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(prepared: Prepared) -> None:
-    """Try adapters and methods on the model without weights, and log what is likely not meant.
+    """Try adapters and methods on the model without weights, and log likely mistakes.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
 
     Raises:
-        PlanError: If adapters, methods or curves do not fit; says where.
+        PlanError: If adapters, methods or curves do not fit; names the place.
     """
     for note in notes(prepared):
         logger.warning("%s", note)
@@ -45,12 +45,12 @@ def check_curve(prepared: Prepared, task: Task, steps: int) -> None:
     """Refuse points of a curve that training never reaches.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
         task: One of its tasks.
-        steps: How many steps it has.
+        steps: Number of its steps.
 
     Raises:
-        PlanError: If there is one; says where.
+        PlanError: If there is one; names the place.
     """
     for i, step in enumerate(prepared.plan.tasks[task.index].curve):
         if not 0 <= step <= steps:
@@ -61,13 +61,13 @@ def check_curve(prepared: Prepared, task: Task, steps: int) -> None:
 
 
 def notes(prepared: Prepared) -> list[str]:
-    """What is allowed and likely not meant.
+    """List what is allowed but is likely a mistake.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
 
     Returns:
-        Sentences.
+        Messages.
     """
     found = []
     for task, planned in zip(prepared.stream, prepared.plan.tasks, strict=True):
@@ -77,10 +77,10 @@ def notes(prepared: Prepared) -> list[str]:
         ):
             if asked is not None and rows is not None and len(rows) < asked:
                 where = prepared.where.of(("tasks", task.index, key))
-                found.append(f"{where}: {asked:,} rows were asked for and there are {len(rows):,}; all are used.")
+                found.append(f"{where}: {asked:,} rows were requested, but there are {len(rows):,}; all are used.")
     if not prepared.scored() and not prepared.gauges:
         found.append(
-            "No task has test rows and there are no gauges: nothing will be measured, so what is forgotten will not be seen. Give the "
+            "No task has test rows and there are no gauges: nothing will be measured, so forgetting will go unnoticed. Give the "
             "tasks `test:` rows."
         )
     return found

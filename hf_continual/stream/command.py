@@ -1,6 +1,6 @@
-"""`hf-continual run`: train_stream with a log, tables and a picture.
+"""`hf-continual run`: train_stream with a log, tables and a plot.
 
-The plan is read before anything heavy is imported, so that a mistake in it is reported in a second.
+The plan is read before anything heavy is imported, so that a mistake in it is reported within a second.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from hf_continual.progress import be_quiet
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.read_plan import read_plan
@@ -29,19 +30,19 @@ def run_plan(
     plan: Path, dry_run: bool = False, only: str | None = None, quiet: bool = False, as_json: bool = False,
     overrides: Sequence[str] = (), hourly_price: float | None = None,
 ) -> None:  # fmt: skip
-    """Run a plan, or say what it would do.
+    """Run a plan, or show what it would do.
 
     Args:
         plan: A YAML file.
         dry_run: Whether to stop before any weights are loaded.
         only: One run of a sweep.
         quiet: Whether to show tables only.
-        as_json: Whether to print the numbers as JSON on the standard output, and everything else on the other.
-        overrides: Entries in place of the plan's, as ``KEY=VALUE``.
+        as_json: Whether to print the numbers as JSON to standard output, and everything else to standard error.
+        overrides: Entries that override the plan's, as ``KEY=VALUE``.
         hourly_price: Price of an hour of this machine, for the dry run's estimate.
     """
     read, where = read_plan(plan, overrides)
-    console = set_up(quiet, as_json)
+    console = set_up(quiet, as_json, bars=not quiet)
     if dry_run:
         described = estimated(_ready(read, where, only), hourly_price)
         if is_main():
@@ -70,17 +71,18 @@ def run_plan(
 def is_main() -> bool:
     """Whether this is the process that prints.
 
-    Not asked of accelerate's state: it would be set up here without what the plan says of devices.
+    Does not use accelerate's state, which would be initialised here without the plan's device settings.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
-def set_up(quiet: bool, as_json: bool) -> Console:
-    """Silence what libraries say at every start, and send the log to a console.
+def set_up(quiet: bool, as_json: bool, bars: bool = True) -> Console:
+    """Silence libraries' messages at every start, and send the log to a console.
 
     Args:
         quiet: Whether only warnings are logged.
         as_json: Whether the standard output is kept for JSON.
+        bars: Whether long work shows a progress bar.
 
     Returns:
         The console.
@@ -89,9 +91,11 @@ def set_up(quiet: bool, as_json: bool) -> Console:
     from transformers.utils import logging as hf_logging
 
     console = Console(stderr=as_json)
-    # Said at every start by libraries below this one, about names of their own.
+    if not bars:
+        be_quiet()
+    # Dependencies say this at every start, about their own names.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
-    # bitsandbytes, which PEFT imports, announces at import that a kernel of its own is missing.
+    # bitsandbytes, which PEFT imports, announces at import that one of its kernels is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
@@ -114,7 +118,7 @@ def _ready(read: Plan, where: Where, only: str | None) -> list[tuple[str, Prepar
 
 
 def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None) -> list[tuple[str, dict[str, Any]]]:
-    """What runs will do and cost, with the time that a short probe on this machine foretells.
+    """Describe what runs will do and cost, with the time estimated by a short probe on this machine.
 
     Args:
         ready: The runs by name.
@@ -135,7 +139,7 @@ def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None)
 
 
 def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
-    """Print what runs will do, as tables or as JSON."""
+    """Print what runs would do, as tables or as JSON."""
     if as_json:
         sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
         return

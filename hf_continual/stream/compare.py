@@ -1,4 +1,4 @@
-"""Two runs on the same rows: what the difference between them is worth."""
+"""Compare two runs on the same rows: is the difference significant?"""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
 
     Args:
         first: Folder of a run, such as the baseline's.
-        second: Folder of another, on the same test rows.
+        second: Folder of another run, on the same test rows.
 
     Returns:
-        By task, and over all tasks as ``"overall"``; differences above 0 are for the second. See `paired_test`.
+        By task, and over all tasks as ``"overall"``; differences above 0 favour the second. See `paired_test`.
 
     Raises:
-        FileNotFoundError: If a folder is not that of a finished run.
+        FileNotFoundError: If a folder is not the folder of a finished run.
         ValueError: If tasks, rows or metrics differ.
     """
     a, b = _last_rows(Path(first)), _last_rows(Path(second))
@@ -46,14 +46,14 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
 
 
 def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
-    """The rows of each task as they were scored after the last one: values (higher is better), prompts, how."""
+    """Each task's row scores after the last task: values (higher is better), prompts and protocol."""
     if not (run / RESULTS).is_file():
         raise FileNotFoundError(
-            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or name another."
+            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or give another folder."
         )
     tasks = read_object(run / RESULTS).get("tasks")
     if not tasks:
-        raise ValueError(f"{run / RESULTS} names no scored tasks. Name the folder of one run, not that of a sweep.")
+        raise ValueError(f"{run / RESULTS} lists no scored tasks. Give the folder of a single run, not of a sweep.")
     stages = sorted(run.glob(f"task-*-{file_name(tasks[-1])}"))
     if not stages:
         raise FileNotFoundError(
@@ -74,30 +74,30 @@ def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
 def _check_same_rows(task: str, a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second: Any) -> None:
     if a["protocol"] != b["protocol"]:
         raise ValueError(
-            f"task {task!r} was scored in other ways: {a['protocol']!r} in {first}, {b['protocol']!r} in {second}. Score both "
-            f"with one metric."
+            f"task {task!r} was scored in different ways: {a['protocol']!r} in {first}, {b['protocol']!r} in {second}. Score both "
+            f"with the same metric."
         )
     if a["rows"] != b["rows"]:
         at = next((i for i, pair in enumerate(zip(a["rows"], b["rows"], strict=False)) if pair[0] != pair[1]), None)
         what = f"row {at + 1} differs" if at is not None else f"{len(a['rows'])} and {len(b['rows'])} rows"
         raise ValueError(
-            f"task {task!r} was scored on other rows in {first} than in {second} ({what}). Only the same rows can be paired: "
-            f"give both runs one test file, the same test_rows and the same data_seed."
+            f"task {task!r} was scored on different rows in {first} and in {second} ({what}). Only the same rows can be paired: "
+            f"give both runs the same test file, the same test_rows and the same data_seed."
         )
 
 
 def compare_arms(
     arms: Sequence[tuple[str, Mapping[int, Mapping[str, Sequence[float]]]]], lower_is_better: bool = False
 ) -> list[dict[str, Any]]:
-    """Every arm of a sweep against the first, by the rows' scores after the last task.
+    """Compare every arm of a sweep with the first, by the rows' scores after the last task.
 
     Args:
-        arms: Name, and by seed the scores of every row by task; of one order of tasks.
+        arms: Name, and by seed, the scores of every row by task; for one order of tasks.
         lower_is_better: Whether scores are losses.
 
     Returns:
-        Per comparison the names, the seeds that both have, and a `PairedTest`; with several seeds a row's score is its mean
-        over them, so that what is said is about other rows with these seeds. Differences above 0 are for the second.
+        For each comparison the names, the common seeds, and a `PairedTest`; with several seeds a row's score is its
+        mean over them, so the test generalises over rows, for these seeds. Differences above 0 favour the second.
     """
     found = []
     for name, seeds in arms[1:]:

@@ -1,4 +1,4 @@
-"""What a plan will cost, as tables for a terminal."""
+"""A plan's cost, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_continual.disk import size
 
 
 def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> RenderableType:
-    """What will be done, without doing it.
+    """Show what would be done, without doing it.
 
     Args:
-        plans: Name and description of each run; one without a sweep.
+        plans: Name and description of each run; a single one without a sweep.
 
     Returns:
         A table per run with its totals.
@@ -46,7 +46,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
             *_memory(plan["tasks"]),
             *_micro_batches(plan["tasks"]),
-            f"in all {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
+            f"total: {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "
             f"{size(plan['memory_bytes'])} (rough: activations); disk at most {size(plan['disk_bytes'])}",
             *_time(plan.get("time")),
         ]
@@ -63,7 +63,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
 
 
 def _time(found: Mapping[str, Any] | None) -> list[str]:
-    """How long a run will take, and what that costs."""
+    """A run's duration, and its price."""
     if found is None:
         return []
     if found["seconds"] is None:
@@ -83,14 +83,14 @@ def _duration(seconds: float) -> str:
 
 
 def _memory(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each task is given of earlier ones, and hands on."""
+    """Rows that each task is given from earlier ones, and hands on."""
     rows = {t["name"]: t["memory_rows"] for t in tasks if t["memory_rows"] is not None}
     shown = "; ".join(f"{name}: given {n['given']:,}, hands on {n['kept']:,}" for name, n in rows.items())
-    return [f"memory, in rows: {shown}"] if shown else []
+    return [f"buffer, in rows: {shown}"] if shown else []
 
 
 def _micro_batches(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What replay adds to a micro-batch, where it adds whole rows."""
+    """Rows that replay adds to a micro-batch, if it adds whole rows."""
     largest = max((t["micro_batch"] for t in tasks), key=lambda m: m["tokens"])
     if not largest["added_rows"]:
         return []

@@ -1,4 +1,4 @@
-"""Scores of a model while it is trained, at steps that the plan names."""
+"""Scores of a model during training, at steps given in the plan."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CURVE = Path("continual") / "curve.json"
 
 
 class Curve(TrainerCallback):
-    """Scores the model in training on all rows; the training does not notice.
+    """Scores the model on all rows during training; training is not affected.
 
     Args:
         trainer: The trainer.
         steps: Optimizer steps after which to score; 0 is before the first.
-        tasks: What is scored.
-        prepared: The plan made ready.
-        file: Where the points are kept, by step. A point that is there is not measured again.
+        tasks: The tasks to score.
+        prepared: The prepared plan.
+        file: File of the points, by step. A point in it is not measured again.
 
     Raises:
-        ValueError: If the weights are spread over processes, which cannot be scored in training.
+        ValueError: If the weights are sharded over processes, which cannot be scored during training.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Curve(TrainerCallback):
         self.trainer, self.steps, self.tasks, self.prepared, self.file = trainer, set(steps), tasks, prepared, file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The point at step 0."""
+        """Measure the point at step 0."""
         self._point(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A point after a step."""
+        """Measure a point after a step."""
         self._point(state.global_step)
 
     def _point(self, step: int) -> None:
@@ -62,9 +62,9 @@ class Curve(TrainerCallback):
 
 
 def read_curve(folder: Path) -> dict[str, Any]:
-    """The points of a finished task by step; empty where there are none."""
+    """The points of a finished task by step; empty if there are none."""
     if folder.is_dir() and not (folder / CURVE).is_file():
-        logger.warning("%s is missing: what was scored during this task's training is not known.", folder / CURVE)
+        logger.warning("%s is missing: the scores from this task's training are not known.", folder / CURVE)
     return dict(sorted(_points(folder / CURVE).items(), key=lambda item: int(item[0])))
 
 
@@ -75,6 +75,6 @@ def _points(file: Path) -> dict[str, Any]:
         return read_checked(file)
     except DamagedFile as error:
         raise DamagedFile(
-            f"{error} The scores that were taken during training are lost and cannot be taken again. Delete {file} to run "
+            f"{error} The scores from training are lost and cannot be measured again. Delete {file} to run "
             f"without them, or its task's folder {file.parents[1]} to train the task again."
         ) from error

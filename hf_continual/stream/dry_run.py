@@ -1,4 +1,4 @@
-"""What a plan will do and cost, said before any weights are loaded."""
+"""Describe what a plan will do and cost, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from hf_continual.evaluation.trained import conversation_tokens
 from hf_continual.methods.base import AddedRows
+from hf_continual.progress import over
 from hf_continual.stream.check_run import check_curve, notes
 from hf_continual.stream.models import adapter_to_add
 from hf_continual.stream.on_paper import explained, on_paper, place_of_methods, steps_of
@@ -30,7 +31,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     of the activations (a rough figure: 16 values per token, channel and block, or 2 with checkpointing).
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
 
     Returns:
         Plain data: ``tasks`` one entry each, and totals.
@@ -109,7 +110,7 @@ def _task(prepared: Prepared, task: Task) -> dict[str, Any]:
 
 
 def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: float) -> tuple[int, int]:
-    """Rows that methods add to a micro-batch, at least, and the most tokens that it then holds, padding included."""
+    """Minimum number of rows that methods add to a micro-batch, and its maximum number of tokens, including padding."""
     rows = args.per_device_train_batch_size
     widest = max([longest, *(m.max_length or longest for m in mixed)])
     widest = min(widest, args.max_length or widest)
@@ -122,24 +123,31 @@ def _micro_batch(args: Any, mixed: Sequence[AddedRows], longest: int, share: flo
 
 
 def _memory_here() -> int:
-    """Of an accelerator, or of the machine."""
+    """Memory of the accelerator, or of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(PartialState().local_process_index).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def token_counts(prepared: Prepared, task: Task, max_length: int | None) -> list[int]:
-    """Tokens of each training row as it will be cut."""
+    """Number of tokens of each training row after truncation."""
     tokenizer, rows = prepared.tokenizer, task.train
     assert rows is not None
     columns = set(rows.column_names)
     if "input_ids" in columns:
         lengths = [len(ids) for ids in rows["input_ids"]]
     elif "text" in columns:
-        lengths = [len(ids) + 1 for ids in tokenizer(rows["text"][:])["input_ids"]]
+        lengths = _lengths(tokenizer, rows["text"][:])
     elif "prompt" in columns and isinstance(rows[0]["prompt"], str):
         pairs = zip(rows["prompt"], rows["completion"], strict=True)
-        lengths = [len(ids) + 1 for ids in tokenizer([p + c for p, c in pairs])["input_ids"]]
+        lengths = _lengths(tokenizer, [p + c for p, c in pairs])
     else:
-        lengths = [len(conversation_tokens(row, tokenizer)) for row in rows]  # pyrefly: ignore[bad-argument-type]
+        lengths = [len(conversation_tokens(row, tokenizer)) for row in over(rows, "counting tokens", " rows")]  # pyrefly: ignore
     return lengths if max_length is None else [min(n, max_length) for n in lengths]
+
+
+def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text with the one that ends it."""
+    parts = range(0, len(texts), 1000)
+    found = (tokenizer(list(texts[i : i + 1000]))["input_ids"] for i in over(parts, "counting tokens", "k rows"))
+    return [len(ids) + 1 for part in found for ids in part]

@@ -1,4 +1,4 @@
-"""Which model a folder stands for: a model, an adapter, or the last task of a plan's run."""
+"""Find the model in a folder: a model, an adapter, or the last task of a plan's run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def model_of(folder: str, base: str | None = None, dtype: str = "auto") -> ModelPlan:
-    """The model that a user means by a folder or a Hub id.
+    """Find the model that a user means by a folder or a Hub id.
 
     Args:
-        folder: Folder or Hub id of a model or adapter, or the folder of a plan's run, whose last finished task is meant.
-        base: The base of an adapter in place of what it names.
+        folder: Folder or Hub id of a model or adapter, or the folder of a plan's run, meaning its last finished task.
+        base: The adapter's base, instead of the recorded one.
         dtype: dtype of the weights.
 
     Returns:
-        What to load.
+        The model to load.
 
     Raises:
-        FileNotFoundError: If it can only be a path, and there is none.
+        FileNotFoundError: If it can only be a path, and does not exist.
         PlanError: If the folder holds no model, or the dtype is unknown.
     """
     if dtype not in DTYPES:
@@ -34,9 +34,11 @@ def model_of(folder: str, base: str | None = None, dtype: str = "auto") -> Model
     if path.is_dir() and not any((path / name).is_file() for name in WEIGHTS):
         tasks = sorted(p for p in path.glob("task-*") if not p.name.endswith(".partial"))
         if not tasks:
-            begun = " A task is unfinished there: run the plan again to finish it." if any(path.glob("task-*")) else ""
+            begun = (
+                " It contains an unfinished task: run the plan again to finish it." if any(path.glob("task-*")) else ""
+            )
             raise PlanError(
-                f"{folder} holds no model (neither {' nor '.join(WEIGHTS)}) and no finished task of a plan.{begun or ' Name the folder of a saved model.'}"
+                f"{folder} holds no model (neither {' nor '.join(WEIGHTS)}) and no finished task of a plan.{begun or ' Give the folder of a saved model.'}"
             )
         path = tasks[-1]
     named = str(path) if path.is_dir() else folder

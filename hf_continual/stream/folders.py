@@ -2,7 +2,7 @@
 
 ``OUT/task-00-NAME/`` is complete: model, ``continual/task.json`` and ``continual/scores.json``. Until then the task
 lives in ``task-00-NAME.partial``: checkpoints while it is trained, ``continual/trained.json`` once its model is
-saved, then one score after the other. A process that starts again resumes after the last of these that is whole.
+saved, then one score after the other. A restarted process resumes after the last of these that is complete.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Value = TypeVar("Value")
 
 
 class Learner(Protocol):
-    """What the loop asks of whoever trains and scores."""
+    """The interface between the loop and the code that trains and scores."""
 
     def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
-        """Train a task from its parent's folder (None is the base model), going on from checkpoints in `folder`.
+        """Train a task from its parent's folder (None is the base model), resuming from checkpoints in `folder`.
 
         Leaves the model in `folder`, and returns facts for ``task.json``.
         """
@@ -46,26 +46,26 @@ class Learner(Protocol):
         """The tasks to score after a task, or on the base model (None)."""
 
     def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:
-        """Score the model of a folder (None is the base model) on tasks, telling each result as it is there."""
+        """Score the model of a folder (None is the base model) on tasks, reporting each result once it is measured."""
 
 
 def main_decides(question: Callable[[], Value]) -> Value:
-    """An answer that only the main process looks up, so that all processes act alike."""
+    """Compute an answer on the main process only, so that all processes act alike."""
     box: list[Any] = [question() if PartialState().is_main_process else None]
     return broadcast_object_list(box)[0]
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes get here."""
     PartialState().wait_for_everyone()
 
 
 def train_tasks(stream: TaskStream, output_dir: Path, learner: Learner) -> AccuracyMatrix:
-    """Learn tasks one after the other and score after each what `columns` names.
+    """Learn tasks one after the other, and after each score the tasks that `columns` returns.
 
     Args:
         stream: The tasks.
-        output_dir: Where the tasks' folders are kept; what is finished in them is not done again.
+        output_dir: Parent of the tasks' folders; finished work in them is not repeated.
         learner: Trains and scores.
 
     Returns:
@@ -78,19 +78,19 @@ def train_tasks(stream: TaskStream, output_dir: Path, learner: Learner) -> Accur
 
 
 def learn_task(task: Task, parent: Path | None, output_dir: Path, learner: Learner) -> None:
-    """Train and score one task, from wherever an earlier attempt was interrupted."""
+    """Train and score one task, resuming where an earlier attempt was interrupted."""
     done, partial = output_dir / task.folder, output_dir / f"{task.folder}{PARTIAL}"
     finished = main_decides(done.is_dir)
     if finished:
-        logger.info("%s: trained already", task.name)
+        logger.info("%s: already trained", task.name)
         if PartialState().is_main_process and read_trained(done) is None:
             facts = {"name": task.name, "index": task.index, "parent": parent.name if parent else None, "steps": None}
             write_checked(done / TRAINED, facts)
     elif main_decides(lambda: (partial / TRAINED).is_file() and read_trained(partial) is not None):
-        logger.info("%s: trained already, scores are missing", task.name)
+        logger.info("%s: already trained, scores are missing", task.name)
     else:
         if PartialState().is_main_process:
-            (partial / SCORES).unlink(missing_ok=True)  # of a model that is not known any more
+            (partial / SCORES).unlink(missing_ok=True)  # of a model that is no longer known
         check_saved(parent)
         facts = learner.learn(task, parent, partial)
         wait()
@@ -110,15 +110,15 @@ def learn_task(task: Task, parent: Path | None, output_dir: Path, learner: Learn
 def score_stage(
     folder: Path, stage: str, tasks: Sequence[Task], output_dir: Path, learner: Learner, base: bool = False
 ) -> None:
-    """Score what is not scored yet.
+    """Score the tasks that are not scored yet.
 
     Args:
-        folder: Where the scores are kept, and the model unless it is the base model.
-        stage: Name of the moment in the names of predictions, such as ``task-00-cities``.
-        tasks: What is scored.
-        output_dir: Where predictions go.
-        learner: Scores.
-        base: Whether the base model is scored.
+        folder: Folder of the scores, and of the model unless it is the base model.
+        stage: Name of the stage in the predictions' file names, such as ``task-00-cities``.
+        tasks: The tasks to score.
+        output_dir: Parent of the predictions.
+        learner: The learner that scores.
+        base: Whether to score the base model.
     """
     missing = main_decides(
         lambda: [t.name for t in tasks if read_stage(folder).get(t.name, {}).get("status") != "MEASURED"]
@@ -136,14 +136,14 @@ def score_stage(
 
 
 def read_trained(folder: Path) -> dict[str, Any] | None:
-    """What was noted when a task's model was saved.
+    """Read the facts recorded when a task's model was saved.
 
     Args:
         folder: The task's folder.
 
     Returns:
-        The facts; None, with a warning, where they are lost. Until the task is scored, its model then does not count
-        as saved and training resumes from its last checkpoint; after that only the number of steps is not known.
+        The facts; None, with a warning, if they are lost. Until the task is scored, its model then does not count
+        as saved and training resumes from its last checkpoint; after that, only the number of steps is unknown.
     """
     try:
         return read_checked(folder / TRAINED)
@@ -157,7 +157,7 @@ def read_trained(folder: Path) -> dict[str, Any] | None:
 
 
 def check_saved(folder: Path | None) -> None:
-    """Refuse a task's model that is not the one that was saved, before it is scored or trained on top of.
+    """Refuse a task's model that differs from the saved one, before it is scored or trained further.
 
     Args:
         folder: The task's folder; None is the base model, which the plan's record checks.
@@ -180,10 +180,10 @@ def check_saved(folder: Path | None) -> None:
 
 
 def check_unchanged(folder: Path) -> None:
-    """As `check_saved`, of this process alone."""
+    """Like `check_saved`, for this process only."""
     facts = (read_trained(folder) or {}) if (folder / TRAINED).is_file() else {}
     if found := changed_files(facts.get("files", {}), folder) if "files" in facts else []:
         raise DamagedFile(
-            f"{folder} does not hold the model that was saved there: {'; '.join(found)}. Put the files back from a copy; or delete "
+            f"{folder} does not contain the model that was saved there: {'; '.join(found)}. Restore the files from a copy; or delete "
             f"{folder} and the folders of the tasks that were trained on top of it, and the same command trains them again."
         )

@@ -1,4 +1,4 @@
-"""Trains and scores the tasks of a plan: a fresh trainer per task, a fresh load per moment that is scored."""
+"""Trains and scores the tasks of a plan: a fresh trainer per task, a fresh load per model that is scored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PlanLearner:
     """Implements `hf_continual.stream.folders.Learner` for a plan.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
         output_dir: The run's folder.
     """
 
@@ -57,7 +57,7 @@ class PlanLearner:
         return [*self.prepared.columns_after(task), *gauges]
 
     def learn(self, task: Task, parent: Path | None, folder: Path) -> dict[str, Any]:
-        """Train, merge if the plan says so, and write down what is kept for later tasks; see `Learner.learn`."""
+        """Train, merge if the plan asks for it, and record what is kept for later tasks; see `Learner.learn`."""
         merge = self.plan.merge
         start = None if merge is not None and merge.start == "base" else parent
         goal = folder if merge is None else folder / BEFORE_MERGE
@@ -75,14 +75,14 @@ class PlanLearner:
 
         Args:
             task: The task.
-            parent: Folder of the task before, None for the plan's model.
-            folder: Where checkpoints are written, and resumed from.
-            goal: Where the model is saved.
+            parent: Folder of the previous task, None for the plan's model.
+            folder: Folder of checkpoints, also to resume from.
+            goal: Folder to save the model in.
 
         Returns:
             Facts about the training.
         """
-        # New adapters are drawn before the trainer sets its seed: the draw must not depend on what came before.
+        # New adapters are drawn before the trainer sets its seed: the draw must not depend on earlier ones.
         set_seed(self.plan.seed)
         model, peft_config = load_for_training(self.plan, parent)
         args = self.prepared.config(task, folder)
@@ -99,7 +99,7 @@ class PlanLearner:
         if args.disable_tqdm and args.logging_strategy == "no":
             trainer.remove_callback(PrinterCallback)
         if steps := self.plan.tasks[task.index].curve:
-            # Behind the methods' own callback: what is scored is the model that the step ended with.
+            # After the methods' callback: the model is scored as the step left it.
             trainer.add_callback(Curve(trainer, steps, self.columns(task), self.prepared, folder / CURVE))
         checkpoint = last_complete_checkpoint(folder)
         logger.info("%s: training%s", task.name, f" from {Path(checkpoint).name}" if checkpoint else "")
@@ -119,7 +119,7 @@ class PlanLearner:
         return facts
 
     def _merge(self, task: Task, parent: Path | None, folder: Path) -> None:
-        """Merge the task's model with what was there, into the task's folder. On the main process only."""
+        """Merge the task's model with the earlier ones, into the task's folder; on the main process only."""
         merge = self.plan.merge
         assert merge is not None
         trained = folder / BEFORE_MERGE
@@ -131,7 +131,7 @@ class PlanLearner:
                 check_unchanged(model)
             models = [model / BEFORE_MERGE for model in earlier]
         if not models:
-            logger.info("%s: the first of its line, there is nothing to merge it with", task.name)
+            logger.info("%s: first of its line, so there is nothing to merge it with", task.name)
             _copy_files(trained, folder)
             bring_along(trained, folder)
             return
@@ -141,13 +141,13 @@ class PlanLearner:
         logger.info("%s: merging %s", task.name, ", ".join(str(m) for m in [*models, trained]))
         function, wanted = find_merge(merge.function)
         offered = {"base": self.plan.model.path, "task": task, "calibration": task.train}
-        if "importance" not in merge.options:  # which says what matters to the new task too
+        if "importance" not in merge.options:  # which also covers the importance to the new task
             offered["calibration_new"] = task.train
         given = {k: v for k, v in offered.items() if k in wanted and k not in merge.options}
         function([str(m) for m in [*models, trained]], str(merged), **given, **merge.options)
         if not any(merged.glob("*.safetensors")):
             raise RuntimeError(
-                f"the merge {merge.function!r} left no safetensors file in {merged}. It must write a model or an adapter "
+                f"the merge {merge.function!r} wrote no safetensors file to {merged}. It must write a model or an adapter "
                 f"into the folder that is its second argument."
             )
         _copy_files(merged, folder)
@@ -155,7 +155,7 @@ class PlanLearner:
         shutil.rmtree(merged)
 
     def score(self, folder: Path | None, tasks: Sequence[Task], done: Callable[[str, Scored], None]) -> None:
-        """Load once and score each task, its rows shared out over the processes; see `Learner.score`."""
+        """Load once and score each task, its rows split over the processes; see `Learner.score`."""
         where = folder or self.output_dir / "base"
         logger.info("scoring %s on %s", where.name.removesuffix(".partial"), ", ".join(t.name for t in tasks))
         model = load_finished(self.plan, folder)
@@ -167,8 +167,8 @@ class PlanLearner:
                     if PartialState().is_main_process:
                         keep_error(where, task.name, "", f"{type(error).__name__}: {error}")
                     raise RuntimeError(
-                        f"scoring {task.name!r} with {where} failed: {type(error).__name__}: {error}. It is written down as "
-                        f"ERROR in {where / SCORES}; run the plan again to go on from there."
+                        f"scoring {task.name!r} with {where} failed: {type(error).__name__}: {error}. It is recorded as "
+                        f"ERROR in {where / SCORES}; run the plan again to resume from there."
                     ) from error
                 done(task.name, scored)
         finally:
@@ -191,13 +191,13 @@ class PlanLearner:
 
 
 def find_merge(name: Any) -> tuple[Callable[..., Any], set[str]]:
-    """A merge: a function, ``package.module:function``, or a name of the table of merges or a `MergeMethod` of one's own.
+    """Find a merge: a function, ``package.module:function``, a name in the table of merges, or your own `MergeMethod`.
 
     Args:
         name: One of these.
 
     Returns:
-        A function of models and output folder, and what else it takes by name.
+        A function of models and output folder, and the names of its other parameters.
 
     Raises:
         ValueError: If it cannot be imported.
@@ -217,7 +217,7 @@ def find_merge(name: Any) -> tuple[Callable[..., Any], set[str]]:
 
 def _copy_files(source: Path, target: Path) -> None:
     if is_adapter(source) != is_adapter(target) and is_adapter(target):
-        raise RuntimeError(f"{target} holds an adapter already.")
+        raise RuntimeError(f"{target} already holds an adapter.")
     for file in source.iterdir():
         if file.is_file():
             shutil.copy2(file, target / file.name)

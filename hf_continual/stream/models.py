@@ -1,4 +1,4 @@
-"""Loading: the base model, and what a task left in its folder, for training or for scoring."""
+"""Load the base model, or the model in a task's folder, for training or for scoring."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = [
 
 
 def local_adapter(source: str, revision: str | None = None) -> Path:
-    """Where an adapter lies on this machine; one of the Hub is downloaded."""
+    """The local folder of an adapter; one on the Hub is downloaded."""
     path = Path(source).expanduser()
     return path if path.is_dir() else Path(snapshot_download(source, revision=revision))
 
 
 def load_tokenizer(model: ModelPlan) -> Any:
-    """The tokenizer of a plan's model; its end pads where it has no token for that."""
+    """The tokenizer of a plan's model; the end token pads if it has no padding token."""
     source = model.tokenizer or model.path
     with loading(source, "the tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=model.revision)
@@ -50,11 +50,11 @@ def load_tokenizer(model: ModelPlan) -> Any:
 
 
 def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
-    """A causal language model as the plan says.
+    """Load a causal language model as the plan describes it.
 
     Args:
-        model: What to load and how.
-        folder: A task's folder with full weights in place of the plan's model.
+        model: The model to load, and how.
+        folder: A task's folder with full weights, instead of the plan's model.
 
     Returns:
         The model, on the host unless it is quantised.
@@ -75,7 +75,7 @@ def load_base(model: ModelPlan, folder: str | Path | None = None) -> Any:
 
 
 def load_adapter(base: Any, folder: Path, **options: Any) -> PeftModel:
-    """A task's adapter on its base model.
+    """Load a task's adapter onto its base model.
 
     Args:
         base: The base model.
@@ -94,7 +94,7 @@ def _again(folder: Path) -> str:
 
 
 def load_finished(plan: Plan, folder: Path | None) -> Any:
-    """The model of a folder, or the base model, ready to be scored on this process's device."""
+    """Load the model of a folder, or the base model, for scoring on this process's device."""
     if folder is None:
         model = load_base(plan.model)
         if plan.model.adapter is not None:
@@ -108,7 +108,7 @@ def load_finished(plan: Plan, folder: Path | None) -> Any:
 
 
 def new_adapter(plan: Plan) -> LoraConfig | None:
-    """The adapter that a plan's tasks add, None where they train weights or an adapter that is there."""
+    """The adapter that a plan's tasks add, None if they train full weights or an existing adapter."""
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", **(plan.peft or {})}
     return None if plan.peft is None else LoraConfig(**options)
 
@@ -120,11 +120,11 @@ def adapter_to_add(plan: Plan, methods: Iterable[Method]) -> Any:
 
 
 def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig | None]:
-    """The model that a task goes on from.
+    """Load the model that a task continues from.
 
     Args:
         plan: The plan.
-        parent: Folder of the task before, None for the base model.
+        parent: Folder of the previous task, None for the base model.
 
     Returns:
         The model, and the adapter that the trainer still has to add.
@@ -141,11 +141,11 @@ def load_for_training(plan: Plan, parent: Path | None) -> tuple[Any, LoraConfig 
             return adapter_on(base, folder, is_trainable=True), None
         return stacked(adapter_on(base, folder, adapter_name=EARLIER), folder, config), None
     if not is_adapter(parent):
-        # A merge may turn adapters into a whole model; a new adapter goes on top of it.
+        # A merge may turn adapters into a full model; a new adapter goes on top of it.
         return load_base(plan.model, parent), config
     if config is None and plan.model.adapter is None and kind_in(parent) is None:
         raise ValueError(
-            f"{parent} holds an adapter and the plan has no `peft`: nothing would be trained. Give it `peft`."
+            f"{parent} holds an adapter, but the plan has no `peft`: nothing would be trained. Give it `peft`."
         )
     base = load_base(plan.model)
     if config is None or plan.between_tasks != "new_adapter":

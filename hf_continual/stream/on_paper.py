@@ -1,4 +1,4 @@
-"""The model of a plan without weights: what adapters and methods do to it is tried there before anything is loaded."""
+"""The model of a plan without weights: adapters and methods are tried on it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FOUR_BIT = 0.56  # NF4 with its scales, per quantised weight
 
 
 def on_paper(plan: Plan, where: Where, methods: Iterable[Method] = ()) -> tuple[Any, int, float]:
-    """The model with its adapters on the meta device.
+    """Build the model with its adapters on the meta device.
 
     Args:
         plan: As prepared.
-        where: Where its entries are written.
+        where: Places of its entries.
         methods: Those of a task, one of which may bring modules of its own.
 
     Returns:
@@ -70,18 +70,18 @@ def on_paper(plan: Plan, where: Where, methods: Iterable[Method] = ()) -> tuple[
 
 @contextmanager
 def explained(where: Where, path: tuple[Key, ...], model: Any = None) -> Iterator[None]:
-    """Errors of adapters and methods inside are errors of the plan at this place.
+    """Turn errors of adapters and methods inside the context into errors of the plan at this place.
 
     Args:
-        where: Where its entries are written.
+        where: Places of its entries.
         path: The place.
-        model: The model whose modules are named where an adapter finds none; None where the error says all.
+        model: The model whose modules are listed if an adapter matches none; None if the error says enough.
 
     Yields:
-        None: While they are put into the model.
+        None: While they are added to the model.
 
     Raises:
-        PlanError: In place of what was raised.
+        PlanError: Instead of the original error.
     """
     try:
         yield
@@ -89,12 +89,12 @@ def explained(where: Where, path: tuple[Key, ...], model: Any = None) -> Iterato
         known = ""
         if model is not None:
             names = dict.fromkeys(n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-            known = f" Its linear modules are {', '.join(names)}; all-linear takes all but the head."
+            known = f" Its linear modules are {', '.join(names)}; all-linear takes all except the head."
         raise where.error(path, f"{str(error).rstrip('.')}.{known}") from error
 
 
 def place_of_methods(prepared: Prepared, task: Task) -> tuple[Key, ...]:
-    """Where a task's methods are written."""
+    """Place of a task's methods in the plan."""
     return ("methods",) if prepared.plan.tasks[task.index].methods is None else ("tasks", task.index, "methods")
 
 
@@ -108,7 +108,7 @@ def steps_of(args: Any, rows: int, tokens: int, longest: int) -> int:
         longest: Tokens of the longest row.
 
     Returns:
-        The steps, exact but for packing.
+        The steps, exact except with packing.
     """
     if args.max_steps > 0:
         return args.max_steps

@@ -1,6 +1,6 @@
 """``--set KEY=VALUE``: single entries of a plan or a recipe, replaced from the command line.
 
-A key is a path with dots: ``sft.learning_rate``, ``tasks.law.train`` or ``tasks.0.train``. Four short names stand for what
+A key is a path with dots: ``sft.learning_rate``, ``tasks.law.train`` or ``tasks.0.train``. Four short names cover what
 is changed most: ``model``, ``data``, ``output`` and ``steps``.
 """
 
@@ -21,19 +21,19 @@ NAMES = ("output_dir", "model", "path", "adapter", "tokenizer", "train", "test",
 
 
 def override(data: dict[str, Any], pairs: Sequence[str], where: Where, steps: str = "sft.max_steps") -> dict[str, Any]:
-    """Put the values of ``--set`` into a plan or a recipe as read from its file.
+    """Apply the values of ``--set`` to a plan or a recipe as read from its file.
 
     Args:
-        data: The plan; it is changed.
+        data: The plan; changed in place.
         pairs: As written after ``--set``; the last of two for the same key counts.
-        where: Learns which entries no longer come from the file.
-        steps: What ``steps`` stands for.
+        where: Gets the entries that no longer come from the file.
+        steps: The key that ``steps`` stands for.
 
     Returns:
         The plan.
 
     Raises:
-        PlanError: If a pair is not KEY=VALUE, or names a place that the plan cannot have.
+        PlanError: If a pair is not KEY=VALUE, or its key is not possible in a plan.
     """
     for pair in pairs:
         key, sign, text = pair.partition("=")
@@ -87,11 +87,11 @@ def _put(data: dict[str, Any], names: Sequence[str], value: Any, pair: str) -> t
 
 def _no_keys(pair: str, names: Sequence[str], value: Any) -> str:
     place = ".".join(names)
-    return f"--set {pair}: {place} is {value!r} and holds no keys. Set it as a whole: --set {place}=..."
+    return f"--set {pair}: {place} is {value!r} and has no keys. Set it as a whole: --set {place}=..."
 
 
 def _place(entries: list[Any], name: str) -> int | None:
-    """The place of an entry of a list, by number or by name."""
+    """Index of a list entry, by number or by name."""
     if name.isdigit():
         return int(name) if int(name) < len(entries) else None
     return next((i for i, entry in enumerate(entries) if _name(entry) == name), None)
@@ -108,7 +108,7 @@ def _move_data(data: dict[str, Any], folder: str, where: Where, pair: str) -> No
     """Read the rows of every task, and of every benchmark outside the tasks, from another folder."""
     if not Path(folder).expanduser().is_dir():
         raise PlanError(
-            f"--set {pair}: the folder {folder} does not exist (looked in {Path.cwd()}). `data` names a folder with the plan's "
+            f"--set {pair}: the folder {folder} does not exist (looked in {Path.cwd()}). `data` is a folder with the plan's "
             f"files; one file is set by its task: --set tasks.NAME.train=FILE."
         )
     tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]

@@ -1,4 +1,4 @@
-"""Rows of earlier tasks, put where a method asks for them: all of them, or what the plan's memory keeps."""
+"""Rows of earlier tasks, put where a method asks for them: all, or those in the plan's buffer (key `memory`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hf_continual.tasks import Task, TaskStream
 
 EARLIER, KEPT = "earlier_tasks", "kept"
 
-# Columns of the kinds of rows that can be learnt, as TRL looks for them.
+# Columns of the types of rows that can be learned, as TRL looks for them.
 TRAINABLE = (("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("input_ids", "labels"))
 _NAMES = ("prompt_completion", "messages", "conversations", "text", "tokenized")
 KINDS = dict(zip(_NAMES, TRAINABLE, strict=True))
-# What a chat template is given with a row's messages.
+# Columns that a chat template gets with a row's messages.
 ALONG = ("tools", "chat_template_kwargs")
 
 
 class KeptRows:
-    """What a memory keeps after each task of a sequence, chosen before anything is trained.
+    """The rows in the buffer after each task of a sequence, chosen before anything is trained.
 
-    Of each row the columns stay that it is learnt by and classed by, and its origin is added.
+    Each row keeps the columns for training and its class, and its origin is added.
 
     Args:
         memory: The rule.
@@ -55,32 +55,32 @@ class KeptRows:
             raise ValueError(f"rows of the memory cannot be written as JSON: {error}. Map their columns.") from error
 
     def given(self, task: Task) -> list[dict[str, Any]]:
-        """The rows that a task is given: what was kept after the task that it goes on from, or the start."""
+        """The rows that a task is given: those kept after the task that it continues from, or the start."""
         parent = self.stream.parent(task)
         return self.start if parent is None else self.after[parent.name]
 
 
 def row_options(name: str, options: Any) -> tuple[str, ...]:
-    """Options of a method, described as data, that name rows; none where the description cannot be meant."""
+    """Options of a method, described as data, that name rows; empty if the description is invalid."""
     if not isinstance(options, Mapping):
         return ()
     try:
         return method_class(name).row_sources()
     except ValueError:
-        return ()  # said where the methods are built
+        return ()  # reported where the methods are built
 
 
 def with_earlier(description: Any, task: Task, stream: TaskStream, memory: KeptRows | None) -> Any:
-    """Put the rows of earlier tasks where a method asks for them; without any, leave the method out.
+    """Put the rows of earlier tasks where a method asks for them; if there are none, leave the method out.
 
     Args:
         description: The methods as plain data.
         task: The task that they are for.
         stream: All tasks.
-        memory: What is kept of them, if anything is.
+        memory: Their kept rows, if any.
 
     Returns:
-        The methods with datasets in place of ``earlier_tasks`` and ``kept``.
+        The methods with datasets instead of ``earlier_tasks`` and ``kept``.
 
     Raises:
         ValueError: If the rows are of another type than the task's.
@@ -102,7 +102,7 @@ def with_earlier(description: Any, task: Task, stream: TaskStream, memory: KeptR
 
 
 def _asked(option: str, value: Any) -> dict[str, Any] | None:
-    """What an option asks of earlier tasks; None if it does not."""
+    """An option's request for rows of earlier tasks; None if it has none."""
     if isinstance(value, str) and value in (EARLIER, KEPT):
         return {"word": value}
     if not isinstance(value, Mapping) or (word := next((w for w in (EARLIER, KEPT) if w in value), None)) is None:
@@ -123,11 +123,13 @@ def _rows(
     of: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Dataset | None:
-    """Rows of the tasks that this task's model has learnt, at most `number` of each; None if there are none."""
+    """Rows of the tasks that this task's model has learned, at most `number` of each; None if there are none."""
     parts = _kept(memory.given(task)) if memory and word == KEPT else _earlier(task, stream)
     known = {name for name, _ in parts} | {t.name for t in stream}
     if of is not None and (unknown := sorted(set(of) - known)):
-        raise ValueError(f"{option}: of names the task {unknown[0]!r}, which there is not. Known are {sorted(known)}.")
+        raise ValueError(
+            f"{option}: of lists the task {unknown[0]!r}, which does not exist. Known are {sorted(known)}."
+        )
     parts = [(name, take(rows, number, seed)) for name, rows in parts if of is None or name in of]
     if not parts or task.train is None:
         return None
@@ -137,7 +139,7 @@ def _rows(
         if not set(wanted) <= set(found.column_names):
             raise ValueError(
                 f"the rows of the earlier task {name!r} have the columns {found.column_names} and task {task.name!r} "
-                f"replays {list(wanted)}. Name the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
+                f"replays {list(wanted)}. List the tasks to replay, {option}: {{{word}: NUMBER, of: [...]}}, or the type "
                 f"of their rows, row_type: prompt_completion."
             )
     columns = [*wanted, *(c for c in ALONG if any(c in rows.column_names for _, rows in parts))]
@@ -145,7 +147,7 @@ def _rows(
 
 
 def _joined(parts: Sequence[tuple[str, Dataset]]) -> Dataset:
-    """Rows of several tasks; readers of different files give the same text different types, and only some rows have tools."""
+    """Join rows of several tasks; file readers give the same text different types, and only some rows have tools."""
     features = parts[0][1].features
     if all(rows.features.type == features.type for _, rows in parts):
         return concatenate_datasets([rows for _, rows in parts])
@@ -161,15 +163,15 @@ def _cast(rows: Dataset, name: str, first: str, features: Features) -> Dataset:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the rows of the earlier tasks {first!r} and {name!r} have values of different kinds ({features} and "
-            f"{rows.features}). Write both in one way, or name the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}."
+            f"{rows.features}). Write both in the same way, or list the tasks to replay: {{{EARLIER}: NUMBER, of: [...]}}."
         ) from error
 
 
 def _of_columns(rows: Dataset, columns: Sequence[str], name: str) -> Dataset:
-    """Rows with these columns; rows without tools are given none."""
+    """Rows with these columns; rows without tools get None."""
     if "chat_template_kwargs" in columns and "chat_template_kwargs" not in rows.column_names:
         raise ValueError(
-            f"the rows of the earlier task {name!r} have no chat_template_kwargs, and those of another have. Give them to "
+            f"the rows of the earlier task {name!r} have no chat_template_kwargs, but those of another have. Give them to "
             f"all tasks, or to none."
         )
     if "tools" in columns and "tools" not in rows.column_names:
@@ -191,14 +193,14 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Dataset]]:
 
 
 def check_memory(plan: Plan, where: Where) -> None:
-    """Refuse methods that ask for rows which the plan's memory does not have, or forbids.
+    """Refuse methods that ask for rows that the plan's `memory` does not keep, or forbids.
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Raises:
-        PlanError: If one does; says where.
+        PlanError: If one does; names the place.
     """
     places: list[tuple[tuple[Key, ...], Any]] = [(("methods",), plan.methods)]
     places += [(("tasks", i, "methods"), task.methods) for i, task in enumerate(plan.tasks)]
@@ -216,13 +218,13 @@ def check_memory(plan: Plan, where: Where) -> None:
         if KEPT in words and not isinstance(plan.memory, MemoryPlan):
             raise where.error(
                 path,
-                f"{option}: {KEPT} asks for rows that a memory keeps, and the plan has none. Say what is kept, memory: "
+                f"{option}: {KEPT} asks for kept rows, but the plan keeps none. Say which to keep, memory: "
                 f"{{share: 0.02}}, or ask for all rows, {option}: {EARLIER}.",
             )
 
 
 def _options(description: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], str, Any]]:
-    """The options of methods that may ask for earlier rows, with their places."""
+    """Options of methods that may ask for earlier rows, with their places."""
     if isinstance(description, Sequence) and not isinstance(description, str):
         for i, item in enumerate(description):
             yield from _options(item, (*path, i))

@@ -1,4 +1,4 @@
-"""What a plan may say: the fields, their types and their defaults."""
+"""The fields of a plan, their types and their defaults."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class _Strict(BaseModel):
 
 
 class ModelPlan(_Strict):
-    """Which model, and how it is loaded.
+    """The model, and how to load it.
 
     Args:
         path: Folder or Hub id of a causal language model, or of an adapter to start from.
         adapter: Folder or Hub id of an adapter on `path`; a `path` that is an adapter is split into the two.
-        from_adapter: What to do with it: ``continue``, ``stack`` or ``merge_then_new``, see `ContinualConfig`.
+        from_adapter: What to do with the adapter: ``continue``, ``stack`` or ``merge_then_new``, see `ContinualConfig`.
         revision: Commit, branch or tag of a Hub id.
-        dtype: Type of the weights; float32 is also TRL's default.
+        dtype: dtype of the weights; float32 is also TRL's default.
         quantization: Options of `transformers.BitsAndBytesConfig`, such as ``{load_in_4bit: true}``.
         tokenizer: Folder or Hub id of another tokenizer.
         attn_implementation: As in transformers.
@@ -36,27 +36,27 @@ class ModelPlan(_Strict):
 
 
 class TaskPlan(_Strict):
-    """One task: its rows, and what is different about it.
+    """One task: its rows, and its own settings.
 
     Args:
         name: Name in tables and folders.
         train: Rows to learn: a file, a saved folder, a Hub id, ``{biography: {...}}``, or rows in Python.
         test: Rows to score it with, of the same kinds: prompt and completion as text or as messages, or whole
             conversations (`messages`), with `tools` and thoughts; without them it is not scored.
-        split: Split of `train`, where it has several.
+        split: Split of `train`, if it has several.
         test_split: Split of `test`.
         columns: New column -> old column, or a text with old columns in braces.
         labels: Names of the classes that a column holds as numbers.
-        train_rows: At most so many rows, drawn with `data_seed`.
+        train_rows: Maximum number of rows, drawn with `data_seed`.
         test_rows: The same for `test`.
-        drop_options: Whether the sentence that lists the options is taken out of the prompts.
-        max_prompt_tokens: Prompts are cut to so many tokens, before their last line.
-        parent: Name of the task it goes on from, or ``base``; by default the one before.
+        drop_options: Whether to remove the sentence that lists the options from the prompts.
+        max_prompt_tokens: Maximum number of tokens of a prompt; longer ones are cut before their last line.
+        parent: Name of the task it continues from, or ``base``; by default the one before.
         sft: Options of `trl.SFTConfig` that differ for this task.
-        methods: Methods in place of the plan's.
-        metric: Metric in place of `evaluation.metric`.
+        methods: Methods instead of the plan's.
+        metric: Metric instead of `evaluation.metric`.
         evaluate: Further tasks to score after this one.
-        curve: Optimizer steps at which the model in training is scored; 0 is before the first.
+        curve: Optimizer steps at which the model is scored during training; 0 is before the first.
     """
 
     name: str
@@ -79,14 +79,14 @@ class TaskPlan(_Strict):
 
 
 class GaugePlan(_Strict):
-    """What is measured beside the tasks: general text, multiple choice, the lm-eval harness.
+    """A general benchmark, measured in addition to the tasks: general text, multiple choice, the lm-eval harness.
 
     Args:
-        rows: As `TaskPlan.train`; None for a metric that brings its own rows.
+        rows: As `TaskPlan.train`; None for a metric with its own rows.
         split: Split of `rows`.
         columns: As in `TaskPlan`.
-        limit: At most so many rows.
-        metric: How they are scored.
+        limit: Maximum number of rows.
+        metric: How to score them.
     """
 
     rows: Any = None
@@ -97,16 +97,17 @@ class GaugePlan(_Strict):
 
 
 class EvaluationPlan(_Strict):
-    """What is scored after each task.
+    """The evaluation after each task.
 
     Args:
         metric: Name of a scorer, a mapping of its name to options, or ``package.module:function``.
-        tasks: ``seen`` tasks, ``all`` (also those to come), or a list of names.
-        base: Whether the base model is scored before the first task.
+        tasks: ``seen`` tasks, ``all`` (including later ones), or a list of names.
+        base: Whether to score the base model before the first task.
         batch_size: Rows per forward pass.
-        solved_at: Score of the base model from which on a task counts as solved, which is refused; None allows it.
-        gauges: Further measurements by name.
-        bootstrap: Draws of the intervals of scores that are not 0 or 1 and over seeds; 0 leaves all intervals of figures out.
+        solved_at: Refuse a task on which the base model reaches this score, as already solved; None allows all.
+        gauges: General benchmarks by name.
+        bootstrap: Draws of the intervals of scores that are not 0 or 1 and over seeds; 0 omits all intervals of
+            figures.
     """
 
     metric: Any = "exact_match"
@@ -119,14 +120,15 @@ class EvaluationPlan(_Strict):
 
 
 class MergePlan(_Strict):
-    """How a task's model is merged with what was there before.
+    """Merge of a task's model with the earlier ones.
 
     Args:
-        function: A method of `hf_continual.merge` by its name, or ``package.module:function`` or a function, called as
-            ``function(models, output_dir, **options)`` with a list of folders, oldest first. It is also given `base`, `task`
-            and `calibration` (the task's training rows; of ``kif`` `calibration_new`) if it has parameters of these names.
-        start: Each task goes on from the ``merged`` model before it, and both are merged; or from the ``base``,
-            and the models of all tasks so far are.
+        function: A method of `hf_continual.merge` by name, ``package.module:function``, or a function, called as
+            ``function(models, output_dir, **options)`` with a list of folders, oldest first. It also gets `base`,
+            `task` and `calibration` (the task's training rows; for ``kif`` `calibration_new`) if it has parameters with
+            these names.
+        start: Each task continues from the previous ``merged`` model, and both are merged; or starts from the ``base``,
+            and the models of all tasks so far are merged.
         options: Passed to the function.
     """
 
@@ -147,17 +149,17 @@ class Between(_Strict):
 
 
 class MemoryPlan(_Strict):
-    """Which rows of learnt tasks are kept and handed on, as ``continual/memory.jsonl`` in each task's folder.
+    """The buffer: rows of learned tasks to keep and hand on, as ``continual/memory.jsonl`` in each task's folder.
 
     Args:
-        policy: ``class_balanced``: a share of each task's rows, spread over its classes; ``newest_first``: the same
-            within `capacity`, which the oldest tasks' rows leave first; ``reservoir``: a uniform sample of all rows.
-        share: Part of each task's rows; by default 0.02.
+        policy: ``class_balanced``: a fraction of each task's rows, spread over its classes; ``newest_first``: the same
+            within `capacity`, dropping the oldest tasks' rows first; ``reservoir``: a uniform sample of all rows.
+        share: Fraction of each task's rows; by default 0.02.
         rows: Rows of each task, instead of `share`.
         capacity: Rows of all tasks together; not for ``class_balanced``.
         by: Column that holds the class.
         seed: Seed of the draws.
-        start: The ``memory.jsonl`` of another run, whose rows come before those of this one.
+        start: The ``memory.jsonl`` of another run, whose rows come before this run's.
     """
 
     policy: Literal["class_balanced", "reservoir", "newest_first"] = "class_balanced"
@@ -173,14 +175,14 @@ BetweenTasks = Literal["continue", "new_adapter"] | Between
 
 
 class ArmPlan(_Strict):
-    """What one arm of a sweep changes in the plan.
+    """The changes of one arm of a sweep to the plan.
 
     Args:
-        methods: In place of the plan's.
+        methods: Replaces the plan's.
         sft: Options added to the plan's, for every task that does not set them itself.
         peft: Options added to the plan's; None trains all weights.
-        memory: In place of the plan's.
-        between_tasks: In place of the plan's.
+        memory: Replaces the plan's.
+        between_tasks: Replaces the plan's.
     """
 
     methods: Any = None
@@ -191,11 +193,11 @@ class ArmPlan(_Strict):
 
 
 class SweepPlan(_Strict):
-    """Several runs of one plan: every combination of what is named.
+    """Several runs of one plan: every combination of arms, seeds and orders.
 
     Args:
         methods: Methods by the name of the arm.
-        arms: What each arm changes, by its name: methods and other keys; instead of `methods`.
+        arms: Changes of each arm, by its name: methods and other keys; instead of `methods`.
         seeds: Seeds of training.
         orders: Names of the tasks in order, by the name of the order.
     """
@@ -211,19 +213,19 @@ class Plan(_Strict):
 
     Args:
         model: Folder or Hub id, or a mapping of `ModelPlan`'s fields.
-        output_dir: Where everything is written.
+        output_dir: Folder for all output.
         seed: Seed of training: order of the rows, new adapters, dropout.
         data_seed: Seed of `train_rows` and `test_rows`.
         peft: Options of `peft.LoraConfig`; None trains all weights.
         sft: Options of `trl.SFTConfig` for every task.
         methods: Methods against forgetting, as in `ContinualConfig.methods`; ``rows: earlier_tasks`` stands for
-            the training rows of the tasks before, ``rows: kept`` for what `memory` keeps of them.
-        memory: What is kept of each task for later ones; ``forbidden`` refuses every method that asks for such rows;
-            None keeps nothing apart.
+            the training rows of earlier tasks, ``rows: kept`` for those that `memory` keeps.
+        memory: The rows kept of each task for later ones; ``forbidden`` refuses every method that asks for such rows;
+            None keeps none.
         between_tasks: ``continue`` (the adapter or the weights), ``new_adapter`` (earlier ones stay, frozen), or
             ``{merge: ...}``.
-        evaluation: What is scored.
-        tasks: The tasks in order, or ``{benchmark: NAME, ...}`` in place of several.
+        evaluation: The evaluation after each task.
+        tasks: The tasks in order, or ``{benchmark: NAME, ...}`` for several.
         sweep: Several runs.
         max_minutes: Minutes after which the run saves and stops, with exit code 75; the same command resumes it.
     """
@@ -249,5 +251,5 @@ class Plan(_Strict):
 
     @property
     def merge(self) -> MergePlan | None:
-        """How tasks are merged, if they are."""
+        """The merge between tasks, or None."""
         return self.between_tasks.merge if isinstance(self.between_tasks, Between) else None

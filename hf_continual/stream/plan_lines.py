@@ -1,4 +1,4 @@
-"""A plan's YAML with the line of every key, so that an error can say where it is."""
+"""A plan's YAML with the line of every key, so that an error can name its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = str | int
 
 
 class PlanError(ValueError):
-    """A plan that cannot be run; the message says where, what and what to do."""
+    """Raised for a plan that cannot be run; the message says where, what and what to do."""
 
 
 class PlanLoader(yaml.SafeLoader):
@@ -28,14 +28,14 @@ PlanLoader.add_implicit_resolver(
 
 
 class Where:
-    """Where the entries of a plan are written.
+    """The places of a plan's entries.
 
     Args:
         file: Name of the file, None for a plan made in Python.
         lines: Line of each entry by its path of keys.
 
     Attributes:
-        overridden: Entries that the command line replaced, by their path: the words that did it.
+        overridden: Entries that the command line replaced, by their path: the option that did it.
     """
 
     def __init__(self, file: str | None = None, lines: dict[tuple[Key, ...], int] | None = None) -> None:
@@ -43,7 +43,7 @@ class Where:
         self.overridden: dict[tuple[Key, ...], str] = {}
 
     def of(self, path: Sequence[Key]) -> str:
-        """Words for a place, such as ``plan.yaml, line 7, tasks[1].train``."""
+        """Describe a place, such as ``plan.yaml, line 7, tasks[1].train``."""
         known = tuple(path)
         for n in range(len(known), 0, -1):
             if known[:n] in self.overridden:
@@ -57,7 +57,7 @@ class Where:
         return f"{line}, {shown}" if shown else line
 
     def error(self, path: Sequence[Key], message: str) -> PlanError:
-        """An error at a place."""
+        """Build an error at a place."""
         return PlanError(f"{self.of(path)}: {message}")
 
 
@@ -68,7 +68,7 @@ def read_yaml(file: Path) -> tuple[Any, Where]:
         file: A YAML file.
 
     Returns:
-        The data, and where they are written.
+        The data, and where its entries are written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -88,7 +88,7 @@ def read_yaml(file: Path) -> tuple[Any, Where]:
     try:
         node = yaml.compose(text, PlanLoader)
         if node is None:
-            raise PlanError(f"{file} is empty; a plan needs at least model, output_dir and tasks.")
+            raise PlanError(f"{file} is empty, and a plan needs at least model, output_dir and tasks.")
         _collect(node, (), where)
         return yaml.load(text, PlanLoader), where
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""The record of a run's plan: the same plan goes on, a changed one is refused with the difference."""
+"""The record of a run's plan: the same plan resumes, a changed one is refused with the difference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_continual.stream.saved import saved_files
 
 PLAN = "plan.json"
 
-# What may differ between two attempts without changing a result.
+# Entries that may differ between two attempts without changing a result.
 FREE = ("output_dir", "evaluation.batch_size", "evaluation.bootstrap", "evaluation.solved_at", "sweep")
 SHOWN = re.compile(
     r"(^|\.)sft\.(disable_tqdm|max_minutes|enable_jit_checkpoint|log\w*|report_to|run_name|save_total_limit|dataloader_(num_workers|pin_memory))$|\.gere\.cache_dir$"
@@ -62,13 +62,13 @@ def plain_plan(prepared: Prepared) -> dict[str, Any]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """What a tokenizer is told apart by, wherever it was loaded from."""
+    """A fingerprint of a tokenizer, wherever it was loaded from."""
     marks = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)]
     return checksum([sorted(tokenizer.get_vocab().items()), marks])
 
 
 def _with_rows(methods: Any) -> Any:
-    """Methods with a digest beside each path of rows, so that a file may move and must not change."""
+    """Methods with a digest next to each path of rows: a file may move but must not change."""
     if isinstance(methods, list):
         return [_with_rows(method) for method in methods]
     if not isinstance(methods, dict):
@@ -84,16 +84,16 @@ def _with_rows(methods: Any) -> Any:
 
 
 def _named(value: Any) -> Any:
-    """What stands in a plan for a value that is not plain data."""
+    """The plain representation of a value that is not plain data."""
     if isinstance(value, Method):
         return {kind_of(type(value)): value.describe()}
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else repr(value)
 
 
 def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
-    """Write the plan of a new run, or compare it with what the folder was begun with.
+    """Write the plan of a new run, or compare it with the plan the folder was started with.
 
-    Tasks added at the end are no change: the run goes on with them.
+    Tasks added at the end are not a change: the run continues with them.
 
     Args:
         output_dir: The run's folder.
@@ -108,21 +108,23 @@ def keep_plan(output_dir: Path, now: dict[str, Any]) -> None:
         if lines := differences(then, now):
             shown = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
             raise PlanError(
-                f"{output_dir} was begun with another plan:\n  {shown}\nGo on with the plan it was begun with, which {file.name} holds, or give the "
-                f"changed one another output_dir. Tasks may be added at the end."
+                f"{output_dir} was started with another plan:\n  {shown}\nContinue with the original plan, which is in {file.name}, or give the "
+                f"changed plan another output_dir. Tasks may be added at the end."
             )
     elif output_dir.is_dir() and (found := sorted(p.name for p in output_dir.iterdir() if not _hidden(p.name))):
         if begun := [name for name in found if name.startswith("task-")]:
             raise PlanError(
-                f"{file} is missing, and {output_dir} holds {', '.join(begun)}: which plan they were trained with is not "
+                f"{file} is missing, but {output_dir} holds {', '.join(begun)}: the plan they were trained with is not "
                 f"known. {_way_out(output_dir)}"
             )
-        raise PlanError(f"{output_dir} is not empty and holds no run of a plan. Name another output_dir.")
+        raise PlanError(
+            f"{output_dir} is not empty, and it is not the folder of a plan's run. Choose another output_dir."
+        )
     write_checked(file, now)
 
 
 def _hidden(name: str) -> bool:
-    """Locks, and files that a killed process did not finish."""
+    """Locks, and unfinished files of a killed process."""
     return name.endswith(".lock") or (name.startswith(".") and name.endswith(".partial"))
 
 
@@ -131,14 +133,14 @@ def _recorded(file: Path) -> dict[str, Any]:
         return read_checked(file)
     except DamagedFile as error:
         raise PlanError(
-            f"{error} It is the record of the plan that {file.parent} was begun with; without it nobody knows whether this "
+            f"{error} It is the record of the plan that {file.parent} was started with; without it, nothing shows whether this "
             f"plan is the same. {_way_out(file.parent)}"
         ) from error
 
 
 def _way_out(output_dir: Path) -> str:
     return (
-        f"Put {PLAN} back from a copy; or name another output_dir; or delete {output_dir}, and the same command trains all "
+        f"Restore {PLAN} from a copy; or choose another output_dir; or delete {output_dir}, and the same command trains all "
         f"tasks again."
     )
 
@@ -148,7 +150,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
     if path in FREE or SHOWN.search(path):
         return []
     if path in ("model.files", "model.vocabulary") and then is None:
-        return []  # the record of a version that did not note them
+        return []  # the record of a version that did not store them
     if isinstance(then, str) and isinstance(now, dict) and now.get("source") == then:
         return []
     if isinstance(then, dict) and isinstance(now, dict):
@@ -160,7 +162,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
             lines += differences(then.get(key), now.get(key), inner)
         return lines
     if isinstance(then, list) and isinstance(now, list) and (path == "tasks" or len(then) == len(now)):
-        lines = [f"{path}[{i}]: {_short(t)} -> left out" for i, t in enumerate(then[len(now) :], start=len(now))]
+        lines = [f"{path}[{i}]: {_short(t)} -> removed" for i, t in enumerate(then[len(now) :], start=len(now))]
         for i, (a, b) in enumerate(zip(then, now, strict=False)):
             lines += differences(a, b, f"{path}[{i}]")
         return lines
@@ -168,7 +170,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
 
 
 def _is_the_same(then: dict[str, Any], now: dict[str, Any], path: str) -> bool:
-    """Whether files were moved and are what they were: told by what they hold."""
+    """Whether files were only moved, judged by their content."""
     if path == "model" and then.get("files") is not None and then["files"] == now.get("files"):
         places = ("path", "tokenizer", "adapter")
         return {k: v for k, v in then.items() if k not in places} == {k: v for k, v in now.items() if k not in places}
@@ -184,7 +186,7 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def only_one(output_dir: Path) -> Iterator[None]:
-    """Refuse a second process that would write the same run; a killed one leaves nothing that blocks.
+    """Refuse a second process that would write the same run; a killed one leaves no stale lock.
 
     Args:
         output_dir: The run's folder.
@@ -201,7 +203,7 @@ def only_one(output_dir: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise PlanError(
-            f"{output_dir} is being run by another process. Wait for it, or name another output_dir."
+            f"{output_dir} is being run by another process. Wait for it, or choose another output_dir."
         ) from None
     try:
         yield

@@ -1,4 +1,4 @@
-"""A plan made ready: rows loaded, mapped and checked, scorers built; no weights yet."""
+"""Prepare a plan: rows loaded, mapped and checked, scorers built; no weights yet."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from hf_continual.methods.table import build_methods
 from hf_continual.stream.models import load_tokenizer
 from hf_continual.stream.past_rows import TRAINABLE, KeptRows, with_earlier
 from hf_continual.stream.plan import MemoryPlan, Plan, TaskPlan
+from hf_continual.stream.plan_gauges import with_earlier_tests
 from hf_continual.stream.plan_lines import Key, PlanError, Where
 from hf_continual.stream.start import split_adapter
 from hf_continual.tasks import BASE, Task, TaskStream, check_parents
@@ -38,16 +39,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs but weights.
+    """Everything a run needs except the weights.
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
         stream: The tasks with their rows.
         tokenizer: The model's.
         scorers: Scorer of each scored task and gauge by name.
-        gauges: Rows of each gauge by name; None where its metric brings its own.
-        memory: What is kept for later tasks, None where nothing is.
+        gauges: Rows of each gauge by name; None if its metric has its own rows.
+        memory: Rows kept for later tasks, None if none are.
     """
 
     plan: Plan
@@ -59,7 +60,7 @@ class Prepared:
     memory: KeptRows | None = None
 
     def scored(self, tasks: Sequence[Task] | None = None) -> list[Task]:
-        """The tasks that have rows to be scored with."""
+        """The tasks that have rows to score."""
         return [t for t in (self.stream if tasks is None else tasks) if t.test is not None]
 
     def columns_after(self, task: Task | None) -> list[Task]:
@@ -84,11 +85,11 @@ class Prepared:
             task_name=task.name,
             task_index=task.index,
             seed=seed,
-            **{**defaults, **self.options(task)},
+            **{**defaults, **with_earlier_tests(self.options(task), task, self.stream)},
         )
 
     def methods(self, task: Task) -> list[Method]:
-        """Fresh methods for a task, rows of earlier tasks put in."""
+        """Fresh methods for a task, with the rows of earlier tasks."""
         own = self.plan.tasks[task.index].methods
         description = self.plan.methods if own is None else own
         if isinstance(description, Sequence) and description and all(isinstance(m, Method) for m in description):
@@ -101,13 +102,13 @@ def prepare(plan: Plan, where: Where) -> Prepared:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
-        The plan made ready.
+        The prepared plan.
 
     Raises:
-        PlanError: If something of it cannot be used; says where.
+        PlanError: If something in it cannot be used; names the place.
     """
     with _at(where, ("model",)):
         plan = split_adapter(plan, where)
@@ -146,7 +147,7 @@ def prepare(plan: Plan, where: Where) -> Prepared:
                 check_columns(rows, columns_of(gauge.metric, rows.column_names), f"the gauge {name!r}")
                 check_answers(gauge.metric, rows, tokenizer)
             elif columns_of(gauge.metric):
-                raise ValueError(f"the gauge {name!r} needs rows. Name a file or a Hub id: rows: general.jsonl")
+                raise ValueError(f"the gauge {name!r} needs rows. Give a file or a Hub id: rows: general.jsonl")
         gauges[name] = rows
     with _at(where, ("tasks",)):
         stream = TaskStream(tasks)
@@ -165,27 +166,27 @@ def prepare(plan: Plan, where: Where) -> Prepared:
 
 
 def _check_heirs(prepared: Prepared, task: Task, methods: Methods) -> None:
-    """Refuse a task without a method of the task before that will leave something, before anything is trained."""
+    """Refuse a task that drops a method whose state the previous task will leave, before anything is trained."""
     parent, merge = prepared.stream.parent(task), prepared.plan.merge
     if parent is None or not methods or prepared.options(task).get("fresh_methods"):
         return
     if merge is not None and merge.start == "base":
-        return  # every task starts from the base, which comes with nothing
+        return  # every task starts from the base, which has no methods' state
     before = Methods(prepared.methods(parent))
     left = [(m.name, kind_of(type(m)), "") for m in before if overrides(type(m), "task_state")]
-    check_heirs(left, methods, f"task {task.name!r} goes on from {parent.name!r}, whose model")
+    check_heirs(left, methods, f"task {task.name!r} continues from {parent.name!r}, whose model")
 
 
 def _check_scored_names(names: Sequence[str]) -> None:
-    """Refuse two names whose predictions would be one file."""
+    """Refuse two names whose predictions would share one file."""
     files: dict[str, str] = {}
     for name in names:
         if (other := files.setdefault(file_name(name), name)) != name:
-            raise ValueError(f"{other!r} and {name!r} are the same as names of files ({file_name(name)}); rename one.")
+            raise ValueError(f"{other!r} and {name!r} give the same file name ({file_name(name)}); rename one.")
 
 
 def _memory(plan: Plan, where: Where, stream: TaskStream) -> KeptRows | None:
-    """What the plan's memory keeps after each task, chosen before anything is trained."""
+    """The rows that the plan's buffer keeps after each task, chosen before anything is trained."""
     if not isinstance(plan.memory, MemoryPlan):
         return None
     start: list[dict[str, Any]] = []
@@ -193,7 +194,7 @@ def _memory(plan: Plan, where: Where, stream: TaskStream) -> KeptRows | None:
         with _at(where, ("memory", "start")):
             start = read_lines(Path(plan.memory.start).expanduser())
             if not start:
-                raise ValueError(f"{plan.memory.start} holds no rows. Leave start out to begin with none.")
+                raise ValueError(f"{plan.memory.start} holds no rows. Leave start out to start with none.")
     with _at(where, ("memory",)):
         memory = Memory(**plan.memory.model_dump(exclude={"start"}), start=start)
         return KeptRows(memory, stream, {t.name: _named(t.train) for t in plan.tasks})
@@ -207,7 +208,7 @@ def _named(source: Any) -> str:
 
 @contextmanager
 def _at(where: Where, path: Sequence[Key]) -> Iterator[None]:
-    """Errors inside are errors of the plan at this place."""
+    """Turn errors inside the context into errors of the plan at this place."""
     try:
         yield
     except PlanError:
@@ -222,11 +223,11 @@ def _check_parents(plan: Plan, where: Where) -> None:
         with _at(where, ("tasks", i, "parent" if parent else "name")):
             TaskStream([Task(name)])
             if name in [n for n, _ in names[:i]]:
-                raise ValueError(f"two tasks are called {name!r}; names tell tables and folders apart.")
+                raise ValueError(f"two tasks are called {name!r}; names identify tables and folders.")
     try:
         check_parents(names)
     except ValueError as error:
-        # The message quotes the task that it is about first.
+        # The message quotes its task first.
         about = next(
             (
                 i
@@ -241,7 +242,7 @@ def _check_parents(plan: Plan, where: Where) -> None:
 def _rows(
     task: TaskPlan, which: str, plan: Plan, tokenizer: Any, where: Where, index: int, wanted: Sequence[str]
 ) -> Dataset:
-    """The rows of a task as they are learnt or scored, with the `wanted` columns checked."""
+    """The rows of a task for training or scoring, with the `wanted` columns checked."""
     path = ("tasks", index)
     source, split = (task.train, task.split) if which == "train" else (task.test, task.test_split)
     with _at(where, (*path, which)):
@@ -253,7 +254,7 @@ def _rows(
             check_values(rows, f"{_named(source)}, after its columns were mapped", wanted)
     elif task.labels:
         raise where.error(
-            (*path, "labels"), "labels name the classes of a column; say which with columns: {completion: ' {label}'}."
+            (*path, "labels"), "labels name the classes of a column; set it with columns: {completion: ' {label}'}."
         )
     if task.drop_options:
         with _at(where, (*path, "drop_options")):

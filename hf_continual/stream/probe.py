@@ -1,7 +1,7 @@
-"""How long a run takes: one and two blocks of its model, with random weights, train for a moment on this machine.
+"""Estimate how long a run takes: train one and two blocks of its model, with random weights, briefly on this machine.
 
-The time of a micro-batch grows linearly with the blocks, so two small measurements give the whole: no weights are loaded and
-little memory is needed.
+The time of a micro-batch grows linearly with the blocks, so two small measurements give the total: no weights are
+loaded and little memory is needed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ROUNDS = 3
 def estimate(prepared: Prepared, described: Mapping[str, Any], hourly_price: float | None = None) -> dict[str, Any]:
     """Time and price of a run, measured on this machine.
 
-    Loading, saving and generation are not in it, so it is a lower figure for runs that are scored by generation.
+    Loading, saving and generation are not included, so it is a lower bound for runs that are scored by generation.
 
     Args:
-        prepared: The plan made ready.
-        described: What `describe` said of it.
+        prepared: The prepared plan.
+        described: What `describe` returned for it.
         hourly_price: Price of an hour of this machine, or None.
 
     Returns:
@@ -109,7 +109,7 @@ def _step(model: Any, inputs: torch.Tensor) -> None:
 
 
 def _fastest(call: Any) -> float:
-    """Seconds of the fastest of a few rounds after one that warms up."""
+    """Seconds of the fastest of a few rounds, after one warm-up round."""
     call()
     best = math.inf
     for _ in range(ROUNDS):

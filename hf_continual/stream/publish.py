@@ -1,4 +1,4 @@
-"""The card of a finished task: written into its folder, so that any stage can be published as it is."""
+"""The card of a finished task: written into its folder, so that any task's model can be published as it is."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SHORT = {
 def write_stage_card(
     prepared: Prepared, task: Task, output_dir: Path, base_dir: Path, intervals: Mapping[str, Any] | None = None
 ) -> None:
-    """Write README.md, continual_config.json, continual_results.json and pictures into a finished task's folder.
+    """Write README.md, continual_config.json, continual_results.json and plots into a finished task's folder.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
         task: The task.
         output_dir: The run's folder.
         base_dir: Folder that holds the base model's scores.
-        intervals: 95 % intervals by figure, if they are of this task's line.
+        intervals: 95 % intervals by figure, if they belong to this task's line.
     """
     write_card(output_dir / task.folder, stage_facts(prepared, task, output_dir, base_dir, intervals))
 
@@ -46,7 +46,7 @@ def write_stage_card(
 def stage_facts(
     prepared: Prepared, task: Task, output_dir: Path, base_dir: Path, intervals: Mapping[str, Any] | None = None
 ) -> CardFacts:
-    """What is known about a finished task; see `write_stage_card`."""
+    """The facts about a finished task; see `write_stage_card`."""
     plan, folder, line = prepared.plan, output_dir / task.folder, prepared.stream.lineage(task)
     root = loaded_ref(plan.model.path, plan.model.revision)
     tasks, start = [], root
@@ -107,11 +107,11 @@ def stage_evaluation(
     base_dir: Path,
     intervals: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """What was measured along a line of tasks.
+    """The measured scores along a line of tasks.
 
     Args:
-        prepared: The plan made ready.
-        line: Tasks, oldest first; the last is the stage that is described.
+        prepared: The prepared plan.
+        line: Tasks, oldest first; the last is the one described.
         output_dir: The run's folder.
         base_dir: Folder that holds the base model's scores.
         intervals: 95 % intervals by figure.

@@ -1,6 +1,6 @@
-"""Reading a plan: from YAML, a mapping or a TaskStream; mistakes as one sentence with file and line.
+"""Read a plan from YAML, a mapping or a TaskStream; mistakes are reported in one sentence with file and line.
 
-Nothing here imports torch or transformers: a mistake in a plan is reported in a second.
+Nothing here imports torch or transformers: a mistake in a plan is reported within a second.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PARTS: dict[str, type[BaseModel]] = {
     "memory": MemoryPlan,
 }
 _BRANCHES = {"Between", "MemoryPlan"}
-# What pydantic says of a wrong type, and an example of the right one.
+# Expected types, with an example, in place of pydantic's wording.
 _EXAMPLES = {
     "orders": "a mapping of names to lists of tasks, such as {a: [law, tax], b: [tax, law]}",
-    "arms": "a mapping of arms to what they change, such as {plain: {}, o_lora: {methods: [o_lora], between_tasks: new_adapter}}",
+    "arms": "a mapping of arms to their changes, such as {plain: {}, o_lora: {methods: [o_lora], between_tasks: new_adapter}}",
     "methods": "a mapping of arms to methods, such as {plain: [], replay: [{replay: {rows: earlier_tasks}}]}",
 }
 Said = TypeVar("Said")
@@ -54,7 +54,7 @@ def read_plan(
 
     Args:
         plan: A YAML file, a mapping of `Plan`'s fields, or a `TaskStream` with the other fields in `changes`.
-        overrides: Single entries in place of the plan's, as ``KEY=VALUE``; see `hf_continual.stream.overrides`.
+        overrides: Single entries that override the plan's, as ``KEY=VALUE``; see `hf_continual.stream.overrides`.
         **changes: Fields that replace the plan's.
 
     Returns:
@@ -95,7 +95,7 @@ def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
 
     Args:
         data: The plan as plain data.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         The plan, and where its entries are written.
@@ -115,7 +115,7 @@ def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
 
 
 def _entries(tasks: Any, where: Where) -> tuple[list[Any], list[tuple[Key, ...]]]:
-    """Tasks as mappings, benchmarks spread out, and which entry of the plan each comes from."""
+    """Tasks as mappings, benchmarks expanded, and the entry of the plan that each comes from."""
     if isinstance(tasks, Mapping):
         tasks = [tasks]
     if tasks is None or isinstance(tasks, str) or not isinstance(tasks, Sequence | TaskStream) or len(tasks) == 0:
@@ -134,7 +134,7 @@ def _entries(tasks: Any, where: Where) -> tuple[list[Any], list[tuple[Key, ...]]
 
 
 def _spread(lines: dict[tuple[Key, ...], Said], origins: Sequence[tuple[Key, ...]]) -> dict[tuple[Key, ...], Said]:
-    """Lines of the tasks by their place in the plan as read, where an entry may stand for several."""
+    """Lines of the tasks by their place in the plan as read; one entry may expand to several."""
     found = {path: line for path, line in lines.items() if path[:1] != ("tasks",) or len(path) == 1}
     for i, origin in enumerate(origins):
         found |= {("tasks", i, *path[2:]): line for path, line in lines.items() if path[:2] == origin}
@@ -148,21 +148,21 @@ def _benchmark(entry: dict[str, Any], where: Where, path: tuple[Key, ...]) -> li
     own = BENCHMARKS[name].__code__.co_varnames[: BENCHMARKS[name].__code__.co_argcount]
     options = {k: entry.pop(k) for k in list(entry) if k in own}
     try:
-        # What the entry says of a task goes before what the benchmark says.
+        # The entry's values for a task override the benchmark's.
         return [{**task, **copy.deepcopy(entry)} for task in BENCHMARKS[name](**options)]
     except (TypeError, ValueError, OSError) as error:
         raise where.error(path, str(error)) from error
 
 
 def _explained(error: ValidationError, where: Where, origins: list[tuple[Key, ...]]) -> PlanError:
-    """The first of pydantic's errors as one sentence with its place."""
+    """Pydantic's first error as one sentence with its place."""
     errors = error.errors()
-    # Of a union pydantic reports every branch: of a mapping, the branch that is one says what is wrong.
+    # For a union pydantic reports every branch: for a mapping, the mapping branch has the useful error.
     if isinstance(errors[0]["input"], Mapping):
         errors = [e for e in errors if _BRANCHES & set(e["loc"])] or errors
-    # A mistyped key may also be a missing one; the mistake is what helps.
+    # A mistyped key is also a missing one; reporting the typo helps more.
     said = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # Names of branches are no keys of the plan.
+    # Names of branches are not keys of the plan.
     loc = [k for k in said["loc"] if isinstance(k, int) or not ("[" in k or k in _BRANCHES)]
     path: list[Key] = [*origins[int(loc[1])], *loc[2:]] if loc[:1] == ["tasks"] and len(loc) > 1 else list(loc)
     if said["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What a run measured, as tables for a terminal."""
+"""A run's measurements, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Blocks:
     title: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The blocks, one after the other."""
+        """Yield the blocks, one after the other."""
         first = min(max(len(str(row[0])) for row in [self.head, *self.rows]), max(12, options.max_width // 3))
         widths = [max(len(str(row[i])) for row in [self.head, *self.rows]) for i in range(len(self.head))]
         start, title = 1, self.title
@@ -105,7 +105,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     lower = results["matrix"]["lower_is_better"]
     scale = 1 if lower else 100
     intervals = results["intervals"] or {}
-    table = Table(title="what was kept", title_justify="left")
+    table = Table(title="retention", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 % interval over rows", justify="right")
@@ -125,13 +125,13 @@ def summary_table(results: Mapping[str, Any]) -> Table:
 
 
 def sweep_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """The arms of a sweep side by side.
+    """The arms of a sweep, side by side.
 
     Args:
-        results: What `hf_continual.stream.sweep.compare` made.
+        results: The return value of `hf_continual.stream.sweep.compare`.
 
     Returns:
-        Names of the columns, one line of text per arm, and the figures that are shown.
+        Names of the columns, one line of text per arm, and the figures shown.
     """
     arms = results["arms"]
     scale = 1 if results.get("lower_is_better", False) else 100
@@ -149,20 +149,20 @@ def sweep_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]], 
 
 
 def legend(keys: Sequence[str], lower_is_better: bool) -> str:
-    """What the short names of figures mean, and in what they are measured."""
+    """The meaning of the figures' short names, and their unit."""
     names = "; ".join(f"{SHORT[key]}: {MEANINGS[key]}" for key in keys)
     unit = "losses" if lower_is_better else "in %"
     return f"Means over seeds ± standard deviation, {unit}. {names}."
 
 
 def comparison_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
-    """Each arm against the first, by the rows that both were scored on.
+    """Each arm against the first, on the rows that both were scored on.
 
     Args:
-        results: What `hf_continual.stream.sweep.compare` made.
+        results: The return value of `hf_continual.stream.sweep.compare`.
 
     Returns:
-        Names of the columns and one line per comparison; None where there is none.
+        Names of the columns and one line per comparison; None if there are none.
     """
     scale = 1 if results.get("lower_is_better", False) else 100
     lines, base = [], baseline(results)
@@ -177,13 +177,13 @@ def comparison_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
 
 
 def baseline(results: Mapping[str, Any]) -> str:
-    """The arm that all others are compared with; empty where each order of tasks has its own."""
+    """The arm that all others are compared with; empty if each order of tasks has its own."""
     names = {c["first"] for c in results.get("comparisons", ())}
     return names.pop() if len(names) == 1 else ""
 
 
 def p_text(value: float) -> str:
-    """A p-value as it is printed: two digits that count, and no smaller than it can be told."""
+    """Format a p-value: two significant digits, down to the smallest that can be resolved."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -208,12 +208,12 @@ def sweep_report(results: Mapping[str, Any]) -> RenderableType:
             Text(""),
             Blocks(*compared, title=f"against {baseline(results) or 'the first arm'}, on the same rows"),
         ]
-        parts.append(Text(f"p: {'; '.join(tests)}. It is about other rows, not about other seeds."))
+        parts.append(Text(f"p: {'; '.join(tests)}. It generalises to other rows, not to other seeds."))
     return Group(*parts)
 
 
 def results_report(results: Mapping[str, Any]) -> RenderableType:
-    """Everything that is shown at the end of a run or of a sweep."""
+    """Everything shown at the end of a run or of a sweep."""
     if "arms" not in results:
         return Group(matrix_table(results), summary_table(results))
     waiting = [name for name, run in results["runs"].items() if run["status"] == "NOT_RUN"]

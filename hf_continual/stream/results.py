@@ -1,4 +1,4 @@
-"""What a run measured, as one file: matrices, figures with intervals, gauges. Rebuilt from the tasks' folders."""
+"""A run's measurements in one file: matrices, figures with intervals, gauges. Rebuilt from the tasks' folders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PACKAGES = ("hf-continual", "torch", "transformers", "trl", "peft", "accelerate"
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What `train_stream` returns.
+    """Result of `train_stream`.
 
     Args:
         output_dir: The run's folder.
         matrix: The accuracy matrix of the last task's line, with the base row if it was measured.
-        results: All that was measured, as in ``continual_results.json``.
+        results: All measurements, as in ``continual_results.json``.
     """
 
     output_dir: Path
@@ -40,15 +40,15 @@ class StreamResult:
 
 
 def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResult:
-    """Read everything that was measured, as far as the run has come.
+    """Read all measurements of the run so far.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
         output_dir: The run's folder.
         base_dir: The folder that holds ``base/`` and its predictions; a sweep's runs share one.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     stages = {t.name: read_stage(output_dir / t.folder) for t in prepared.stream}
     base = read_stage(base_dir / BASE_FOLDER)
@@ -77,9 +77,9 @@ def collect(prepared: Prepared, output_dir: Path, base_dir: Path) -> StreamResul
 
 
 def _matrix(line: Sequence[Task], stages: dict, base: dict, read: Any, lower: bool) -> AccuracyMatrix:
-    """Rows after each scored task of a line, columns the same tasks, up to the first row that is not there yet.
+    """Rows after each scored task of a line, columns the same tasks, up to the first missing row.
 
-    A row after that would stand in the place of another task's.
+    A row after that would appear as another task's.
     """
     there = itertools.takewhile(lambda t: stages[t.name], line)
     rows = [[read(stages[t.name].get(c.name, {})) for c in line] for t in there]
@@ -88,7 +88,7 @@ def _matrix(line: Sequence[Task], stages: dict, base: dict, read: Any, lower: bo
 
 
 def protocols(cells: Iterable[Mapping[str, Any]]) -> str | None:
-    """How cells were scored, each way once; None where nothing was."""
+    """How cells were scored, each protocol once; None if no cell was."""
     found = list(dict.fromkeys(c["protocol"] for c in cells if c.get("protocol")))
     return "; ".join(found[:3] + [f"and {len(found) - 3} more"] * (len(found) > 3)) or None
 
@@ -117,7 +117,7 @@ def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[t
     rows: dict[tuple[int, int], list[float]] = {}
     for i, stage in enumerate([None, *line], start=-1):
         place = (base_dir, BASE_FOLDER) if stage is None else (output_dir, stage.folder)
-        # Those of a score that is not believed are written again before they are read.
+        # Predictions of a score that fails its checksum are rewritten before they are read.
         believed = read_stage(place[0] / place[1])
         for j, column in enumerate(line):
             if column.name in believed:
@@ -126,10 +126,10 @@ def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[t
 
 
 def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
-    """One value per row whose plain mean is the cell, and whose spread is that of the cell.
+    """One value per row whose plain mean is the cell, and whose spread is the cell's.
 
     Args:
-        lines: Predictions, with a score and, where rows count differently, a weight.
+        lines: Predictions, with a score and, if rows have different weights, a weight.
 
     Returns:
         The scores; with weights w, c + w (s - c) / mean(w) around the weighted mean c.
@@ -143,7 +143,7 @@ def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix) -> dict[str, Any]:
-    """Each gauge before, after every task, and its change; GeRe's harmonic mean where it is a share."""
+    """Each gauge before, after every task, and its change; GeRe's harmonic mean if it is a fraction."""
     found: dict[str, Any] = {}
     for name in prepared.gauges:
         before = base.get(name)
@@ -159,7 +159,7 @@ def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix
 
 
 def _all_cells(prepared: Prepared, cells: dict[str, Any]) -> dict[str, Any]:
-    """The scores of a moment, with what was not asked for as NOT_RUN."""
+    """The scores after a task, with those not requested as NOT_RUN."""
     names = [*(t.name for t in prepared.scored()), *prepared.gauges]
     return {name: cells.get(name, Score(None, 0, "", status="NOT_RUN").to_dict()) for name in names}
 

@@ -1,4 +1,4 @@
-"""One run of a plan that was made ready: task after task, each learnt, saved, scored and recorded."""
+"""Run a prepared plan: task after task, each learned, saved, scored and recorded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = None) -> StreamResult:
-    """Run a plan that was made ready.
+    """Run a prepared plan.
 
     Args:
         prepared: The plan.
@@ -40,7 +40,7 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
         base_dir: Folder that holds the base model's scores; by default the run's own.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     base_dir = base_dir or output_dir
     main = PartialState().is_main_process
@@ -69,14 +69,14 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
 
 
 def with_start(prepared: Prepared, output_dir: Path) -> Prepared:
-    """Say what becomes of the adapter that a plan starts from, and merge it into its base if that is the way.
+    """Log what happens to the adapter that a plan starts from, and merge it into its base if requested.
 
     Args:
-        prepared: The plan made ready.
+        prepared: The prepared plan.
         output_dir: The run's folder.
 
     Returns:
-        The plan, with the merged base for its model where there is one.
+        The plan, with the merged base as its model if there is one.
     """
     return replace(prepared, plan=from_merged(prepared.plan, output_dir, prepared.tokenizer))
 
@@ -84,12 +84,12 @@ def with_start(prepared: Prepared, output_dir: Path) -> Prepared:
 def _explained(output_dir: Path) -> contextlib.AbstractContextManager[None]:
     return writing(
         output_dir,
-        f"What is finished stays in {output_dir}. Make room there; after that the same command resumes where it stopped.",
+        f"Finished work stays in {output_dir}. Free space there; then the same command resumes where it stopped.",
     )
 
 
 def _mend_kept_rows(prepared: Prepared, task: Task, folder: Path) -> None:
-    """Write the rows that a finished task hands on again, where its file does not hold them any more."""
+    """Rewrite the rows that a finished task hands on, if its file no longer holds them."""
     if prepared.memory is None:
         return
     wanted = json.loads(json.dumps(prepared.memory.after[task.name]))
@@ -100,7 +100,7 @@ def _mend_kept_rows(prepared: Prepared, task: Task, folder: Path) -> None:
         problem = f"{folder / MEMORY} does not hold the {len(wanted)} rows that the plan keeps after {task.name!r}."
     except (DamagedFile, FileNotFoundError) as error:
         problem = f"{folder / MEMORY} is missing." if isinstance(error, FileNotFoundError) else str(error)
-    logger.warning("%s It is written again from the rows of the plan.", problem)
+    logger.warning("%s It is rewritten from the rows of the plan.", problem)
     write_lines(folder / MEMORY, wanted)
 
 
@@ -110,7 +110,7 @@ def _without_source(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _score_base(prepared: Prepared, base_dir: Path) -> None:
-    """Score the base model; of a sweep's runs that share it, one does and the others wait."""
+    """Score the base model; if a sweep's runs share it, one scores and the others wait."""
     learner = PlanLearner(prepared, base_dir)
     base_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(base_dir / ".base.lock") if PartialState().is_main_process else contextlib.nullcontext():
@@ -118,13 +118,13 @@ def _score_base(prepared: Prepared, base_dir: Path) -> None:
 
 
 def refuse_on_all(check: Callable[[], None]) -> None:
-    """Make a check on the main process, and fail on all if it fails.
+    """Run a check on the main process, and fail on all processes if it fails.
 
     Args:
         check: Raises PlanError.
 
     Raises:
-        PlanError: What the check raised.
+        PlanError: The error of the check.
     """
 
     def said() -> str | None:
@@ -149,7 +149,7 @@ def check_merge(plan: Plan, where: Where) -> None:
 
 
 def _check_one_direction(prepared: Prepared, folder: Path) -> None:
-    """Refuse tasks of which some are scored by a loss and some are not: no mean over them means anything."""
+    """Refuse tasks of which only some are scored by a loss: a mean over them would be meaningless."""
     scores = main_decides(lambda: read_stage(folder))
     lower: dict[bool, str] = {}
     for task in prepared.scored():
@@ -164,7 +164,7 @@ def _check_one_direction(prepared: Prepared, folder: Path) -> None:
 
 
 def _check_unsolved(prepared: Prepared, base_dir: Path) -> None:
-    """Refuse tasks that the base model can do already: what becomes of them is drift, not forgetting."""
+    """Refuse tasks that the base model can already do: their change is drift, not forgetting."""
     limit = prepared.plan.evaluation.solved_at
     scores = main_decides(lambda: read_stage(base_dir / BASE_FOLDER))
     for task in prepared.scored():
@@ -174,7 +174,7 @@ def _check_unsolved(prepared: Prepared, base_dir: Path) -> None:
         if cell["value"] >= limit:
             raise prepared.where.error(
                 ("tasks", task.index),
-                f"the base model scores {cell['value']:.2f} on {task.name!r} before it has learnt it (n = {cell['n']}): this "
-                f"measures drift, not forgetting. Choose a task that the base cannot do, or say evaluation: "
-                f"{{solved_at: null}} to measure it all the same.",
+                f"the base model scores {cell['value']:.2f} on {task.name!r} before learning it (n = {cell['n']}): this "
+                f"measures drift, not forgetting. Choose a task that the base cannot do, or set evaluation: "
+                f"{{solved_at: null}} to measure it anyway.",
             )

@@ -1,4 +1,4 @@
-"""What a saved model is told apart by: digests of the files that it is loaded from, wherever its folder lies."""
+"""The fingerprint of a saved model: digests of the files that it is loaded from, wherever its folder is."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from hf_continual.atomic_files import DamagedFile, checksum, read_object
 from hf_continual.hub.folder_facts import ADAPTER
 
-# What a push writes into an adapter's configuration: where its base is, not what the adapter is.
+# Keys that a push writes into an adapter's configuration: where its base is, not what the adapter is.
 _PLACE = ("base_model_name_or_path", "revision")
 _WHOLE, _PIECE, _PIECES = 2**23, 2**16, 64
 
 
 def saved_files(folder: Path) -> dict[str, str]:
-    """Digests of the weights and configurations of a folder, and of the models in its folders.
+    """Digests of the weights and configurations of a folder, and of the models in its subfolders.
 
     Args:
         folder: The folder of a model or of a task.
 
     Returns:
-        Digest by path in the folder. Files of more than 8 MiB are read at 64 places, not as a whole: a model that
-        was trained on, or cut, differs there.
+        Digest by path in the folder. Files of more than 8 MiB are read at 64 places, not completely: a model that
+        was trained further, or truncated, differs there.
     """
     return {file.relative_to(folder).as_posix(): _digest(file) for file in _files(folder)}
 
@@ -53,7 +53,7 @@ def _digest(file: Path) -> str:
 
 
 def changed_files(then: Mapping[str, str], folder: Path) -> list[str]:
-    """What of the noted files is not as it was.
+    """List the recorded files that have changed.
 
     Args:
         then: What `saved_files` returned.

@@ -15,7 +15,7 @@ from hf_continual.stream.plan_lines import PlanError, PlanLoader
 
 def score_from_command(
     folder: str, test: str, *, metric: str, base: str | None, split: str, limit: int | None, batch_size: int,
-    predictions: Path | None, dtype: str, as_json: bool,
+    predictions: Path | None, dtype: str, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score a model and print the score.
 
@@ -23,12 +23,13 @@ def score_from_command(
         folder: Folder or Hub id of a model or adapter, or the folder of a plan's run.
         test: The rows.
         metric: A name, or YAML.
-        base: The adapter's base in place of what it names.
+        base: The adapter's base, instead of the recorded one.
         split: Split of the rows.
-        limit: At most so many rows.
+        limit: Maximum number of rows.
         batch_size: Rows per forward pass.
         predictions: File for the predictions, or None.
         dtype: dtype of the weights.
+        quiet: Whether to print the value alone, without progress.
         as_json: Whether to print JSON.
     """
     model = model_of(folder, base, dtype)
@@ -40,12 +41,15 @@ def score_from_command(
     from hf_continual.stream.command import set_up
     from hf_continual.stream.single import said_of_score
 
-    console = set_up(quiet=True, as_json=as_json)
+    console = set_up(quiet=True, as_json=as_json, bars=not quiet)
     from hf_continual.stream.score_model import score_model
 
     result = score_model(model, test, wanted, split, limit, batch_size, predictions)
     if as_json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    if quiet:
+        sys.stdout.write(f"{result['value']:.6g}\n")
         return
     console.print(f"{said_of_score(result)}  {result['model']} on {test}", highlight=False, soft_wrap=True)
     if predictions is not None:

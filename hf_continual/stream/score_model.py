@@ -1,4 +1,4 @@
-"""A model loaded as it was saved, and its score on rows."""
+"""Load a saved model, and score it on rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hf_continual.stream.start import split_adapter
 
 
 def loaded(model: ModelPlan) -> tuple[Any, Any, str]:
-    """A model ready for answers.
+    """Load a model for generation.
 
     Args:
-        model: What to load; a `path` that is an adapter is loaded onto its base.
+        model: The model to load; a `path` that is an adapter is loaded onto its base.
 
     Returns:
         The model, its tokenizer, and its name.
@@ -37,11 +37,11 @@ def score_model(
     """Score a model on rows.
 
     Args:
-        model: What to load.
+        model: The model to load.
         test: The rows; see `load_rows`.
         metric: A description of a scorer.
         split: Split of the rows.
-        limit: At most so many rows, drawn with seed 0.
+        limit: Maximum number of rows, drawn with seed 0.
         batch_size: Rows per forward pass.
         predictions: File for the predictions, or None.
 

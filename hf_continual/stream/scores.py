@@ -1,7 +1,7 @@
-"""Scores of a moment and the predictions that they rest on: written together, and believed only together.
+"""Scores after a task, with the predictions they come from: written together, and trusted only together.
 
-A score carries a checksum over itself and its file of predictions. Where the two do not agree, because one was cut,
-edited or removed, nothing is taken for measured: the score is left out, and measured again by the next run.
+A score carries a checksum over itself and its file of predictions. If the two do not agree, because one was truncated,
+edited or removed, the score is dropped, and the next run measures it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTIAL = ".partial"
 
 
 def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: Scored) -> None:
-    """Write predictions, then the score that rests on them."""
+    """Write predictions, then the score computed from them."""
     rows = task.test if task.test is not None else [{} for _ in scored.rows]
     file = predictions_file(output_dir, stage, task.name)
     write_lines(file, prediction_lines(rows, scored))
@@ -34,10 +34,10 @@ def keep_score(folder: Path, stage: str, output_dir: Path, task: Task, scored: S
 
 
 def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]]:
-    """What a model said to each row, as files of predictions hold it.
+    """A model's answer to each row, in the format of the predictions' files.
 
     Args:
-        rows: The rows; an empty one where its prompt is not known.
+        rows: The rows; an empty one if its prompt is not known.
         scored: Their scores, in the same order.
 
     Returns:
@@ -54,13 +54,13 @@ def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]
 
 
 def score_entry(scored: Scored) -> dict[str, Any]:
-    """A score as plain data, with the answers' loss where that is not the score itself."""
+    """A score as plain data, with the answers' loss unless that is the score itself."""
     loss = {} if scored.nll is None or scored.lower_is_better else {"nll": scored.nll.to_dict()}
     return {**scored.score.to_dict(), **loss}
 
 
 def _shown_prompt(row: dict[str, Any]) -> dict[str, str]:
-    """The prompt's text, so that a prediction can be read without the rows; left out where a row has none."""
+    """The prompt's text, so that a prediction can be read without the rows; omitted if a row has none."""
     text = prompt_text(row)
     return {"prompt": text} if text else {}
 
@@ -70,7 +70,7 @@ def _turn(turn: RowScore) -> dict[str, Any]:
 
 
 def keep_error(folder: Path, name: str, protocol: str, error: str) -> None:
-    """Write that an evaluation failed; it is measured again by the next attempt."""
+    """Record that an evaluation failed; the next attempt measures it again."""
     entry = {"value": None, "n": 0, "protocol": protocol, "status": "ERROR", "error": error}
     _add(folder, name, entry, _predictions_of(folder, name))
 
@@ -81,7 +81,7 @@ def _add(folder: Path, name: str, entry: dict[str, Any], predictions: Path) -> N
 
 
 def _sum(entry: dict[str, Any], predictions: Path) -> str:
-    """Checksum of a score and of what it rests on; an evaluation that failed rests on nothing."""
+    """Checksum of a score and of its predictions; a failed evaluation has no predictions."""
     rests_on = None
     if entry.get("status") == "MEASURED":
         rests_on = hashlib.sha256(predictions.read_bytes()).hexdigest() if predictions.is_file() else "missing"
@@ -93,13 +93,13 @@ def _predictions_of(folder: Path, task: str) -> Path:
 
 
 def read_stage(folder: Path) -> dict[str, Any]:
-    """The scores of a moment by name, as far as they can be believed; empty where there are none.
+    """The scores after a task, by name, if they can be trusted; empty if there are none.
 
     Args:
-        folder: The moment's folder in the run's folder, such as ``out/task-00-cities`` or ``out/base``.
+        folder: The task's folder in the run's folder, such as ``out/task-00-cities`` or ``out/base``.
 
     Returns:
-        Score by task. One that is not what was written, or whose predictions are not, is left out with a warning.
+        Score by task. One that was changed, or whose predictions were, is left out with a warning.
     """
     found = {}
     for name, cell in _stored(folder).items():
@@ -109,27 +109,27 @@ def read_stage(folder: Path) -> dict[str, Any]:
             found[name] = entry
         else:
             logger.warning(
-                "the score of %s in %s and %s do not belong together (one was changed, cut or removed): it does not count "
+                "the score of %s in %s and %s do not match (one was changed, truncated or removed): it does not count "
                 "and is measured again.", name, folder / SCORES, file,
             )  # fmt: skip
     return found
 
 
 def _stored(folder: Path) -> dict[str, dict[str, Any]]:
-    """What stands in the file of scores; a damaged one holds nothing."""
+    """The content of the file of scores; empty if it is damaged."""
     file = folder / SCORES
     if not file.is_file():
         return {}
     try:
         data = read_json(file)
     except DamagedFile as error:
-        logger.warning("%s The scores of this moment are lost; they are measured again.", error)
+        logger.warning("%s The scores after this task are lost; they are measured again.", error)
         return {}
     return {n: c for n, c in data.items() if isinstance(c, dict)} if isinstance(data, dict) else {}
 
 
 def read_scores(stream: TaskStream, output_dir: Path) -> list[list[float | None]]:
-    """The rows of the accuracy matrix of the tasks that are finished."""
+    """The rows of the accuracy matrix for the finished tasks."""
     rows: list[list[float | None]] = []
     for task in stream:
         scores = read_stage(output_dir / task.folder)

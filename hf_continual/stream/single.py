@@ -1,4 +1,4 @@
-"""One set of rows without a plan, as `hf-continual train` takes it, read as a plan of one task.
+"""One set of rows without a plan, for `hf-continual train`, read as a plan of one task.
 
 The file of `--config` holds fields of ContinualConfig, as most recipes do. The model is saved in the output folder itself.
 """
@@ -16,7 +16,7 @@ from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Key, PlanError, PlanLoader, Where, read_yaml
 from hf_continual.stream.read_plan import check_read
 
-# Entries of the file or the command -> their place in a plan; every other one is a training argument.
+# Entries of the file or the command -> their place in a plan; all others are training arguments.
 PLACES: dict[str, tuple[Key, ...]] = {
     "model": ("model",), "output_dir": ("output_dir",), "seed": ("seed",), "peft": ("peft",), "methods": ("methods",),
     "max_minutes": ("max_minutes",), "metric": ("evaluation", "metric"), "batch_size": ("evaluation", "batch_size"),
@@ -27,16 +27,16 @@ PLACES: dict[str, tuple[Key, ...]] = {
 SHORT = {"out": "output_dir", "output": "output_dir", "data": "train", "steps": "max_steps"}
 YAML = ("methods", "peft", "metric")
 MISSING = {
-    "model": "No model is named. Say --model FOLDER_OR_HUB_ID, or model: in the file.",
-    "train": "No rows are named. Say --train ROWS.jsonl, or train: in the file.",
+    "model": "No model is given. Use --model FOLDER_OR_HUB_ID, or model: in the file.",
+    "train": "No rows are given. Use --train ROWS.jsonl, or train: in the file.",
 }
 
 
 def said_of_score(cell: Mapping[str, Any]) -> str:
-    """A score in words.
+    """A score as text.
 
     Args:
-        cell: As `Score.to_dict` gives it.
+        cell: As returned by `Score.to_dict`.
 
     Returns:
         Such as ``exact match 87.5 % (n = 16)``.
@@ -55,7 +55,7 @@ def read_single(config: Path | None, given: Mapping[str, Any], overrides: Sequen
     Args:
         config: A file with fields of ContinualConfig, or None.
         given: Options of the command by name.
-        overrides: Entries in place of the file's, as ``KEY=VALUE``.
+        overrides: Entries that override the file's, as ``KEY=VALUE``.
 
     Returns:
         The plan, and where its entries are written.
@@ -81,7 +81,7 @@ def read_single(config: Path | None, given: Mapping[str, Any], overrides: Sequen
 
 
 def _parsed(key: str, text: str) -> Any:
-    """An option that is written as YAML or JSON."""
+    """Parse an option that is written as YAML or JSON."""
     try:
         return yaml.load(text, PlanLoader)
     except yaml.YAMLError as error:
@@ -90,7 +90,7 @@ def _parsed(key: str, text: str) -> Any:
 
 def _as_plan(data: Mapping[str, Any]) -> dict[str, Any]:
     task: dict[str, Any] = {"name": Path(str(data["train"])).stem or "task"}
-    # What the base can do already is trained all the same: there is one task, and no forgetting to measure.
+    # Tasks that the base can already do are trained anyway: there is one task, and no forgetting to measure.
     plan: dict[str, Any] = {"output_dir": "out", "sft": {}, "tasks": [task], "evaluation": {"solved_at": None}}
     for key, value in data.items():
         place = PLACES.get(key, ("sft", key))
@@ -107,7 +107,7 @@ def _as_plan(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _moved(where: Where) -> Where:
-    """The places of a file's entries, by where the plan has them."""
+    """The places of a file's entries, by their place in the plan."""
 
     def place(path: tuple[Key, ...]) -> tuple[Key, ...]:
         if not path:

@@ -1,4 +1,4 @@
-"""A plan that starts from an adapter: which base it sits on, and what becomes of it."""
+"""Plans that start from an adapter: its base, and what happens to it."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ __all__ = ["from_merged", "said_of_start", "split_adapter"]
 
 
 def split_adapter(plan: Plan, where: Where) -> Plan:
-    """Read a model that is an adapter as its base with the adapter on top.
+    """Split a model that is an adapter into its base and the adapter.
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
-        The plan with `ModelPlan.path`, `adapter` and `from_adapter` filled in; unchanged for a whole model.
+        The plan with `ModelPlan.path`, `adapter` and `from_adapter` filled in; unchanged for a full model.
 
     Raises:
-        PlanError: If the adapter does not say its base, or cannot be used as asked.
+        PlanError: If the adapter does not record its base, or cannot be used as requested.
     """
     model = plan.model
     source = model.adapter or model.path
     if find_adapter_config_file(source, revision=None if model.adapter else model.revision) is None:
         if model.adapter or model.from_adapter:
             raise where.error(
-                ("model",), f"{source} does not hold an adapter (there is no adapter_config.json), and the plan says "
-                f"{'adapter' if model.adapter else 'from_adapter'}. Leave that out, or name the adapter's folder."
+                ("model",), f"{source} does not hold an adapter (there is no adapter_config.json), but the plan has "
+                f"{'adapter' if model.adapter else 'from_adapter'}. Leave that out, or give the adapter's folder."
             )  # fmt: skip
         return plan
     config = PeftConfig.from_pretrained(str(local_adapter(source, model.revision)))
     base = model.path if model.adapter else config.base_model_name_or_path
     if base is None:
         raise where.error(
-            ("model",), f"{source} does not say its base. Name both: model: {{path: BASE, adapter: {source}}}."
+            ("model",), f"{source} does not record its base. Give both: model: {{path: BASE, adapter: {source}}}."
         )
     try:
         brings = model.from_adapter == MERGE and bring_modules(plan)
@@ -58,7 +58,7 @@ def split_adapter(plan: Plan, where: Where) -> Plan:
         raise where.error(("model",), str(error)) from None
     if plan.merge is not None and way != MERGE:
         raise where.error(
-            ("between_tasks",), f"a merge between tasks puts models onto the base, and this plan starts from the adapter {source}. Say "
+            ("between_tasks",), f"a merge between tasks puts models onto the base, but this plan starts from the adapter {source}. Write "
             f"model: {{path: {source}, from_adapter: {MERGE}}}, or leave the merge out."
         )  # fmt: skip
     folder = local_adapter(source, model.revision)
@@ -71,7 +71,7 @@ def split_adapter(plan: Plan, where: Where) -> Plan:
 
 
 def said_of_start(plan: Plan) -> str | None:
-    """What a plan does with the adapter that it starts from, in a sentence; None where it starts from a whole model."""
+    """Describe what a plan does with the adapter that it starts from; None if it starts from a full model."""
     model = plan.model
     if model.adapter is None or model.from_adapter is None:
         return None
@@ -83,7 +83,7 @@ def said_of_start(plan: Plan) -> str | None:
 
 
 def from_merged(plan: Plan, output_dir: Path, tokenizer: Any) -> Plan:
-    """Say what becomes of the adapter, and merge it into its base if that is the way.
+    """Log what happens to the adapter, and merge it into its base if requested.
 
     Args:
         plan: As prepared.
@@ -91,7 +91,7 @@ def from_merged(plan: Plan, output_dir: Path, tokenizer: Any) -> Plan:
         tokenizer: Saved with it.
 
     Returns:
-        The plan, with the merged base for its model where there is one.
+        The plan, with the merged base as its model if there is one.
     """
     if (sentence := said_of_start(plan)) is None:
         return plan

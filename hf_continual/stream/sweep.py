@@ -1,4 +1,4 @@
-"""Several arms, orders and seeds of one plan: each a run of its own that can be resumed, one table at the end."""
+"""Several arms, orders and seeds of one plan: each a separate run that can be resumed, one table at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Member:
         order: Name of its order, or "".
         seed: Its seed.
         plan: Its plan.
-        where: Where the plan's entries are written.
+        where: Places of the plan's entries.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Member:
 
     @property
     def group(self) -> str:
-        """What differs beside the seed."""
+        """What differs besides the seed."""
         return "-".join(part for part in (self.arm, self.order) if part) or "all"
 
 
@@ -60,7 +60,7 @@ def members(plan: Plan, where: Where) -> list[Member]:
 
     Args:
         plan: As read.
-        where: Where its entries are written.
+        where: Places of its entries.
 
     Returns:
         Every combination of arms, orders and seeds.
@@ -74,10 +74,10 @@ def members(plan: Plan, where: Where) -> list[Member]:
     seeds = sweep.seeds if sweep.seeds is not None else [plan.seed]
     for axis, values in (("methods", sweep.methods), ("arms", sweep.arms), ("orders", orders), ("seeds", seeds)):
         if values is not None and not values:
-            raise where.error(("sweep", axis), f"the sweep has no {axis}. Name some, or leave the key out.")
+            raise where.error(("sweep", axis), f"the sweep has no {axis}. List some, or leave the key out.")
         for name in values if isinstance(values, Mapping) else ():
             if "/" in name:
-                raise where.error(("sweep", axis, name), f"the name {name!r} becomes a folder and must hold no '/'.")
+                raise where.error(("sweep", axis, name), f"the name {name!r} becomes a folder and must contain no '/'.")
     found = []
     for (arm, changed, its), (order, names), seed in itertools.product(arms_of(plan, where), orders.items(), seeds):
         places = _places(plan, where, order, names)
@@ -91,7 +91,7 @@ def _places(plan: Plan, where: Where, order: str, names: Sequence[str]) -> list[
     known = [t.name for t in plan.tasks]
     for i, name in enumerate(names):
         if name not in known or list(names).count(name) > 1:
-            what = "is not defined" if name not in known else "is named twice"
+            what = "is not defined" if name not in known else "is listed twice"
             raise where.error(
                 ("sweep", "orders", order, i), f"task {name!r} {what}. The plan's tasks are {', '.join(known)}."
             )
@@ -99,7 +99,7 @@ def _places(plan: Plan, where: Where, order: str, names: Sequence[str]) -> list[
 
 
 def _moved(where: Where, places: Sequence[int]) -> Where:
-    """The same lines for tasks in another order."""
+    """The same lines for tasks in a different order."""
     lines: dict[tuple[Key, ...], int] = {p: n for p, n in where.lines.items() if p[:1] != ("tasks",) or len(p) == 1}
     for path, line in where.lines.items():
         if path[:1] == ("tasks",) and len(path) > 1 and path[1] in places:
@@ -114,18 +114,18 @@ def _moved(where: Where, places: Sequence[int]) -> Where:
 
 
 def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tuple[Member, Prepared]]:
-    """Make every run of a sweep ready, so that a mistake in the last is met before the first is trained.
+    """Prepare every run of a sweep, so that a mistake in the last is found before the first is trained.
 
     Args:
         plan: As read.
-        where: Where its entries are written.
-        only: Name of the one run that is wanted.
+        where: Places of its entries.
+        only: Name of the only run to prepare.
 
     Returns:
         The runs.
 
     Raises:
-        PlanError: If one cannot be run, or there is no run of that name.
+        PlanError: If one cannot be run, or no run has that name.
     """
     everyone = members(plan, where)
     chosen = [m for m in everyone if only in (None, m.name)]
@@ -137,12 +137,12 @@ def prepare_sweep(plan: Plan, where: Where, only: str | None = None) -> list[tup
 
 
 def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult:
-    """Run all runs of a sweep, one after the other, and put them side by side, also as CSV, Markdown and a picture.
+    """Run all runs of a sweep, one after the other, and compare them, also as CSV, Markdown and a plot.
 
     Args:
         plan: As read.
-        where: Where its entries are written.
-        only: Name of the one run that is wanted, so that several processes can share a sweep.
+        where: Places of its entries.
+        only: Name of the only run to make, so that several processes can share a sweep.
 
     Returns:
         The results of all runs, and the matrix of the last.
@@ -178,16 +178,16 @@ def ready_rows(ready: Sequence[tuple[Member, Prepared]], output_dir: Path) -> li
 def compare(
     everyone: Sequence[Member], results: Mapping[str, StreamResult], rows: Mapping[str, tuple[int, Any]], draws: int
 ) -> dict[str, Any]:
-    """Runs side by side, and for each arm and order the mean over its seeds.
+    """Compare runs, with the mean over seeds for each arm and order.
 
     Args:
         everyone: The runs of the sweep.
-        results: What was measured, by run.
+        results: The measurements, by run.
         rows: Number of tasks and row scores, by run.
-        draws: Draws of the intervals; 0 leaves them out.
+        draws: Draws of the intervals; 0 omits them.
 
     Returns:
-        ``{"runs": ..., "arms": ..., "comparisons": ...}``; a run that was not made is NOT_RUN.
+        ``{"runs": ..., "arms": ..., "comparisons": ...}``; a missing run is NOT_RUN.
     """
     runs: dict[str, Any] = {}
     for member in everyone:

@@ -1,4 +1,4 @@
-"""A sweep as files: one table of runs and one of arms as CSV, all tables as Markdown, and a picture."""
+"""A sweep as files: one table of runs and one of arms as CSV, all tables as Markdown, and a plot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RUNS, ARMS, TABLES, PICTURE = "runs.csv", "arms.csv", "sweep.md", "sweep.png"
 
 
 def write_sweep(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Write a sweep's tables and its picture.
+    """Write a sweep's tables and its plot.
 
     Args:
         output_dir: The sweep's folder.
-        results: What `hf_continual.stream.sweep.compare` made.
+        results: The return value of `hf_continual.stream.sweep.compare`.
     """
     write_text(output_dir / RUNS, as_csv(*runs_table(results)))
     write_text(output_dir / ARMS, as_csv(*arms_table(results)))
@@ -34,13 +34,13 @@ def write_sweep(output_dir: Path, results: Mapping[str, Any]) -> None:
 
 
 def runs_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """One line per run: what it was, its figures as they were measured (shares of 1, or losses), losses and gauges.
+    """One line per run: its settings, its figures as measured (fractions of 1, or losses), losses and gauges.
 
     Args:
         results: See `write_sweep`.
 
     Returns:
-        The names of the columns, and the lines; what was not measured is empty.
+        The names of the columns, and the lines; empty where not measured.
     """
     runs = results["runs"]
     gauges = list(dict.fromkeys(g for run in runs.values() for g in run.get("gauge_changes", {})))
@@ -61,7 +61,7 @@ def arms_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         results: See `write_sweep`.
 
     Returns:
-        The names of the columns, and the lines; what was not measured is empty.
+        The names of the columns, and the lines; empty where not measured.
     """
     arms = results["arms"]
     gauges = list(dict.fromkeys(g for arm in arms.values() for g in arm.get("gauge_changes", {})))
@@ -94,7 +94,7 @@ def as_csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The tables that the terminal shows, as Markdown, with the picture.
+    """The terminal's tables as Markdown, with the plot.
 
     Args:
         results: See `write_sweep`.
@@ -107,7 +107,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     text += [_table(head, lines), "", f"{legend(keys, results.get('lower_is_better', False))}", ""]
     if compared := comparison_rows(results):
         text += [f"## Against {baseline(results) or 'the first arm'}, on the same rows", "", _table(*compared), ""]
-    text += [f"![What each arm knows at the end, and what it forgot]({PICTURE})", ""]
+    text += [f"![Final performance and forgetting of each arm]({PICTURE})", ""]
     text += [f"Every number: [{ARMS}]({ARMS}) (means over seeds), [{RUNS}]({RUNS}) (each run)."]
     return "\n".join(text) + "\n"
 

@@ -1,4 +1,4 @@
-"""`train_stream`: a plan from the first task to the last, whatever moment it is killed at."""
+"""`train_stream`: runs a plan from the first task to the last, no matter when it is killed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hf_continual.tasks import TaskStream
 def train_stream(
     plan: str | Path | Mapping[str, Any] | TaskStream, *, only: str | None = None, **changes: Any
 ) -> StreamResult:
-    """Learn the tasks of a plan one after the other, and measure after each what was kept.
+    """Learn the tasks of a plan one after the other, and measure retention after each.
 
-    A fresh trainer learns each task from the folder that the one before left, and every model is scored as it was
-    saved. Whatever is finished in `output_dir` is not done again: killed at any moment, the same call goes on and
-    ends with the matrix and the weights of an undisturbed run. Told to stop by SIGTERM, SIGINT, SIGUSR1 or `max_minutes`,
-    it saves and ends the process with exit code 75.
+    A fresh trainer learns each task from the previous task's folder, and every model is scored as it was
+    saved. Finished work in `output_dir` is not repeated: if killed at any moment, the same call resumes and
+    ends with the matrix and the weights of an undisturbed run. When stopped by SIGTERM, SIGINT, SIGUSR1 or
+    `max_minutes`, it saves and ends the process with exit code 75.
 
     Example:
         >>> result = train_stream("plan.yaml")
@@ -37,39 +37,39 @@ def train_stream(
     Args:
         plan: A YAML file, a mapping of `hf_continual.stream.plan.Plan`'s fields, or a `TaskStream` with the other
             fields in `changes`.
-        only: Name of the one run of a sweep that is wanted.
+        only: Name of the only run of a sweep to make.
         **changes: Fields that replace the plan's.
 
     Returns:
-        The accuracy matrix and all that was measured. For a plan with a `sweep`, the results of all runs, and the
+        The accuracy matrix and all measurements. For a plan with a `sweep`, the results of all runs, and the
         matrix of the last.
 
     Raises:
         FileNotFoundError: If the plan does not exist.
-        PlanError: If it cannot be run, or the folder was begun with another one. Says where and what to do.
+        PlanError: If it cannot be run, or the folder was started with another one. Says where and what to do.
         RuntimeError: If a task could not be scored.
-        Stopped: If the process was told to stop.
+        Stopped: If the process was asked to stop.
     """
     return run_read(*read_plan(plan, **changes), only)
 
 
 def run_read(read: Plan, where: Where, only: str | None = None) -> StreamResult:
-    """As `train_stream`, for a plan that was read already.
+    """Like `train_stream`, for a plan that was already read.
 
     Args:
         read: The plan.
-        where: Where its entries are written.
-        only: Name of the one run of a sweep that is wanted.
+        where: Places of its entries.
+        only: Name of the only run of a sweep to make.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
         PlanError: If there is no such run, or the plan cannot be run.
     """
     if read.sweep is None and only is not None:
         raise where.error((), f"the plan has no sweep, so there is no run {only!r} to choose.")
-    with stopping.listening("What is finished is safe; the same call resumes.", read.max_minutes):
+    with stopping.listening("Finished work is saved; the same call resumes.", read.max_minutes):
         if read.sweep is not None:
             return run_sweep(read, where, only)
         prepared = prepare(read, where)

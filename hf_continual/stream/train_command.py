@@ -1,4 +1,4 @@
-"""`hf-continual train`: a model trained on one set of rows, or what that would cost."""
+"""`hf-continual train`: train a model on one set of rows, or show what that would cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def train_from_command(
     config: Path | None, given: Mapping[str, Any], overrides: Sequence[str], *, dry_run: bool = False, quiet: bool = False,
     as_json: bool = False, hourly_price: float | None = None,
 ) -> None:  # fmt: skip
-    """Train on one set of rows, or say what it would do.
+    """Train on one set of rows, or show what it would do.
 
     Args:
         config: A file with fields of ContinualConfig, or None.
         given: Options of the command by name.
-        overrides: Entries in place of the file's, as ``KEY=VALUE``.
+        overrides: Entries that override the file's, as ``KEY=VALUE``.
         dry_run: Whether to stop before any weights are loaded.
         quiet: Whether only warnings are logged.
         as_json: Whether to print the result as JSON.

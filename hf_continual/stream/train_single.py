@@ -1,4 +1,4 @@
-"""One task trained into the output folder itself, scored before and after."""
+"""Train one task into the output folder itself, scored before and after."""
 
 from __future__ import annotations
 
@@ -32,22 +32,20 @@ AFTER = "after"
 
 
 def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
-    """Train the one task of a plan; whatever is finished in the folder is not done again.
+    """Train the one task of a plan; finished work in the folder is not repeated.
 
     Args:
-        prepared: The plan of one task, made ready.
-        folder: Where the model is saved, and checkpoints while it is trained.
+        prepared: The prepared plan of one task.
+        folder: Folder of the model, and of checkpoints during training.
 
     Returns:
         ``output_dir``, ``kind`` (model or adapter), ``steps``, and the scores ``before`` and ``after``, None without test rows.
 
     Raises:
-        PlanError: If the folder was begun with other arguments.
+        PlanError: If the folder was started with other arguments.
     """
     check_run(prepared)
-    way_out = (
-        f"What is finished stays in {folder}. Make room there; after that the same command resumes where it stopped."
-    )
+    way_out = f"Finished work stays in {folder}. Free space there; then the same command resumes where it stopped."
     with writing(folder, way_out):
         refuse_on_all(lambda: keep_plan(folder, plain_plan(prepared)))
         prepared = with_start(prepared, folder)
@@ -71,7 +69,7 @@ def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
                     shutil.rmtree(checkpoint)
             wait()
         else:
-            logger.info("%s holds the trained model already.", folder)
+            logger.info("%s already holds the trained model.", folder)
         after = folder / AFTER
         missing = main_decides(lambda: [t for t in learner.columns(task) if t.name not in read_stage(after)])
         if missing:

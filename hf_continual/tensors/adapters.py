@@ -1,4 +1,4 @@
-"""Taking adapters off modules, so that a saved adapter loads as it was trained."""
+"""Remove adapters from modules, so that a saved adapter loads as it was trained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hf_continual.tensors.flat import local
 
 
 def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str, BaseTunerLayer]:
-    """The adapter layers inside some modules, by their name in the base model.
+    """Adapter layers inside some modules, by their name in the base model.
 
-    Adapters on parameters (`target_parameters`) are nested, one in another for each parameter of a module; the
-    outermost stands for all of them.
+    Adapters on parameters (`target_parameters`) are nested, one inside another for each parameter of a module; the
+    outermost represents all of them.
     """
     inside = {id(m) for module in modules.values() for m in module.modules()}
     found: dict[str, BaseTunerLayer] = {}
@@ -32,11 +32,11 @@ def adapters_below(model: PeftModel, modules: dict[str, nn.Module]) -> dict[str,
 
 
 def is_fresh(layer: Any) -> bool:
-    """Whether an adapter has learnt nothing: one factor of its product is all zero.
+    """Whether an adapter has learned nothing: one factor of its product is all zero.
 
     An adapter without such a factor (initialised from the weights, or already trained) is not fresh. One on the
-    meta device holds no values and counts as fresh: it is looked at before anything is loaded. Of nested adapters all
-    must be fresh.
+    meta device holds no values and counts as fresh: it is checked before anything is loaded. Nested adapters must all
+    be fresh.
     """
     zero = [
         p.is_meta or not bool(p.detach().any())
@@ -66,9 +66,9 @@ def fresh_factors(params: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 def remove_adapters(model: PeftModel, layers: dict[str, BaseTunerLayer]) -> None:
-    """Put the plain module back in place of adapter layers, and say so in the adapters' configurations.
+    """Put the plain module back in place of adapter layers, and record it in the adapters' configurations.
 
-    Modules are excluded by name. Parameters cannot be excluded, so `target_parameters` is written out: the full names
+    Modules are excluded by name. Parameters cannot be excluded, so `target_parameters` is spelled out: the full names
     of those that keep their adapter.
 
     Args:
@@ -98,21 +98,21 @@ def _exclude(config: Any, modules: list[str]) -> None:
 
 
 def _adapted_parameters(base: nn.Module) -> Iterator[str]:
-    """Full names of the parameters that have an adapter of their own."""
+    """Full names of the parameters that have their own adapter."""
     for name, module in base.named_modules():
         if isinstance(module, ParamWrapper):
             yield f"{name.replace('.base_layer', '')}.{module.parameter_name}"
 
 
 def trainable_rows(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The rows of embeddings that the adapter's `trainable_token_indices` names, as far as they are trained."""
+    """The rows of embeddings that the adapter's `trainable_token_indices` lists, if they are trained."""
     for wrapper in module.modules():
         if isinstance(wrapper, TrainableTokensWrapper):
             yield from (p for n, p in wrapper.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad)
 
 
 def has_fresh_copy(module: nn.Module) -> bool:
-    """Whether the adapter's `modules_to_save` holds a copy of the module that was not trained yet."""
+    """Whether the adapter's `modules_to_save` holds a copy of the module that is not trained yet."""
     for wrapper in module.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             original = list(wrapper.original_module.parameters())
@@ -124,9 +124,9 @@ def has_fresh_copy(module: nn.Module) -> bool:
 
 
 def adapter_names(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Under which name PEFT saves each parameter of a model's adapters.
+    """The name under which PEFT saves each parameter of a model's adapters.
 
-    PEFT itself is asked, with numbers in place of the tensors, so that every kind of adapter is known: names of its own,
+    PEFT itself is called, with numbers in place of the tensors, so that every kind of adapter is covered: custom names,
     several adapters, modules_to_save, magnitudes, trained tokens.
 
     Args:

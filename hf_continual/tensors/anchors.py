@@ -1,10 +1,10 @@
-"""Anchors: the weights a method stays near - their fingerprint, and reading them back by name."""
+"""Anchors: the weights a method stays near. Their fingerprint, and how to read them back by name."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,32 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_continual.private import loaded_from
 from hf_continual.tensors.adapters import adapter_names
+from hf_continual.tensors.flat import local
 from hf_continual.tensors.weight_files import INDEX, WEIGHTS, weight_files
 
 ADAPTER, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
+def distance(pairs: Iterable[tuple[Tensor, Tensor]], add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Euclidean distance of weights from their anchors, the square root of sum (theta - theta*)^2, in float64.
+
+    Args:
+        pairs: Weights and anchors of equal shapes.
+        add_up: Sums a tensor over the processes that hold parts of the weights; None where each holds all.
+
+    Returns:
+        Scalar.
+    """
+    parts = [
+        (local(p.detach()).float() - local(a).to(local(p).device).float()).square().sum(dtype=torch.float64)
+        for p, a in pairs
+    ]
+    total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    return (total if add_up is None else add_up(total)).sqrt()
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names.
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names.
 
     Args:
         tensors: Tensors by name, on any device; one at a time is copied to the host.
@@ -51,7 +70,7 @@ def find_checkpoint(source: str, revision: str | None = None) -> Path:
         A local folder.
 
     Raises:
-        FileNotFoundError: If there is neither.
+        FileNotFoundError: If neither exists.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -60,8 +79,8 @@ def find_checkpoint(source: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"The weights to stay near are recorded as {source!r}, which is neither a folder here nor a model that the "
-            f"Hub gives out ({type(error).__name__}). Put it back where it was, or log in to the Hub."
+            f"The weights to stay near are recorded as {source!r}, which is neither a local folder nor a model that the "
+            f"Hub serves ({type(error).__name__}). Put it back where it was, or log in to the Hub."
         ) from error
 
 
@@ -72,7 +91,7 @@ class CheckpointTensors:
         folder: Folder of a full model (one file or sharded) or of a PEFT adapter.
 
     Raises:
-        FileNotFoundError: If it holds no safetensors file.
+        FileNotFoundError: If it contains no safetensors file.
         ValueError: If an index is damaged or names a file outside the folder.
     """
 
@@ -86,13 +105,13 @@ class CheckpointTensors:
                     self.files.update(dict.fromkeys(opened.keys(), file))
         if not self.files:
             raise FileNotFoundError(
-                f"{folder} holds no safetensors checkpoint ({', '.join((WEIGHTS, ADAPTER, INDEX))}). Pickled weights are not "
+                f"{folder} contains no safetensors checkpoint ({', '.join((WEIGHTS, ADAPTER, INDEX))}). Pickled weights are not "
                 f"read; save the model again with save_pretrained."
             )
 
     def get(self, stored: str) -> Tensor | None:
-        """The tensor of a name, or None."""
-        for name in (stored, PEFT_PREFIX + stored):  # transformers' own adapters have the prefix in the file only
+        """The tensor with this name, or None."""
+        for name in (stored, PEFT_PREFIX + stored):  # transformers' own adapters have the prefix only in the file
             if name in self.files:
                 with safe_open(self.files[name], "pt") as opened:
                     return opened.get_tensor(name)
@@ -100,12 +119,12 @@ class CheckpointTensors:
 
 
 def _open_for(folder: Path, adapters: Collection[str | None]) -> dict[str | None, CheckpointTensors]:
-    """The files of each adapter: in a folder of its name, as PEFT saves several, or the folder itself."""
+    """The files of each adapter: in a folder with its name, as PEFT saves several, or the folder itself."""
     own = {a: folder / a if a and (folder / a / ADAPTER).is_file() else folder for a in adapters}
     shared = sorted(a for a, place in own.items() if a is not None and place == folder)
     if len(shared) > 1:
         raise ValueError(
-            f"{folder} holds one adapter, and the run trains several: {', '.join(shared)}. Give a folder with a folder for "
+            f"{folder} holds one adapter, and the run trains several: {', '.join(shared)}. Give a folder with a subfolder for "
             f"each, as PeftModel.save_pretrained writes it, or train one of them."
         )
     return {a: CheckpointTensors(place) for a, place in own.items()}
@@ -120,14 +139,14 @@ def read_named(
         source: Folder, or id of a model on the Hub.
         revision: Commit of a Hub id.
         parameters: Parameters by name; only names and shapes are used.
-        model: Their model. PEFT saves adapters under other names than the model has, whatever an adapter is called.
+        model: Their model. PEFT saves adapters under other names than the model's, whatever an adapter is called.
 
     Returns:
         Tensors by the same names, on the host, in the dtype of the file.
 
     Raises:
         FileNotFoundError: If the checkpoint is gone.
-        ValueError: If a parameter is missing in it or has another shape; names the first ones.
+        ValueError: If a parameter is missing or has another shape; names the first ones.
     """
     stored = {name: (None, name) for name in parameters} | {
         name: place for name, place in adapter_names(model).items() if name in parameters
@@ -137,8 +156,8 @@ def read_named(
     wrong = [n for n, t in found.items() if t is None or t.shape != parameters[n].shape]
     if wrong:
         raise ValueError(
-            f"{source!r} does not hold the weights to stay near: {len(wrong)} of {len(parameters)} parameters are missing "
-            f"or have another shape, such as {', '.join(wrong[:3])}. Name the checkpoint that training started from."
+            f"{source!r} does not contain the weights to stay near: {len(wrong)} of {len(parameters)} parameters are missing "
+            f"or have another shape, such as {', '.join(wrong[:3])}. Give the checkpoint that training started from."
         )
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -155,11 +174,11 @@ def read_again(
     parameters: Mapping[str, Tensor],
     model: nn.Module,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read recorded anchors from wherever the very same weights lie now; the fingerprint proves that they are.
+    """Read recorded anchors from wherever the same weights are now; the fingerprint proves that they are the same.
 
     Args:
         record: What `recorded_base` returned, with the anchors' ``"fingerprint"``.
-        places: Folders or ids with their revision to look in where the recorded one fails; empty names are skipped.
+        places: Folders or ids with their revision to try if the recorded one fails; empty names are skipped.
         parameters: The anchored parameters by name.
         model: Their model.
 
@@ -168,7 +187,7 @@ def read_again(
 
     Raises:
         FileNotFoundError: If there is no checkpoint at the only place.
-        ValueError: If no place holds these weights; says of each why.
+        ValueError: If no place holds these weights; gives the reason for each.
     """
     errors: list[Exception] = []
     for source, revision in dict.fromkeys([(record["base"], record["revision"]), *places]):
@@ -178,7 +197,7 @@ def read_again(
             found = {n: like(t, parameters[n]) for n, t in read_named(source, revision, parameters, model).items()}
             if (digest := fingerprint(found)) != record["fingerprint"]:
                 raise ValueError(
-                    f"RecAdam's anchors were read again from {source!r} and are not those that training started from: "
+                    f"RecAdam's anchors were read again from {source!r} and are not the ones that training started from: "
                     f"fingerprint {digest[:16]} instead of {record['fingerprint'][:16]}. The base checkpoint was changed; "
                     f"restore it, or start a new run."
                 )
@@ -188,9 +207,9 @@ def read_again(
     if len(errors) == 1:
         raise errors[0]
     raise ValueError(
-        f"RecAdam's anchors are not in the checkpoint, and no place that they could be read from has them: "
+        f"RecAdam's anchors are not in the checkpoint, and none of the places they could be read from has them: "
         f"{' '.join(f'({i}) {error}' for i, error in enumerate(errors, 1))} Give the trainer the model that the run started "
-        f"from, from wherever it lies now."
+        f"from, wherever it is now."
     )
 
 
@@ -204,16 +223,16 @@ def _same(source: str, other: str) -> bool:
 
 
 def base_of(model: nn.Module) -> tuple[str, str | None]:
-    """What a model says that it was loaded from: folder or id, empty if nothing, and the commit of an id."""
+    """The source that a model records: folder or id, empty if none, and the commit of an id."""
     return loaded_from(model.config)
 
 
 def is_lasting(source: str, output_dir: Path | None) -> bool:
-    """Whether a base can be expected to stay: not a trainer's checkpoint, which rotates away, nor what the run writes.
+    """Whether a base can be expected to stay: not a trainer's checkpoint, which rotates away, nor the run's output.
 
     Args:
         source: Folder or Hub id.
-        output_dir: Where the run writes.
+        output_dir: Output folder of the run.
 
     Returns:
         True for Hub ids and for folders elsewhere.
@@ -227,7 +246,7 @@ def is_lasting(source: str, output_dir: Path | None) -> bool:
 
 
 def state_of(source: str) -> dict[str, tuple[int, int]]:
-    """Size and time of each weight file of a folder, which tell whether it was written over; empty for a Hub id."""
+    """Size and time of each weight file of a folder, to detect that it was overwritten; empty for a Hub id."""
     folder = Path(source).expanduser()
     stats = {file.name: file.stat() for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
@@ -236,12 +255,12 @@ def state_of(source: str) -> dict[str, tuple[int, int]]:
 def recorded_base(
     model: nn.Module, anchors: Mapping[str, Tensor], output_dir: Path | None = None
 ) -> dict[str, str | None] | None:
-    """Where anchors can be read again instead of being stored: proved by reading them now.
+    """Find where anchors can be read again instead of being stored; proved by reading them now.
 
     Args:
-        model: The model, whose configuration says what it was loaded from.
+        model: The model; its configuration records what it was loaded from.
         anchors: Anchors by parameter name, not sharded.
-        output_dir: Where the run writes.
+        output_dir: Output folder of the run.
 
     Returns:
         ``{"base": folder or id, "revision": commit or None}``, or None when the checkpoint is not there, is not

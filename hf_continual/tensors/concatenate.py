@@ -1,7 +1,7 @@
-"""Adding LoRA adapters exactly: side by side, never by averaging factors.
+"""Add LoRA adapters exactly: factors side by side, never averaged.
 
 (s_1 B_1 A_1 + s_2 B_2 A_2) x = [s_1 B_1, s_2 B_2] [A_1; A_2] x, so two adapters of rank r_1 and r_2 are one of rank
-r_1 + r_2 and scaling 1. The only rounding is that of s B, none where s is a power of two.
+r_1 + r_2 and scaling 1. The only rounding is in s B, and none if s is a power of two.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any
 
 
 def check_plain_lora(config: dict[str, Any], folder: Path) -> None:
-    """Refuse adapters that are not B A alone.
+    """Refuse adapters that are more than B A.
 
     Args:
         config: The adapter's configuration.
         folder: Where it is, for the message.
 
     Raises:
-        ValueError: If it is no LoRA, or has parts that do not add.
+        ValueError: If it is not a LoRA adapter, or has parts that cannot be added.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds a {config.get('peft_type')} adapter; only LoRA adapters can be added.")
     for key in ("use_dora", "modules_to_save", "trainable_token_indices"):
         if config.get(key):
             raise ValueError(
-                f"{folder} has {key}={config[key]!r}, which does not add up with another adapter. Train without it."
+                f"{folder} has {key}={config[key]!r}, which cannot be added to another adapter. Train without it."
             )
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{folder} trains biases (bias={config['bias']!r}), which do not add up. Use bias='none'.")
+        raise ValueError(f"{folder} trains biases (bias={config['bias']!r}), which cannot be added. Use bias='none'.")
 
 
 def concatenate_adapters(first: Path, second: Path, out: Path) -> None:
-    """Write one LoRA adapter that does what two do together.
+    """Write one LoRA adapter that equals two together.
 
     Args:
         first: Folder of an adapter.
         second: Folder of another on the same base model.
-        out: Folder that gets the sum; made if it is not there.
+        out: Folder for the sum; created if missing.
 
     Raises:
-        ValueError: If one is no plain LoRA adapter, has none of the factors it should, or both bring different weights
+        ValueError: If one is not a plain LoRA adapter, lacks factors it should have, or both contain different weights
             of an embedding.
     """
     sides, own = [], []
@@ -112,12 +112,12 @@ def concatenate_adapters(first: Path, second: Path, out: Path) -> None:
 
 
 def _rows_of_both(own: list[dict[str, Tensor]], folders: tuple[Path, Path]) -> dict[str, Tensor]:
-    """Weights of adapted embeddings that the adapters bring; PEFT loads them in place of the base's."""
+    """Weights of adapted embeddings in the adapters' files; PEFT loads them in place of the base's."""
     for name in own[0].keys() & own[1].keys():
         if not torch.equal(own[0][name], own[1][name]):
             raise ValueError(
-                f"{folders[0]} and {folders[1]} bring different weights of their own as {name!r}: what they learned was "
-                f"learned on two different embeddings, and does not add up. Start both from one resized model."
+                f"{folders[0]} and {folders[1]} contain different weights as {name!r}: what they learned was "
+                f"learned on two different embeddings, and cannot be added. Start both from one resized model."
             )
     return {**own[0], **own[1]}
 
@@ -126,9 +126,9 @@ def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, tupl
     pairs: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
-            continue  # an embedding's own weights, which PEFT stores beside its adapter
+            continue  # an embedding's own weights, which PEFT stores next to its adapter
         if (found := _FACTOR.match(name)) is None:
-            raise ValueError(f"{folder} holds {name!r}, which is no LoRA factor and cannot be added.")
+            raise ValueError(f"{folder} holds {name!r}, which is not a LoRA factor and cannot be added.")
         pairs.setdefault(found["module"], {})[found["factor"]] = (name, tensor)
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:

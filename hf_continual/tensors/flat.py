@@ -1,4 +1,4 @@
-"""All trainable parameters end to end in one buffer: a kernel a bucket instead of one a parameter."""
+"""All trainable parameters end to end in one buffer: one kernel per bucket instead of one per parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_continual.tensors.residuals import KeepsResiduals
 
-# Elements that are gathered at a time: bounds the copies, and on a CPU they stay in the cache.
+# Elements gathered at a time: bounds the copies, which on a CPU stay in the cache.
 CPU_BUCKET, DEVICE_BUCKET = 1 << 18, 1 << 22
 
 
@@ -29,12 +29,12 @@ class Bucket:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor on this process; the tensor itself where it is not sharded."""
+    """The part of a tensor on this process; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Flat:
-    """Layout of parameters, of their parts on this process under FSDP, in flat float32 buffers.
+    """Layout of parameters (under FSDP, of their shards on this process) in flat float32 buffers.
 
     Args:
         params: Parameters by name, all on one device.
@@ -42,7 +42,7 @@ class Flat:
             and written exactly.
 
     Raises:
-        ValueError: If they are spread over several devices of this process.
+        ValueError: If they are on several devices of this process.
     """
 
     def __init__(self, params: Mapping[str, Tensor], optimizer: object = None) -> None:
@@ -51,8 +51,8 @@ class Flat:
         devices = sorted({str(p.device) for p in self.params.values()})
         if len(devices) > 1:
             raise ValueError(
-                f"the trainable weights lie on {', '.join(devices)}, and one buffer holds them all. Load the model on one "
-                f"device, or spread it with FSDP2, one process a device."
+                f"the trainable weights are on {', '.join(devices)}, and one buffer must hold them all. Load the model on one "
+                f"device, or shard it with FSDP2, one process per device."
             )
         self.device = local(next(iter(self.params.values())).detach()).device
         most = CPU_BUCKET if self.device.type == "cpu" else DEVICE_BUCKET
@@ -82,7 +82,7 @@ class Flat:
 
     @torch.no_grad()
     def weights(self, bucket: Bucket) -> Tensor:
-        """The bucket's exact weights, float32, in room that the next call uses again."""
+        """The bucket's exact weights, float32, in memory that the next call reuses."""
         room = self._room[0, : bucket.stop - bucket.start]
         views = self._views(bucket, room)
         torch._foreach_copy_(views, [local(self.params[n].detach()) for n in bucket.names])
@@ -94,7 +94,7 @@ class Flat:
 
     @torch.no_grad()
     def gradients(self, bucket: Bucket) -> Tensor:
-        """The bucket's gradients, zero where a parameter has none; in room of their own that is used again."""
+        """The bucket's gradients, zero where a parameter has none, in separate memory that the next call reuses."""
         room = self._room[1, : bucket.stop - bucket.start]
         views = self._views(bucket, room)
         held = [self.params[n].grad for n in bucket.names]
@@ -107,7 +107,7 @@ class Flat:
 
     @torch.no_grad()
     def write(self, bucket: Bucket, values: Tensor) -> None:
-        """Put values into the bucket's weights, rounded to their dtype, and what that takes into the residuals."""
+        """Write values into the bucket's weights, rounded to their dtype, and rounding errors into the residuals."""
         weights, views = [local(self.params[n].detach()) for n in bucket.names], self._views(bucket, values)
         residuals = [None if self.residuals is None else self.residuals.residual(self.params[n]) for n in bucket.names]
         torch._foreach_copy_(weights, views)
@@ -118,7 +118,7 @@ class Flat:
                 self.residuals.settle(self.params[name])
 
     def all_gradients(self) -> list[Tensor]:
-        """The gradients that are there, this process's parts."""
+        """The gradients that exist, this process's shards."""
         return [local(p.grad) for p in self.params.values() if p.grad is not None]
 
     def copy_weights(self, buffer: Tensor) -> None:
@@ -127,17 +127,17 @@ class Flat:
             bucket.of(buffer).copy_(self.weights(bucket))
 
     def items(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of a buffer by parameter name, shaped as the parameters' parts on this process."""
+        """Views of a buffer by parameter name, shaped like the parameters' shards on this process."""
         for name, (start, stop) in self.spans.items():
             yield name, buffer[start:stop].view(local(self.params[name].detach()).shape)
 
     def named(self, buffer: Tensor, prefix: str, keep: bool = True) -> dict[str, Tensor]:
-        """A buffer as whole tensors by parameter name, on the CPU. All processes must call it together.
+        """A buffer as whole tensors by parameter name, on the CPU. All processes must call this together.
 
         Args:
             buffer: Made by `zeros`.
             prefix: Put before each name.
-            keep: Whether this process wants them; where they are sharded, all take part in gathering.
+            keep: Whether this process needs them; if they are sharded, all processes take part in gathering.
 
         Returns:
             Tensors of the parameters' full shapes, nothing where `keep` is False.
@@ -155,12 +155,12 @@ class Flat:
         return found
 
     def fill(self, buffer: Tensor, named: Mapping[str, Tensor], prefix: str) -> None:
-        """Take a buffer back from what `named` returned.
+        """Load a buffer from what `named` returned.
 
         Args:
             buffer: Is overwritten.
             named: Whole tensors by name.
-            prefix: Before each name.
+            prefix: Prefix of each name.
 
         Raises:
             ValueError: If a parameter is missing or has another shape; names the first five.

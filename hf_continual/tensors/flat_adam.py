@@ -1,4 +1,4 @@
-"""The former place of `hf_continual.methods.kif.flat_adam`; scripts that import from here still work."""
+"""Former location of `hf_continual.methods.kif.flat_adam`; imports from here still work."""
 
 from hf_continual.named import former_place
 

@@ -1,6 +1,6 @@
 r"""Fusion of two movements of the same weights, element by element (Recurrent-KIF, arXiv 2502.17510).
 
-From the anchor theta_b the weights moved by tau_in while a new task was learnt and by tau_out while old rows were
+From the anchor theta_b the weights moved by tau_in while a new task was learned and by tau_out while old rows were
 replayed; m_in and m_out mark the elements that matter to each side:
 
     theta = theta_b + w_in tau_in + w_out tau_out
@@ -31,7 +31,7 @@ WEIGHTS: dict[str, tuple[tuple[float, float], ...]] = {
 
 
 def mask_weights(mask_in: Tensor, mask_out: Tensor, rule: MaskRule = "code") -> tuple[Tensor, Tensor]:
-    """Weights of the two movements by the table of the module.
+    """Weights of the two movements, from the module's table.
 
     Args:
         mask_in: Elements that matter to the new task, bool.
@@ -59,7 +59,7 @@ def adaptive_weights(score_in: Tensor, score_out: Tensor, temperature: float = 1
     Args:
         score_in: Scores of the new task, scaled to [0, 1] over all parameters.
         score_out: Scores of the old tasks, likewise.
-        temperature: What the difference is divided by, above 0.
+        temperature: Divisor of the difference, above 0.
 
     Returns:
         w_in, and w_out = 1 - w_in.
@@ -69,7 +69,7 @@ def adaptive_weights(score_in: Tensor, score_out: Tensor, temperature: float = 1
 
 
 def blend(anchor: Tensor, delta_in: Tensor, delta_out: Tensor, w_in: Tensor | float, w_out: Tensor | float) -> Tensor:
-    """theta_b + w_in tau_in + w_out tau_out, in float32 at least, rounded once to the anchor's type."""
+    """theta_b + w_in tau_in + w_out tau_out, in float32 at least, rounded once to the anchor's dtype."""
     kind = torch.promote_types(anchor.dtype, torch.float32)
     return (anchor.to(kind) + delta_in.to(kind) * w_in + delta_out.to(kind) * w_out).to(anchor.dtype)
 
@@ -77,10 +77,10 @@ def blend(anchor: Tensor, delta_in: Tensor, delta_out: Tensor, w_in: Tensor | fl
 def fuse(
     anchor: Tensor, delta_in: Tensor, delta_out: Tensor, mask_in: Tensor, mask_out: Tensor, rule: MaskRule = "code"
 ) -> Tensor:
-    """Fuse what a new task and old rows changed; see the module for the rules.
+    """Fuse the changes from a new task and from old rows; see the module for the rules.
 
     Args:
-        anchor: theta_b, the weights from which both movements are counted.
+        anchor: theta_b, the weights both movements start from.
         delta_in: tau_in, movement on the new task.
         delta_out: tau_out, movement on old rows.
         mask_in: Elements that matter to the new task, bool.
@@ -89,7 +89,7 @@ def fuse(
             leaves elements that matter to both where they were.
 
     Returns:
-        Fused weights, of the anchor's type.
+        Fused weights, in the anchor's dtype.
 
     Example:
         >>> one, yes = torch.ones(1), torch.tensor([True])

@@ -1,4 +1,4 @@
-"""From hidden states to logits: a model's head with what its family does to the product."""
+"""From hidden states to logits: a model's head, with its family's scaling and cap of the product."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 @dataclass(frozen=True)
 class Finish:
-    """What a family does to the product of hidden states and head: a factor, then a soft cap.
+    """A family's change to the product of hidden states and head: a factor, then a soft cap.
 
     Args:
         scale: Factor.
-        cap: Logits are kept within (-cap, cap) by tanh; None leaves them as they are.
+        cap: Logits are kept within (-cap, cap) by tanh; None leaves them unchanged.
     """
 
     scale: float = 1.0
@@ -72,18 +72,18 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def head_bias(model: Any) -> Tensor | None:
-    """The bias of the head, where it has one."""
+    """The bias of the head, if it has one."""
     return getattr(plain_model(model).get_output_embeddings(), "bias", None)
 
 
 def head_tensors(model: Any) -> dict[str, Tensor]:
-    """Weight (V, D) and, where there is one, bias (V) of the head as it is now, copied to the CPU in bfloat16."""
+    """Weight (V, D) and, if there is one, bias (V) of the head as it is now, copied to the CPU in bfloat16."""
     kept = {"head": plain_model(model).get_output_embeddings().weight, "head_bias": head_bias(model)}
     return {name: t.detach().to(torch.bfloat16).cpu().clone() for name, t in kept.items() if t is not None}
 
 
 def recorded_logits(weight_VD: Tensor, bias_V: Tensor | None = None, *, finish: Finish) -> Callable[[Tensor], Tensor]:
-    """Logits by a head that was recorded with `head_tensors`, in the dtype of its weight."""
+    """Logits from a head that was recorded with `head_tensors`, in the dtype of its weight."""
 
     def logits(hidden: Tensor) -> Tensor:
         return finish(linear(hidden.to(weight_VD.dtype), weight_VD, bias_V))
@@ -92,22 +92,22 @@ def recorded_logits(weight_VD: Tensor, bias_V: Tensor | None = None, *, finish: 
 
 
 def head_differs(model: Any, hidden_SD: Tensor, logits_SV: Tensor) -> str | None:
-    """What is between a model's last hidden states and its logits that `logits_function` does not know.
+    """Find a step between a model's last hidden states and its logits that `logits_function` does not know.
 
     Args:
         model: A causal language model, with or without adapters.
         hidden_SD: Last hidden states of a row.
-        logits_SV: Logits that the model itself gives for it.
+        logits_SV: The model's own logits for it.
 
     Returns:
-        A clause for a message, or None where both agree up to rounding.
+        A clause for a message, or None if both agree up to rounding.
     """
     found_SV = logits_function(model)(hidden_SD)
     name = type(plain_model(model)).__name__
     if found_SV.shape != logits_SV.shape:
-        return f"{name} gives {logits_SV.shape[-1]} logits where its head has {found_SV.shape[-1]} rows"
+        return f"{name} returns {logits_SV.shape[-1]} logits, but its head has {found_SV.shape[-1]} rows"
     distance = float((found_SV.float() - logits_SV.float().to(found_SV.device)).abs().max())
     spread = float(logits_SV.float().std())
     if distance <= 0.05 * spread + 1e-6:
         return None
-    return f"those of {name} differ from the model's own by up to {distance:.3g} (their deviation is {spread:.3g})"
+    return f"those of {name} differ from the model's own by up to {distance:.3g} (their standard deviation is {spread:.3g})"

@@ -1,4 +1,4 @@
-"""Telling a base model from another of the same shape by a few of its values."""
+"""Tell a base model from another one of the same shape by a few of its values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_continual.tensors.flat import local
 
-VALUES = 8  # of each tensor: enough to tell trained weights apart, and read in one transfer
+VALUES = 8  # of each tensor: enough to distinguish trained weights, and read in one transfer
 
 
 @torch.no_grad()
@@ -20,10 +20,10 @@ def base_sample(model: nn.Module, adapted: bool = True) -> str | None:
 
     Args:
         model: The unwrapped model, with or without adapters.
-        adapted: Whether weights below adapters count; those beside them stay when an adapter is merged into its base.
+        adapted: Whether weights below adapters count; the others stay when an adapter is merged into its base.
 
     Returns:
-        32 hexadecimal digits; None where weights are quantised, or not all on this process.
+        32 hexadecimal digits; None if weights are quantised, or not all on this process.
     """
     names, samples = [], []
     for name, tensor in model.named_parameters():
@@ -51,7 +51,7 @@ def base_sample(model: nn.Module, adapted: bool = True) -> str | None:
 
 @torch.no_grad()
 def sample_of(params: Mapping[str, Tensor]) -> str:
-    """A hash over names, shapes and a few values of some weights; of their parts on this process where they are spread."""
+    """A hash over names, shapes and a few values of some weights; if they are sharded, of this process's shards."""
     digest = hashlib.sha256("".join(f"{n}{tuple(p.shape)}" for n, p in params.items()).encode())
     for p in params.values():
         part = local(p.detach())

@@ -1,4 +1,4 @@
-"""The losses beside the threshold margin: the authors' mix of cross-entropies, and the paper's imitation baselines."""
+"""The losses other than the threshold margin: the authors' mixed cross-entropy, and the paper's imitation baselines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mixed_ce(loss_BS: Tensor, general_BS: Tensor, task_BS: Tensor) -> Tensor:
         task_BS: True where a token of the task is predicted.
 
     Returns:
-        1/2 (CE_general + CE_task); the one that is there if the other has no token.
+        1/2 (CE_general + CE_task); if one has no tokens, the other alone.
     """
     means, there = [], []
     for mask in (general_BS, task_BS):
@@ -51,8 +51,8 @@ def logit_divergence(
     Args:
         hidden_TD: Last hidden states of the model.
         reference_TD: Those of the reference.
-        head: Logits of the model's hidden states, with all that the family does to them (`logits_function`).
-        reference_head: The same of the reference; or its weight (V, D), if the product is all there is to it.
+        head: Logits of the model's hidden states, including the family's scaling and cap (`logits_function`).
+        reference_head: The same for the reference; or its weight (V, D), if its logits are the plain product.
 
     Returns:
         Mean over tokens of sum_v p_v (log p_v - log q_v), p the reference. Logits exist for 256 tokens at a time.

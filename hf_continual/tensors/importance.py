@@ -1,7 +1,7 @@
-r"""Importance of single parameters, and the most important share of them.
+r"""Importance of single parameters, and the most important fraction of them.
 
 The sensitivity |w g| of a parameter estimates by how much the loss would change without it (first-order Taylor term).
-One batch gives a noisy estimate, so it is smoothed over steps, and parameters that it is uncertain about count more
+One batch gives a noisy estimate, so it is smoothed over steps, and parameters with an uncertain estimate count more
 (PLATON, Zhang et al., ICML 2022; used by AdaLoRA, TaSL and Recurrent-KIF):
 
     I <- b1 I + (1 - b1) |w g|          U <- b2 U + (1 - b2) | |w g| - I |          score = I U
@@ -24,10 +24,10 @@ Order = Literal["first", "second", "mixed"]
 Scope = Literal["global", "tensor"]
 
 # Both factors of a score are multiplied with it: a power of two changes no digit, and the product of two small
-# averages (below 1e-19 each) no longer falls out of float32.
+# averages (below 1e-19 each) no longer underflows in float32.
 SCALE = 2.0**40
-# Up to so many values are selected from in one copy of them. Beyond, counting in pieces takes no memory, is as fast on a
-# CPU, and on a device spreads over all of it, where `kthvalue` gives a whole tensor to one multiprocessor.
+# Up to this many values are selected from in one copy. Beyond it, counting in pieces takes no memory, is as fast on a
+# CPU, and uses all of a device, where `kthvalue` gives a whole tensor to one multiprocessor.
 SELECTED_DIRECTLY = 1 << 16
 
 
@@ -66,17 +66,17 @@ def update_importance_(
     order: Order = "first",
     valid: Tensor | None = None,
 ) -> None:
-    """Take one step's gradient into the two averages, in place (Recurrent-KIF's code, as AdaLoRA's).
+    """Add one step's gradient to the two averages, in place (Recurrent-KIF's code, as AdaLoRA's).
 
     Args:
         importance: I, float32; zeros at first.
-        uncertainty: U, float32; zeros at first. None where nobody reads it.
+        uncertainty: U, float32; zeros at first. None if it is not used.
         param: Weights, as they are after the step.
         grad: The clipped gradient of that step.
         beta1: Decay of I.
         beta2: Decay of U.
         order: See `sensitivity`.
-        valid: Scalar bool on the device; where it is False the step leaves no trace. Spares a wait for the device.
+        valid: Scalar bool on the device; if it is False the step changes nothing. Avoids waiting for the device.
     """
     now = sensitivity(param, grad, order)
     if valid is not None:
@@ -97,7 +97,7 @@ def record_step_(
     order: Order = "first",
     add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Take the gradients of a step into the two averages of all weights; a step that is not finite leaves no trace.
+    """Add a step's gradients to the two averages of all weights; a step that is not finite changes nothing.
 
     Args:
         flat: Layout of the weights, which have moved; their clipped gradients are still there.
@@ -106,7 +106,7 @@ def record_step_(
         beta1: Decay of I.
         beta2: Decay of U.
         order: See `sensitivity`.
-        add_up: Sums over processes where they hold different parts of the weights, else None.
+        add_up: Sums over processes if they hold different shards of the weights, else None.
 
     Returns:
         Scalar bool on the device: whether the step was finite.
@@ -130,7 +130,7 @@ def scores(importance: Tensor, uncertainty: Tensor | None, out: Tensor | None = 
 
     Args:
         importance: I.
-        uncertainty: U, or None where the score is I.
+        uncertainty: U, or None if the score is I.
         out: Where the result goes; may be one of the two.
 
     Returns:
@@ -142,22 +142,22 @@ def scores(importance: Tensor, uncertainty: Tensor | None, out: Tensor | None = 
 
 
 def share_rank(count: int, share: float) -> int:
-    """Rank of the largest value that is not among the top share: floor((1 - share) (count - 1)), from 0.
+    """Rank of the largest value that is not in the top fraction: floor((1 - share) (count - 1)), from 0.
 
     Args:
         count: Number of values.
-        share: Share that is to lie above, in (0, 1].
+        share: Fraction to lie above, in (0, 1].
 
     Returns:
-        The rank. All values above it are strictly above the linearly interpolated quantile: it lies between
-        this value and the next, and is the next one nowhere.
+        The rank. All values above it are strictly above the linearly interpolated quantile, which lies between
+        this value and the next, and never equals the next.
 
     Raises:
-        ValueError: If the share lies outside.
+        ValueError: If the fraction is out of range.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share={share!r} must lie in (0, 1]: it is the share of parameters that is selected.")
-    # 1 - 0.2 is 0.8 to the last bit but 0.8 * 5 need not be 4: a rounding error must not cost a rank.
+        raise ValueError(f"share={share!r} must lie in (0, 1]: it is the fraction of parameters that is selected.")
+    # 1 - 0.2 is exactly 0.8, but 0.8 * 5 need not be 4: a rounding error must not cost a rank.
     position = (1 - share) * (count - 1)
     return round(position) if math.isclose(position, round(position), rel_tol=1e-12) else math.floor(position)
 
@@ -165,13 +165,13 @@ def share_rank(count: int, share: float) -> int:
 def share_threshold(
     values: Tensor, share: float, count: int | None = None, add_up: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The value that the top share lies strictly above.
+    """The value that the top fraction lies strictly above.
 
     Args:
-        values: Scores, any shape; on one process of several its own part.
+        values: Scores, any shape; with several processes, this one's part.
         share: See `share_rank`.
-        count: Values on all processes together, where they are spread.
-        add_up: Sums counts over the processes, where they are spread.
+        count: Number of values on all processes, if they are sharded.
+        add_up: Sums counts over the processes, if they are sharded.
 
     Returns:
         Scalar on the device of `values`.
@@ -190,21 +190,21 @@ def share_threshold(
 
 
 def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Scope = "global") -> dict[str, Tensor]:
-    """The most important share of all parameters, or of each tensor: strictly above the quantile.
+    """Select the most important fraction of all parameters, or of each tensor: strictly above the quantile.
 
-    Ties at the quantile are not selected: of equal scores none is. Exact for any number of scores (`torch.quantile`
-    ends at 2^24), and several times faster.
+    Ties at the quantile are not selected: if all scores are equal, none is. Exact for any number of scores
+    (`torch.quantile` stops at 2^24), and several times faster.
 
     Args:
         scores: Scores by parameter name.
-        share: Share to select, in (0, 1].
+        share: Fraction to select, in (0, 1].
         scope: One quantile over all tensors, or one for each.
 
     Returns:
         Bool masks of the same shapes.
 
     Raises:
-        ValueError: If there is no score, one is not finite, or an option is unknown.
+        ValueError: If there are no scores, one is not finite, or an option is unknown.
     """
     if scope not in ("global", "tensor"):
         raise ValueError(f"scope={scope!r} is not known; there are global, tensor.")
@@ -213,7 +213,7 @@ def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Sco
         raise ValueError("there are no scores to select from.")
     for name, s in filled.items():
         if not torch.isfinite(s).all():
-            raise ValueError(f"the scores of {name} are not all finite; their order means nothing.")
+            raise ValueError(f"the scores of {name} are not all finite; they cannot be ranked.")
     if scope == "tensor":
         return {n: s > share_threshold(s, share) if s.numel() else s > 0 for n, s in scores.items()}
     threshold = share_threshold(torch.cat([s.flatten() for s in filled.values()]), share)

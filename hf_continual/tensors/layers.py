@@ -1,4 +1,4 @@
-"""Reading a model's structure: which modules are the blocks, which run before them. One place for all architectures.
+"""Read a model's structure: which modules are the blocks, and which run before them. One place for all architectures.
 
 Everything is found by module structure and by the order in which modules run. Names differ between architectures
 (`model.layers`, `transformer.h`, `gpt_neox.layers`) and mislead: a substring test finds block 10 when block 1 is
@@ -33,10 +33,10 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """Find the decoder blocks: the outermost list of modules that lies nearest to the token embedding.
+    """Find the decoder blocks: the outermost list of modules that is closest to the token embedding.
 
-    Lists inside a block (the experts of a mixture) are not outermost. The stacks of vision and audio towers lie
-    farther from the token embedding than the text model's; of several lists at the same distance the one with most
+    Lists inside a block (the experts of a mixture) are not outermost. The stacks of vision and audio towers are
+    farther from the token embedding than the text model's; of several lists at the same distance, the one with most
     parameters is taken.
 
     Args:
@@ -46,7 +46,7 @@ def find_blocks(model: nn.Module) -> Blocks:
         The blocks with their path below `model`.
 
     Raises:
-        ValueError: If the model holds no list of modules.
+        ValueError: If the model has no list of modules.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -55,7 +55,7 @@ def find_blocks(model: nn.Module) -> Blocks:
             found[name] = module
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no list of blocks (nn.ModuleList), so its layers cannot be counted. "
+            f"{type(model).__name__} has no list of blocks (nn.ModuleList), so its layers cannot be counted. "
             f"Name the parameters yourself with requires_grad_(False)."
         )
     vision = ("vision", "visual", "audio", "image")
@@ -76,13 +76,13 @@ def _shared(one: str, other: str) -> int:
 
 
 def input_embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """What the model and the models inside it (text model, vision tower) call their input embeddings, by name.
+    """Input embeddings declared by the model and the models inside it (text model, vision tower), by name.
 
     Args:
         model: A model, with or without adapters.
 
     Returns:
-        Modules by name, that of `model` itself first; empty for a module that declares none.
+        Modules by name, the one of `model` itself first; empty if a module declares none.
     """
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
@@ -100,15 +100,15 @@ def input_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _FirstBlock(Exception):
-    """The first block was reached."""
+    """Raised when the first block is reached."""
 
 
 def modules_below(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that run before the first block when the model reads text, by name.
 
-    Token and position embeddings, and whatever norms, projects or adds to them. The model is run on two tokens up to
-    its first block. Where it cannot be run (its weights are on the meta device or spread over processes), what is
-    found by name is returned, see `embedding_modules`.
+    Token and position embeddings, and whatever normalises, projects or adds to them. The model is run on two tokens up
+    to its first block. If it cannot be run (its weights are on the meta device or sharded over processes), the modules
+    found by name are returned, see `embedding_modules`.
 
     Args:
         model: A causal language model, with or without adapters.
@@ -133,7 +133,7 @@ def modules_below(model: nn.Module) -> dict[str, nn.Module]:
     except _FirstBlock:
         outermost = {n: m for n, m in ran.items() if not any(n.startswith(outer + ".") for outer in ran)}
         return {name: module for name, module in outermost.items() if not is_tower(module)}
-    except Exception:  # whatever a model raises that cannot be run here
+    except Exception:  # whatever a model raises if it cannot be run here
         return embedding_modules(model)
     finally:
         for hook in hooks:
@@ -157,17 +157,17 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules below the first block that turn token ids into its input, by name, as far as names tell.
+    """The modules below the first block that turn token ids into its input, as far as names tell.
 
-    Token and position embeddings wherever they hang, and a norm or projection of embeddings (BLOOM's
-    `word_embeddings_layernorm`, OPT's `project_in`), which lie beside the blocks under a name with "embed" or
-    as the projection into the stack.
+    Token and position embeddings wherever they are, and a norm or projection of embeddings (BLOOM's
+    `word_embeddings_layernorm`, OPT's `project_in`), which are siblings of the blocks with "embed" in their name, or
+    the projection into the stack.
 
     Args:
         model: A causal language model, with or without adapters.
 
     Returns:
-        Modules by name; none of them lies inside a block or is the language-model head.
+        Modules by name; none of them is inside a block or is the language-model head.
     """
     blocks = find_blocks(model).path
     parent = blocks.rpartition(".")[0]
@@ -186,16 +186,16 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def towers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What only rows with images or sound train: vision and audio towers, and their projections.
+    """Parameters that only rows with images or sound train: vision and audio towers, and their projections.
 
-    They lie beside the text model where the configuration knows a text model in it, or beside the blocks with a stack
-    of blocks of their own.
+    They are siblings of the text model if the configuration lists one, or siblings of the blocks with their own stack
+    of blocks.
 
     Args:
         model: A causal language model, with or without adapters.
 
     Returns:
-        Parameters by the name of the module, or of the parameter where it hangs in none.
+        Parameters by the name of the module, or of the parameter if it is in no module.
     """
     stack = find_blocks(model).path.rpartition(".")[0]
     found = {f"{stack}.{n}".removeprefix("."): m for n, m in model.get_submodule(stack).named_children() if is_tower(m)}
@@ -213,14 +213,14 @@ def towers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether a module holds a stack of blocks of its own, as a vision tower does and no embedding."""
+    """Whether a module has its own stack of blocks: a vision tower does, an embedding does not."""
     return not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in module.modules())
 
 
 def in_attention(model: nn.Module) -> set[str]:
     """Names of the parameters inside attention modules of the model's blocks; adapters on them count.
 
-    transformers calls every such module something with "Attention", whatever the model's names are.
+    In transformers every such class has "Attention" in its name, whatever the model calls the module.
     """
     blocks = find_blocks(model).path
     return {
@@ -232,32 +232,32 @@ def in_attention(model: nn.Module) -> set[str]:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the language-model head and the input embedding are one matrix."""
+    """Whether the language-model head and the input embedding share one matrix."""
     head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
     embedding = model.get_input_embeddings()  # pyrefly: ignore[not-callable]
     return head is not None and head.weight is embedding.weight
 
 
 def untie(model: nn.Module) -> None:
-    """Give the language-model head a copy of the embedding matrix as its own.
+    """Give the language-model head its own copy of the embedding matrix.
 
     Args:
         model: A causal language model whose head is tied to its embeddings.
 
     Raises:
-        ValueError: If an adapter ties copies of both, or the matrix is spread over processes.
+        ValueError: If an adapter ties copies of both, or the matrix is sharded over processes.
     """
     head = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
     head = getattr(head, "base_layer", head)  # below LoRA
     if "weight" not in head._parameters:
         raise ValueError(
-            f"cannot untie the language-model head: it is a {type(head).__name__}, whose copies the adapter ties to those of "
+            f"cannot untie the language-model head: it is a {type(head).__name__}, whose copy the adapter ties to that of "
             f"the embeddings (ensure_weight_tying=True). Use LoraConfig(modules_to_save=['lm_head']) without "
             f"ensure_weight_tying, which trains the head alone."
         )
     if not head.weight.numel() and elements(head.weight):
         raise ValueError(
-            "cannot untie the language-model head: ZeRO-3 has spread its matrix over the processes. Use ZeRO-2, DDP or FSDP2, "
+            "cannot untie the language-model head: ZeRO-3 has sharded its matrix over the processes. Use ZeRO-2, DDP or FSDP2, "
             "or embeddings=True, which freezes the head with the embeddings."
         )
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

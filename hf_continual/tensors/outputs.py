@@ -1,4 +1,4 @@
-"""Which weights make which output neurons, and how strongly the neurons respond in the forward passes of a step."""
+"""Map weights to output neurons, and sum how strongly the neurons respond in the forward passes of a step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskedWeight:
-    """A weight whose dimension `dim` are the output neurons of a module.
+    """A weight whose dimension `dim` indexes the output neurons of a module.
 
     Args:
-        module: Its output is listened to, neurons in the last dimension.
+        module: The module whose output is summed, neurons in the last dimension.
         param: The weight.
-        dim: Dimension of the weight that the neurons are.
+        dim: Dimension of the weight that indexes the neurons.
     """
 
     module: nn.Module
@@ -30,14 +30,15 @@ class MaskedWeight:
 
 
 def masked_weights(model: nn.Module, factors_a: bool = False) -> list[MaskedWeight]:
-    """The trained weights of a model's linear layers, with the modules that their output neurons come out of.
+    """The trained weights of a model's linear layers, with the modules that produce their output neurons.
 
     Args:
         model: The unwrapped model, with or without adapters.
         factors_a: Whether LoRA's A is listed too, with the outputs A x.
 
     Returns:
-        Of LoRA layers the factors B with the combined output; of others the weight itself. Not the language-model head.
+        For LoRA layers the factors B with the combined output; for others the weight itself. Not the language-model
+        head.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     inside = {id(part) for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}
@@ -68,13 +69,13 @@ def _is_transposed(module: nn.Module) -> bool:
 class OutputSums:
     """Magnitudes of output neurons, summed over the tokens of the forward passes that are counted.
 
-    A forward pass is heard while the model's own `forward` runs: what gradient checkpointing computes again in the
-    backward pass is not. It counts once `count` is called, so that passes that are no training are heard and dropped.
+    A forward pass is recorded while the model's own `forward` runs: what gradient checkpointing recomputes in the
+    backward pass is not. It counts once `count` is called, so that passes outside training are dropped.
 
     Args:
         model: The unwrapped model.
         weights: See `masked_weights`; several of one module share its sums.
-        device: Where batches live.
+        device: Device of the batches.
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[MaskedWeight], device: torch.device) -> None:
@@ -121,7 +122,7 @@ class OutputSums:
         mask = self._mask_BS
         if (
             mask is not None and values.dim() == 2 and values.shape[0] == mask.numel()
-        ):  # a router sees all tokens in a row
+        ):  # a router sees all tokens in one row
             mask = mask.flatten()
         if mask is not None and values.shape[:-1] == mask.shape:
             values = values * mask.unsqueeze(-1).to(values.dtype)
@@ -130,7 +131,7 @@ class OutputSums:
         self._views[module] += summed.to(self._heard.device)
 
     def count(self) -> None:
-        """The forward pass that was heard last is one of the step."""
+        """Count the forward pass that was recorded last."""
         self._counted += self._heard
         self._heard.zero_()
         self._passes += 1
@@ -149,7 +150,7 @@ class OutputSums:
         """
         if not self._passes:
             raise RuntimeError(
-                "The forward passes of a step went by unseen: hooks are not called in code that was compiled without them. "
+                "No forward pass of the step was recorded: hooks are not called in code that was compiled without them. "
                 "Train without torch_compile."
             )
         sums = add_up(self._counted)
@@ -161,11 +162,11 @@ class OutputSums:
             yield [w for w, _ in members], rows_LO[[row for _, row in members]]
 
     def clear(self) -> None:
-        """Begin a new step."""
+        """Start a new step."""
         self._counted.zero_()
         self._passes = 0
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         while self._handles:
             self._handles.pop().remove()

@@ -1,4 +1,4 @@
-"""A model as a reference: its weights without adapters, told apart by a fingerprint, read by its last hidden states."""
+"""A model as a reference: its weights without adapters, their fingerprint, and its last hidden states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IDLE = re.compile(
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
-    """Evaluation mode without gradients; for the base also without adapters. What it changes is restored.
+    """Evaluation mode without gradients; for the base also without adapters. Everything it changes is restored.
 
     Args:
         model: The unwrapped model.
@@ -37,7 +37,7 @@ def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
         None: While the model is the reference.
     """
     training = {name: module.training for name, module in model.named_modules()}
-    # PEFT makes all active adapters trainable when they are switched on again, also those that were frozen.
+    # PEFT makes all active adapters trainable when they are switched on again, including those that were frozen.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
@@ -60,10 +60,10 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
         reference: ``"base"`` leaves adapters out.
 
     Returns:
-        64 hexadecimal digits; an empty string where this process does not hold the weights (FSDP loads them once).
+        64 hexadecimal digits; an empty string if this process does not hold the weights (FSDP loads them once).
 
     Raises:
-        ValueError: If the weights are spread over processes already, as under DeepSpeed ZeRO-3.
+        ValueError: If the weights are already sharded over processes, as under DeepSpeed ZeRO-3.
     """
     tensors: dict[str, Tensor] = {}
     prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else "lora_"
@@ -73,7 +73,7 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
             return ""
         if not tensor.numel():
             raise ValueError(
-                f"{name} is empty on this process: DeepSpeed ZeRO-3 has spread the weights before the reference could be "
+                f"{name} is empty on this process: DeepSpeed ZeRO-3 sharded the weights before the reference could be "
                 f"read. Use ZeRO-2 or FSDP2, or drop the method that needs a reference."
             )
         plain = name.removeprefix(wrapped)
@@ -81,7 +81,7 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
             plain = plain.replace(wrapper, ".")
         if reference == "task_start" or not _of_adapter(name, prefix):
             tensors[plain] = tensor
-            # Of a quantised weight the codes alone do not tell its scale.
+            # The codes of a quantised weight do not include its scale.
             scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
             if isinstance(scales, Tensor):
                 tensors[f"{plain}.absmax"] = scales
@@ -89,11 +89,11 @@ def weights_fingerprint(model: nn.Module, reference: Reference) -> str:
 
 
 def untrained(model: nn.Module) -> bool:
-    """Whether there is no adapter, or none that has learnt anything: what was learnt is then in the weights."""
-    learnt = [p for name, p in model.named_parameters() if "lora_B." in name or "lora_embedding_B." in name]
+    """Whether no adapter has learned anything yet: everything learned is then in the weights."""
+    learned = [p for name, p in model.named_parameters() if "lora_B." in name or "lora_embedding_B." in name]
     if not isinstance(model, PeftModel):
         return True
-    return bool(learnt) and not any(bool(p.detach().count_nonzero()) for p in learnt)
+    return bool(learned) and not any(bool(p.detach().count_nonzero()) for p in learned)
 
 
 def _of_adapter(name: str, prefix: str) -> bool:
@@ -103,7 +103,7 @@ def _of_adapter(name: str, prefix: str) -> bool:
 
 
 def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What else the last hidden states depend on: configuration, type of the weights, attention, tokenizer."""
+    """Other inputs of the last hidden states: configuration, dtype of the weights, attention, tokenizer."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
     shape = {k: v for k, v in base.config.to_dict().items() if v is not None and not _IDLE.search(k)}
@@ -118,9 +118,9 @@ def numerics(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 
 
 def last_hidden(model: nn.Module, tokens: Sequence[int]) -> Tensor:
-    """Last hidden states (S, D) of one row, without padding, in the model's own type.
+    """Last hidden states (S, D) of one row, without padding, in the model's own dtype.
 
-    Virtual tokens of prompt learning are in front of the row as in training, and their states are left out.
+    Virtual tokens of prompt learning precede the row, as in training; their states are left out.
     """
     base: Any = plain_model(model)
     device = base.get_input_embeddings().weight.device
@@ -137,22 +137,22 @@ def last_hidden(model: nn.Module, tokens: Sequence[int]) -> Tensor:
 
 
 def own_logits(model: nn.Module, tokens: Sequence[int]) -> Tensor:
-    """Logits (S, V) of one row by the model's own forward, virtual tokens in front and left out."""
+    """Logits (S, V) of one row from the model's own forward, without those of virtual tokens."""
     ids = torch.tensor([list(tokens)], device=plain_model(model).get_input_embeddings().weight.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(tokens) :]
 
 
 def check_head(model: nn.Module, reference: Reference, tokens: Sequence[int], sharded: bool) -> None:
-    """Refuse what has no logits that can be computed from its last hidden states.
+    """Refuse a model whose logits cannot be computed from its last hidden states.
 
     Args:
         model: The unwrapped model.
-        reference: What is compared with.
+        reference: The reference to compare with.
         tokens: A row to try it with.
-        sharded: Whether the head is spread over processes.
+        sharded: Whether the head is sharded over processes.
 
     Raises:
-        ValueError: If it is, or if the model does something between these states and its logits that is not known.
+        ValueError: If it is, or if the model has an unknown step between these states and its logits.
     """
     if sharded:
         raise ValueError(
@@ -177,7 +177,7 @@ def tokens_in_front(model: Any) -> int:
 
 
 def learned_positions(model: nn.Module) -> bool:
-    """Whether positions are rows of a table (GPT-2, OPT), so that there is none beyond the last."""
+    """Whether positions are rows of a table (GPT-2, OPT), which has a last one."""
     base: Any = plain_model(model)
     most, tokens = getattr(base.config.get_text_config(), "max_position_embeddings", None), base.get_input_embeddings()
     tables = [m for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
@@ -185,7 +185,7 @@ def learned_positions(model: nn.Module) -> bool:
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Tokens of a row that the model has positions for, or None if its configuration sets no limit."""
+    """Maximum number of tokens of a row, or None if the configuration sets no limit."""
     config = getattr(plain_model(model), "config", None)
     positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
     return None if not isinstance(positions, int) or positions < 1 else positions - tokens_in_front(model)

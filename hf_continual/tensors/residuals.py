@@ -1,8 +1,8 @@
-"""Exact weights in low precision: a weight in bf16 or fp16 and, in fp32, the residual that rounding took from it.
+"""Exact weights in low precision: a weight in bf16 or fp16 and, in fp32, the residual: what rounding took from it.
 
-An optimizer that keeps residuals trains the fp32 weights, rounded. Whoever else edits such a weight in place leaves it
-with the residual of its old value. An edit therefore drops the residual, unless the editor reads and writes both, as
-`hf_continual.tensors.flat.Flat` does: what it writes is the exact weight.
+An optimizer that keeps residuals trains the fp32 weights, rounded. Other code that edits such a weight in place leaves
+it with the residual of its old value. An edit therefore drops the residual, unless the editor reads and writes both,
+like `hf_continual.tensors.flat.Flat` does: it writes the exact weight.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 @runtime_checkable
 class KeepsResiduals(Protocol):
-    """An optimizer that keeps what rounding takes from weights."""
+    """An optimizer that keeps the rounding errors of weights."""
 
     def residual(self, p: Tensor) -> Tensor | None:
-        """What rounding took from a weight, this process's part, fp32; zeros once somebody has edited the weight.
+        """The rounding error of a weight, this process's shard, fp32; zeros once other code has edited the weight.
 
         An edit is seen if it goes through the tensor, under ``torch.no_grad()``; ``p.data`` hides it.
 
@@ -32,7 +32,7 @@ class KeepsResiduals(Protocol):
         """
 
     def settle(self, p: Tensor) -> None:
-        """Say that a weight and its residual, as they are now, belong together.
+        """Declare that a weight and its residual, as they are now, belong together.
 
         Args:
             p: A parameter.
@@ -40,7 +40,7 @@ class KeepsResiduals(Protocol):
 
 
 def stamp(p: Tensor) -> tuple[int, int, int]:
-    """A mark of a weight that changes with every edit in place, and when other memory takes its place."""
+    """A mark of a weight that changes with every edit in place, and when other memory replaces it."""
     held = p._local_tensor if isinstance(p, DTensor) else p
     return p._version, held._version, held.data_ptr()
 
@@ -61,7 +61,7 @@ def to_exact_(weights: Sequence[Tensor], residuals: list[Tensor]) -> list[Tensor
 
 
 def round_(weights: list[Tensor], exact: list[Tensor]) -> None:
-    """Write exact weights into weights, and leave what rounding took in the memory of the exact ones.
+    """Write exact weights into weights, and the rounding errors into the memory of the exact ones.
 
     Args:
         weights: In low precision.

@@ -1,4 +1,4 @@
-"""The k-th smallest of many values: in memory, over processes, or over parts that never meet in memory."""
+"""The k-th smallest of many values: in memory, over processes, or over parts that are never in memory together."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-BITS = 16  # of a float32 that one pass decides: two passes, 65,536 counters
-# Elements that are counted at a time, which bounds what is made of them: 36 bytes each at their peak. On a CPU they stay in
+BITS = 16  # of a float32, decided in one pass: two passes, 65,536 counters
+# Elements counted at a time, which bounds the temporaries: 36 bytes each at their peak. On a CPU they stay in
 # the cache; on a device a piece costs two waits, so pieces are larger.
 CPU_PIECE, DEVICE_PIECE = 1 << 18, 1 << 22
 
 
 def ordered_keys(values: Tensor) -> Tensor:
-    """Integers in 0 to 2^32 - 1 that are ordered as float32 values are.
+    """Integers in 0 to 2^32 - 1 ordered like the float32 values.
 
     Args:
         values: Any float type; compared as float32.
@@ -26,10 +26,10 @@ def ordered_keys(values: Tensor) -> Tensor:
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
-    """int32 that are ordered as float32 values are."""
+    """int32 ordered like the float32 values."""
     # Adding zero turns -0.0 into 0.0, which compares equal but has other bits.
     bits = (values.float() + 0.0).view(torch.int32)
-    # Negative values order the other way round: all bits but the sign are turned.
+    # Negative values order the other way round: all bits except the sign are flipped.
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
@@ -50,7 +50,8 @@ def kth_smallest(
     """The k-th smallest value of all parts together, exactly, in two passes that count.
 
     Args:
-        parts: Gives the parts anew each time; the same values in any order and cut. Large ones are counted in pieces.
+        parts: Returns the parts afresh on each call; the same values in any order and split. Large ones are counted in
+            pieces.
         k: Rank, counted from 0.
         add_up: Sums a tensor of counts over processes that hold different parts.
 
@@ -58,7 +59,7 @@ def kth_smallest(
         float32 scalar on the device of the counts.
 
     Raises:
-        ValueError: If there are not more than `k` values.
+        ValueError: If there are `k` values or fewer.
     """
     prefix, below = 0, 0
     for shift in (BITS, 0):

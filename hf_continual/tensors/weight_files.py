@@ -1,7 +1,7 @@
-"""Which files hold a model's weights: those that ``from_pretrained`` loads, and only files of the folder itself.
+"""Find the files that hold a model's weights: those that ``from_pretrained`` loads, inside the folder only.
 
-An index comes from whoever made the model. A name in it may lead to any file of this machine (``../``, an absolute
-path), so names that are more than a file's name are refused before anything is opened.
+An index comes from the model's author. A name in it may point to any file on this machine (``../``, an absolute
+path), so anything but a plain file name is refused before a file is opened.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _ENDING = ".safetensors"
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a full model, as ``from_pretrained`` chooses them.
 
-    The single file goes before an index, also before an index that is newer.
+    The single file takes precedence over an index, even over a newer one.
 
     Args:
         folder: The model's folder.
 
     Returns:
-        Its files, which need not be there; of a folder without an index, the place of the single file.
+        Its files, which may be missing; without an index, the path of the single file.
 
     Raises:
         ValueError: If the index is damaged, or names a file outside the folder.
@@ -41,16 +41,16 @@ def unused_index(folder: Path) -> Path | None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file an index says holds which tensor.
+    """Read from an index which file holds each tensor.
 
     Args:
         index: The ``*.safetensors.index.json``.
 
     Returns:
-        Name of a tensor -> name of a file beside the index.
+        Name of a tensor -> name of a file next to the index.
 
     Raises:
-        ValueError: If it is damaged, or a name is more than a file's name.
+        ValueError: If it is damaged, or a name is not a plain file name.
     """
     found: Any = read_object(index).get("weight_map")
     if not isinstance(found, dict) or not found:
@@ -59,7 +59,7 @@ def weight_map(index: Path) -> dict[str, str]:
         if not is_file_name(file):
             raise ValueError(
                 f"{index} says that {tensor!r} is in {file!r}. Only the names of {_ENDING} files in the same folder are read, "
-                f"never a path to elsewhere. Do not use this model unless you know who wrote that; save it again."
+                f"never a path elsewhere. Do not use this model unless you know who wrote that; save it again."
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Between a tensor that is spread over processes and the whole of it."""
+"""Convert between a tensor that is sharded over processes and the whole tensor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on this process; every process must ask for it together where it is sharded."""
+    """All of a tensor on this process; if it is sharded, every process must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_as(tensor: Tensor, p: Tensor) -> Tensor:
-    """A whole tensor spread over processes as a parameter is; the tensor itself where that is not sharded."""
+    """A whole tensor, sharded like a parameter; the tensor itself if that is not sharded."""
     return distribute_tensor(tensor, p.device_mesh, p.placements) if isinstance(p, DTensor) else tensor
 
 

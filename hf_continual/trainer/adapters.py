@@ -1,4 +1,4 @@
-"""Training that starts from an adapter: continued, or with a new one stacked on top of it."""
+"""Start training from an adapter: continue it, or stack a new one on top."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MERGED = "merged-base"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not a whole model."""
+    """Whether a folder holds an adapter rather than a full model."""
     return (folder / ADAPTER).is_file()
 
 
 def adapter_on(base: Any, folder: Path, **options: Any) -> PeftModel:
-    """The adapter of a folder on a base model.
+    """Load the adapter in a folder onto a base model.
 
     Args:
         base: The base model, wherever it was loaded from.
@@ -39,24 +39,24 @@ def adapter_on(base: Any, folder: Path, **options: Any) -> PeftModel:
         The model with the adapter.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    # Where the base was when the adapter was trained; it may have moved since, and PEFT looks into it.
+    # The recorded path of the base may be out of date, and PEFT reads it.
     config.base_model_name_or_path = base.name_or_path
     return PeftModel.from_pretrained(base, folder, config=config, **options)
 
 
 def stacked(model: PeftModel, folder: Path, config: PeftConfig) -> PeftModel:
-    """A new adapter, which is trained, on top of an earlier one, which is frozen.
+    """Add a new, trained adapter on top of an earlier, frozen one.
 
     Args:
         model: A model whose adapter is called `EARLIER`.
-        folder: Where that came from.
+        folder: Folder of the earlier adapter.
         config: The new adapter.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the new adapter is not LoRA, which alone can be saved as one with the earlier.
+        ValueError: If the new adapter is not LoRA: only LoRA can be saved as one adapter with the earlier one.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(
@@ -69,10 +69,10 @@ def stacked(model: PeftModel, folder: Path, config: PeftConfig) -> PeftModel:
 
 
 def choose_way(asked: str | None, adapter: str, new: Any) -> str:
-    """What to do with an adapter that training starts from.
+    """Choose what to do with an adapter that training starts from.
 
     Args:
-        asked: What the configuration says, or None.
+        asked: The configured way, or None.
         adapter: Its folder or Hub id.
         new: The new adapter's configuration, or None.
 
@@ -80,17 +80,17 @@ def choose_way(asked: str | None, adapter: str, new: Any) -> str:
         One of `FROM_ADAPTER`.
 
     Raises:
-        ValueError: If what is asked needs a new adapter and there is none, or leaves no use for it.
+        ValueError: If the choice needs a new adapter and there is none, or has no use for the one given.
     """
     way = asked or (CONTINUE if new is None else STACK)
     if way == CONTINUE and new is not None:
         raise ValueError(
-            f"from_adapter: continue trains the adapter in {adapter} further, and the options of a new adapter were given too "
+            f"from_adapter: continue trains the adapter in {adapter} further, but the options of a new adapter were given too "
             f"(peft). Drop them, or say from_adapter: stack or merge_then_new."
         )
     if way != CONTINUE and new is None:
         raise ValueError(
-            f"from_adapter: {way} trains a new adapter after the one in {adapter}, and it is not said which. Give its options "
+            f"from_adapter: {way} trains a new adapter after the one in {adapter}, but no options of a new one were given. Give them "
             f"(peft_config=LoraConfig(r=16, target_modules='all-linear'); in a plan peft: {{r: 16, target_modules: all-linear}}), or "
             f"say from_adapter: continue."
         )
@@ -98,14 +98,14 @@ def choose_way(asked: str | None, adapter: str, new: Any) -> str:
 
 
 def consequence(way: str, adapter: str, config: PeftConfig, new: Any, merged: str = MERGED) -> str:
-    """What a way of starting from an adapter means, in a sentence for the user.
+    """Describe to the user what a way of starting from an adapter means.
 
     Args:
         way: One of `FROM_ADAPTER`.
         adapter: Folder or Hub id of the adapter.
         config: Its configuration.
         new: The new adapter's configuration, or None.
-        merged: Where the merged base is kept.
+        merged: Folder of the merged base.
 
     Returns:
         The sentence.
@@ -127,7 +127,7 @@ def merge_into_base(base: Any, folder: Path, target: Path, tokenizer: Any = None
     Args:
         base: The base model, not quantised.
         folder: Folder of the adapter.
-        target: Where the merged model is kept; complete or absent.
+        target: Folder of the merged model; complete or absent.
         tokenizer: Saved with it, if given.
 
     Returns:
@@ -156,7 +156,7 @@ def merge_into_base(base: Any, folder: Path, target: Path, tokenizer: Any = None
 
 
 def activate_both(model: Any) -> None:
-    """Both act in the forward pass; only the new one learns."""
+    """Activate both adapters in the forward pass; only the new one is trained."""
     model.base_model.set_adapter(["default", EARLIER])
     for name, parameter in model.named_parameters():
         if f".{EARLIER}." in name:
@@ -165,9 +165,10 @@ def activate_both(model: Any) -> None:
 
 @contextmanager
 def kept_active(model: Any) -> Iterator[None]:
-    """While a checkpoint is loaded: everything but the values stays as it is.
+    """Keep everything except the values unchanged while a checkpoint is loaded.
 
-    transformers 5.23 leaves one adapter active, all of it trainable, and in float32 where 4 bits had made it bfloat16.
+    transformers 5.23 leaves one adapter active, all of it trainable, and in float32 where a 4-bit base had made it
+    bfloat16.
     """
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     yield
@@ -181,7 +182,7 @@ def kept_active(model: Any) -> Iterator[None]:
 
 
 def is_stacked(model: Any) -> bool:
-    """Whether a model has an earlier adapter beneath the one that is trained."""
+    """Whether a model has an earlier adapter under the one being trained."""
     return isinstance(model, PeftModel) and {EARLIER, "default"} <= set(model.peft_config)
 
 
@@ -198,7 +199,7 @@ def put_in_place(folder: Path) -> None:
 
 
 def join(folder: Path) -> None:
-    """Make one adapter of the two that were saved in ``folder/.parts``, exactly, and put it into the folder.
+    """Join the two adapters saved in ``folder/.parts`` exactly into one, in the folder.
 
     Args:
         folder: The model's folder.
@@ -209,7 +210,8 @@ def join(folder: Path) -> None:
     for file in parts.iterdir():
         if file.is_file() and not (joined / file.name).exists():
             os.replace(file, folder / file.name)
-    # The weights first: with the earlier configuration they do not load, with the earlier weights they would.
+    # The weights first: with the earlier configuration they fail to load; earlier weights with the new one would load
+    # silently.
     for name in ("adapter_model.safetensors", ADAPTER):
         os.replace(joined / name, folder / name)
     shutil.rmtree(joined)

@@ -1,4 +1,4 @@
-"""What cannot work is refused at construction: what was met, why it cannot work, what to do."""
+"""Refuse at construction what cannot work; errors say what was found, why it cannot work, and what to do."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from hf_continual.data.replay import ReplayRows
     from hf_continual.trainer.live import LiveTrainer
 
-# With any of these the choice of the optimizer was left to the defaults, so a method may make it.
+# With any of these the optimizer was left at the default, so a method may choose it.
 PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_train_dataset(rows: Any) -> None:
-    """Refuse an empty dataset, or several in one, with a sentence; everything else is SFTTrainer's to judge."""
+    """Refuse an empty dataset, or a dictionary of several; SFTTrainer checks everything else."""
     if isinstance(rows, dict):
         raise TypeError(
             f"train_dataset is a {type(rows).__name__} with the splits {', '.join(map(str, rows))}; a run learns from one. "
@@ -37,10 +37,10 @@ def check_train_dataset(rows: Any) -> None:
 
 
 def first_row(rows: Any) -> dict[str, Any]:
-    """The first raw row of the task, which replay rows are compared with; empty where SFTTrainer will refuse.
+    """The first raw row of the task, for comparison with replay rows; empty if SFTTrainer will refuse the rows.
 
     Args:
-        rows: What was given as `train_dataset`.
+        rows: The `train_dataset` argument.
 
     Returns:
         The row.
@@ -52,14 +52,14 @@ def first_row(rows: Any) -> dict[str, Any]:
         return {}
     row = next(iter(rows), None)
     if row is None:
-        raise ValueError("train_dataset is a stream that yields no row: there is nothing to learn.")
+        raise ValueError("train_dataset is a stream that yields no rows: there is nothing to learn.")
     return dict(row)
 
 
 def check_arguments(
     methods: Methods, args: Any, compute_loss_func: Any, optimizers: Any, optimizer_cls_and_kwargs: Any
 ) -> None:
-    """Conflicts that can be seen before the model is loaded.
+    """Check for conflicts that can be found before the model is loaded.
 
     Args:
         methods: The methods of the run.
@@ -69,7 +69,7 @@ def check_arguments(
         optimizer_cls_and_kwargs: As given to the trainer.
 
     Raises:
-        ValueError: If two optimizers are asked for, or a method reads a forward pass whose loss
+        ValueError: If two optimizers are requested, or a method reads a forward pass whose loss
             is computed elsewhere.
     """
     if (bringing := methods.optimizing) is not None:
@@ -83,7 +83,7 @@ def check_arguments(
             given = f"optim={str(getattr(args.optim, 'value', args.optim))!r}"
         if given:
             raise ValueError(
-                f"{name} brings an optimizer and {given} asks for another; a step can have one. Drop one of the two."
+                f"{name} supplies an optimizer and {given} asks for another; a run can have only one. Drop one of the two."
             )
     smoothing = args is not None and args.label_smoothing_factor > 0 and getattr(args, "loss_type", "nll") == "nll"
     if compute_loss_func is not None or smoothing:
@@ -92,19 +92,19 @@ def check_arguments(
         if reading or weighted:
             what = "compute_loss_func" if compute_loss_func is not None else "label_smoothing_factor"
             raise ValueError(
-                f"{', '.join(reading or weighted)} must read the forward pass that the loss comes from, and with "
-                f"{what} the loss comes from another one. Drop {what}, or that method (Replay needs weight=1)."
+                f"{', '.join(reading or weighted)} must read the forward pass that the loss comes from, but with "
+                f"{what} the loss comes from elsewhere. Drop {what}, or that method (Replay needs weight=1)."
             )
 
 
 def check_trainer(trainer: LiveTrainer) -> None:
-    """Conflicts between the methods and the way of training.
+    """Check for conflicts between the methods and the training setup.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
 
     Raises:
-        ValueError: If the model is not decoder-only, nothing is trainable, a method cannot run in this way of training, or
+        ValueError: If the model is not decoder-only, nothing is trainable, a method cannot run in this setup, or
             the processes have different numbers of rows.
     """
     check_decoder_only(trainer.run.model)
@@ -113,10 +113,10 @@ def check_trainer(trainer: LiveTrainer) -> None:
 
 
 def check_decoder_only(model: nn.Module) -> None:
-    """The loss, the rows and the states are those of a decoder-only model.
+    """Refuse a model that is not decoder-only, as the loss, the rows and the states require.
 
     Args:
-        model: The model without the wrappers of DDP and the like.
+        model: The model without wrappers such as DDP's.
 
     Raises:
         ValueError: If the model has an encoder.
@@ -125,15 +125,15 @@ def check_decoder_only(model: nn.Module) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder (config.is_encoder_decoder=True), and SFTTrainer gives a model "
-            f"whole texts: the encoder would read the tokens that the decoder is to predict. Take a decoder-only model."
+            f"whole texts: the encoder would read the tokens that the decoder must predict. Use a decoder-only model."
         )
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Something must be left to learn.
+    """Refuse a model without trainable parameters.
 
     Args:
-        model: The model without the wrappers of DDP and the like.
+        model: The model without wrappers such as DDP's.
 
     Raises:
         ValueError: If no parameter is trainable, as after `PeftModel.from_pretrained` without `is_trainable`.
@@ -153,14 +153,14 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_replay(trainer: LiveTrainer, sources: dict[str, ReplayRows]) -> None:
-    """Ways of training that replay rows cannot join.
+    """Refuse training setups that replay rows cannot join.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
         sources: Replay rows by method name.
 
     Raises:
-        ValueError: Under context or sequence parallelism, with images, or with a weight where the loss
+        ValueError: Under context or sequence parallelism, with images, or with a weight if the loss
             is not divided by the number of tokens.
     """
     check_extra_rows(trainer, "Replay")
@@ -173,21 +173,21 @@ def check_replay(trainer: LiveTrainer, sources: dict[str, ReplayRows]) -> None:
 
 
 def check_extra_rows(trainer: LiveTrainer, name: str) -> None:
-    """Ways of training that rows beside the task's cannot join.
+    """Refuse training setups that extra rows cannot join.
 
     Args:
-        trainer: The trainer, set up but for its methods.
-        name: Whose rows they are.
+        trainer: The trainer, set up except for its methods.
+        name: Name of the method that adds the rows.
 
     Raises:
-        ValueError: Under context or sequence parallelism, with images, or where text attends to later tokens.
+        ValueError: Under context or sequence parallelism, with images, or if text attends to later tokens.
     """
     text = trainer.run.model.config.get_text_config()  # pyrefly: ignore[missing-attribute]
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(
             f"{name}: {type(trainer.run.model).__name__} attends to later tokens of a text "
             f"(use_bidirectional_attention={text.use_bidirectional_attention!r}), so a row of text would be read before "
-            f"it is predicted. Train without {name}, or take a causal language model."
+            f"it is predicted. Train without {name}, or use a causal language model."
         )
     parallel = trainer.accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
@@ -200,10 +200,10 @@ def check_extra_rows(trainer: LiveTrainer, name: str) -> None:
 
 
 def check_token_ids(trainer: LiveTrainer, rows: dict[str, Dataset]) -> None:
-    """Replay rows must speak the model's language, and fit into it.
+    """Refuse replay rows whose token ids the model's embedding does not have, or that are too long for it.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
         rows: Tokenised replay rows by method name.
 
     Raises:
@@ -216,20 +216,22 @@ def check_token_ids(trainer: LiveTrainer, rows: dict[str, Dataset]) -> None:
     for name, prepared in rows.items():
         if most is not None and (longest := int(row_lengths(prepared).max())) > most:
             raise ValueError(
-                f"{name}: a row has {longest} tokens and the model has positions for {most}. Set max_length={most}."
+                f"{name}: a row has {longest} tokens but the model has positions for {most}. Set max_length={most}."
             )
         column = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
         ids = np.asarray(column.flatten())
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             wrong = high if high >= size else low
-            cause = "The rows were tokenised with another tokenizer; tokenise them with this one, or pass them as text."
+            cause = (
+                "The rows were tokenised with a different tokenizer; tokenise them with this one, or pass them as text."
+            )
             if size <= wrong < knows:
-                # A tokenizer may have spare tokens that the model never learnt, as long as no row holds one.
+                # A tokenizer may have spare tokens that the model never learned, as long as no row contains one.
                 cause = (
                     f"The tokenizer knows {knows} tokens and the model embeds {size}: they do not belong together, or "
-                    f"model.resize_token_embeddings(len(tokenizer)) was forgotten."
+                    f"model.resize_token_embeddings(len(tokenizer)) is missing."
                 )
             raise ValueError(
-                f"{name}: a replay row holds the token id {wrong}, and the model embeds ids 0 to {size - 1}. {cause}"
+                f"{name}: a replay row holds the token id {wrong}, but the model embeds ids 0 to {size - 1}. {cause}"
             )

@@ -1,4 +1,4 @@
-"""Whether a run's data collator can take rows of a method: tried at construction, not met in the first step."""
+"""Check at construction, not in the first step, whether a run's data collator can take a method's rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def same_randomness() -> Iterator[None]:
-    """Random numbers that are drawn inside are drawn again afterwards: some collators mask or augment."""
+    """Restore the random states on exit: some collators mask or augment."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -34,30 +34,30 @@ def check_collates(trainer: LiveTrainer, prepared: Dataset, name: str) -> bool:
     """Refuse a data collator that cannot take the tokenised rows of a method.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
         prepared: Tokenised rows.
-        name: Whose rows they are.
+        name: Name of the method that adds the rows.
 
     Returns:
-        Whether it makes one long row of several.
+        Whether it joins several rows into one long row.
 
     Raises:
-        ValueError: If it fails, or makes something else than rows of tokens.
+        ValueError: If it fails, or does not return rows of tokens.
     """
     with same_randomness():
         return _flattens(trainer.data_collator, [prepared[i % len(prepared)] for i in range(2)], name)
 
 
 def replay_collator(trainer: LiveTrainer, prepared: Dataset, name: str) -> ReplayCollator:
-    """A collator for batches of the task with rows of a method in them, tried on two rows of each.
+    """Build a collator that adds a method's rows to the task's batches, and try it on two rows of each.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
         prepared: Tokenised rows.
-        name: Whose rows they are.
+        name: Name of the method that adds the rows.
 
     Returns:
-        The collator; whether it flattens is seen from what it does.
+        The collator; whether it flattens is detected from its output.
 
     Raises:
         ValueError: If the data collator cannot take tokenised rows, or its batches cannot be merged.
@@ -78,7 +78,7 @@ def replay_collator(trainer: LiveTrainer, prepared: Dataset, name: str) -> Repla
 
 @contextmanager
 def tokens_counted(trainer: LiveTrainer) -> Iterator[None]:
-    """A data loader that is made inside counts the tokens of its batches, where replay must know them.
+    """Make a data loader created inside the context count the tokens of its batches, if replay needs them.
 
     Args:
         trainer: The trainer.
@@ -97,16 +97,16 @@ def tokens_counted(trainer: LiveTrainer) -> Iterator[None]:
 
 @contextmanager
 def rows_named(trainer: LiveTrainer) -> Iterator[None]:
-    """A data loader that is made inside says of each token which of the task's rows it is from, where a method asks.
+    """Make a data loader created inside the context report each token's row of the task, if a method asks.
 
     Args:
         trainer: The trainer.
 
     Yields:
-        None: While its rows carry their places.
+        None: While its rows carry their index.
 
     Raises:
-        ValueError: If the rows are a stream, or are tokenised by the collator only.
+        ValueError: If the rows are a stream, or are tokenised only by the collator.
     """
     asking = [type(m).__name__ for m in trainer.methods if m.reads_row_ids()]
     if not asking:
@@ -115,7 +115,7 @@ def rows_named(trainer: LiveTrainer) -> Iterator[None]:
     rows, collate = trainer.run.task_rows, trainer.data_collator
     if "input_ids" not in rows.column_names:
         raise ValueError(
-            f"{asking[0]} looks values up by the place of a token in its row, and the rows have no tokens before they are "
+            f"{asking[0]} looks values up by a token's place in its row, but the rows have no tokens before they are "
             f"collated (columns {rows.column_names}). Give rows that SFTTrainer tokenises, or drop the method."
         )
     seen = trainer.train_dataset
@@ -129,7 +129,7 @@ def rows_named(trainer: LiveTrainer) -> Iterator[None]:
 
 
 def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:
-    """Whether two rows become one long row."""
+    """Whether the collator joins two rows into one long row."""
     kind = type(collate).__name__ if not hasattr(collate, "__name__") else collate.__name__
     advice = (
         "Such rows are tokenised before training and can join batches only if the collator takes tokenised rows: "
@@ -147,13 +147,13 @@ def _flattens(collate: Any, rows: list[dict[str, Any]], name: str) -> bool:
     if len(shape) != 2 or shape[0] not in (1, 2) or labels != shape:
         raise ValueError(
             f"{name}: the data collator {kind} makes input_ids of shape {shape} and labels of shape {labels} from two "
-            f"rows; rows can join batches of shape (rows, tokens) or (1, tokens) only. Use another data collator."
+            f"rows; rows can only join batches of shape (rows, tokens) or (1, tokens). Use another data collator."
         )
     return shape[0] == 1
 
 
 def _task_batch(trainer: LiveTrainer) -> dict[str, Any] | None:
-    """Two rows of the task as a batch, or None for a stream, or where SFTTrainer will fail by itself."""
+    """Two rows of the task as a batch, or None for a stream, or if SFTTrainer will fail by itself."""
     rows: Any = trainer.train_dataset
     if not isinstance(rows, Dataset):
         return None

@@ -1,4 +1,4 @@
-"""Gradients of rows that are no training batch: an outer loop's, or those that importance is measured with."""
+"""Gradients on rows outside the training batches: for an outer loop, or to measure importance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def aside(trainer: LiveTrainer, micro_batches: int) -> Iterator[None]:
-    """Losses computed inside are in no metric and no method sees their forward passes."""
+    """Keep losses computed inside the context out of all metrics, and their forward passes away from all methods."""
     kept = trainer.tap, trainer.current_gradient_accumulation_steps
     trainer.tap, trainer.current_gradient_accumulation_steps = None, micro_batches
     try:
@@ -37,15 +37,15 @@ def gradients(
     training: bool = True,
     alone: bool = False,
 ) -> Tensor:
-    """Leave the gradient of some batches in `.grad`, as one optimizer step of the trainer would.
+    """Leave the gradient of some batches in `.grad`, as an optimizer step of the trainer would.
 
     Args:
         trainer: The trainer, between two steps.
         batches: Micro-batches of this process.
-        scale: What the loss is multiplied with.
+        scale: Factor of the loss.
         clip: Whether the gradient is clipped as in a step.
         training: False leaves dropout out.
-        alone: Whether this process's batches are the whole; nothing is reduced over processes then.
+        alone: Use this process's batches only; nothing is reduced over processes.
 
     Returns:
         The loss, a scalar without gradient: the mean over the batches' tokens on all processes.
@@ -79,7 +79,7 @@ def gradients(
 
 @contextmanager
 def _counted_here(trainer: LiveTrainer, alone: bool) -> Iterator[None]:
-    """Tokens are counted on this process only, and the loss is not multiplied with the number of processes."""
+    """Count tokens on this process only, and do not multiply the loss by the number of processes."""
     before = trainer.args.average_tokens_across_devices
     if alone:
         trainer.args.average_tokens_across_devices = False
@@ -111,6 +111,6 @@ def step(trainer: LiveTrainer, update: Any) -> bool:
     finite = bool(torch.isfinite(torch.stack(norms)).all())
     if finite:
         update()
-    # As after every step: the scale moves, and the scaler forgets that these gradients were unscaled.
+    # As after every step: update the scale, and let the scaler forget that these gradients were unscaled.
     scaler.update()
     return finite

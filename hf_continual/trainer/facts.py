@@ -1,4 +1,4 @@
-"""What a trainer knows about its run, as the facts of a model card."""
+"""The facts of a run for its model card, as its trainer knows them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_continual.trainer.rates import peak_and_factor
 if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer
 
-# What a reader needs to train again; shown on the card where it is not the default, or is one of the first four.
+# Settings that a reader needs to repeat the training; shown on the card if not the default, or one of the first four.
 SETTINGS = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
@@ -34,7 +34,7 @@ SETTINGS = (
     "assistant_only_loss", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
 )  # fmt: skip
 ALWAYS = SETTINGS[:5]
-# What decides the values of a quantised base.
+# Settings that determine the values of a quantised base.
 QUANTIZATION = (
     "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
     "llm_int8_skip_modules", "bits", "group_size",
@@ -42,15 +42,15 @@ QUANTIZATION = (
 
 
 def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_rows: int | None = None) -> CardFacts:
-    """The facts of a run, as far as it has come.
+    """The facts of a run so far.
 
     Args:
         trainer: The trainer.
-        evaluation: What was measured, or None.
+        evaluation: The measured scores, or None.
         train_rows: Number of the task's rows; None for a stream.
 
     Returns:
-        The facts; they hold no path.
+        The facts; they contain no paths.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     args = trainer.args
@@ -81,6 +81,9 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
         seed=args.seed,
         steps=trainer.state.global_step,
         seconds=next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None),
+        ended=tuple(
+            f"{e['event'].replace('_', ' ')} at step {e['step']}: {e['reason']}" for e in gauge_events(trainer)
+        ),
         hardware=hardware(args.world_size),
         tags=trl_tags(model.config),
         tracking=tracking_pages(),
@@ -89,14 +92,19 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
     )
 
 
+def gauge_events(trainer: LiveTrainer) -> list[dict[str, Any]]:
+    """What rules on gauges have done in a run."""
+    return [event for method in trainer.methods if method.watches for event in getattr(method, "events", ())]
+
+
 def trl_tags(config: Any = None) -> tuple[str, ...]:
-    """The tags of TRL's own cards, by which the Hub counts and finds models of its trainers.
+    """The tags of TRL's own cards, by which the Hub counts and finds models trained with TRL.
 
     Args:
-        config: The model's configuration, where there is a model.
+        config: The model's configuration, if there is a model.
 
     Returns:
-        What `SFTTrainer.create_model_card` would write now.
+        The tags that `SFTTrainer.create_model_card` would write now.
     """
     tags = ["generated_from_trainer", *private.tags_of(SFTTrainer)]
     if hasattr(config, "unsloth_version"):
@@ -109,7 +117,7 @@ def trl_tags(config: Any = None) -> tuple[str, ...]:
 
 
 def tracking_pages() -> dict[str, str]:
-    """Pages of the trackers that are running, by name."""
+    """Pages of the active trackers, by name."""
     run = getattr(sys.modules.get("wandb"), "run", None)
     pages = {
         "Weights & Biases": getattr(run, "url", None),
@@ -120,7 +128,7 @@ def tracking_pages() -> dict[str, str]:
 
 
 def _loaded_from(model: Any) -> tuple[str | None, str | None]:
-    """Path or id that the weights below any adapter came from, and the revision that was asked for."""
+    """Path or id that the weights below any adapter came from, and the requested revision."""
     if isinstance(model, PeftModel):
         config = model.peft_config[model.active_adapter if isinstance(model.active_adapter, str) else "default"]
         base: Any = model.get_base_model()
@@ -129,12 +137,12 @@ def _loaded_from(model: Any) -> tuple[str | None, str | None]:
 
 
 def method_facts(methods: Sequence[Method]) -> tuple[MethodFacts, ...]:
-    """Methods as a card names them."""
-    return tuple(MethodFacts(m.name, m.describe(), m.paper) for m in methods)
+    """Describe methods for a card."""
+    return tuple(MethodFacts(m.name, m.describe(), m.paper) for m in methods if not m.watches)
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """Training arguments that are not the defaults, and those without which no run can be repeated."""
+    """Training arguments that differ from the defaults, and those needed to repeat a run."""
     defaults = {f.name: f.default for f in fields(args)}
     found = {}
     for name in SETTINGS:
@@ -149,7 +157,7 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def _live_settings(trainer: LiveTrainer) -> dict[str, Any]:
-    """What was trained with where that is not what the arguments say: a given optimizer's rate, the batch that fitted."""
+    """Settings in use that differ from the arguments: a given optimizer's rate, the batch size that fitted."""
     found: dict[str, Any] = {}
     if (optimizer := trainer.optimizer) is not None:
         peak, _ = peak_and_factor(getattr(optimizer, "optimizer", optimizer), trainer.lr_scheduler)
@@ -161,7 +169,7 @@ def _live_settings(trainer: LiveTrainer) -> dict[str, Any]:
 
 
 def adapter_facts(model: Any) -> dict[str, Any]:
-    """What the adapter is."""
+    """Describe the adapter."""
     config = next(iter(model.peft_config.values()))
     if isinstance(config, KindConfig):
         return {"kind": str(config.peft_type), **config.sizes}
@@ -172,7 +180,7 @@ def adapter_facts(model: Any) -> dict[str, Any]:
         "dropout": config.lora_dropout,
         "modules": sorted(modules) if isinstance(modules, set | list | tuple) else modules,
     }
-    # What the adapter saw of its base is needed to put it into one.
+    # Merging needs the base as the adapter saw it.
     quantization = getattr(model.get_base_model().config, "quantization_config", None)
     if quantization is not None:
         data = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -183,14 +191,14 @@ def adapter_facts(model: Any) -> dict[str, Any]:
 
 
 def _quantised_from(model: Any) -> str | None:
-    """The type that weights had before they were quantised. The model's own may have been raised to float32 since."""
+    """The dtype of the weights before quantisation. The model's own dtype may have been raised to float32 since."""
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     dtype = next((s.dtype for s in states if s is not None), getattr(model.config, "dtype", None))
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def hardware(processes: int) -> str:
-    """What the run is on."""
+    """The hardware of the run."""
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     return f"{processes} x {name}" if processes > 1 else name

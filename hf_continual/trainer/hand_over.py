@@ -1,4 +1,4 @@
-"""Between tasks: what methods take over when training starts, and leave when the model of a finished task is saved."""
+"""Hand-over between tasks: methods load state when training starts, and leave it when a finished task is saved."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ LEFT = "_hf_continual_left"  # attribute of a model that was trained in this pro
 
 @dataclass(frozen=True)
 class Left:
-    """What goes with a model that stays in the process, as the tasks of one script may train it one after the other.
+    """State kept with a model that stays in the process, since a script may train several tasks on it.
 
     Args:
-        found: What its methods left; None where they left nothing.
-        weights: How often each weight had been written when the task ended.
+        found: What its methods left; None if they left nothing.
+        weights: Version counter of each weight when the task ended.
     """
 
     found: handover.HandOver | None
@@ -41,7 +41,7 @@ class Left:
 
 
 def leave_with_model(trainer: LiveTrainer) -> None:
-    """Let what methods left go with the model in this process, too."""
+    """Attach what methods left to the model in this process, too."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     states = {name: state for name, state in (trainer.task_states or {}).items() if state}
     found = None
@@ -61,14 +61,14 @@ def _written(model: Any) -> tuple[int, ...]:
 
 
 def left_with(model: Any, args: Any) -> Left | None:
-    """What a model comes with that was trained before in this process.
+    """Get what methods left with a model that was trained earlier in this process.
 
     Args:
         model: As given to the trainer, before it is touched.
         args: Training arguments, or None.
 
     Returns:
-        What was left; None where the model does not come from this process, or another predecessor is named.
+        What was left; None if the model was not trained in this process, or another predecessor is given.
 
     Raises:
         HandOverError: If its weights were changed since.
@@ -79,7 +79,7 @@ def left_with(model: Any, args: Any) -> Left | None:
     if left.found is not None and left.weights != _written(model):
         raise handover.HandOverError(
             f"The weights of this model were changed since task {left.found.task.get('name')!r} ended in this process, and what "
-            f"its methods ({', '.join(left.found.names)}) learned may not hold for them. Name the folder that belongs to the "
+            f"its methods ({', '.join(left.found.names)}) learned may not be valid for them. Give the folder that belongs to the "
             f"weights, ContinualConfig(predecessor=folder), or start without what was learned: "
             f"ContinualConfig(fresh_methods=True)."
         )
@@ -87,35 +87,35 @@ def left_with(model: Any, args: Any) -> Left | None:
 
 
 def open_predecessor(trainer: LiveTrainer, source: str | None, left: Left | None = None) -> handover.HandOver | None:
-    """What the task before left for this run's methods.
+    """Open what the previous task left for this run's methods.
 
     Args:
         trainer: The trainer, set up.
         source: Folder or Hub id of the weights that training starts from.
-        left: What a model of this process comes with; the weights that it was loaded from are then another matter.
+        left: What methods left with a model of this process; it takes precedence over the weights it was loaded from.
 
     Returns:
-        The list of what was left, no tensor read; None where there is nothing, or it is not wanted.
+        The list of what was left, no tensor read; None if there is nothing, or it is not wanted.
 
     Raises:
-        HandOverError: If it is damaged, belongs to other weights, another base or other methods.
+        HandOverError: If it is damaged, belongs to different weights, another base or other methods.
     """
     args = trainer.args
     source = getattr(args, "predecessor", None) or source
     if not trainer.methods:
         if source is not None and (Path(source) / handover.FOLDER / handover.MANIFEST).is_file():
             logger.warning(
-                "%s holds what methods of an earlier task learned; this run has no methods and leaves it.", source
+                "%s holds what methods of an earlier task learned; this run has no methods and ignores it.", source
             )
         return None
     if getattr(args, "fresh_methods", False):
-        logger.info("The methods begin without what an earlier task left (fresh_methods=True).")
+        logger.info("The methods start without what an earlier task left (fresh_methods=True).")
         return None
     if left is not None:
         return _checked(trainer, left.found)
     if is_unfinished(source):
         logger.warning(
-            "%s is a checkpoint of a task that has not ended; its methods left nothing for another task. To finish that "
+            "%s is a checkpoint of an unfinished task; its methods left nothing for another task. To finish that "
             "task, resume it: trainer.train(resume_from_checkpoint=%r).", source, source,
         )  # fmt: skip
         return None
@@ -129,7 +129,7 @@ def _checked(trainer: LiveTrainer, found: handover.HandOver | None) -> handover.
         _check_methods(trainer, found)
         _check_base(trainer, found)
         logger.info(
-            "%s: taking over what %s learned in task %r.",
+            "%s: loading what %s learned in task %r.",
             found.folder, ", ".join(found.names), found.task.get("name"),
         )  # fmt: skip
     return found
@@ -149,19 +149,19 @@ def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
         return
     left = [method for method in trainer.methods if method.name in found.names]
     if then.get("beside") is not None and then["beside"] == now["beside"]:
-        # All that lies beside the adapters is as it was: they were merged into the base.
+        # All weights without adapters are unchanged: the adapters were merged into the base.
         if all(method.outlives_merging for method in left):
             logger.info("%s: its adapter is part of the base %s now.", found.folder, now.get("name") or "model")
             return
     raise handover.HandOverError(
         f"{found.folder} was trained on the base {then.get('name') or 'model'!r}, and this run's base "
-        f"{now.get('name') or 'model'!r} has other weights: what its methods learned does not hold there. "
+        f"{now.get('name') or 'model'!r} has different weights: what its methods learned is not valid there. "
         f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True)."
     )
 
 
 def base_facts(trainer: LiveTrainer) -> dict[str, Any]:
-    """Name and a few values of the weights below and beside an adapter; nothing for a full model, which is its own base."""
+    """Name and a few values of the weights without the adapter; empty for a full model, which is its own base."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         return {}
@@ -171,7 +171,7 @@ def base_facts(trainer: LiveTrainer) -> dict[str, Any]:
 
 
 def before_training(trainer: LiveTrainer) -> None:
-    """Hand the methods what the task before left, let them prepare, and edit the task's rows."""
+    """Hand the methods what the previous task left, let them prepare, and edit the task's rows."""
     run, methods = trainer.run, trainer.methods
     if (found := trainer.predecessor) is not None:
         for method in methods:
@@ -192,32 +192,32 @@ def _edited(method: Any, run: Any, rows: Any) -> Dataset:
     name = type(method).__name__
     if not isinstance(rows, Dataset):
         raise ValueError(
-            f"{name} edits the task's rows before training, and the rows are a stream, which has no end. Load them as a "
+            f"{name} edits the task's rows before training, but the rows are a stream, which has no end. Load them as a "
             f"Dataset, or drop the method."
         )
     edited = method.edit_rows(run, rows)
     if not isinstance(edited, Dataset) or not {"input_ids", "labels"} <= set(edited.column_names) or not len(edited):
         shape = f"{len(edited)} rows with {edited.column_names}" if isinstance(edited, Dataset) else repr(type(edited))
         raise ValueError(
-            f"{name}.edit_rows must return a Dataset of at least one row with input_ids and labels, it returned {shape}."
+            f"{name}.edit_rows must return a Dataset of at least one row with input_ids and labels, but it returned {shape}."
         )
     return edited
 
 
 def task_states(trainer: LiveTrainer) -> dict[str, dict[str, Any]]:
-    """What each method leaves, after its `end_task`; all processes must ask together."""
+    """The state that each method leaves, after its `end_task`; all processes must call this together."""
     return {m.name: dict(m.task_state(trainer.run)) for m in trainer.methods if overrides(type(m), "task_state")}
 
 
 def stage(trainer: LiveTrainer, folder: Path) -> bool:
-    """Write aside what methods leave, before the model is saved into the folder.
+    """Write what methods leave to a staging folder, before the model is saved into the folder.
 
     Args:
         trainer: The trainer.
         folder: The model's folder.
 
     Returns:
-        Whether there is something to put in place afterwards, with `handover.commit`. On the main process.
+        Whether there is something to move into place afterwards with `handover.commit`; on the main process.
     """
     states = {name: state for name, state in (trainer.task_states or {}).items() if state}
     if not states:

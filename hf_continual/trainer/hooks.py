@@ -1,4 +1,4 @@
-"""When the trainer's loop calls the methods."""
+"""A callback through which the trainer's loop calls the methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class MethodHooks(TrainerCallback):
     """Calls begin, gradient, step and end hooks of a trainer's methods.
 
-    A step that the gradient scaler skipped moved no weight and is no step to the methods.
+    A step that the gradient scaler skipped moved no weight, so the methods do not see it.
 
     Args:
         trainer: The trainer whose methods are called.
@@ -29,10 +29,12 @@ class MethodHooks(TrainerCallback):
         self.editing = trainer.methods.at("edit_gradients")
         self.after = trainer.methods.at("after_step")
         self.end = trainer.methods.at("end_step")
+        self.watching = [method for method in self.end if method.watches]
         self.params: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Everything is wrapped and loaded."""
+        """Called when everything is wrapped and loaded."""
+        self.trainer.ended = None
         if self.trainer.mixer is not None and state.global_step == 0:
             self.trainer.mixer.reset()
         remember_peaks(self.trainer.run.optimizer)
@@ -42,30 +44,36 @@ class MethodHooks(TrainerCallback):
         self.params = self.trainer.run.named_parameters() if self.editing else {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are accumulated, reduced and clipped."""
+        """Called when gradients are accumulated, reduced and clipped."""
         for method in self.editing:
             method.edit_gradients(self.params)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights have moved."""
+        """Called when the weights have moved."""
         if self.after and not self.trainer.accelerator.optimizer_step_was_skipped:
             for method in self.after:
                 method.after_step(self.trainer.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step is counted; log, evaluation and checkpoint come next."""
+        """Called when the step is counted, before log, evaluation and checkpoint."""
         if self.trainer.mixer is not None:
             self.trainer.mixer.settle()
         if self.end and not self.trainer.accelerator.optimizer_step_was_skipped:
             for method in self.end:
-                method.end_step(self.trainer.run)
+                if not method.watches:
+                    method.end_step(self.trainer.run)
         if state.global_step >= state.max_steps and (
             apply := getattr(self.trainer.run.optimizer, "apply_owed_pulls", None)
         ):
             apply()  # before the last checkpoint
+        for method in self.watching:
+            method.end_step(self.trainer.run)
+        if self.trainer.ended is not None:
+            # A checkpoint of this step would be resumed and trained further; the one before gets here again.
+            control.should_training_stop, control.should_save = True, False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The task is learned."""
+        """Called when the task is learned."""
         totals = replay_totals(self.trainer)
         if self.trainer.mixer is not None and totals is not None:
             self.trainer.mixer.report(totals.sum(axis=1))

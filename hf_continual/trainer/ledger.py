@@ -1,4 +1,4 @@
-"""Logged means that stay on the device until they are logged."""
+"""Means for the log that stay on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Ledger:
         self.entries: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Enter a sum over `count` items; what is logged is the total over the count."""
+        """Add a sum over `count` items; the logged value is the total divided by the count."""
         device = next((x.device for x in (total, count) if isinstance(x, torch.Tensor)), None)
-        # Plain numbers become tensors on the device itself; copying them there would cost a transfer per call.
+        # Plain numbers become tensors directly on the device; copying them would cost a transfer per call.
         pair = [
             x.detach().float() if isinstance(x, torch.Tensor) else torch.full((), float(x), device=device)
             for x in (total, count)
@@ -29,7 +29,7 @@ class Ledger:
         self.entries[name] = self.entries[name] + entry if name in self.entries else entry
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last flush over all processes; every process must call it together."""
+        """Means since the last flush, over all processes; all processes must call this together."""
         if not self.entries:
             return {}
         names = list(self.entries)

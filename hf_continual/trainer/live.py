@@ -1,6 +1,6 @@
-"""What the parts of `ContinualTrainer` know of it: SFTTrainer, and the state that its methods share.
+"""The part of `ContinualTrainer` that its parts see: SFTTrainer, and the state that its methods share.
 
-The parts import this class and `ContinualTrainer` imports the parts, so that arrows point one way.
+The parts import this class and `ContinualTrainer` imports the parts, so that imports point one way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class LiveTrainer(SFTTrainer):
     """SFTTrainer with the attributes of a run with methods; no behaviour."""
 
-    # HF declares these more narrowly, or more widely, than what SFTTrainer really holds.
+    # HF declares these more narrowly, or more widely, than SFTTrainer's actual values.
     args: Any
     model: Any
     model_wrapped: Any
@@ -35,24 +35,26 @@ class LiveTrainer(SFTTrainer):
     methods: Methods
     run: Run
     mixer: ReplayMixer | None
-    """Draws replay rows; None without any."""
+    """Draws replay rows; None if there are none."""
     tap: ForwardTap | None
-    """Hears the forward pass; None if no method reads it."""
+    """Records the forward pass; None if no method reads it."""
     ledger: Ledger
-    """Values of the methods that go into the next log."""
+    """The methods' values for the next log."""
     task_row: dict[str, Any]
-    """The first raw row of the task, whose type replay rows are compared with."""
+    """The first raw row of the task, whose type replay rows must match."""
     row_digests: dict[str, str]
-    """What tells the rows of each method apart, by its name."""
+    """A fingerprint of each method's rows, by its name."""
     task_states: dict[str, dict[str, Any]] | None
-    """What methods leave for the next task; None until the task has ended."""
+    """State that methods leave for the next task; None until the task has ended."""
     predecessor: HandOver | None
-    """What methods of the task before left."""
+    """State that methods of the previous task left."""
     rows_as_given: Any
     """The task's rows before methods edited them."""
     given_optimizer: torch.optim.Optimizer | None
-    """The optimizer that came as an object."""
+    """The optimizer that was given as an object."""
+    ended: str | None = None
+    """Why a rule ended training before its last step."""
     stopping: bool = False
-    """Whether the run was told to stop before its task ended."""
+    """Whether the run was asked to stop before its task ended."""
     told_to_stop: str | None = None
-    """By what, where it was told as its last step ended."""
+    """What requested the stop, if it came as the last step ended."""

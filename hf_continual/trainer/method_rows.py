@@ -1,4 +1,4 @@
-"""Rows that methods bring: tokenised as the task's rows are, and mixed in with them."""
+"""Rows that methods add: tokenised like the task's rows, and mixed in with them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def mixer_of(trainer: LiveTrainer) -> ReplayMixer | None:
-    """The mixer of the rows that the methods bring.
+    """Build the mixer of the rows that the methods add.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
 
     Returns:
-        The mixer, or None if no method brings rows.
+        The mixer, or None if no method adds rows.
 
     Raises:
         ValueError: If rows cannot be tokenised or collated, or the model does not know their tokens.
@@ -53,25 +53,25 @@ def mixer_of(trainer: LiveTrainer) -> ReplayMixer | None:
 
 
 def mix_prepared_rows(trainer: LiveTrainer) -> None:
-    """Mix in rows that methods have made by now, with the others."""
+    """Add rows that methods have made in `prepare` to the mix."""
     if any(method.makes_rows() for method in trainer.methods):
         trainer.mixer = mixer_of(trainer)
 
 
 def prepare_rows(trainer: LiveTrainer, rows: Dataset, row_type: RowType | str, name: str) -> Dataset:
-    """Tokenise rows with the very code that tokenised the task's rows.
+    """Tokenise rows with the same code that tokenised the task's rows.
 
     Args:
         trainer: The trainer.
         rows: Raw or tokenised rows.
-        row_type: ``"same"`` as the task's, or the type that the rows have on purpose.
-        name: Who asks, for messages and progress bars.
+        row_type: ``"same"`` as the task's, or the type that the rows deliberately have.
+        name: The caller, for messages and progress bars.
 
     Returns:
         Rows with `input_ids` and `labels`, at least one, none longer than `max_length`.
 
     Raises:
-        ValueError: If the rows are of another type, one of them does not hold what it should, or truncation leaves
+        ValueError: If the rows are of another type, one of them is invalid, or truncation leaves
             no trainable token in any.
     """
     text = trainer.args.dataset_text_field
@@ -98,7 +98,7 @@ def prepare_rows(trainer: LiveTrainer, rows: Dataset, row_type: RowType | str, n
 
 
 def replay_totals(trainer: LiveTrainer) -> np.ndarray | None:
-    """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes, which must ask together."""
+    """Task tokens, replayed tokens and rows drawn, (sources, slots, 3), over all processes; all must call this together."""
     if trainer.mixer is None:
         return None
     counters = torch.from_numpy(trainer.mixer.counters()).to(trainer.accelerator.device)

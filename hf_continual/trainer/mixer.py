@@ -1,4 +1,4 @@
-"""ReplayMixer: the trainer's side of replay - draws, merges, counts, and what a checkpoint keeps."""
+"""ReplayMixer: the trainer's side of replay: draws, merges, counts, and the state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class ReplayMixer:
     """Mixes the rows of all sources into the micro-batches of each optimizer step.
 
     Args:
-        sources: Rows by the name of the method that brings them.
+        sources: Rows by the name of the method that adds them.
         rows: The same rows tokenised, in the same order.
         collator: Merges drawn rows into a collated batch.
         accumulation: Micro-batches of an optimizer step on one process.
         world_size: Number of processes.
         rank: Index of this process.
         seed: Seed of the draws.
-        ledger: Where the achieved share is entered.
+        ledger: Where the achieved ratio is logged.
     """
 
     def __init__(
@@ -64,21 +64,21 @@ class ReplayMixer:
             )
         ]
         self.settled = self._counted()
-        # Sources with a fixed number of rows go first: the shares count their tokens as given.
+        # Sources with a fixed number of rows go first: the ratios count their tokens as given.
         self.order = sorted(range(len(self.draws)), key=lambda i: self.draws[i].per_batch is None)
 
     def reset(self) -> None:
-        """Forget all counts: a new run begins."""
+        """Reset all counts for a new run."""
         for draw in self.draws:
             draw.counters[:] = 0
         self.settle()
 
     def settle(self) -> None:
-        """An optimizer step has ended: what was drawn for it is drawn; what is drawn from here on belongs to the next."""
+        """End an optimizer step: its draws are final, and later draws belong to the next step."""
         self.settled = self._counted()
 
     def mixed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The micro-batches of one optimizer step, each with its replay rows, drawn when asked for."""
+        """The micro-batches of one optimizer step, each with its replay rows, drawn lazily."""
         for micro, batch in enumerate(batches):
             tokens = task_tokens(batch)
             slot = micro * self.world_size + self.rank
@@ -98,7 +98,7 @@ class ReplayMixer:
     def counters(self) -> np.ndarray:
         """Counters of all sources as the last step left them, (sources, slots, 3); only this process's slots are filled.
 
-        The next step's batches are drawn ahead: a checkpoint that is written meanwhile must not count them.
+        The next step's batches are drawn ahead: a checkpoint written in the meantime must not count them.
         """
         return self.settled
 
@@ -106,11 +106,11 @@ class ReplayMixer:
         return np.stack([draw.counters for draw in self.draws])
 
     def resume(self, counters: np.ndarray) -> None:
-        """Take over the counters of all processes, keeping this process's slots."""
+        """Load the counters of all processes, keeping this process's slots."""
         if counters.shape[1] != self.draws[0].slots:
             logger.warning(
-                "The checkpoint was written with %d micro-batches per optimizer step over all processes, this "
-                "run has %d: the replay share goes on from the same totals, but other rows are drawn than the "
+                "The checkpoint was written with %d micro-batches per optimizer step over all processes, but this "
+                "run has %d: the replay ratio continues from the same totals, but the rows differ from the ones the "
                 "uninterrupted run would have drawn.",
                 counters.shape[1],
                 self.draws[0].slots,
@@ -122,7 +122,7 @@ class ReplayMixer:
         self.settle()
 
     def report(self, totals: np.ndarray) -> None:
-        """Say what was replayed, and where the share asked for was missed.
+        """Log what was replayed, and warn if the requested ratio was missed.
 
         Args:
             totals: Counters summed over processes and slots, (sources, 3).
@@ -139,8 +139,8 @@ class ReplayMixer:
             )  # fmt: skip
             if source.ratio is not None and abs(share - source.ratio) > 0.1 * source.ratio:
                 logger.warning(
-                    "%s: ratio=%g was asked for and %.4f achieved (%d of %d tokens). Rows are whole and hold %.0f "
+                    "%s: ratio=%g was requested and %.4f achieved (%d of %d tokens). Rows are whole and hold %.0f "
                     "tokens on average, while this run had room for %.0f replayed tokens: shorter rows or a longer "
-                    "run come closer.",
+                    "run would come closer.",
                     name, source.ratio, share, replayed, mix, float(np.mean(draw.lengths)), source.ratio * mix,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Spellings of older tutorials, each with the sentence that names today's."""
+"""Spellings from older tutorials, each with a message that names the current one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONFIG = {
     "max_seq_length": "max_length",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
-    "warmup_ratio": "warmup_steps (a float below 1 is a share of the run)",
+    "warmup_ratio": "warmup_steps (a float below 1 is a fraction of the run)",
     "group_by_length": "train_sampling_strategy='group_by_length'",
     "dft_loss": "loss_type='dft'",
     "overwrite_output_dir": "nothing: an output folder is always written into",
@@ -30,13 +30,13 @@ TRAINER = {
 
 
 def explains_old_names(names: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate an ``__init__`` so that an old spelling raises a sentence; the signature stays.
+    """Decorate an ``__init__`` so that an old spelling raises a clear error; the signature is unchanged.
 
     Args:
-        names: Old spelling -> what to write today.
+        names: Old spelling -> what to write now.
 
     Returns:
-        The decorator. What it decorates raises TypeError for a keyword in `names`.
+        The decorator. The decorated function raises TypeError for a keyword in `names`.
     """
 
     def decorate(init: Callable[..., Any]) -> Callable[..., Any]:

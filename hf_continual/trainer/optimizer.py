@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer that a method brings, and the check that an optimizer holds what is trained."""
+"""Parameter groups for an optimizer that a method supplies, and the check that an optimizer is complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parameter_groups(
         model: The model to train.
         choice: The method's optimizer with its options by name pattern.
         decayed: Names of the parameters that weight decay applies to.
-        weight_decay: Decay of those.
+        weight_decay: Their decay.
 
     Returns:
         Groups with at least one parameter each; options of a pattern win over the decay.
@@ -63,13 +63,13 @@ def parameter_groups(
 def check_holds_trained(model: nn.Module, optimizer: Any, given: bool) -> None:
     """Refuse an optimizer that lacks a trainable parameter: it would get gradients and never move.
 
-    Surgery on the model (an untied head, a new adapter, a layer unfrozen) leaves an optimizer behind that was built
-    before it. Parameters that left the model are logged: they get no gradient, so they only take memory.
+    Surgery on the model (an untied head, a new adapter, a layer unfrozen) leaves behind an optimizer that was built
+    before it. Parameters that left the model are logged: they get no gradient and only use memory.
 
     Args:
         model: The unwrapped model.
         optimizer: The live optimizer, without accelerate's wrapper.
-        given: Whether it came as an object; one that the trainer made may hold no parameter of the model at all, such
+        given: Whether it was given as an object; one that the trainer made may hold no model parameter at all, such
             as transformers' stand-in for optimizers per layer.
 
     Raises:
@@ -86,18 +86,18 @@ def check_holds_trained(model: nn.Module, optimizer: Any, given: bool) -> None:
             f"The optimizer ({type(optimizer).__name__}) lacks {len(missing)} of {len(trained)} trainable parameters, such "
             f"as {', '.join(missing[:3])}: it was built before they became part of the model or trainable, so they would "
             f"never move. Give the class instead, which the trainer builds after all changes to the model: "
-            f"optimizer_cls_and_kwargs=({type(optimizer).__name__}, {{'lr': ...}}). If they are not to be trained, set "
+            f"optimizer_cls_and_kwargs=({type(optimizer).__name__}, {{'lr': ...}}). If they should not be trained, set "
             f"requires_grad=False on them."
         )
     if left := len(held - {id(p) for p in named.values()}):
         logger.warning(
-            "%d parameters of the optimizer (%s) are not part of the model, or no longer: they get no gradient from it.",
+            "%d parameters of the optimizer (%s) are not, or no longer, part of the model: they get no gradient from it.",
             left, type(optimizer).__name__,
         )  # fmt: skip
 
 
 def check_live_optimizer(trainer: LiveTrainer) -> None:
-    """Refuse an optimizer that lacks a trainable parameter; DeepSpeed and FSDP1 flatten parameters, so not there."""
+    """Refuse an optimizer that lacks a trainable parameter; not under DeepSpeed and FSDP1, which flatten them."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     flattened = trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1)
     if not flattened:

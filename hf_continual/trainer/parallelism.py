@@ -1,6 +1,6 @@
-"""Which method runs in which way of training, by what it overrides: it drives the refusals and makes the README's table.
+"""Which methods run under which parallelism, derived from their hooks; drives the refusals and the README's table.
 
-Every cell that is not refused here is trained by a test with two processes, and compared with one process that takes
+Every cell that is not refused here is trained by a test with two processes, and compared with one process with
 twice the accumulation (`tests/distributed`).
 """
 
@@ -25,22 +25,23 @@ MODES = (ONE, "DDP", "FSDP2", *ZERO)
 WEIGHTS = ("full", "LoRA", "4-bit LoRA")
 
 _ENGINE = "changes gradients or weights between backward and step, and DeepSpeed does both inside its engine"
-_FLAT = "brings an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
-_SPREAD = "reads the weights before training, and ZeRO-3 has spread them over the processes by then"
+_FLAT = "supplies an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
+_SPREAD = "reads the weights before training, and ZeRO-3 has sharded them over the processes by then"
 _FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
+_OUTSIDE = "runs forward passes between steps, outside the engine that gathers spread weights"
 _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 
-# Kind of method -> way of training -> why it is refused there though what it overrides would not tell, and what to do.
+# Kind of method -> mode -> why it is refused there, although its hooks alone would not show it, and what to do.
 READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "l2p": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")},
-    "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads none.")},
+    "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads no weights.")},
 }
-# What a method overrides -> why it is refused under DeepSpeed.
+# Hook that a method overrides -> why it is refused under DeepSpeed.
 CALLS = {"edit_gradients": _ENGINE, "after_step": _ENGINE, "end_step": _ENGINE, "optimizer": _FLAT}
 
 
 def mode_of(trainer: LiveTrainer) -> str:
-    """The way of training: a name of `MODES`, or another such as ``"FSDP1"`` that is none of the table's."""
+    """The parallelism in use: a name of `MODES`, or another such as ``"FSDP1"`` that is not in the table."""
     state: Any = trainer.accelerator.state
     if state.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
@@ -50,14 +51,14 @@ def mode_of(trainer: LiveTrainer) -> str:
 
 
 def refusal(method: Method, mode: str) -> tuple[str, str] | None:
-    """Why a method cannot run in a way of training, and what to do; None where it can.
+    """Why a method cannot run in a mode, and what to do; None if it can.
 
     Args:
         method: The method.
         mode: See `mode_of`.
 
     Returns:
-        Reason and way out, each for a sentence.
+        Reason and remedy, as parts of a sentence.
     """
     found = _by_what_it_does(type(method), mode)
     if found is None and mode == "ZeRO-3" and method.reads_reference():
@@ -67,6 +68,8 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
 
 
 def _by_what_it_does(method: type[Method], mode: str) -> tuple[str, str] | None:
+    if method.watches:
+        return (_OUTSIDE, "Use DDP, FSDP2 or ZeRO-2, or train without gauges.") if mode in ("ZeRO-3", "FSDP1") else None
     touched = [call for call in CALLS if overrides(method, call)]
     if mode.startswith("ZeRO") and touched:
         return CALLS[touched[0]], _OUT
@@ -76,26 +79,26 @@ def _by_what_it_does(method: type[Method], mode: str) -> tuple[str, str] | None:
 
 
 def refused(kind: str) -> dict[str, tuple[str, str]]:
-    """Ways of training in which a method of the table is refused, with the reason and a way out.
+    """Modes in which a method of the table is refused, with the reason and a remedy.
 
     Args:
         kind: A key of the table of methods.
 
     Returns:
-        Reason and way out by a name of `MODES`.
+        Reason and remedy by a name of `MODES`.
     """
     found = {mode: _by_what_it_does(method_class(kind), mode) for mode in MODES}
     return {**{mode: why for mode, why in found.items() if why is not None}, **READS_WEIGHTS.get(kind, {})}
 
 
 def check_parallelism(trainer: LiveTrainer) -> None:
-    """Refuse methods that cannot run in this way of training, and processes that have different numbers of rows.
+    """Refuse methods that cannot run in this mode, and processes that have different numbers of rows.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
 
     Raises:
-        ValueError: With the reason and a way out.
+        ValueError: With the reason and a remedy.
     """
     mode = mode_of(trainer)
     for method in trainer.methods:
@@ -106,19 +109,19 @@ def check_parallelism(trainer: LiveTrainer) -> None:
 
 
 def check_same_rows(trainer: LiveTrainer) -> None:
-    """Every process must be given the same rows; the trainer shares them out itself."""
+    """Refuse processes with different rows: the trainer splits the rows itself."""
     rows: Any = trainer.train_dataset
     counts = gathered(len(rows) if hasattr(rows, "__len__") else None)
     if len(set(counts)) > 1:
         raise ValueError(
             f"The processes have different numbers of training rows: {', '.join(map(str, counts))} (in the order of the "
-            f"processes). The trainer shares rows out itself, and the others would wait for the one that runs out. Give all "
+            f"processes). The trainer splits rows itself, and the others would wait for the one that runs out. Give all "
             f"processes the same whole dataset."
         )
 
 
 def table() -> list[str]:
-    """The table in Markdown: ``yes``, or ``-`` where the method is refused at construction."""
+    """The table in Markdown: ``yes``, or ``-`` if the method is refused at construction."""
     lines = [f"| method | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
     for kind in TABLE:
         cells = ["-" if mode in refused(kind) else "yes" for mode in MODES]

@@ -1,4 +1,4 @@
-"""A trainer's pushes: checked before the first step, one commit each, every failure told."""
+"""A trainer's pushes: checked before the first step, one commit each, every failure reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Arguments of transformers' generated card, which this library's card does not read.
+# Arguments of transformers' generated card, which this library's card ignores.
 CARD_WORDS = (
     "model_name",
     "tags",
@@ -47,7 +47,7 @@ CARD_WORDS = (
 class CheckpointPushes:
     """Pushes of checkpoints in the background, one at a time.
 
-    transformers never reads what became of such pushes; here every failure is kept and logged.
+    transformers never checks the outcome of such pushes; here every failure is kept and logged.
     """
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ class CheckpointPushes:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="push")
 
     def is_done(self) -> bool:
-        """Whether nothing is on its way."""
+        """Whether no push is pending."""
         return all(future.done() for _, future in self.running)
 
     def start(self, step: int, call: Callable[[], Any]) -> None:
-        """Push a checkpoint after those that are on their way."""
+        """Push a checkpoint after the pending ones."""
         self.running.append((step, self.pool.submit(call)))
 
     def collect(self) -> None:
-        """Wait for what is on its way, and tell what failed."""
+        """Wait for pending pushes, and log failures."""
         for step, future in self.running:
             error = future.exception()
             if isinstance(error, Exception):
@@ -77,7 +77,7 @@ class Publisher:
     """The pushes of one trainer.
 
     Args:
-        trainer: The trainer, which may be in construction still.
+        trainer: The trainer, which may still be under construction.
         train_rows: Number of the task's rows; None for a stream.
     """
 
@@ -88,18 +88,18 @@ class Publisher:
         self.pushes = CheckpointPushes()
 
     def facts(self, evaluation: Evaluation | None = None) -> CardFacts:
-        """The facts of the run as far as it has come, see `run_facts`."""
+        """The facts of the run so far, see `run_facts`."""
         return run_facts(self.trainer, evaluation, self.train_rows)
 
     def open_repository(self, token: str | None, private: bool | None) -> str:
-        """Check token, rights and visibility; make the repository.
+        """Check token, permissions and visibility; create the repository.
 
         Args:
-            token: In place of ``hub_token``.
-            private: In place of ``hub_private_repo``.
+            token: Overrides ``hub_token``.
+            private: Overrides ``hub_private_repo``.
 
         Returns:
-            The repository's whole id.
+            The repository's full id.
 
         Raises:
             ValueError: If the strategy pushes pickles.
@@ -109,7 +109,7 @@ class Publisher:
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"hub_strategy={args.hub_strategy.value!r} publishes optimizer and random states, which are pickles that run "
-                f"code when they are loaded. Take 'every_save' or 'end', and resume from the checkpoints on the disk."
+                f"code when they are loaded. Use 'every_save' or 'end', and resume from the checkpoints on disk."
             )
         return preflight(
             args.hub_model_id or Path(args.output_dir).absolute().name,
@@ -118,7 +118,7 @@ class Publisher:
         ).repo_id  # fmt: skip
 
     def check_before_training(self) -> None:
-        """Lint the card as it will be, and look its base up, before the first step.
+        """Lint the future card, and look up its base, before the first step.
 
         Raises:
             HubPushError: If the push after training would be refused.
@@ -129,7 +129,7 @@ class Publisher:
         )  # fmt: skip
         if facts.kind == "adapter" and facts.base.hub_id is None:
             raise target.error(
-                f"it will be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load "
+                f"it would be an adapter on {facts.base.name or 'a local model'}, which is not published: nobody could load "
                 f"it. {ONE_WAY_OUT if 'kind' in facts.adapter else WAYS_OUT} If that is a copy of a published model, name it: ContinualConfig(hub_base_model='...')."
             )
         known = check_bases(target, facts)
@@ -138,10 +138,10 @@ class Publisher:
         except ValueError as error:
             raise target.error(f"{error} Here: ContinualConfig(hub_license='...').") from error
         if findings := lint_card(render_card(facts)):
-            raise target.error("its card would have findings:\n  " + "\n  ".join(map(str, findings)))
+            raise target.error("card check would report:\n  " + "\n  ".join(map(str, findings)))
 
     def write_run_card(self, folder: Path, evaluation: Evaluation | None = None, **changes: Any) -> None:
-        """Write card, configuration and results beside a saved model. On the main process."""
+        """Write card, configuration and results next to a saved model; on the main process."""
         facts = self.facts(evaluation or self.evaluation)
         write_card(folder, replace(facts, **changes) if changes else facts)
 
@@ -185,10 +185,10 @@ class Publisher:
         return self.pushes.running[-1][1]
 
     def _compare(self, folder: Path) -> None:
-        """The model on the disk against the live one, where one process holds all of it."""
+        """Compare the model on disk with the live one, if one process holds all of it."""
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False):
-            logger.info("weights are spread or quantised: the saved model was not compared with the live one")
+            logger.info("weights are sharded or quantised: the saved model was not compared with the live one")
             return
         check_same(folder, model)
 
@@ -196,7 +196,7 @@ class Publisher:
         """Push a checkpoint in the background, from links that outlive its rotation.
 
         Args:
-            checkpoint: What was saved.
+            checkpoint: Folder of the checkpoint.
         """
         trainer, args, step = self.trainer, self.trainer.args, self.trainer.state.global_step
         staged = Path(args.output_dir) / f".push-{step}"
@@ -225,7 +225,7 @@ class Publisher:
 
 
 def _link(file: Path, target: Path) -> None:
-    # A copy of what may be written again in place; weights are replaced, never written over.
+    # Copy files that may be rewritten in place; weights are replaced, never overwritten.
     if file.suffix == ".safetensors":
         try:
             os.link(file, target)

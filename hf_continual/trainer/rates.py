@@ -1,4 +1,4 @@
-"""Learning rates of the live optimizer: the arguments may name another, or only one of several."""
+"""Learning rates of the live optimizer: the arguments may give a different one, or only one of several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 
 def remember_peaks(optimizer: Any) -> None:
-    """Note the rate that each group starts with, where no scheduler has: it is saved and loaded with the group."""
+    """Record the rate that each group starts with, unless a scheduler has: it is saved and loaded with the group."""
     for group in getattr(optimizer, "param_groups", ()):
         group.setdefault("initial_lr", group["lr"])
 
@@ -32,7 +32,7 @@ def peak_rates(optimizer: Any, scheduler: Any) -> list[float]:
 
 
 def main_group(optimizer: Any, peaks: list[float]) -> int | None:
-    """The group that stands for the run: the first at the optimizer's default rate, else the one with most elements.
+    """The group that represents the run: the first at the optimizer's default rate, else the one with most elements.
 
     Groups at a rate of zero do not count, since they have no schedule.
 

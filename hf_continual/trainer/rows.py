@@ -1,4 +1,4 @@
-"""What kind of rows a dataset holds, and whether two kinds may be mixed."""
+"""Determine the type of a dataset's rows, and whether two types may be mixed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What tells, token by token, which of a tokenised row is trained.
+# Columns that mark which tokens of a tokenised row are trained.
 PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
 
 
 def row_type(row: dict[str, Any], text_field: str) -> str:
-    """The kind of a raw or tokenised row.
+    """The type of a raw or tokenised row.
 
     Args:
         row: One row.
@@ -48,12 +48,12 @@ def row_type(row: dict[str, Any], text_field: str) -> str:
 
 
 def check_row_type(row: dict[str, Any], task_row: dict[str, Any], wanted: RowType, text_field: str, who: str) -> str:
-    """Refuse replay rows that are not what the run expects.
+    """Refuse replay rows that are not of the type the run expects.
 
     Args:
         row: A replay row.
         task_row: A raw row of the task.
-        wanted: ``"same"``, or the type that the rows are said to have.
+        wanted: ``"same"``, or the declared type of the rows.
         text_field: Name of the column that holds plain text.
         who: Name of the method, for the message.
 
@@ -61,16 +61,16 @@ def check_row_type(row: dict[str, Any], task_row: dict[str, Any], wanted: RowTyp
         The type of `row`.
 
     Raises:
-        ValueError: If the rows are of another type than the task's, or than was said.
+        ValueError: If the type differs from the task's, or from the declared one.
     """
     found, task = row_type(row, text_field), row_type(task_row, text_field)
     if found == "tokenized":
         return found
     if wanted == "same" and found != task:
         raise ValueError(
-            f"{who}: the replay rows are {found} and the task's rows are {task}. Mixed unawares, one of the two "
+            f"{who}: the replay rows are {found} and the task's rows are {task}. If mixed, one of the two "
             f"would be trained on the wrong tokens. Convert the rows to {task}, tokenise them to input_ids and "
-            f"labels, or say that it is meant with row_type={found.split()[0]!r}."
+            f"labels, or confirm the mix with row_type={found.split()[0]!r}."
         )
     if wanted != "same" and found.split()[0] != wanted:
         raise ValueError(f"{who}: row_type={wanted!r} was given, but the rows are {found} (columns {sorted(row)}).")
@@ -78,14 +78,14 @@ def check_row_type(row: dict[str, Any], task_row: dict[str, Any], wanted: RowTyp
 
 
 def same_order(args: Any) -> Any:
-    """Training arguments that leave rows in their order: methods know their rows by index, and draw them at random."""
+    """Training arguments that keep the order of rows: methods refer to rows by index, and draw them at random."""
     kept = copy.copy(args)
     kept.shuffle_dataset = False
     return kept
 
 
 def check_rows(rows: Dataset, found: str, text_field: str, who: str) -> None:
-    """Refuse rows of which one does not hold what the first promises.
+    """Refuse rows if one does not match the type of the first.
 
     Args:
         rows: Raw or tokenised rows.
@@ -94,8 +94,8 @@ def check_rows(rows: Dataset, found: str, text_field: str, who: str) -> None:
         who: Name of the method, for the message.
 
     Raises:
-        ValueError: If a text is missing or is not one, or a tokenised row has no token, or labels or a mask of
-            another length.
+        ValueError: If a text is missing or is not text, or a tokenised row has no tokens, or labels or a mask of
+            a different length.
     """
     if found == "tokenized":
         _check_tokenized(rows, who)
@@ -109,11 +109,11 @@ def _check_tokenized(rows: Dataset, who: str) -> None:
     column: Any = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
-        raise ValueError(f"{who}: 'input_ids' must hold lists of token numbers, and holds {kind}.")
+        raise ValueError(f"{who}: 'input_ids' must hold lists of token ids, but holds {kind}.")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))  # pyrefly: ignore[missing-attribute]
     if not lengths.all():
         raise ValueError(
-            f"{who}: {int((lengths == 0).sum())} of {len(rows)} tokenised rows hold no token; the first is row "
+            f"{who}: {int((lengths == 0).sum())} of {len(rows)} tokenised rows hold no tokens; the first is row "
             f"{int(np.argmin(lengths != 0))}. Remove them."
         )
     for name in PER_TOKEN:
@@ -129,19 +129,19 @@ def _check_tokenized(rows: Dataset, who: str) -> None:
 
 
 def says_completion(rows: Dataset, task_row: dict[str, Any], asked: bool | None, who: str) -> bool:
-    """Whether tokenised rows say by a `completion_mask` what is trained of them.
+    """Whether the `completion_mask` of tokenised rows decides which tokens are trained.
 
-    SFTTrainer goes by the mask only under `completion_only_loss=True`; left alone, that follows the task's rows,
-    which say nothing about these.
+    SFTTrainer uses the mask only under `completion_only_loss=True`; left alone, that follows the task's rows,
+    which say nothing about these rows.
 
     Args:
         rows: Tokenised rows.
         task_row: A raw row of the task.
-        asked: `completion_only_loss` of the training arguments; False trains prompts on purpose.
+        asked: `completion_only_loss` of the training arguments; False trains prompts deliberately.
         who: Name of the method, for the log.
 
     Returns:
-        Whether the mask counts.
+        Whether to use the mask.
     """
     names = rows.column_names
     if "labels" in names or "completion_mask" not in names or asked is False:
@@ -155,16 +155,16 @@ def says_completion(rows: Dataset, task_row: dict[str, Any], asked: bool | None,
 
 
 def report_dropped(given: int, kept: int, max_length: int | None, who: str) -> None:
-    """Refuse rows of which none is left, and log how many were dropped.
+    """Raise an error if no rows are left, and log how many were dropped.
 
     Args:
         given: Number of rows.
-        kept: Number of rows that are left.
-        max_length: Where they were cut.
+        kept: Number of rows left.
+        max_length: Length to which they were truncated.
         who: Name of the method.
 
     Raises:
-        ValueError: If none is left.
+        ValueError: If no rows are left.
     """
     if not kept:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""One trainer at a time trains into a folder: two would overwrite and rotate away each other's checkpoints.
+"""Let only one trainer at a time train into a folder: two would overwrite and rotate away each other's checkpoints.
 
-``OUTPUT_DIR/.training.lock`` is locked by the system while `train` runs, and ``.training.json`` says who holds it; both
-are removed at the end. The system gives the lock back when a process dies, however it dies. On NFS (version 4, or with
-lockd) the lock holds between machines too; on a file system without locks nothing is locked, and that is logged.
+``OUTPUT_DIR/.training.lock`` is locked by the system while `train` runs, and ``.training.json`` records the holder;
+both are removed at the end. The system releases the lock when a process dies for any reason. On NFS (version 4, or with
+lockd) the lock also works between machines; on a file system without locks, this is logged and nothing is locked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hf_continual.data.distributed import from_first
 logger = logging.getLogger(__name__)
 
 LOCK, OWNER = ".training.lock", ".training.json"
-# Data workers of a killed process hold its lock until they notice that it is gone, which takes them seconds.
+# Data workers of a killed process hold its lock until they notice that it is gone, which takes seconds.
 PATIENCE = 20.0
 
 
 @contextmanager
 def held(output_dir: Path) -> Iterator[None]:
-    """Be the only run that trains into a folder; process 0 holds the lock for all processes of the run.
+    """Hold the lock on a folder while training into it; process 0 holds it for all processes of the run.
 
     Args:
         output_dir: The run's folder.
@@ -40,7 +40,7 @@ def held(output_dir: Path) -> Iterator[None]:
         None: While the lock is held.
 
     Raises:
-        RuntimeError: If another process trains into it; says which.
+        RuntimeError: If another process trains into it; names that process.
     """
     locks: list[FileLock | None] = []
     from_first(lambda: locks.append(_take(output_dir)))
@@ -50,7 +50,7 @@ def held(output_dir: Path) -> Iterator[None]:
         for lock in locks:
             if lock is not None:
                 _remove(output_dir / OWNER)
-                _remove(output_dir / LOCK)  # while it is held: filelock does not take a file that has no name any more
+                _remove(output_dir / LOCK)  # while it is held: filelock does not lock a file that has been unlinked
                 lock.release()
 
 
@@ -69,7 +69,7 @@ def _take(output_dir: Path) -> FileLock | None:
             time.sleep(0.2)
         except NotImplementedError:
             logger.warning(
-                "%s is on a file system without locks: see to it that only one run trains into it.", output_dir
+                "%s is on a file system without locks: make sure that only one run trains into it.", output_dir
             )
             return None
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -81,11 +81,11 @@ def _owner(output_dir: Path) -> dict[str, Any]:
     try:
         return dict(read_json(output_dir / OWNER))
     except (OSError, ValueError, TypeError):
-        return {}  # it is being written, or was just removed
+        return {}  # being written, or just removed
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process that took the lock may still run; nothing is known of other hosts' processes."""
+    """Whether the process that took the lock may still run; other hosts' processes cannot be checked."""
     if not owner:
         return False
     if owner.get("host") != socket.gethostname():
@@ -111,6 +111,6 @@ def _refusal(output_dir: Path, owner: dict[str, Any]) -> str:
 
 
 def _remove(file: Path) -> None:
-    # Windows removes no open file; a lock that nobody holds does no harm.
+    # Windows cannot remove an open file; a lock file that nobody holds does no harm.
     with suppress(OSError):
         file.unlink()

@@ -1,4 +1,4 @@
-"""SFTTrainer whose checkpoints hold its methods' state, and whose pushes carry their card."""
+"""SFTTrainer with methods' state in its checkpoints and a model card in its pushes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SavingTrainer(LiveTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.methods:
-            # Every process has written its last file. All are on the disk before an older checkpoint is removed.
+            # Every process has written its last file. All must be on disk before an older checkpoint is removed.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 whole.sync(Path(output_dir))
@@ -68,16 +68,16 @@ class SavingTrainer(LiveTrainer):
             self._complete(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """SFTTrainer's, with a card of what is known; pushes it with ``push_to_hub=True``.
+        """Save as SFTTrainer does, with a card from the known facts; push it with ``push_to_hub=True``.
 
-        Says what to do where it cannot be written. Told to stop, it ends once the model is saved.
+        If it cannot be written, the error says what to do. If asked to stop, it ends once the model is saved.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
         way_out = (
-            "The trained model is still in this process: make room there, or call save_model with a folder elsewhere."
+            "The trained model is still in this process: free space there, or call save_model with another folder."
         )
         with stop.after_saving(self, folder), writing(folder, way_out) if self.methods else nullcontext():
             self.save_finished(str(folder))
@@ -87,7 +87,7 @@ class SavingTrainer(LiveTrainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_finished(self, folder: str) -> None:
-        """Save the model with what its methods leave for the next task; adapters that act together become one."""
+        """Save the model with what its methods leave for the next task; stacked adapters are joined into one."""
         target, main = Path(folder), self.args.should_save
         staged = main and hand_over.stage(self, target)
         live = self.accelerator.unwrap_model(self.model)
@@ -102,15 +102,15 @@ class SavingTrainer(LiveTrainer):
         self.accelerator.wait_for_everyone()
 
     def _after_a_full_disk(self, folder: Path) -> str:
-        """What is safe, and what to do."""
+        """Say what is saved, and what to do."""
         whole_one = state.last_complete_checkpoint(folder, everywhere=False) if folder.is_dir() else None
-        keep = "Make room there, or keep fewer checkpoints (save_total_limit, save_only_model)"
+        keep = "Free space there, or keep fewer checkpoints (save_total_limit, save_only_model)"
         if whole_one is None:
-            return f"No checkpoint is whole yet. {keep}, and train again."
-        return f"{whole_one} is whole. {keep}; after that train(resume_from_checkpoint=True) resumes from it."
+            return f"No checkpoint is complete yet. {keep}, and train again."
+        return f"{whole_one} is complete. {keep}; then train(resume_from_checkpoint=True) resumes from it."
 
     def _complete(self, checkpoint: Path) -> None:
-        """Write what makes a checkpoint whole."""
+        """Write the files that make a checkpoint complete."""
         if self.args.save_only_model:
             states = {m.name: m.state_dict(self.run) for m in self.methods}
             kept = {m.name: states[m.name] for m in self.methods if m.state_with_model}
@@ -134,9 +134,9 @@ class SavingTrainer(LiveTrainer):
             method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """SFTTrainer's, except that True resumes from the newest whole checkpoint, and one trainer at a time has the folder.
+        """Train as SFTTrainer does, but True resumes from the newest complete checkpoint, and the folder is locked.
 
-        Told to stop by SIGTERM, SIGINT or SIGUSR1, or by `max_minutes`, it saves a checkpoint at the end of the step and
+        When stopped by SIGTERM, SIGINT, SIGUSR1 or `max_minutes`, it saves a checkpoint at the end of the step and
         raises `Stopped`, which ends the process with exit code 75.
         """
         if resume_from_checkpoint is True:
@@ -161,7 +161,7 @@ class SavingTrainer(LiveTrainer):
                 self._push_last_save()
                 hand_over.leave_with_model(self)
                 return result
-            finally:  # an error or Ctrl-C must not leave hooks on a model that is used further
+            finally:  # an error or Ctrl-C must not leave hooks on a model that is still used
                 for method in self.methods:
                     method.release()
                 if self.tap is not None:
@@ -179,7 +179,7 @@ class SavingTrainer(LiveTrainer):
             super().create_model_card(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Token, rights and visibility are checked and the repository is made, before anything is trained."""
+        """Check token, permissions and visibility and create the repository, before anything is trained."""
         if self.is_world_process_zero():
             self.hub_model_id = self.publisher.open_repository(token, private)
 
@@ -192,9 +192,9 @@ class SavingTrainer(LiveTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save the model and publish it with card, configuration, results and pictures, in one commit.
+        """Save the model and publish it with card, configuration, results and plots, in one commit.
 
-        What failed can be called again: nothing is uploaded twice.
+        It can be called again after a failure: nothing is uploaded twice.
 
         Example:
             >>> trainer.push_to_hub(evaluation=Evaluation(("law",), ((0.8,),), metric="exact match"), tag="task-1")
@@ -202,18 +202,18 @@ class SavingTrainer(LiveTrainer):
         Args:
             commit_message: First line of the commit.
             blocking: False pushes in a thread; the future is returned, and read at the next push.
-            token: In place of ``hub_token``.
-            revision: In place of ``hub_revision``.
-            private: In place of ``hub_private_repo``.
-            **kwargs: `evaluation` (what was measured), `language`, and `tag`, `license`, `base_model`, `create_pr`,
+            token: Overrides ``hub_token``.
+            revision: Overrides ``hub_revision``.
+            private: Overrides ``hub_private_repo``.
+            **kwargs: `evaluation` (the measured scores), `language`, and `tag`, `license`, `base_model`, `create_pr`,
                 `dry_run`, `method_state` and `include` of `hf_continual.push_to_hub`.
 
         Returns:
-            What was pushed; None on all processes but the first.
+            What was pushed; None on all processes except the first.
 
         Raises:
             HubPushError: If it was not pushed. The model is in ``output_dir``.
-            ValueError: If the run was told to stop, and its task is not finished.
+            ValueError: If the run was stopped and its task is not finished.
         """
         stop.check_finished(self)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -234,9 +234,9 @@ class SavingTrainer(LiveTrainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.stopping:  # whoever told it to stop does not wait for an upload
+        if self.stopping:  # a stop request does not wait for an upload
             return
-        # The last checkpoint is the model, which `train` pushes with all that is known then.
+        # The last checkpoint is the model, which `train` pushes with all facts known by then.
         last = self.state.global_step >= self.state.max_steps
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or last:
             return

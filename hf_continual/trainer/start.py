@@ -1,4 +1,4 @@
-"""What a run starts from: a model by path or id, an adapter to continue or to build on, and what the task before left."""
+"""The start of a run: a model by path or id, an adapter to continue or build on, and the previous task's state."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Start:
-    """What `SFTTrainer` is given in place of the path of an adapter.
+    """The arguments that `SFTTrainer` gets in place of an adapter's path.
 
     Args:
-        model: A model, or what was given.
-        processing_class: The adapter's tokenizer where none was given.
+        model: A model, or the argument unchanged.
+        processing_class: The adapter's tokenizer if none was given.
         peft_config: The adapter that the trainer still has to add.
-        source: Folder or Hub id of the weights; None for a model that names none.
-        opened: Whether it was opened here, with the options that were given for that.
+        source: Folder or Hub id of the weights; None for a model that records none.
+        opened: Whether it was opened here, with the options given for loading.
     """
 
     model: Any
@@ -74,10 +74,10 @@ def open_start(
     quantization_config: Any,
     bringing: Method | None = None,
 ) -> Start:
-    """Open the folder or Hub id of an adapter; everything else is SFTTrainer's to open.
+    """Open the folder or Hub id of an adapter; SFTTrainer opens everything else.
 
-    `ContinualConfig.from_adapter` says what is done with the adapter: it is trained further, kept beneath a new one, or merged
-    into its base. What that means is printed.
+    `ContinualConfig.from_adapter` decides what is done with the adapter: it is trained further, kept under a new one,
+    or merged into its base. The consequence is printed.
 
     Args:
         model: As given to the trainer; so are the other parameters.
@@ -88,10 +88,10 @@ def open_start(
         bringing: The method that brings modules of its own, or None.
 
     Returns:
-        What to hand to SFTTrainer.
+        Arguments for SFTTrainer.
 
     Raises:
-        ValueError: If the adapter cannot be built on.
+        ValueError: If training cannot start from the adapter.
     """
     asked = getattr(args, "from_adapter", None)
     if not isinstance(model, str):
@@ -105,15 +105,15 @@ def open_start(
     if file is None:
         if asked is not None:
             raise ValueError(
-                f"from_adapter={asked!r} says what to do with an adapter, and {model} does not hold one (there is no "
-                f"adapter_config.json). Drop it, or name the adapter's folder."
+                f"from_adapter={asked!r} says what to do with an adapter, but {model} is not one (there is no "
+                f"adapter_config.json). Drop it, or give the adapter's folder."
             )
         return Start(model, processing_class, config_to_add(bringing, None, model, None, peft_config), source=model)
     folder = Path(file).parent if Path(model).is_dir() else _downloaded(model, revision)
     config = PeftConfig.from_pretrained(str(folder))
     peft_config = config_to_add(bringing, config, model, asked, peft_config)
     way = choose_way(asked, model, peft_config)
-    set_seed(42 if args is None else args.seed)  # as SFTTrainer before it draws an adapter
+    set_seed(42 if args is None else args.seed)  # as SFTTrainer does before it draws an adapter
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if config.revision is not None:
@@ -134,8 +134,10 @@ def open_start(
 
 @contextmanager
 def options_used(args: Any, start: Start) -> Iterator[None]:
-    """Explain a model that SFTTrainer does not find, and hide from SFTTrainer, while it is built, options that are used here: `model_init_kwargs` where the model was opened with
-    them, and `enable_jit_checkpoint`, whose handler would take the end of `train` for the end of the task; see `stop`.
+    """Explain a model that SFTTrainer does not find, and hide some options from SFTTrainer while it is built.
+
+    Hidden are `model_init_kwargs`, if the model was opened with them, and `enable_jit_checkpoint`, whose handler would
+    mistake the end of `train` for the end of the task; see `stop`.
     """
     used = {"model_init_kwargs": None} if start.opened else {}
     used = {**used, "enable_jit_checkpoint": False}
@@ -158,7 +160,7 @@ def _downloaded(model: str, revision: str | None) -> Path:
 
 
 def _named_by(model: Any) -> str | None:
-    """Where the weights of a loaded model come from, as far as it says so; an adapter's folder is not noted by PEFT."""
+    """Where the weights of a loaded model come from, if recorded; PEFT does not record an adapter's folder."""
     if isinstance(model, PeftModel) and not untrained(model):
         return None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -166,18 +168,18 @@ def _named_by(model: Any) -> str | None:
 
 
 def find_predecessor(source: str | None, revision: str | None, check: bool = True) -> handover.HandOver | None:
-    """What the methods of the task before left, beside the weights that training starts from.
+    """Find what the methods of the previous task left with the weights that training starts from.
 
     Args:
         source: Folder or Hub id of the weights.
         revision: Commit, branch or tag of a Hub id.
-        check: Whether weight files are compared with those that it was left with.
+        check: Whether to compare weight files with the ones it was saved with.
 
     Returns:
-        The list of what was left; None where there is none.
+        The list of what was left; None if there is none.
 
     Raises:
-        HandOverError: If it is damaged, or belongs to other weights.
+        HandOverError: If it is damaged, or belongs to different weights.
     """
     if source is None:
         return None
@@ -197,14 +199,14 @@ def find_predecessor(source: str | None, revision: str | None, check: bool = Tru
         return None
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         logger.warning(
-            "%s: the Hub does not say whether methods of an earlier task left something there (%s); training starts "
-            "without. Download the repository and give its folder to be sure.", source, type(error).__name__,
+            "%s: could not find out from the Hub whether methods of an earlier task left something there (%s); training starts "
+            "without it. To be sure, download the repository and give its folder.", source, type(error).__name__,
         )  # fmt: skip
         return None
 
 
 def is_unfinished(source: str | None) -> bool:
-    """Whether the weights are a checkpoint of a task that has not ended, which leaves nothing to a next task."""
+    """Whether the weights are a checkpoint of an unfinished task, which leaves nothing to a next task."""
     return source is not None and (Path(source) / handover.FOLDER / "run.json").is_file()
 
 

@@ -1,7 +1,7 @@
-"""What the methods of a run know, beside the trainer's own files in a checkpoint.
+"""The methods' state in a checkpoint, next to the trainer's own files.
 
 ``checkpoint-N/continual/run.json`` holds the methods as data and the replay counters,
-``continual/NAME.json`` and ``continual/NAME.safetensors`` what method NAME returned as its state.
+``continual/NAME.json`` and ``continual/NAME.safetensors`` the state that method NAME returned.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def write_state(checkpoint: Path, run: dict[str, Any], states: dict[str, dict[st
 
 
 def read_run(checkpoint: Path) -> dict[str, Any] | None:
-    """The run's facts of a checkpoint, or None when it was written without methods."""
+    """The run's facts of a checkpoint, or None if it was written without methods."""
     file = checkpoint / FOLDER / "run.json"
     return _read(file) if file.is_file() else None
 
 
 def read_state(checkpoint: Path, name: str) -> dict[str, Any]:
-    """The state of one method; empty when it kept none."""
+    """The state of one method; empty if it kept none."""
     tensors, plain = (checkpoint / FOLDER / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
     return {key: value for file in (tensors, plain) if file.is_file() for key, value in _read(file).items()}
 
@@ -60,8 +60,8 @@ def _read(file: Path) -> dict[str, Any]:
         return load_file(file) if file.suffix == ".safetensors" else dict(read_json(file))
     except (SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}). Resume from another checkpoint: resume_from_checkpoint=True takes the newest "
-            f"whole one."
+            f"{file} is damaged ({error}). Resume from another checkpoint: resume_from_checkpoint=True uses the newest "
+            f"complete one."
         ) from error
 
 
@@ -71,9 +71,9 @@ def check_same_methods(
     """Compare a checkpoint's methods with the run's.
 
     Args:
-        checkpoint: The checkpoint that is being resumed.
+        checkpoint: The checkpoint to resume.
         now: The run's methods as data, see `Methods.describe`.
-        places: Hyper-parameters of each method that say where something lies; they may differ.
+        places: Hyper-parameters of each method that are locations; they may differ.
 
     Raises:
         ValueError: If the methods or their hyper-parameters differ, or the checkpoint lacks the state of one.
@@ -81,25 +81,25 @@ def check_same_methods(
     run = read_run(checkpoint)
     if run is None and now:
         raise ValueError(
-            f"{checkpoint} was written without methods (it has no {FOLDER}/run.json), and this run has "
-            f"{[next(iter(m)) for m in now]}. A resumed run must go on as it began. Resume without methods, or "
+            f"{checkpoint} was written without methods (it has no {FOLDER}/run.json), but this run has "
+            f"{[next(iter(m)) for m in now]}. A resumed run must continue as it began. Resume without methods, or "
             f"{_new_run(checkpoint)}"
         )
     if lines := _differences(run["methods"] if run else [], list(now), places or {}):
         raise ValueError(
-            f"{checkpoint} was written with other methods than this run has: {'; '.join(lines)}. A resumed "
-            f"run must go on as it began. Give it the same methods, or {_new_run(checkpoint)}"
+            f"{checkpoint} was written with different methods than this run's: {'; '.join(lines)}. A resumed "
+            f"run must continue as it began. Give it the same methods, or {_new_run(checkpoint)}"
         )
     if run and run.get("not_saved"):
         raise ValueError(
             f"{checkpoint} was saved with save_only_model=True, so the state of {', '.join(run['not_saved'])} is not in it "
-            f"and the run cannot go on as it began. Train with save_only_model=False to be able to resume, or "
+            f"and the run cannot continue as it began. Train with save_only_model=False to be able to resume, or "
             f"{_new_run(checkpoint)}"
         )
 
 
 def _new_run(checkpoint: Path) -> str:
-    """How to train on from the weights of a checkpoint."""
+    """How to train further from a checkpoint's weights."""
     start = "start a new run from the checkpoint's weights: "
     if not (checkpoint / "adapter_config.json").is_file():
         return f"{start}ContinualTrainer(model={str(checkpoint)!r}, ...)."
@@ -129,31 +129,31 @@ def _differences(
 
 
 def _by_kind(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A method of a checkpoint by its kind; an older version called it by its instance's name."""
+    """A checkpoint's method by its kind; older versions used the instance's name."""
     (key, options), (kind, given) = *then.items(), *now.items()
     old = key == options.get("name") == given.get("name")
     return {kind: options} if old else then
 
 
 def check_same_rows(checkpoint: Path, digests: Mapping[str, str], names: Sequence[str] = ()) -> None:
-    """Refuse to resume with other rows than the run began with, wherever they lie.
+    """Refuse to resume with different rows than the run began with, wherever they are stored.
 
     Args:
-        checkpoint: The checkpoint that is being resumed.
+        checkpoint: The checkpoint to resume.
         digests: Digest of the rows of each method that has rows, see `digest_of`.
-        names: Methods whose rows are all known by now, so that having none is a difference too.
+        names: Methods whose rows are all known by now, so that missing rows are a difference too.
 
     Raises:
-        ValueError: If the rows of a method are others.
+        ValueError: If the rows of a method differ.
     """
     then = (read_run(checkpoint) or {}).get("rows")
     if then is None:
-        return  # an older version did not note them
+        return  # older versions did not record them
     for name in sorted((then.keys() & digests.keys()) | set(names)):
         if then.get(name) != digests.get(name):
-            how = "another text, order or tokenizer" if name in then and name in digests else "one has none"
+            how = "different text, order or tokenizer" if name in then and name in digests else "one has none"
             raise ValueError(
-                f"{name}: the rows are not those that {checkpoint} was trained with ({how}). A resumed run must go on as it "
+                f"{name}: the rows are not those that {checkpoint} was trained with ({how}). A resumed run must continue as it "
                 f"began. Give it the same rows, or {_new_run(checkpoint)}"
             )
 
@@ -164,10 +164,10 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path, everywhere: bool = True) -> str | None:
-    """The newest whole checkpoint, or None; says which newer ones are passed over and why.
+    """The newest complete checkpoint, or None; logs which newer ones are skipped and why.
 
-    A process killed while it saves, a power cut or a damaged disk leave a folder that cannot be resumed from; the one
-    before it can. All processes of a run get the answer of process 0, unless one asks for itself (`everywhere=False`).
+    A process killed while saving, a power cut or a damaged disk can leave a folder that cannot be resumed; the one
+    before it can. All processes of a run get process 0's answer, unless `everywhere=False`.
     """
     return from_first(lambda: _last_complete(Path(output_dir))) if everywhere else _last_complete(Path(output_dir))
 
@@ -179,29 +179,29 @@ def _last_complete(folder: Path, passed_over: Path | None = None) -> str | None:
             continue
         if (problem := damage_of(checkpoint)) is None:
             return str(checkpoint)
-        logger.warning("%s is passed over: %s.", checkpoint, problem)
+        logger.warning("%s is skipped: %s.", checkpoint, problem)
     return None
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Refuse to resume from a checkpoint that is not whole.
+    """Refuse to resume from an incomplete checkpoint.
 
     Args:
-        checkpoint: The checkpoint that was asked for.
+        checkpoint: The requested checkpoint.
 
     Raises:
-        ValueError: Naming the file, and the newest checkpoint beside it that is whole.
+        ValueError: Naming the file, and the newest complete checkpoint in the same folder.
     """
     problem, other = from_first(lambda: _judged(checkpoint))
     if problem is None:
         return
     way = (
-        f"The newest whole checkpoint beside it is {other}: resume_from_checkpoint={other!r}."
+        f"The newest complete checkpoint in the same folder is {other}: resume_from_checkpoint={other!r}."
         if other
-        else "No other checkpoint beside it is whole: train without resume_from_checkpoint, into an output_dir that is empty."
+        else "No other checkpoint in the same folder is complete: train without resume_from_checkpoint, into an empty output_dir."
     )
     if (checkpoint / MARKER).is_file():
-        way += f" If it was changed on purpose, remove {checkpoint / MARKER}: it is then judged by what is there."
+        way += f" If it was changed on purpose, remove {checkpoint / MARKER}: it is then checked by its files alone."
     raise ValueError(f"{checkpoint} cannot be resumed from: {problem}. {way}")
 
 

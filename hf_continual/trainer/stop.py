@@ -1,4 +1,4 @@
-"""Training that is told to stop: it saves at the end of the step, with its task unfinished, and resumes from there."""
+"""Stop training on request: it saves at the end of the step, with its task unfinished, and resumes from there."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 class Agreement:
-    """Whether any process of the run was told to stop; all hear the same answer at the same step.
+    """Agreement on whether any process of the run was asked to stop; all get the same answer at the same step.
 
-    What was said at the end of a step is heard at the end of the next: the exchange, of 4 bytes between CPUs, runs beside
-    the step, and no accelerator waits for it. One process hears at once.
+    A request at the end of a step takes effect at the end of the next: the exchange, of 4 bytes between CPUs, runs
+    during the step, and no accelerator waits for it. With one process it takes effect at once.
     """
 
     def __init__(self) -> None:
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         self.group: Any = distributed.new_group(backend="gloo") if several and distributed.is_gloo_available() else None
-        # One tensor for all steps. A new one each time could be freed by gloo's thread, which then asks for Python's lock;
-        # a process that is just ending aborts over that.
+        # One tensor for all steps. A new one each time could be freed by gloo's thread, which then needs Python's lock;
+        # a process that is just exiting aborts on that.
         self.flag = torch.zeros(1)
         self.said: Any = None
 
     def stop(self) -> bool:
-        """Whether to stop; all processes ask at each step."""
+        """Whether to stop; all processes call this at each step."""
         asked = stopping.asked() is not None
         if self.group is None:
             return asked
@@ -56,7 +56,7 @@ class Agreement:
         return bool(self.flag.item())  # on the CPU
 
     def close(self) -> None:
-        """Nothing is said any more; all processes get here, or the run has failed."""
+        """End the exchange; all processes get here, or the run has failed."""
         if self.group is not None:
             self._heard()
             distributed.destroy_process_group(self.group)
@@ -64,13 +64,13 @@ class Agreement:
 
 
 class StopAtStep(TrainerCallback):
-    """Saves at the end of the step in which the run is told to stop, and ends it.
+    """Saves at the end of the step in which the run is asked to stop, and ends it.
 
     Last of the callbacks: the others have ended the step, and logged and evaluated what was due, when the checkpoint is
     written.
 
     Args:
-        trainer: The trainer that is told.
+        trainer: The trainer to stop.
     """
 
     def __init__(self, trainer: LiveTrainer) -> None:
@@ -79,27 +79,30 @@ class StopAtStep(TrainerCallback):
         self.agreement: Agreement | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on weights move that are in no file."""
+        """From here on, weights change that are not in any file."""
         self.deferral.close()
         self.deferral.enter_context(stopping.deferred())
         if self.agreement is None:
             self.agreement = Agreement()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The one moment at which a checkpoint holds all there is."""
-        if self.agreement is not None and self.agreement.stop():
+        """Save here: only now does a checkpoint hold everything."""
+        # A run that ends by itself at this step is saved as a finished one.
+        if self.agreement is not None and self.agreement.stop() and not control.should_training_stop:
             self.trainer.stopping = True
-            args.save_only_model = False  # nothing resumes from the weights alone
+            args.save_only_model = False  # a run cannot resume from the weights alone
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole."""
+        """Stop: the checkpoint is complete."""
         if self.trainer.stopping:
             saved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            stopping.stop(f"at step {state.global_step} of {state.max_steps}", kept=f"What was trained is in {saved}.")
+            stopping.stop(
+                f"at step {state.global_step} of {state.max_steps}", kept=f"The training so far is saved in {saved}."
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All steps are done; with the last of them saved, the rest can be done again."""
+        """All steps are done; if the last one is saved, the rest can be repeated."""
         if self.agreement is not None:
             self.agreement.close()
         self.agreement = None
@@ -111,28 +114,28 @@ class StopAtStep(TrainerCallback):
 
 @contextmanager
 def after_saving(trainer: LiveTrainer, folder: Path) -> Iterator[None]:
-    """Save a finished model inside, whole; told to stop, end then.
+    """Save a finished model completely inside the context; if asked to stop, end after that.
 
     Args:
         trainer: The trainer that saves.
-        folder: Where.
+        folder: The model's folder.
 
     Yields:
         None: While it saves.
 
     Raises:
-        Stopped: If the run was told to stop, now or as training ended.
+        Stopped: If the run was asked to stop, now or as training ended.
     """
     with stopping.listening("The task is finished; nothing of it is lost."):
         with stopping.deferred():
             yield
         why, trainer.told_to_stop = trainer.told_to_stop or stopping.asked(), None
-        if why is not None and stopping.is_outermost():  # a plan has to note that the task is trained
+        if why is not None and stopping.is_outermost():  # a plan must record that the task is trained
             stopping.stop(f"with the model saved in {folder}", why)
 
 
 def check_finished(trainer: LiveTrainer) -> None:
-    """Refuse to publish what was stopped before its task had ended.
+    """Refuse to publish a run that was stopped before its task ended.
 
     Args:
         trainer: The trainer that publishes.
@@ -150,16 +153,16 @@ def check_finished(trainer: LiveTrainer) -> None:
 
 @contextmanager
 def at_steps(trainer: LiveTrainer) -> Iterator[None]:
-    """Train inside: told to stop, the run saves and ends at the end of a step, or where nothing would be lost.
+    """Train inside the context: if asked to stop, save and end after a step, or at once if nothing would be lost.
 
     Args:
-        trainer: The trainer; its `stopping` says afterwards whether it was told to stop.
+        trainer: The trainer; its `stopping` tells afterwards whether it was asked to stop.
 
     Yields:
         None: While it trains.
 
     Raises:
-        Stopped: If it was told to stop.
+        Stopped: If it was asked to stop.
     """
     trainer.stopping, trainer.told_to_stop = False, None
     callback, save_only_model = StopAtStep(trainer), trainer.args.save_only_model
@@ -173,8 +176,8 @@ def at_steps(trainer: LiveTrainer) -> Iterator[None]:
                 trainer.remove_callback(callback)
                 trainer.args.save_only_model = save_only_model
             if why := stopping.asked():
-                # All steps are done and not saved: nothing of them may be lost, so the model is saved first.
-                logger.warning("Told to stop by %s as training ended; save_model saves the model and then stops.", why)
+                # All steps are done and not saved: none may be lost, so the model is saved first.
+                logger.warning("Asked to stop by %s as training ended; save_model saves the model and then stops.", why)
                 trainer.told_to_stop = why
     except stopping.Stopped:
         trainer.stopping = True
@@ -182,7 +185,7 @@ def at_steps(trainer: LiveTrainer) -> Iterator[None]:
 
 
 def how_to_resume(trainer: LiveTrainer) -> str:
-    """What a script does to go on."""
+    """How a script resumes."""
     checkpoint = last_complete_checkpoint(trainer.args.output_dir, everywhere=False)
     if checkpoint is None:
         return "Nothing was trained yet; the same script starts again."

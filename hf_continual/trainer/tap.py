@@ -1,4 +1,4 @@
-"""One forward pass, read in passing: module outputs seen while the trainer computes its loss."""
+"""Read module outputs from the one forward pass in which the trainer computes its loss."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LAST = "last_hidden_state"
 
 
 class ForwardTap:
-    """Hooks that listen only inside `record`, so nothing is held between steps; they are put on the model by the first.
+    """Hooks that are active only inside `record`, so nothing is held between steps; the first `record` adds them.
 
     The loss comes from a fused language-model head that returns neither logits nor hidden states, and
     a second forward for them would double the cost. Recomputation under gradient checkpointing
-    happens in the backward pass, outside `record`, and is not seen.
+    happens in the backward pass, outside `record`, and is not recorded.
 
     Args:
-        model: The unwrapped model; adapters are looked through.
+        model: The unwrapped model; adapters are unwrapped.
         taps: ``"last_hidden_state"`` or paths of modules below the causal language model.
         compiled: Whether the forward pass is compiled.
 
@@ -63,10 +63,10 @@ class ForwardTap:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[ForwardTap]:
-        """Listen to the forward pass inside; what was heard is dropped when the context ends."""
+        """Record the forward pass inside the context; the outputs are dropped when it ends."""
         if not self.handles:
             if self.compiled:
-                # Code that was compiled in this process before, for another run, does not call new hooks.
+                # Code that was compiled earlier in this process, for another run, does not call new hooks.
                 torch.compiler.reset()
             self.handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
         self.listening = True
@@ -76,10 +76,10 @@ class ForwardTap:
             self.listening, self.outputs, self.seen = False, None, {}
 
     def heard(self) -> FusedCausalLMOutput:
-        """The output of the forward pass; everything that was asked for must have been seen.
+        """The output of the forward pass; raises if a requested output was not recorded.
 
         Returns:
-            Log-probabilities and what else the fused head gives.
+            Log-probabilities and the fused head's other outputs.
 
         Raises:
             RuntimeError: If a hook was not called.
@@ -87,13 +87,13 @@ class ForwardTap:
         missing = [tap for tap in self.taps if tap not in self.seen]
         if self.outputs is None or missing:
             raise RuntimeError(
-                f"The forward pass went by without {', '.join(missing) or 'its output'} being seen: hooks are not called "
+                f"The forward pass ran without {', '.join(missing) or 'its output'} being recorded: hooks are not called "
                 f"in code that was compiled without them. Train without torch_compile."
             )
         return self.outputs
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         while self.handles:
             self.handles.pop().remove()
 
@@ -105,15 +105,15 @@ def _first(output: Any) -> Tensor:
 def with_virtual_tokens(
     inputs: dict[str, Any], origin: dict[str, Any], width: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs and maps as wide as the model's outputs: tokens that prompt learning puts in front belong to no source.
+    """Widen inputs and maps to the model's outputs: the tokens that prompt learning prepends belong to no source.
 
     Args:
-        inputs: What the model was called with.
+        inputs: The model's arguments.
         origin: The maps ``source``, ``row`` and ``offset`` of shape (B, S).
         width: Tokens of a row that the model saw, at least S.
 
     Returns:
-        Both, of shape (B, width); the very ones where there are no virtual tokens.
+        Both, of shape (B, width); unchanged if there are no virtual tokens.
     """
     virtual = width - inputs["input_ids"].shape[1]
     if virtual <= 0:

@@ -1,7 +1,7 @@
 """ContinualTrainer: TRL's SFTTrainer with methods. With its base in `saving_trainer.py` the only
 file that overrides HF's trainers.
 
-Each override begins by handing over to SFTTrainer when no method needs it, so that a trainer without
+Each override first delegates to SFTTrainer if no method needs it, so that a trainer without
 methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
 """
 
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 class ContinualTrainer(SavingTrainer):
     """Supervised fine-tuning that keeps what the model already knows.
 
-    Takes what `trl.SFTTrainer` takes, in the same order, and `methods`. Without methods it is
+    Takes the arguments of `trl.SFTTrainer`, in the same order, and `methods`. Without methods it is
     SFTTrainer bit for bit.
 
     Example:
@@ -72,14 +72,14 @@ class ContinualTrainer(SavingTrainer):
         model: As in SFTTrainer; so are all parameters up to `formatting_func`.
         args: A `ContinualConfig`; an `SFTConfig` or `TrainingArguments` is accepted too.
         data_collator: See SFTTrainer.
-        train_dataset: See SFTTrainer; a streaming dataset is accepted also with replay.
+        train_dataset: See SFTTrainer; a streaming dataset is accepted with replay, too.
         eval_dataset: See SFTTrainer. Evaluation never sees replay rows or loss terms.
         processing_class: See SFTTrainer.
         compute_loss_func: See SFTTrainer. Not with methods that read the forward pass.
         compute_metrics: See SFTTrainer.
         callbacks: See SFTTrainer.
-        optimizers: See SFTTrainer. Not with a method that brings an optimizer.
-        optimizer_cls_and_kwargs: See SFTTrainer. Not with a method that brings an optimizer.
+        optimizers: See SFTTrainer. Not with a method that supplies an optimizer.
+        optimizer_cls_and_kwargs: See SFTTrainer. Not with a method that supplies an optimizer.
         preprocess_logits_for_metrics: See SFTTrainer.
         quantization_config: See SFTTrainer.
         peft_config: See SFTTrainer.
@@ -88,7 +88,7 @@ class ContinualTrainer(SavingTrainer):
 
     Raises:
         TypeError: If something has the wrong type, or an old spelling is used.
-        ValueError: If methods do not fit each other, the data, or the way of training.
+        ValueError: If methods do not fit each other, the data, or the training setup.
     """
 
     @explains_old_names(TRAINER)
@@ -167,7 +167,7 @@ class ContinualTrainer(SavingTrainer):
         for method in self.methods:
             method.prepare_model(self.run.model, self.run.task)
         self.given_optimizer = self.optimizer
-        # The loop sets it at each step; a run that is resumed after its last step has none, and methods end the task all the same.
+        # The loop sets it at each step; a run resumed after its last step has none, and methods still end the task.
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         if self.optimizer is not None:
             check_live_optimizer(self)
@@ -178,7 +178,7 @@ class ContinualTrainer(SavingTrainer):
         self.add_callback(MethodHooks(self))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the method that brings one, else SFTTrainer's."""
+        """The optimizer of the method that supplies one, else SFTTrainer's."""
         method = self.methods.optimizing
         choice = method.optimizer(self.run) if method and self.optimizer is None else None
         if choice is None:
@@ -189,7 +189,7 @@ class ContinualTrainer(SavingTrainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """SFTTrainer's, counting tokens and naming rows on the way when methods need to know them."""
+        """SFTTrainer's data loader, which also counts tokens and names rows if methods need it."""
         with rows_named(self), tokens_counted(self):
             return super().get_train_dataloader()
 
@@ -203,7 +203,7 @@ class ContinualTrainer(SavingTrainer):
         discount = [(k, 1 - s.weight) for k, s in enumerate(self.mixer.sources) if s.weight != 1]
         if tokens is None or not discount:
             return batches, tokens
-        # A replayed token of weight w counts as w tokens in the mean that is the loss.
+        # A replayed token of weight w counts as w tokens in the loss mean.
         less = torch.zeros((), device=device)
         for batch in batches:
             source, labels = batch[ORIGIN]["source"][:, 1:], batch["labels"][:, 1:]
@@ -268,7 +268,7 @@ class ContinualTrainer(SavingTrainer):
         )
 
     def _terms(self, forward: Forward, steps: int) -> Tensor | None:
-        """What to add to the loss of this micro-batch, or None; each term is entered in the log."""
+        """The sum to add to the loss of this micro-batch, or None; each term is logged."""
         extra: list[Tensor] = []
         for name, source in zip(forward.sources, self.mixer.sources if self.mixer else (), strict=True):
             if source.weight != 1:
@@ -285,7 +285,7 @@ class ContinualTrainer(SavingTrainer):
         return sum(extra[1:], start=extra[0]) if extra else None
 
     def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Any], nll_BS: Tensor) -> None:
-        """Enter the negative log-likelihood per token of the task and of each replay source."""
+        """Log the negative log-likelihood per token of the task and of each replay source."""
         if self.mixer is None:
             return
         source, trained = origin["source"][:, 1:], inputs["labels"][:, 1:] != -100

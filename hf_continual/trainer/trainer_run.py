@@ -1,8 +1,8 @@
-"""TrainerRun: what a method sees of the trainer, and nothing else."""
+"""TrainerRun: the part of the trainer that a method sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from hf_continual import private
 from hf_continual.data.replay import shuffled
@@ -89,6 +90,23 @@ class TrainerRun:
         return getattr(optimizer, "optimizer", optimizer)
 
     @property
+    def place(self) -> tuple[int, int]:
+        return self._trainer.args.world_size, self._trainer.args.process_index
+
+    def log(self, values: Mapping[str, float]) -> None:
+        # Not the trainer's own: SFTTrainer and the ledger would end the means that the next log is made of.
+        control = self._trainer.control
+        asked = control.should_log
+        Trainer.log(self._trainer, dict(values))
+        control.should_log = asked  # a log that is due at this step comes all the same
+
+    def measures(self) -> dict[str, Tensor]:
+        return {f"{m.name}/{k}": v for m in self._trainer.methods for k, v in m.measure(self).items()}
+
+    def stop(self, reason: str) -> None:
+        self._trainer.ended = reason
+
+    @property
     def is_sharded(self) -> bool:
         return self._trainer.accelerator.distributed_type in SHARDED
 
@@ -111,11 +129,11 @@ class TrainerRun:
 
     @property
     def batch_size(self) -> int:
-        # `auto_find_batch_size` lowers the trainer's own number and leaves the argument as it was given.
+        # `auto_find_batch_size` lowers the trainer's own number and leaves the argument unchanged.
         return max(private.fitted_batch(self._trainer) // max(self._trainer.args.n_gpu, 1), 1)
 
     def _rows_per_batch(self, asked: int | None) -> int:
-        """The live batch size; of a size that was asked for the same share that the device had room for."""
+        """The live batch size; a requested size is lowered by the factor that the device required."""
         given = self._trainer.args.per_device_train_batch_size
         return self.batch_size if asked is None else max(asked * min(self.batch_size, given) // given, 1)
 
@@ -136,7 +154,7 @@ class TrainerRun:
         rows = self._trainer.train_dataset
         if not isinstance(rows, Dataset):
             raise ValueError(
-                "A method asks for the task's own rows, and they are a stream, which has no end and cannot be read twice in "
+                "A method asks for the task's own rows, but they are a stream, which has no end and cannot be read twice in "
                 "the same order. Load them as a Dataset, or drop the method."
             )
         kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
@@ -149,7 +167,7 @@ class TrainerRun:
         size, world, rank = self.batch_size, args.world_size, args.process_index
         together = batch_rows or size * args.gradient_accumulation_steps * world
         kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
-        # All processes make equally many forward passes; a row without labels fills up where there is none left.
+        # All processes make the same number of forward passes; a row without labels stands in when none is left.
         blank = {**kept[0], "labels": [-100] * len(kept[0]["input_ids"])} if len(kept) else {}
         step = together * world if alone else together
         for start in tqdm(range(0, len(rows), step), desc=what, disable=args.disable_tqdm or not self.is_main_process):
@@ -164,7 +182,7 @@ class TrainerRun:
 
     def rows(self, method: Named) -> Dataset:
         if self._trainer.mixer is None or method.name not in self._trainer.mixer.names:
-            raise KeyError(f"{type(method).__name__} brings no replay rows; its `replay` returned None.")
+            raise KeyError(f"{type(method).__name__} adds no replay rows; its `replay` returned None.")
         return self._trainer.mixer.rows[self._trainer.mixer.names.index(method.name)]
 
     def prepare(self, rows: Dataset, row_type: str = "same", name: str = "method") -> Dataset:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is whole: a marker written last that lists the size of every file, and what each file holds.
+"""Check that a checkpoint is complete, by a marker with all file sizes, written last, and by each file's content.
 
-Trainers with methods put ``continual/complete.json`` into a checkpoint once the bytes of all its files are on the disk.
-A checkpoint without it (of SFTTrainer, of an older version, of a process killed a moment too early) is judged by what
-is there: what a resumed run reads must be readable.
+Trainers with methods put ``continual/complete.json`` into a checkpoint once the bytes of all its files are on disk.
+A checkpoint without it (of SFTTrainer, of an older version, of a process killed a moment too early) is judged by its
+files: all that a resumed run reads must be readable.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hf_continual.atomic_files import write_json
 FOLDER = "continual"
 MARKER = f"{FOLDER}/complete.json"
 TRAINER_STATE = "trainer_state.json"
-# A card is written again by whoever publishes.
+# Publishing rewrites the card.
 NOT_LISTED = ("README.md",)
-# Of files that are not the methods': a resumed run takes tokenizer and arguments from the trainer.
+# Files that are not the methods': a resumed run takes tokenizer and arguments from the trainer.
 READ_BY_RESUMING = (
     "trainer_state.json",
     "config.json",
@@ -39,7 +39,7 @@ PICKLED = (".pt", ".pth", ".bin")
 
 
 def sync(checkpoint: Path) -> None:
-    """Put the bytes of all files below a folder on the disk, then the folders' entries."""
+    """Sync the bytes of all files under a folder to disk, then the folders' entries."""
     folders = [checkpoint, *(p for p in checkpoint.rglob("*") if p.is_dir())]
     for path in [*_files(checkpoint), *(folders if os.name == "posix" else [])]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -50,7 +50,7 @@ def sync(checkpoint: Path) -> None:
 
 
 def write_marker(checkpoint: Path) -> None:
-    """Say that a checkpoint was written to its end: nothing may be written into it afterwards.
+    """Mark a checkpoint as complete: nothing may be written into it afterwards.
 
     Args:
         checkpoint: The checkpoint's folder.
@@ -65,18 +65,18 @@ def _files(checkpoint: Path) -> Iterator[Path]:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What keeps a run from resuming from a checkpoint, naming the file.
+    """Find what keeps a run from resuming from a checkpoint, naming the file.
 
     Args:
         checkpoint: The checkpoint's folder.
 
     Returns:
-        What is wrong with it, or None if it is whole.
+        What is wrong with it, or None if it is complete.
     """
     if not checkpoint.is_dir():
         return f"{checkpoint} is not a folder"
     if not (checkpoint / TRAINER_STATE).is_file():
-        return f"{TRAINER_STATE} is missing: the checkpoint was not written to its end"
+        return f"{TRAINER_STATE} is missing: the checkpoint was not written completely"
     return _differs_from_marker(checkpoint) or _unreadable(checkpoint) or _missing(checkpoint)
 
 
@@ -87,13 +87,13 @@ def _differs_from_marker(checkpoint: Path) -> str | None:
     try:
         sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["bytes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MARKER} is not what was written ({error})"
+        return f"{MARKER} is damaged ({error})"
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
         if (now := file.stat().st_size) != size:
-            return f"{name} has {now:,} bytes and was written with {size:,}"
+            return f"{name} has {now:,} bytes, but was written with {size:,}"
     return None
 
 
@@ -109,7 +109,7 @@ def _unreadable(checkpoint: Path) -> str | None:
 
 
 def file_problem(file: Path) -> str | None:
-    """Why a file of a checkpoint cannot be read, judged without reading tensors; None where nothing is known against it."""
+    """Why a file of a checkpoint cannot be read, judged without reading tensors; None if no problem is found."""
     try:
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
@@ -130,8 +130,8 @@ def _pickle_problem(file: Path) -> str | None:
     if not first:
         return "is empty"
     if first == b"PK":
-        # The directory of an archive is its end: it is there if all of it was written.
-        return None if zipfile.is_zipfile(file) else "is cut off"
+        # An archive's directory is at its end: it is there if everything was written.
+        return None if zipfile.is_zipfile(file) else "is truncated"
     return None if first[:1] == b"\x80" else "is not a file of torch"
 
 
@@ -140,7 +140,7 @@ def _missing(checkpoint: Path) -> str | None:
     for index in (n for n in names if n.endswith(".index.json")):
         shards: dict[str, Any] = json.loads((checkpoint / index).read_text(encoding="utf-8")).get("weight_map", {})
         if lost := sorted(set(shards.values()) - names):
-            return f"{lost[0]} is missing, and {index} names it"
+            return f"{lost[0]} is missing, but {index} lists it"
     if FOLDER not in names:
         return None  # SFTTrainer resumes without an optimizer's state, and so does a trainer without methods
     if not (checkpoint / FOLDER / "run.json").is_file():

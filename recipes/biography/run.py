@@ -1,11 +1,11 @@
-"""The Biography experiment of Spurious Forgetting (arXiv 2501.13453, section 3) at the size of a CPU core.
+"""The Biography experiment of Spurious Forgetting (arXiv 2501.13453, section 3) scaled down to one CPU core.
 
     python recipes/biography/run.py --seeds 2 3 4 --out biography-out
 
 A tiny Llama reads biographies of 120 invented people, learns to answer questions about them (task 0), then about 60
 new people (task 1): plainly, and with the embeddings and the two bottom blocks frozen. Scored at steps of task 1, and
-while half of task 0 is taught again (recovery) beside the control: the same half taught to the model that has only
-read the biographies. Recovery on the other half proves that something was kept only where it beats that control.
+while half of task 0 is trained on again (recovery), next to the control: the same half, trained on by the model that has only
+read the biographies. Recovery on the other half shows that something was kept only if it beats that control.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def plan(seed: int, folder: Path) -> dict:
 
 
 def measure(results: dict) -> dict:
-    """What one seed shows."""
+    """The results of one seed."""
     curves = results["curves"]
     found: dict = {"fresh": {s: p["half B"]["value"] for s, p in curves["fresh"].items()}, "arms": {}}
     found["half B after reading and task 0"] = results["cells"]["old"]["half B"]["value"]
@@ -129,7 +129,7 @@ def main() -> None:
             "old people": [(s, v[0]) for s, v in mean.items()],
             "new people": [(s, v[1]) for s, v in mean.items()],
         }
-    plot_forgetting(arms, [], title=f"Biography: while task 1 is learnt, mean of {len(found)} seeds").savefig(
+    plot_forgetting(arms, [], title=f"Biography: while task 1 is learned, mean of {len(found)} seeds").savefig(
         args.out / "biography.png", dpi=150
     )
     print(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""Writes the sample rows in this folder again: invented texts, enough to see every recipe run, not to learn from."""
+"""Rewrite the sample rows in this folder: invented texts, enough to run every recipe, not to learn from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOPICS = {
 
 
 def write(name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON, one a line."""
+    """Write rows as JSON, one per line."""
     file = HERE / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

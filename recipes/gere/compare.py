@@ -2,8 +2,8 @@
 
     python recipes/gere/compare.py --task data/dbpedia --general data/general.train.jsonl --heldout data/general.heldout.jsonl
 
-One task is learnt by every arm and seed. Plain fine-tuning sees as many task rows in the place of the general ones, so
-that steps and tokens are equal. Measured: the task, the loss of general text that was not trained on, and the share of
+Every arm and seed learns one task. Plain fine-tuning sees as many task rows in place of the general ones, so
+that steps and tokens are equal. Measured: the task, the loss of general text that was not trained on, and the fraction of
 units that have left the interval of their recorded state, on the replayed samples and on held-out text.
 """
 
@@ -73,7 +73,7 @@ def plan(args: argparse.Namespace, arm: str) -> dict:
 
 
 def violations(args: argparse.Namespace, folder: Path | None, texts: list[str], name: str) -> float:
-    """Share of units outside the interval of their state, of a task's model."""
+    """Fraction of units outside the interval of their state, of a task's model."""
     read, _ = read_plan(plan(args, "sft"))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = [ids[: args.length] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument(
-        "--task", required=True, help="path of TASK.train.jsonl and TASK.test.jsonl without the endings"
+        "--task", required=True, help="path of TASK.train.jsonl and TASK.test.jsonl without the suffixes"
     )
     parser.add_argument("--general", required=True)
     parser.add_argument("--heldout", required=True)
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--length", type=int, default=72)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor only emulates bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 if the processor only emulates bfloat16")
     args = parser.parse_args()
     replayed = load_rows(args.general)["text"][: args.samples][:60]
     unseen = load_rows(args.heldout)["text"][:60]

@@ -2,9 +2,9 @@
 
     python recipes/kif/compare.py --data data/longseq --general data/general.heldout.jsonl --model MODEL
 
-The four tasks of the Standard benchmark in order 1. Every arm makes `--rounds` times Q + M optimizer steps a task: KIF
+The four tasks of the Standard benchmark in order 1. Every arm makes `--rounds` times Q + M optimizer steps per task: KIF
 spends Q on the task and M on memory, mixing spends all on both, plain spends all on the task. The memory is the paper's:
-2 % of each task's rows, balanced over its classes. Runs are resumed; the table is made from what is there.
+2 % of each task's rows, balanced over its classes. Runs are resumed; the table is built from the finished runs.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def plan(args: argparse.Namespace, arm: str, seed: int) -> dict:
 
 
 def figures(results: dict, seconds: float) -> dict[str, float]:
-    """What the table shows of a run."""
+    """A run's figures for the table."""
     scores, nll = results["matrix"]["scores"], results["nll"]["scores"]
     last = len(scores) - 1
     return {
@@ -106,7 +106,7 @@ def main() -> None:
     """Run the arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor computes in it")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 if the processor supports it")
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.train.jsonl and TASK.test.jsonl")
     parser.add_argument("--general", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("kif-out"))

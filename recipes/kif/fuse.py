@@ -1,10 +1,10 @@
-"""Fuse two adapters that went on from one earlier adapter, without training: kif_fuse beside averaging.
+"""Fuse two adapters that continued from one earlier adapter, without training: kif_fuse compared with averaging.
 
     python recipes/kif/fuse.py --out fuse-out                       # SmolLM2-135M of `make demo`; or --model FOLDER
 
-An adapter learns the birth cities of invented people. Two go on from it, apart: one learns fields of study, one
+An adapter learns the birth cities of invented people. Two adapters continue from it separately: one learns fields of study, one
 employers. They are fused by `kif_fuse`, with importance from 24 rows of each, and by averaging; every result is scored on all
-three. Interrupted, the same command goes on.
+three. If interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def learn(args: argparse.Namespace, rows: Dataset, seed: int, folder: Path, pare
 
 
 def average(base: Path, models: list[Path], scale: float, folder: Path) -> Path:
-    """base + scale * (sum of what each factor moved): task arithmetic on the factors themselves."""
+    """base + scale * (sum of each factor's changes): task arithmetic on the factors themselves."""
     folder.mkdir(parents=True, exist_ok=True)
     anchor, *others = (load_file(m / "adapter_model.safetensors") for m in (base, *models))
     made = {n: t + scale * sum(o[n] - t for o in others) for n, t in anchor.items()}

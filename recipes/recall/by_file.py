@@ -1,4 +1,4 @@
-"""Merges that the package writes, read back as changes: rules that are no weighted average, and the check of those that are."""
+"""Merges that the package writes, read back as changes: rules that are not a weighted average, and the check of those that are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FILE = "model.safetensors"
 
 
 def written(bench: Workbench, rule: str, adapters: Sequence[Path], base: Path, room: Path, **options: Any) -> Change:
-    """What a rule of the package makes of adapters, as a change of the bench's base.
+    """Merge adapters by a rule of the package, and return the result as a change of the bench's base.
 
     Args:
-        bench: Knows the base's weights.
+        bench: Has the base's weights.
         rule: Name of a method, see `hf_continual.merge`.
         adapters: Their folders, the newest last.
         base: The model they were trained on.
         room: Emptied, used and emptied again.
-        **options: Of the method.
+        **options: Options of the method.
     """
     shutil.rmtree(room, ignore_errors=True)
     merge(rule, adapters, room, base=base, output="model", dtype="float32", progress=False, **options)

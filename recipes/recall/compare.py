@@ -1,10 +1,10 @@
-"""Is the merge worth it? RECALL beside the uniform average, task arithmetic, TIES, magnitude-max, the last expert, and training in sequence.
+"""Is the merge worth it? RECALL compared with the uniform average, task arithmetic, TIES, magnitude-max, the last expert, and training in sequence.
 
     python recipes/recall/compare.py --model MODEL --data data/longseq --general data/general.heldout.jsonl
 
 Four tasks. One expert (a LoRA adapter) per task, trained from the base model without the others; and one adapter that
-learns the four tasks one after the other. The experts are merged in several ways, and every result is scored on all
-four tasks and by the loss of general text. Interrupted, the same command goes on; finished cells are not scored again.
+learns the four tasks one after another. The experts are merged in several ways, and every result is scored on all
+four tasks and by the loss of general text. If interrupted, the same command resumes; finished cells are not scored again.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ from hf_continual.merging.methods.ties import ties
 
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 ARMS = ("sequential training", "last expert", "uniform average", "recall", "task arithmetic, 0.5")  # --arms all: more
-ROUTES = [*TASKS, *(f"then-{name}" for name in TASKS[1:])]  # four experts, and the sequence that goes on from the first
+ROUTES = [
+    *TASKS,
+    *(f"then-{name}" for name in TASKS[1:]),
+]  # four experts, and the sequence that continues from the first
 
 
 def test_file(args: argparse.Namespace, task: str) -> Path:
-    """Test rows; where none are published, the development rows."""
+    """Test rows; if none are published, the development rows."""
     file = args.data / f"{task}.test.jsonl"
     return file if file.is_file() else args.data / f"{task}.dev.jsonl"
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is trained, the seeds a sweep."""
+    """Everything that is trained, with the seeds as a sweep."""
     tasks = []
     for i, name in enumerate(ROUTES):
         task = name.removeprefix("then-")
@@ -122,7 +125,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="test rows of each task")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to which prompts are cut")
     parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), help="what is scored; all: also temperature 0.1, TIES, ..."
+        "--arms", nargs="+", default=list(ARMS), help="arms to score; all: also temperature 0.1, TIES, ..."
     )
     parser.add_argument("--cpu", action="store_true", help="not on a GPU")
     args = parser.parse_args()

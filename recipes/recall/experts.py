@@ -1,4 +1,4 @@
-"""Experts for exploring RECALL: trained once, kept on disk, merged and looked at in memory."""
+"""Experts for exploring RECALL: trained once, kept on disk, merged and inspected in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class InFloat(torch.nn.Linear):
     """A layer that stays in float32 inside a model in bfloat16."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As `Linear`; what it returns has the input's type."""
+        """Like `Linear`; the output has the input's dtype."""
         return torch.nn.functional.linear(input.float(), self.weight).to(input.dtype)
 
 
@@ -34,8 +34,8 @@ class Workbench:
 
     Args:
         path: The base.
-        tokens: To which prompts are cut.
-        fast: Compute in bfloat16, all but the merged weights and the head: for scoring only.
+        tokens: Length to which prompts are cut.
+        fast: Compute in bfloat16, except the merged weights and the head; for scoring only.
     """
 
     def __init__(self, path: str, tokens: int, fast: bool = False) -> None:
@@ -64,7 +64,7 @@ class Workbench:
 
 
 def keep_in_float(model: Any) -> None:
-    """Merged weights are not rounded, and losses come from float32 logits."""
+    """Keep merged weights unrounded, and compute losses from float32 logits."""
     for name, module in model.named_modules():
         if name.split(".")[-1] in (*MODULES, "lm_head"):
             module.__class__ = InFloat
@@ -89,7 +89,7 @@ def train(bench: Workbench, start: Change, rows: Any, seed: int, folder: Path, s
         optimizer.step()
         optimizer.zero_grad()
     print(folder, f"last loss {loss.item():.3f}", flush=True)
-    model.save_pretrained(folder)  # before it is unloaded: afterwards there is nothing to save
+    model.save_pretrained(folder)  # before unloading it: afterwards there is nothing to save
     bench.model = model.unload()
     bench.model.requires_grad_(False)
 
@@ -124,7 +124,7 @@ def weighted(changes: Sequence[Change], weights: Mapping[str, Sequence[float]] |
 
 
 def states(bench: Workbench, change: Change, pairs: Sequence[tuple[list[int], list[int]]], file: Path) -> None:
-    """Keep what a model makes of texts: of each block and tapped module, four poolings, ``[groups, texts, channels]``."""
+    """Save a model's representations of texts: of each block and tapped module, four poolings, ``[groups, texts, channels]``."""
     if file.is_file():
         return
     model = bench.put(change)
@@ -162,7 +162,7 @@ def pools(hidden_GBSD: torch.Tensor, batch: Sequence[tuple[int, list[int]]]) -> 
 
 @contextmanager
 def tapped(model: Any) -> Any:
-    """Outputs of the blocks (with what enters the first) and of the trained modules, by kind, filled by each pass."""
+    """Outputs of the blocks (with the input of the first) and of the trained modules, by kind, filled by each pass."""
     taken: dict[str, list[torch.Tensor]] = {}
     blocks = find_blocks(model).modules
 

@@ -1,15 +1,15 @@
-"""RECALL, given every chance: choices are explored on rows and seeds kept for that, then measured once on others.
+"""RECALL, given every chance: choices are explored on rows and seeds reserved for that, then measured once on others.
 
     python recipes/recall/explore.py train  --model MODEL --data data/longseq --general general.heldout.jsonl --seeds 10 11
     python recipes/recall/explore.py states ... --seeds 10 11
-    python recipes/recall/explore.py check  ... --seeds 10                          # beside merge_with_recall
+    python recipes/recall/explore.py check  ... --seeds 10                          # against merge_with_recall
     python recipes/recall/explore.py score  ... --seeds 10 11 --arms arms.json         # exploration: dev rows
     python recipes/recall/explore.py score  ... --seeds 20 21 --arms final.json --final     # once: test rows
 
 Two settings. Joint: one expert per task, each trained from the base, merged at once; the newest is the last of an order.
 Single model: each expert is trained from the merge so far (weights half and half) and merged with it.
-Merges are made in memory (experts are LoRA adapters), so that a choice costs one scoring. `train` and `states` keep
-their results; interrupted, the same command goes on.
+Merges are made in memory (experts are LoRA adapters), so a choice costs one scoring. `train` and `states` keep
+their results; if interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Cell:
 
 
 def cells(seeds: list[int]) -> Iterator[Cell]:
-    """All of them, seed by seed; a seed has one order in the single-model setting."""
+    """All cells, seed by seed; a seed has one order in the single-model setting."""
     for seed in seeds:
         yield from (Cell(seed, order) for order in range(len(ORDERS)))
         yield from (Cell(seed, seed % 2, step) for step in range(2, CHAIN + 1))
 
 
 def chosen_cells(args: argparse.Namespace) -> list[Cell]:
-    """Those that the command names."""
+    """The cells that the command names."""
     return [cell for cell in cells(args.seeds) if any(part in str(cell) for part in args.cells)]
 
 
@@ -76,7 +76,7 @@ class Shelf:
         self.folder = out / f"seed{seed}"
 
     def expert(self, task: str) -> Change:
-        """Trained from the base."""
+        """The expert trained from the base."""
         return change_of(self.folder / f"joint-{task}")
 
     def so_far(self, order: int, step: int) -> Change:
@@ -87,20 +87,20 @@ class Shelf:
         return merge
 
     def models(self, cell: Cell) -> list[Change]:
-        """What is merged, the newest last."""
+        """The models to merge, the newest last."""
         if cell.step is None:
             return [self.expert(task) for task in cell.seen]
         before = self.so_far(cell.order, cell.step - 1)
         return [before, weighted([before, change_of(self.folder / f"order{cell.order}-step{cell.step}")], [1.0, 1.0])]
 
     def adapters(self, cell: Cell) -> list[Path]:
-        """Their folders; of a chain, the newest alone."""
+        """Their folders; for a chain, only the newest."""
         if cell.step is None:
             return [self.folder / f"joint-{task}" for task in cell.seen]
         return [self.folder / f"order{cell.order}-step{cell.step}"]
 
     def states(self, cell: Cell) -> list[Path]:
-        """Where representations of these models, of the newest task's texts, are kept."""
+        """Files with representations of the newest task's texts by these models."""
         newest = cell.seen[-1]
         if cell.step is None:
             return [self.folder / f"states-{newest}-by-{task}.npz" for task in cell.seen]
@@ -141,7 +141,7 @@ def texts_of(args: argparse.Namespace, bench: Workbench, cell: Cell) -> Any:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Merges in memory beside those of `merge_with_recall`: the largest change, and the largest difference."""
+    """Compare merges in memory with those of `merge_with_recall`: the largest change, and the largest difference."""
     bench = Workbench(args.model, args.tokens)
     for cell in chosen_cells(args):
         shelf, room = Shelf(args.out, cell.seed), args.out / f"room {cell}"
@@ -170,7 +170,7 @@ def scored_rows(args: argparse.Namespace, task: str) -> Any:
 
 
 def made(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, arm: dict[str, Any]) -> Change:
-    """A cell's merge by an arm: in memory, or where it names a rule of the package, through its files."""
+    """A cell's merge by an arm: in memory, or, if it names a rule of the package, through its files."""
     arm = {k: v for k, v in arm.items() if k != "only"}
     if "rule" not in arm:
         return merged(shelf, cell, arm, shelf.models(cell))
@@ -182,7 +182,7 @@ def made(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, a
 
 
 def base_of(args: argparse.Namespace, bench: Workbench, shelf: Shelf, cell: Cell, room: Path) -> Path:
-    """What a cell's adapters were trained on, as a full model: the base, or the merge so far, written into a room."""
+    """The model that a cell's adapters were trained on, in full: the base, or the merge so far, written into a room."""
     room.mkdir(exist_ok=True)
     if cell.step is None:
         return Path(args.model)
@@ -195,9 +195,9 @@ def merged(shelf: Shelf, cell: Cell, arm: dict[str, Any], models: list[Change]) 
     Args:
         shelf: The seed's experts.
         cell: What is merged.
-        arm: ``{"share": w}`` gives the newest w and the others the rest in equal parts, ``{"sum": l}`` adds l times every
+        arm: ``{"share": w}`` gives the newest w and the others equal parts of the rest, ``{"sum": l}`` adds l times every
             change to what they were trained from, anything else is a `Variant` of RECALL; with ``"flat": true`` each
-            model gets the mean over all weights of what the variant gives it, so that layers do not differ.
+            model gets its mean over all weights of the variant, so that layers do not differ.
     """
     number = len(models)
     if "sum" in arm:
@@ -213,7 +213,7 @@ def merged(shelf: Shelf, cell: Cell, arm: dict[str, Any], models: list[Change]) 
 
 
 def score_all(args: argparse.Namespace) -> None:
-    """Every arm in every cell, kept as it is found."""
+    """Score every arm in every cell, saving each result at once."""
     arms: dict[str, dict[str, Any]] = read_json(args.arms)
     folder = args.out / ("final" if args.final else "explored")
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def score(model: Any, bench: Workbench, rows: dict[str, Any], general: Any) -> d
 
 
 def main() -> None:
-    """Do one stage."""
+    """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "states", "check", "score"])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="tokens to which prompts are cut")
     parser.add_argument("--arms", type=Path, help="JSON: name -> choices, see `merged`")
     parser.add_argument("--cells", nargs="+", default=[""], help="only cells whose name contains one of these")
-    parser.add_argument("--final", action="store_true", help="measure on the rows that are not for exploring")
+    parser.add_argument("--final", action="store_true", help="measure on the rows that are not used for exploring")
     args = parser.parse_args()
     print(json.dumps(vars(args), default=str), flush=True)
     torch.set_num_threads(1)

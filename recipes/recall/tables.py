@@ -1,4 +1,4 @@
-"""Tables of what `explore.py score` kept: means over seeds with their range, and paired differences with standard errors.
+"""Tables of the scores from `explore.py score`: means over seeds with their range, and paired differences with standard errors.
 
 python recipes/recall/tables.py recall-explored/final
 """
@@ -26,7 +26,7 @@ def read_cell(file: Path) -> Cell:
 
 
 def figures(cell: Cell, scores: Mapping[str, float]) -> Figures:
-    """What is reported of one merge: means over the tasks seen, the last of which is the newest."""
+    """The reported figures of one merge: means over the tasks seen, the last of which is the newest."""
     *old, newest = cell.seen
     return {
         "loss, all": statistics.fmean(scores[f"{t} nll"] for t in cell.seen),
@@ -43,7 +43,7 @@ def by_seed(folder: Path, setting: str) -> dict[str, dict[int, Figures]]:
     files = {read_cell(file): read_json(file) for file in sorted(folder.glob("*.json"))}
     cells = [cell for cell in files if (cell.step is None) == (setting == "joint")]
     for cell in cells:
-        # What does not depend on the order is scored in one of them, on all tasks.
+        # Arms that do not depend on the order are scored in one of them, on all tasks.
         other = files.get(Cell(cell.seed, 0, None), {}) if cell.step is None else {}
         for arm, scores in {**other, **files[cell]}.items():
             if arm in files[cell] or arm.startswith(("uniform", "ties", "dare")):

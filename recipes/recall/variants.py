@@ -1,4 +1,4 @@
-"""What RECALL's paper leaves open, as one function of kept representations: a choice for each, weights out."""
+"""The choices that RECALL's paper leaves open, as one function of saved representations: choices in, weights out."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ States = Mapping[str, np.ndarray]  # "block mean text" and so on -> [groups, tex
 
 @dataclass(frozen=True)
 class Variant:
-    """One choice for everything that is open; the defaults are those of `merge_with_recall`.
+    """One choice for each open question; the defaults are those of `merge_with_recall`.
 
     Args:
-        anchor: Whose similarity counts and who finds the typical samples: the newest model, or the first (in a chain the
+        anchor: The model whose similarity counts and that selects the typical samples: the newest model, or the first (in a chain the
             merge so far, ``anchor=0`` of `merge_with_recall`).
         reference: Similarity to the newest model, or the mean over all pairs.
         aggregate: Mean of the samples' kernels, or the kernel of their means.
         pool: Mean over tokens, or the last token.
         part: The whole text, or the prompt alone.
-        cluster: Where typical samples are found: behind the final norm (pooled as above), in the middle block, or at the
+        cluster: Where typical samples are found: after the final norm (pooled as above), in the middle block, or at the
             last token of the prompt.
         level: One weight per block, or per module from its own output.
-        temperature: Of the softmax; "spread": the standard deviation of a layer's similarities over models. Below zero it
+        temperature: Temperature of the softmax; "spread": the standard deviation of a layer's similarities over models. Below zero it
             is no longer RECALL: models that differ get more. For comparison only.
-        centred: Whether each model's mean over the samples is taken away first.
-        bandwidth: Of the kernel, as in `layer_weights`.
+        centred: Whether to subtract each model's mean over the samples first.
+        bandwidth: Bandwidth of the kernel, as in `layer_weights`.
     """
 
     anchor: Literal["newest", "first"] = "newest"
@@ -47,7 +47,7 @@ class Variant:
 
 
 def typical(states: States, variant: Variant, number: int, seed: int) -> np.ndarray:
-    """Places of the typical samples among the newest model's texts."""
+    """Indices of the typical samples among the newest model's texts."""
     name = f"block {variant.pool} {variant.part}"
     points = {"final": (name, -1), "middle": (name, 16), "prompt end": ("block last prompt", -1)}[variant.cluster]
     return typical_samples(states[points[0]][points[1]].astype(float), number, seed)
@@ -62,8 +62,8 @@ def weights_by_name(
         models: Representations of each model, of the same texts, the newest last.
         names: Parameters, such as ``model.layers.3.self_attn.q_proj.weight``.
         variant: The choices.
-        number: Typical samples.
-        seed: Of the clustering.
+        number: Number of typical samples.
+        seed: Seed of the clustering.
     """
     anchor = -1 if variant.anchor == "newest" else 0
     picked = typical(models[anchor], variant, number, seed)
@@ -77,7 +77,7 @@ def weights_by_name(
     by_name = {}
     for name in names:
         layer, module = int(name.split(".")[2]), name.split(".")[-2]
-        # The first group of blocks is what enters the first one.
+        # The first group of blocks is the input of the first one.
         column = found["block"][:, layer + 1] if variant.level == "layer" else found[module][:, layer]
         by_name[name] = column.tolist()
     return by_name

@@ -4,7 +4,7 @@
 
 MODEL is a folder or Hub id; by default the embedded SmolLM2-135M. Two kinds of rows: questions about invented people,
 which it answers in a few words or not at all (a batch saves little: a processor is busy with one prompt already), and
-beginnings of sentences, which it continues to the limit. In float32, where padding changes the last bits only, the
+beginnings of sentences, which it continues to the limit. In float32, where padding only changes the last bits, the
 answers must be identical.
 """
 
@@ -29,14 +29,14 @@ def timed(call):
 
 
 def taught_answers(model, tokenizer, rows, limit):
-    """Rows whose completion is what the model itself says, for half of them, so that half is right."""
+    """Rows of which half have the model's own answer as completion, so that half are right."""
     said = generated(model, tokenizer, rows, 32, limit).rows
     own = [{"prompt": r["prompt"], "completion": s.prediction} for r, s in zip(rows, said, strict=True)]
     return rows.from_list([own[i] if i % 2 == 0 else rows[i] for i in range(len(rows))])
 
 
 def openings(number):
-    """Beginnings of sentences about nothing in particular, none equal to another."""
+    """Beginnings of sentences on arbitrary topics, all different."""
     subjects = [
         "The river",
         "A teacher",

@@ -1,7 +1,7 @@
-"""A training step with frozen bottom blocks as a share of the full step, against the model of its operations.
+"""A training step with frozen bottom blocks as a fraction of the full step, against the expected operation counts.
 
 Per block the forward pass costs 1, the backward pass 2 and, with gradient checkpointing, the recomputation 1 more.
-Below the first trainable block only the forward is left. `python tests/benchmarks/freeze.py`
+Below the first trainable block only the forward pass is left. `python tests/benchmarks/freeze.py`
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Step:
 
 
 def expected(bottom: int, checkpointing: bool) -> float:
-    """Share of the full step, counting the matrix products of blocks and head."""
+    """Fraction of the full step, counting the matrix products of blocks and head."""
     h, f = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     block = 4 * h * h + 3 * h * f + LENGTH * h  # per token; attention over half the length on average, twice
     head = h * VOCABULARY
@@ -65,7 +65,7 @@ def expected(bottom: int, checkpointing: bool) -> float:
 
 
 def peak(bottom: int, checkpointing: bool) -> float:
-    """Peak memory of a process that makes three steps, above what it held before the model was built, in MB."""
+    """Peak memory of a process that makes three steps, on top of what it held before the model was built, in MB."""
     source = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "from tests.benchmarks.freeze import Step, resident\n"

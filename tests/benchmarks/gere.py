@@ -1,4 +1,4 @@
-"""GeRe's cost: a step against SFTTrainer's on the same rows, the offline pass, the loss against the naive one, storage.
+"""GeRe's cost: a step against SFTTrainer's on the same rows, the offline pass, the loss against a naive implementation, storage.
 
     python tests/benchmarks/gere.py [MODEL] [--dtype float32]
 
@@ -60,7 +60,7 @@ def trainer(kind: str, path: str, folder: str, rows: Dataset, general: Dataset, 
 
 
 def of_length(texts: list[str], tokenizer, length: int) -> Dataset:
-    """Texts of exactly so many tokens, two joined and cut: rows that need no padding, on either side."""
+    """Texts of exactly `length` tokens, two joined and cut: rows that need no padding on either side."""
     long = [" ".join(pair) for pair in zip(texts[::2], texts[1::2], strict=False)]
     cut = [tokenizer.decode(tokenizer(t)["input_ids"][:length]) for t in long]
     rows = [{"text": t} for t in cut if len(tokenizer(t)["input_ids"]) == length]
@@ -77,7 +77,7 @@ def seconds(call) -> float:
 
 
 def bytes_for_backward(made: SFTTrainer) -> int:
-    """Memory that the graph of one micro-batch holds, each storage counted once."""
+    """Memory held by the graph of one micro-batch, each storage counted once."""
     storages: dict[int, int] = {}
     step = made.training_step
 
@@ -97,7 +97,7 @@ def bytes_for_backward(made: SFTTrainer) -> int:
 
 
 def naive(hidden, reference, low, high, mask):
-    """The loss as it is written down: fp32 states, every temporary kept."""
+    """The loss written naively: fp32 states, every temporary kept."""
     z, h = hidden.float(), reference.float()
     negative, positive = h <= low, h >= high
     neutral = ~negative & ~positive
@@ -111,7 +111,7 @@ def naive(hidden, reference, low, high, mask):
 
 
 def flips(path: str, texts: list[str], tokenizer) -> None:
-    """Units that the shape of a batch alone moves across a threshold, at identical weights."""
+    """Units that cross a threshold only because of the batch's shape, at identical weights."""
     tokens = [tokenizer(t)["input_ids"][: 20 + 7 * (i % 11)] for i, t in enumerate(texts[:64])]
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""KIF's cost: what a round takes beside its plain training steps, mask selection against torch.quantile, state.
+"""KIF's cost: what a round takes on top of its plain training steps, mask selection against torch.quantile, state.
 
     python tests/benchmarks/kif.py [MODEL]
 
@@ -33,7 +33,7 @@ INNER, OUTER, ROUNDS, PAIRS = 8, 4, 1, 3
 
 
 def trainer(kind: str, path: str, folder: str, dtype: str) -> SFTTrainer:
-    """Q inner and M outer steps a round, or as many plain ones; all rows have the same length."""
+    """Q inner and M outer steps per round, or as many plain ones; all rows have the same length."""
     rows = biography_rows(60, "texts", versions=2).select_columns(["text"])
     settings = {
         "output_dir": folder, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True, "report_to": [],
@@ -53,14 +53,14 @@ def trainer(kind: str, path: str, folder: str, dtype: str) -> SFTTrainer:
 
 
 def seconds(call) -> float:
-    """Processor seconds of a call; one thread, so that other processes of the machine do not count."""
+    """Processor seconds of a call; one thread, so that other processes on the machine do not count."""
     begin = time.process_time()
     call()
     return time.process_time() - begin
 
 
 def own_work(method: KIF) -> list[float]:
-    """Seconds that the method itself takes in a run that follows: averages, selection, fusion, the outer Adam."""
+    """Seconds that the method itself takes in the next run: averages, selection, fusion, the outer Adam."""
     spent: list[float] = []
 
     def timed(function):

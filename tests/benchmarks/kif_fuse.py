@@ -1,4 +1,4 @@
-"""What a streamed fusion costs: memory beside the plan's bound, and time beside a plain average of the same files.
+"""Cost of a streamed fusion: memory against the plan's limit, and time against a plain average of the same files.
 
 python tests/benchmarks/kif_fuse.py --gigabytes 0.5
 """
@@ -40,12 +40,12 @@ def make(folder: Path, tensors: int) -> None:
 
 
 def child(folder: Path, way: str, watched: bool) -> None:
-    """One merge in a process of its own."""
+    """One merge in its own process."""
     from hf_continual.merging import linear
     from hf_continual.merging.methods.kif import fuse as kif
     from hf_continual.plots import plot_sides
 
-    # Drawn once before: what matplotlib loads is no buffer of the fusion.
+    # Drawn once before: what matplotlib loads is not a buffer of the fusion.
     plot_sides({"x": dict.fromkeys(("elements", "both", "new_only", "old_only", "neither"), 1)}).savefig(
         folder / "x.png"
     )
@@ -61,7 +61,7 @@ def child(folder: Path, way: str, watched: bool) -> None:
 
     kif.make_plan = noted
     watch, before = Watch(), anonymous()
-    if watched:  # in a run of its own: watching takes CPU time
+    if watched:  # in a separate run: watching takes CPU time
         watch.start()
     cpu, wall = time.process_time(), time.perf_counter()
     if way == "average":

@@ -5,8 +5,8 @@
     python tests/benchmarks/merging.py --rules ties dare_ties --no-memory
     python tests/benchmarks/merging.py --rules --no-memory --blocks 10      an adapter into 10 of the 80 blocks of a 70B model
 
-mergekit is no dependency; without it the comparison is left out and said so. Every case runs in a process of its own, the
-cases take turns, and CPU time is that of the process and its children, imports included unless said otherwise.
+mergekit is not a dependency; without it the comparison is skipped, with a note. Every case runs in its own process, the
+cases take turns, and CPU time is that of the process and its children, including imports unless noted otherwise.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def mergekit_config(folder: Path, models: list[Path]) -> Path:
     return file
 
 
-# What mergekit calls the same rule, with its parameters of each model and of all.
+# mergekit's name of the same rule, with its parameters per model and for all.
 THEIRS: dict[str, tuple[str, str, str]] = {
     "linear": ("linear", "weight: 0.5", ""),
     "task_arithmetic": ("task_arithmetic", "weight: 0.5", ""),
@@ -97,7 +97,7 @@ def ratio(values: list[float]) -> str:
 
 
 def rules(folder: Path, repeats: int, mergekit: str | None, names: list[str]) -> None:
-    """Every rule against a copy that reads as many models, in turns."""
+    """Every rule against a copy that reads the same number of models, in turns."""
     base, *models = (folder / n for n in ("base", "a", "b"))
     elements, *_ = (write_model(m, seed, **SIZES["0.5 B"]) for seed, m in enumerate((base, *models)))
     print(
@@ -144,7 +144,7 @@ def rules(folder: Path, repeats: int, mergekit: str | None, names: list[str]) ->
 
 
 def adapter_into(folder: Path, blocks: int) -> None:
-    """Resident memory of putting an adapter into some blocks of a model as wide as Llama 3 70B; the base is a sparse file."""
+    """Resident memory of merging an adapter into some blocks of a model as wide as Llama 3 70B; the base is a sparse file."""
     base, adapter = folder / "wide", folder / "adapter"
     size = {"hidden": 8192, "inner": 28_672, "vocab": 128_256, "layers": blocks}
     elements = write_model(base, 0, sparse=True, **size)

@@ -1,11 +1,11 @@
-"""What a step with each baseline costs against SFTTrainer's, and the bytes that it keeps for each trainable parameter.
+"""Cost of a step with each baseline against SFTTrainer's, and the bytes it keeps per trainable parameter.
 
     python tests/benchmarks/methods.py [MODEL] [--methods NAME ...] [--rounds N] [--small]
 
 MODEL is a folder or Hub id; by default the embedded SmolLM2-135M, LoRA of rank 8 on all linear layers, float32, second task;
-`--small` takes a random Llama of 8 layers and 384 channels, whose steps are so short that overhead shows. One thread, processor
-time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before the first step and
-after the last are not steps and are not in the ratio.
+`--small` uses a random Llama of 8 layers and 384 channels, whose steps are so short that overhead shows. One thread,
+processor time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before the
+first step and after the last are not steps and are not in the ratio.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def kept(thing: Any, seen: set[int], found: dict[int, int]) -> None:
 
 
 def state_bytes(trainer: Any) -> float:
-    """Bytes per trainable parameter beside AdamW's two moments."""
+    """Bytes per trainable parameter on top of AdamW's two moments."""
     found: dict[int, int] = {}
     (method,) = trainer.methods
     kept(method, set(), found)
@@ -134,7 +134,7 @@ def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], flo
 
 
 def first(name: str, path: str, folder: Path, settings: dict, common: dict, lora: Any) -> str:
-    """Folder of an adapter that learned a task with the method before."""
+    """Folder of an adapter that learned an earlier task with the method."""
     goal = folder / f"first-{name}"
     if not goal.is_dir():
         made = ContinualTrainer(

@@ -1,10 +1,10 @@
 """One step of RecAdam against torch's fused AdamW on the same parameters, and bytes of state per parameter.
 
 A step of fused AdamW moves 7 numbers per parameter (reads weight, gradient, m, v; writes weight, m, v); RecAdam must
-read the anchor as well: 8/7 = 1.14 is the least that any implementation can reach with `pull_every=1`. In bf16 AdamW
-keeps its moments in bf16 and loses what rounding takes; RecAdam computes in fp32, exactly.
+read the anchor as well: 8/7 = 1.14 is the lower bound for any implementation with `pull_every=1`. In bf16 AdamW
+keeps its moments in bf16 and loses rounding errors; RecAdam computes in fp32, exactly.
 
-Processor time of one thread, pairs of steps in turns, so that other processes of the machine count little.
+Processor time of one thread, pairs of steps in turns, so that other processes on the machine matter little.
 `python tests/benchmarks/recadam.py [ROUNDS]`
 """
 

@@ -1,8 +1,8 @@
-"""What a command takes before it does anything: CPU time of `--help` and of errors, as ratios to starting Python.
+"""Start-up cost of a command: CPU time of `--help` and of errors, as ratios to starting Python.
 
     python tests/benchmarks/startup.py
 
-Every round runs all commands once; printed are the median and the range over the rounds.
+Every round runs all commands once; prints the median and the range over the rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def seconds(command: list[str], folder: Path) -> float:
-    """CPU seconds of a process of Python."""
+    """CPU seconds of a Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True

@@ -1,4 +1,4 @@
-"""What a memory keeps: the authors' rows, balance, uniformity, and that parts and the whole keep the same."""
+"""The buffer's rows: the authors' rows, balance, uniformity, and the same rows whether filled in parts or at once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def tasks(*completions, column="completion"):
 
 
 def test_the_authors_rows():
-    """The very rows, in their order, that Recurrent-KIF's loader keeps of three tasks."""
-    learnt = tasks(*(task["classes"] for task in GOLDEN.values()))
+    """The same rows, in the same order, as Recurrent-KIF's loader keeps of three tasks."""
+    learned = tasks(*(task["classes"] for task in GOLDEN.values()))
     wanted = [(place, row) for place, task in enumerate(GOLDEN.values()) for row in task["kept"]]
-    assert len(wanted) == 60 and Memory().chosen(learnt) == wanted
-    assert Memory(share=0.02).chosen(learnt[:2]) == wanted[:40], "an old task's rows stay when a new one comes"
-    assert Memory(rows=20).chosen(learnt) == wanted
-    assert Memory(seed=43).chosen(learnt) != wanted
+    assert len(wanted) == 60 and Memory().chosen(learned) == wanted
+    assert Memory(share=0.02).chosen(learned[:2]) == wanted[:40], "an old task's rows stay when a new one comes"
+    assert Memory(rows=20).chosen(learned) == wanted
+    assert Memory(seed=43).chosen(learned) != wanted
 
 
 @settings(max_examples=200, deadline=None)
@@ -47,14 +47,14 @@ def test_classes_are_kept_evenly(labels, number, seed):
     assert sorted(ordered) == sorted(chosen)
     for n in range(len(ordered)):
         counts = Counter(labels[row] for row in ordered[:n])
-        # Every class that still has rows to give is at most one behind the largest.
+        # Every class that still has rows left is at most one row short of the largest.
         assert all(
             counts[label] >= max(counts.values(), default=0) - 1 for label in kept if counts[label] < kept[label]
         )
 
 
 def test_free_text_has_no_classes():
-    """More answers than rows to keep: a uniform sample, never more than asked for."""
+    """More answers than rows to keep: a uniform sample, never more than requested."""
     answers = [f"answer {i}" for i in range(97)] + ["answer 0"] * 3
     hits = Counter(row for seed in range(400) for row in Memory(rows=10, seed=seed).chosen(tasks(answers)))
     assert sum(hits.values()) == 400 * 10
@@ -95,9 +95,9 @@ def test_newest_first():
     assert newest_first([4, 3, 2], 9) == [4, 3, 2]
     assert newest_first([4, 3, 2], 6) == [1, 3, 2]
     assert newest_first([4, 3, 2], 1) == [0, 0, 1]
-    learnt = tasks("ab" * 10, "ab" * 10, "ab" * 10)
+    learned = tasks("ab" * 10, "ab" * 10, "ab" * 10)
     memory = Memory("newest_first", rows=6, capacity=10)
-    one, two, three = (memory.chosen(learnt[:n]) for n in (1, 2, 3))
+    one, two, three = (memory.chosen(learned[:n]) for n in (1, 2, 3))
     assert [Counter(place for place, _ in kept) for kept in (one, two, three)] == [{0: 6}, {0: 4, 1: 6}, {1: 4, 2: 6}]
     assert {pair for pair in two if pair[0] == 0} < set(one), "rows that left do not come back"
     assert {pair for pair in three if pair[0] == 1} < {pair for pair in two if pair[0] == 1}
@@ -108,16 +108,16 @@ def test_newest_first():
 
 
 @pytest.mark.parametrize("policy", ["reservoir", "newest_first", "class_balanced"])
-def test_another_run_goes_on_with_what_was_kept(policy):
-    learnt = tasks("abc" * 10, "de" * 9, "f" * 12)
+def test_another_run_continues_with_what_was_kept(policy):
+    learned = tasks("abc" * 10, "de" * 9, "f" * 12)
     options = {"reservoir": {"capacity": 8}, "newest_first": {"capacity": 8, "rows": 5}, "class_balanced": {"rows": 5}}
     memory = Memory(policy, **options[policy])
-    handed_on = memory.records(learnt[:2], {"t0": "a.jsonl"})
+    handed_on = memory.records(learned[:2], {"t0": "a.jsonl"})
     later = Memory(policy, **options[policy], start=handed_on)
-    together = later.records(learnt[2:])
-    assert later.seen(learnt[2:]) == 60 == together[0]["memory_seen"]
+    together = later.records(learned[2:])
+    assert later.seen(learned[2:]) == 60 == together[0]["memory_seen"]
     if policy == "reservoir":
-        at_once = memory.records(learnt)
+        at_once = memory.records(learned)
         assert [(r["memory_task"], r["memory_row"]) for r in together] == [
             (r["memory_task"], r["memory_row"]) for r in at_once
         ]
@@ -125,14 +125,14 @@ def test_another_run_goes_on_with_what_was_kept(policy):
     if policy != "reservoir":
         assert kept == ({"t1": 3, "t2": 5} if policy == "newest_first" else {"t0": 5, "t1": 5, "t2": 5})
     for row in together:
-        task = learnt[int(row["memory_task"][1])]
+        task = learned[int(row["memory_task"][1])]
         assert row["completion"] == task.train[row["memory_row"]]["completion"]
         assert row["memory_source"] == ("a.jsonl" if row["memory_task"] == "t0" else None)
 
 
 def test_kept_rows_are_a_dataset_with_their_origin():
-    learnt = tasks("ab" * 5, "cd" * 5)
-    kept = Memory(rows=2).kept(learnt, {"t0": "x.jsonl"})
+    learned = tasks("ab" * 5, "cd" * 5)
+    kept = Memory(rows=2).kept(learned, {"t0": "x.jsonl"})
     assert set(kept.column_names) == {"prompt", "completion", *ORIGIN} and len(kept) == 4
     assert kept["memory_task"][:] == ["t0", "t0", "t1", "t1"] and set(kept["memory_seen"]) == {20}
     for row in kept:
@@ -159,7 +159,7 @@ def test_classes_by_another_column():
         ({"share": 1.5}, "share must lie in"),
         ({"rows": 0}, "must be at least 1"),
         ({"policy": "reservoir", "capacity": 0}, "must be at least 1"),
-        ({"start": [{"prompt": "x"}]}, "has no 'memory_task': no memory kept it"),
+        ({"start": [{"prompt": "x"}]}, "has no 'memory_task': it was not written by a buffer"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
@@ -170,5 +170,5 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_a_reservoir_cannot_grow():
     start = Memory("reservoir", capacity=4).records(tasks("ab" * 5))
     for capacity in (3, 5):
-        with pytest.raises(ValueError, match="start holds 4 of the 10 rows that were seen, which cannot go on"):
+        with pytest.raises(ValueError, match="start holds 4 of the 10 rows that were seen, which cannot be continued"):
             Memory("reservoir", capacity=capacity, start=start)

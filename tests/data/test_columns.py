@@ -40,13 +40,13 @@ def test_columns_are_mapped():
     classes = Dataset.from_list([{"text": "t", "label": 1}], features=features)
     assert map_columns(classes, {"prompt": "text", "completion": " {label}"})[0]["completion"] == " yes"
     with pytest.raises(
-        ValueError, match=r"made of the column 'titel', which the rows do not have. Did you mean 'title'\?"
+        ValueError, match=r"made from the column 'titel', which the rows do not have. Did you mean 'title'\?"
     ):
         map_columns(NEWS, {"prompt": "titel"})
     with pytest.raises(ValueError, match="column 'label' holds the class 1, and labels names 1 classes"):
         map_columns(NEWS, {"completion": "{label}"}, ["World"])
     with pytest.raises(
-        ValueError, match=r"scoring needs the column 'prompts'.* Is it 'prompt'\? Then say columns: {prompts: prompt}"
+        ValueError, match=r"scoring needs the column 'prompts'.* Is it 'prompt'\? Then write columns: {prompts: prompt}"
     ):
         check_columns(toy.rows("prompt_completion"), ["prompts"], "scoring")
 
@@ -83,7 +83,7 @@ def test_standard_and_long_sequences():
         assert entry["train"].count("/") == 1 and entry["columns"]["prompt"].endswith(":") and len(entry["labels"]) >= 2
         row = dict.fromkeys(["text", "title", "content", "sentence", "label", "topic"], "x")
         assert entry["columns"]["completion"].strip(" {}") in row
-    with pytest.raises(ValueError, match="standard: order=4 is none of the papers' orders 1, 2, 3"):
+    with pytest.raises(ValueError, match="standard: order=4 is not one of the papers' orders 1, 2, 3"):
         standard(4)
 
 
@@ -122,10 +122,10 @@ def test_trace_folders(tmp_path):
     )[0]
     (tmp_path / "FOMC" / "test.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match="FOMC/test.json does not exist; the folder .* holds C-STANCE, FOMC, mine"
+        FileNotFoundError, match="FOMC/test.json does not exist; the folder .* contains C-STANCE, FOMC, mine"
     ):
         trace(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="holds no task"):
+    with pytest.raises(FileNotFoundError, match="contains no task"):
         BENCHMARKS["trace"](str(tmp_path / "mine"))
 
 

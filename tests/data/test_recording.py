@@ -1,4 +1,4 @@
-"""Values per token: one pass that resumes where it was killed, of any shape and type, read row by row."""
+"""Values per token: one pass that resumes where it was killed, of any shape and dtype, read row by row."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_interrupted_it_resumes(tmp_path, end, at):
 @pytest.mark.parametrize(
     "damage", [b"", b"{}", b"\xff" * 200, b'{"dtype": "nonsense", "shape": []}'.ljust(HEAD) + b"x" * 80]
 )
-def test_a_damaged_beginning_is_begun_again(tmp_path, damage):
+def test_a_damaged_beginning_is_started_again(tmp_path, damage):
     (tmp_path / "x.0.1.spill.part").write_bytes(damage)
     made = record(tmp_path / "x.safetensors", {}, ROWS, value)
     assert all(torch.equal(made.row(i, len(ids)), value(ids)) for i, ids in enumerate(ROWS))

@@ -1,4 +1,4 @@
-"""The arithmetic of replay: shares, slots, coverage and resume, without tensors."""
+"""The arithmetic of replay: ratios, slots, coverage and resume, without tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_two_sources_share_the_mix():
         owed_per_token([0.5, 0.5])
 
 
-def test_rows_beside_a_fixed_source_count_as_given():
+def test_rows_next_to_a_fixed_source_count_as_given():
     drawing = draw([10], ratio=0.5)
     assert len(drawing.draw(0, 20, fixed_tokens=20)) in (3, 4)
 

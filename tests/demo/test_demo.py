@@ -1,4 +1,4 @@
-"""The demo end to end on a tiny model, killed and resumed, and the sentences of the embedded model."""
+"""The demo end to end on a tiny model, killed and resumed, and the errors of the embedded model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny(tmp_path):
 
 @pytest.mark.slow
 def test_end_to_end_and_resumed(tiny, tmp_path, capsys):
-    """One arm is killed in its second task; the demo goes on, and the matrices are whole."""
+    """One arm is killed in its second task; the demo resumes, and the matrices are complete."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "settings.json").write_text(json.dumps(Settings(model=tiny, out=str(out), **SMALL).__dict__))
@@ -62,7 +62,7 @@ def test_end_to_end_and_resumed(tiny, tmp_path, capsys):
     assert (out / "continual" / "model" / "model.safetensors").is_file()
     assert not list(out.rglob("*.partial"))
     shown = capsys.readouterr().out
-    assert "what became of the old" in shown and "loaded again with AutoModelForCausalLM" in shown
+    assert "forgetting, side by side" in shown and "loaded again with AutoModelForCausalLM" in shown
     assert main(model=tiny, out=out, **SMALL)["continual"]["matrix"] == summary["continual"]["matrix"]
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         main(model=tiny, out=out, seed=1, **SMALL)

@@ -1,4 +1,4 @@
-"""Where files cannot be written: what is said, that nothing is lost, and that what is said works."""
+"""Files that cannot be written: the error, that nothing is lost, and that the error's advice works."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sizes():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of a given number of kB, where this user may mount one."""
+    """A disk of a given number of kB, if this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -102,7 +102,7 @@ def test_a_full_disk_while_checkpoints_are_written(tmp_path, small_disk, kilobyt
 
     straight = build(tmp_path / "straight")
     straight.train()
-    told = r"could not be written: the disk is full .* are free there.*(checkpoint-\d is whole|No checkpoint is whole)"
+    told = r"could not be written: the disk is full .* are free there.*(checkpoint-\d is complete|No checkpoint is complete)"
     with pytest.raises(CannotWrite, match=told) as found:
         build(disk / "run").train()
     grow(disk)
@@ -116,7 +116,7 @@ def test_a_full_disk_while_checkpoints_are_written(tmp_path, small_disk, kilobyt
 def test_a_full_disk_while_a_plan_runs(tmp_path, small_disk, kilobytes):
     plan = plans.make(tmp_path, methods=[{"replay": {"rows": "earlier_tasks", "ratio": 0.3}}])
     disk = small_disk(kilobytes)
-    with pytest.raises(CannotWrite, match="the disk is full.*What is finished stays in .*the same command resumes"):
+    with pytest.raises(CannotWrite, match="the disk is full.*Finished work stays in .*the same command resumes"):
         train_stream(plan, output_dir=str(disk / "o"))
     grow(disk)
     assert train_stream(plan, output_dir=str(disk / "o"))

@@ -1,6 +1,6 @@
-"""Method x way of training x weights, each trained: `python -m tests.distributed.cells MODE FOLDER CELLS` under torchrun.
+"""Method x mode x weights, each trained: `python -m tests.distributed.cells MODE FOLDER CELLS` under torchrun.
 
-A cell is ``method:weights``. Process 0 writes ``FOLDER/MODE.pt``: what each cell came to, straight and resumed.
+A cell is ``method:weights``. Process 0 writes ``FOLDER/MODE.pt``: the result of each cell, straight and resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if MODE not in ("one process", "DDP"):
 if MODE.startswith("ZeRO"):
     import deepspeed
 
-    # Else it is compiled at its first use, for minutes; gloo does without.
+    # Otherwise it is compiled at first use, for minutes; gloo does not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 import datasets
@@ -31,7 +31,7 @@ from hf_continual.methods.table import TABLE
 from tests import toy
 from tests.methods import covering
 
-# They do something where a task was learnt before, and train its weights further.
+# They only act after an earlier task, and train its weights further.
 FURTHER = tuple(n for n in TABLE if getattr(covering.module(n), "NEEDS_PREDECESSOR", False))
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 FSDP = {
@@ -62,7 +62,7 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 def method(kind: str, folder: Path) -> Any:
-    """A method of a kind, fresh: that of its test file, where none fits better here."""
+    """A fresh method of a kind: the example of its test file, unless overridden here."""
     old = {"seed": 9, "low": 30, "high": 59}
     made = {
         "replay": lambda: Replay(toy.rows(**old), ratio=0.3, weight=0.7),
@@ -81,7 +81,7 @@ def adapter() -> LoraConfig:
 
 
 def base(folder: Path) -> Path:
-    """The base model on the disk, made once before any process starts."""
+    """The base model on disk, made once before any process starts."""
     if not (folder / "base").is_dir():
         toy.model(**WIDE).save_pretrained(folder / "base")
         for kind, weights in (*((k, w) for k in FURTHER for w in ("full", "LoRA")), ("o_lora", "LoRA")):
@@ -108,7 +108,7 @@ def build(folder: Path, mode: str, kind: str, weights: str, name: str, start: st
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantised, dtype=torch.float32)
         for module in model.modules():
-            # On processors with bf16 arithmetic an evaluation repacks the weights, and training goes on in bf16.
+            # On processors with bf16 arithmetic an evaluation repacks the weights, and training continues in bf16.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     # A predecessor's adapter is trained further, and built on by O-LoRA.
@@ -121,7 +121,7 @@ def build(folder: Path, mode: str, kind: str, weights: str, name: str, start: st
 
 
 def trained(trainer: Any) -> torch.Tensor:
-    """All trainable weights, whole, in the order of their names."""
+    """All trainable weights, unsharded, in the order of their names."""
     parts = []
     for _, p in sorted(trainer.run.named_parameters().items()):
         if isinstance(p, DTensor):
@@ -135,7 +135,7 @@ def trained(trainer: Any) -> torch.Tensor:
 
 
 def outcome(folder: Path, mode: str, cell: str) -> dict[str, Any]:
-    """Train a cell, straight and resumed; or the sentence it is refused with, and whether that was at construction."""
+    """Train a cell, straight and resumed; or the error it is refused with, and whether that was at construction."""
     kind, _, weights = cell.partition(":")
     name, built = cell.replace(":", "-").replace(" ", "-"), False
     try:
@@ -169,4 +169,4 @@ if __name__ == "__main__":
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(results, place / f"{MODE}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit beside them may abort
+        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit while they run may abort

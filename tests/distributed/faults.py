@@ -1,6 +1,6 @@
-"""What goes wrong in one of two processes: `python -m tests.distributed.faults rows|raises|killed|stopped FOLDER` under torchrun.
+"""Faults in one of two processes: `python -m tests.distributed.faults rows|raises|killed|stopped FOLDER` under torchrun.
 
-``straight`` is the run that nothing happens to; ``stopped`` is told to stop, and the next time resumes.
+``straight`` is the undisturbed run; ``stopped`` is asked to stop, and resumes the next time.
 """
 
 from __future__ import annotations

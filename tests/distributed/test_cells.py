@@ -1,4 +1,4 @@
-"""Two processes are one with twice the accumulation, for every method, way of training and kind of weights."""
+"""Two processes match one with twice the accumulation, for every method, mode and kind of weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.distributed import cells
 from tests.methods import covering
 
 ROOT = Path(__file__).parents[2]
-# In `make test`: each method, each way of training and each kind of weights, in few processes.
+# In `make test`: each method, each mode and each kind of weights, in few processes.
 CHOSEN = {
     "DDP": ["o_lora:LoRA", "recadam:4-bit LoRA"],
     "FSDP2": ["ewc:LoRA", "kif:full"],
@@ -84,7 +84,8 @@ def equal_one_process(world, mode, names):
         assert "error" not in got and "resume_error" not in got, (mode, name, got)
         far = (one["weights"] - got["weights"]).abs()
         if "4-bit" in name:
-            # The adapter is bfloat16 there: sums in another order move its last digit; ZeRO keeps it in float32 besides.
+            # The adapter is bfloat16 there: sums in a different order change its last digit; ZeRO also keeps it in
+            # float32.
             assert far.max() <= 2e-3 and far.mean() < 2e-4, (mode, name, far.max(), far.mean())
         else:
             # KIF puts an element on one side or the other, and Adam's first steps divide by gradients near zero.
@@ -93,7 +94,7 @@ def equal_one_process(world, mode, names):
         assert got["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert got["states"].keys() == one["states"].keys()
         for key, tensor in one["states"].items():
-            # bfloat16 gradients under 4 bits are summed in another order, and squared.
+            # bfloat16 gradients on a 4-bit base are summed in a different order, and squared.
             share = 0.05 if "4-bit" in name else 1e-3
             torch.testing.assert_close(got["states"][key], tensor, rtol=share, atol=share * float(tensor.abs().max()))
 
@@ -121,7 +122,7 @@ def test_the_choice_holds_every_method_way_and_kind_of_weights():
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_what_the_table_refuses_is_refused_with_a_way_out(kind, world, monkeypatch):
-    """At construction, in each way of training; what it does not refuse is built."""
+    """Refused at construction, in each mode; everything else is built."""
     weights = "LoRA" if covering.adapters_only([kind]) else "full"
     for mode in ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"):
         monkeypatch.setattr(parallelism, "mode_of", lambda trainer, mode=mode: mode)
@@ -133,7 +134,7 @@ def test_what_the_table_refuses_is_refused_with_a_way_out(kind, world, monkeypat
 
 
 class Editing(Method):
-    """A method of somebody's own."""
+    """A user-defined method."""
 
     name = "editing"
 
@@ -154,7 +155,7 @@ def test_methods_of_ones_own_are_refused_by_what_they_do():
     assert "DeepSpeed does both inside its engine" in refusal(Editing(), "ZeRO-1")[0]
     assert "fsdp_version: 2" in refusal(Editing(), "FSDP1")[1]
     assert refusal(Editing(), "FSDP2") is refusal(Editing(), "DDP") is refusal(Reading(), "ZeRO-2") is None
-    assert "ZeRO-3 has spread them" in refusal(Reading(), "ZeRO-3")[0]
+    assert "ZeRO-3 has sharded them" in refusal(Reading(), "ZeRO-3")[0]
 
 
 def test_the_readme_has_the_table():
@@ -173,17 +174,17 @@ def test_the_readme_has_the_table():
         ("killed", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_no_process_waits_for_ever(tmp_path, what, said):
-    """Different rows, an error of one process, a process that is gone: all end within a minute, saying what was first."""
+def test_no_process_waits_forever(tmp_path, what, said):
+    """Different rows, an error of one process, a process that is gone: all end within a minute, reporting the first error."""
     done = start("tests.distributed.faults", [what, str(tmp_path)], timeout=60)
     assert done.returncode != 0 and said in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
 
 
 def test_told_to_stop_all_save_at_the_same_step(tmp_path):
-    """The signal reaches one process; the other hears of it a step later."""
+    """The signal reaches one process; the other learns of it a step later."""
     for what, code in (("straight", 0), ("stopped", 1), ("stopped", 0)):
         done = start("tests.distributed.faults", [what, str(tmp_path / what)], timeout=120)
-        assert done.returncode == code, (done.stdout + done.stderr)[-3000:]  # torchrun has no exit code but 1
+        assert done.returncode == code, (done.stdout + done.stderr)[-3000:]  # torchrun's only exit code is 1
     assert (tmp_path / "stopped" / "stopped-1").read_text() == "75 Stopped by SIGTERM at step 4 of 8."
     told = (tmp_path / "stopped" / "stopped-0").read_text()
     assert told == "75 Stopped by another process of the run at step 4 of 8."

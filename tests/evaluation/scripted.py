@@ -92,7 +92,7 @@ def scripted(
 
     Args:
         size: Of the vocabulary.
-        otherwise: What it says wherever it has learned nothing.
+        otherwise: What it answers where it has learned nothing.
         learned: Token ids and labels of each sequence; only what has a label is learned.
         cached: Whether it has a cache of keys.
 

@@ -1,4 +1,4 @@
-"""Chat templates as real models have them, each on a small tokenizer with that model's special tokens.
+"""Chat templates of real models, each on a small tokenizer with that model's special tokens.
 
 Templates that TRL brings are read from it; the others are typed, reduced to user and assistant.
 """
@@ -54,7 +54,7 @@ class Family:
         stops: What the generation config names as ends.
         bos: The tokenizer's first token.
         plain: Added tokens that are not special.
-        end: The token with which the template ends a turn; None where it does so with plain text.
+        end: The token with which the template ends a turn; None if it does so with plain text.
     """
 
     template: str
@@ -118,7 +118,7 @@ def _pieces() -> str:
 
 
 def tokenizer(name: str, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, which puts a first token before texts or not."""
+    """The tokenizer of a family, with or without a first token before texts."""
     family = FAMILIES[name]
     words = Tokenizer.from_str(_pieces())
     words.add_special_tokens([AddedToken(t, special=True) for t in (family.bos, family.eos, *family.special) if t])

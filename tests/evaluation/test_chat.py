@@ -1,4 +1,4 @@
-"""Conversations as test rows: calls of tools, thoughts, every assistant turn, prompts beside predictions, plans."""
+"""Conversations as test rows: tool calls, thoughts, every assistant turn, prompts next to predictions, plans."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_another_tool_with_the_same_arguments_is_wrong(name):
 
 
 def test_thoughts_are_not_part_of_the_answer_that_is_compared(caplog):
-    """Another thought before the right answer is right; by exact match it is not, and that is said."""
+    """Another thought before the right answer is right; by exact match it is not, and a message says so."""
     made, rows, _ = cell("qwen3", "thoughts")
     other = json.loads(json.dumps(ROWS["thoughts"]))
     for row in other:
@@ -133,7 +133,7 @@ def test_thoughts_are_not_part_of_the_answer_that_is_compared(caplog):
     assert "come with thoughts" not in caplog.text
     with caplog.at_level(logging.WARNING):
         assert teacher_forced(model, made, rows).right == [False, False]
-    assert "2 of 2 answers come with thoughts, and exact match asks for the very same thoughts" in caplog.text
+    assert "2 of 2 answers come with thoughts, and exact match requires exactly the same thoughts" in caplog.text
     build_scorer({"generated": {"match": "exact", "max_new_tokens": 512}})  # the advice works
 
 
@@ -170,7 +170,7 @@ def test_every_assistant_turn():
     turns = assistant_turns(rows[0])
     assert [(t["prompt"], t["completion"]) for t in turns] == [(TALK[:1], TALK[1:2]), (TALK[:3], TALK[3:])]
     assert assistant_turns({"prompt": TALK[:1], "completion": TALK[1:]}) == turns
-    # What stands in a prompt was not learned: only the completion's turns count.
+    # The prompt's tokens were not learned: only the completion's turns count.
     assert len(assistant_turns({"prompt": TALK[:3], "completion": TALK[3:]})) == 1
     shared = [{"from": m["role"], "value": m["content"]} for m in TALK]
     assert len(assistant_turns({"conversations": shared})) == 2
@@ -203,7 +203,7 @@ def test_the_prompt_to_read():
     assert called == 'user: 1 + 2 ?\nassistant: {"name": "sum", "arguments": {"a": 1, "b": 2}}\ntool: 3'
     long = prompt_text({"prompt": "a" * 1000 + "b" * 4000})
     assert long == "a" * 500 + " [3,000 characters left out] " + "b" * 1500
-    # The hash is of what was asked, whatever the answer.
+    # The hash depends only on the prompt, not on the answer.
     asked = {"messages": [*TALK[:3], say("assistant", "red")]}
     assert prompt_hash({"messages": TALK}) == prompt_hash(asked) == prompt_hash({"prompt": TALK[:3]})
 
@@ -238,7 +238,7 @@ def plan_of(folder, rows, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
 def test_a_plan_of_conversations(tmp_path, form):
-    """Words, a tool's call and its answer are learned, scored turn by turn, and told with their prompts."""
+    """Words, a tool's call and its answer are learned, scored turn by turn, and reported with their prompts."""
     short = [{"type": "function", "function": {"name": "w51"}}]
     talks = [([say("user", "w10 w11")], CALLED), (TOY[:1], TOY[1:])]
     pairs = [{"prompt": p, "completion": c} if form != "messages" else {"messages": p + c} for p, c in talks]
@@ -269,7 +269,7 @@ def test_conversations_by_from_and_value_are_trained_and_scored(tmp_path):
     ("rows", "said"),
     [
         ([{"messages": TALK}, {"messages": TALK[:3]}], r"row 2 of the rows to score: .*ends with role 'user'"),
-        ([{"messages": TALK}, {"messages": [say("human", "q"), say("gpt", "a")]}], r"row 2 .*write these for 'human' and 'gpt'"),
+        ([{"messages": TALK}, {"messages": [say("human", "q"), say("gpt", "a")]}], r"row 2 .*use these instead of 'human' and 'gpt'"),
         ([{"prompt": TALK[:1], "completion": TALK[1:]}], r"row 1 of the rows to score: a completion of 3 messages .*turns: all"),
     ],
 )  # fmt: skip
@@ -285,7 +285,7 @@ def test_rows_without_an_answer_are_met_before_a_model_is_loaded(tmp_path, rows,
 def test_a_tokenizer_without_a_template_is_met_before_a_model_is_loaded(tmp_path):
     plan = plan_of(tmp_path, [{"messages": TALK}], evaluation={})
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    with pytest.raises(PlanError, match="conversations and the tokenizer has no chat template"):
+    with pytest.raises(PlanError, match="conversations, but the tokenizer has no chat template"):
         prepare(*read_plan(plan))
     tokenizer("qwen2.5").save_pretrained(tmp_path / "chat")
     plan["model"] = {"path": plan["model"], "tokenizer": str(tmp_path / "chat")}
@@ -308,7 +308,7 @@ def test_tools_go_along_with_replayed_rows(tmp_path):
     told = Dataset.from_list([{"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}])
     stream = TaskStream([Task("a", train=told), Task("b", train=second), Task("c", train=third)])
     with pytest.raises(
-        ValueError, match="the earlier task 'b' have no chat_template_kwargs, and those of another have"
+        ValueError, match="the earlier task 'b' have no chat_template_kwargs, but those of another have"
     ):
         with_earlier(asked, stream[2], stream, None)
 
@@ -316,7 +316,7 @@ def test_tools_go_along_with_replayed_rows(tmp_path):
 @pytest.mark.parametrize("change", [cut_prompts, without_options])
 def test_prompts_of_messages_are_not_cut_as_text(change):
     rows = Dataset.from_list([{"prompt": TALK[:1], "completion": TALK[1:2]}])
-    with pytest.raises(ValueError, match="shortens prompts that are text, and these are lists of messages"):
+    with pytest.raises(ValueError, match="shortens text prompts, and these are lists of messages"):
         change(rows, 5, None) if change is cut_prompts else change(rows)
 
 

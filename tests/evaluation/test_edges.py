@@ -1,4 +1,4 @@
-"""Edges of scoring: no rows, empty answers, too long, cut, not numbers, labels that cannot be told apart."""
+"""Edges of scoring: no rows, empty answers, rows that are too long or cut, NaN, labels that cannot be told apart."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_rows_are_no_measurement(made):
 def test_rows_that_cannot_be_scored_are_counted(made, caplog):
     model = scripted(len(made), 0)
     with pytest.raises(
-        ValueError, match=r"the prompt '' has no token before the answer.*row 1, and 2 of 3 rows in all"
+        ValueError, match=r"the prompt '' has no tokens before the answer.*row 1, and 2 of 3 rows in all"
     ):
         teacher_forced(model, made, rows_of([("a", " b"), ("", " b"), ("", " c")]))
     with pytest.raises(ValueError, match="all 2 rows have an empty answer"):
@@ -74,7 +74,7 @@ def test_rows_that_cannot_be_scored_are_counted(made, caplog):
         ({"prompt": said, "completion": [*answer, *said, *answer]}, "a completion of 3 messages is not one answer"),
         ({"messages": said}, "this row has 1 and ends with role 'user'"),
         ({"messages": [*said, *answer, *said]}, "this row has 3 and ends with role 'user'"),
-        ({"text": "a"}, "needs 'prompt' and 'completion', this one has ..text'."),
+        ({"text": "a"}, "needs 'prompt' and 'completion', but this one has ..text'."),
     ):
         with pytest.raises(ValueError, match=message):
             teacher_forced(model, made, [row])
@@ -116,7 +116,7 @@ def test_stop_strings(made, caplog):
     assert "1 of 3 answers contain a stop string before their end" in caplog.text
     named = generated(model, made, rows, match="exact", stop=["<|end_of_text|>"])
     assert named.right == [True] * 3  # a stop string that is a token
-    with pytest.raises(ValueError, match="stop holds an empty string"):
+    with pytest.raises(ValueError, match="stop contains an empty string"):
         generated(model, made, rows, stop=["\n", ""])
 
 
@@ -142,9 +142,9 @@ def test_labels_that_cannot_be_chosen_are_refused(made):
     model = learned(made, rows)
     given = label_likelihood(model, made, rows, [" red", " blue", " blue red", " blue red green"])
     assert given.right == [True] * 3
-    with pytest.raises(ValueError, match="' blue red' is none of the labels"):
+    with pytest.raises(ValueError, match="' blue red' is not one of the labels"):
         label_likelihood(model, made, rows, [" red", " blue"])
-    with pytest.raises(ValueError, match="labels=' blue' is one text"):
+    with pytest.raises(ValueError, match="labels=' blue' is a single text"):
         label_likelihood(model, made, rows, " blue")
     spoken = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in ("b", "b ")
@@ -160,12 +160,12 @@ def test_rows_longer_than_the_model(made, caplog):
     rows = rows_of([("w1 " * 20, " w2")])
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=64, n_positions=16))
     with pytest.raises(
-        ValueError, match="1 of 1 rows take up to 22 tokens with their answer, and the model has 16 positions"
+        ValueError, match="1 of 1 rows take up to 22 tokens with their answer, but the model has 16 positions"
     ):
         teacher_forced(model, toy.tokenizer(), rows)
     with caplog.at_level(logging.WARNING):
         teacher_forced(toy.model(max_position_embeddings=16), toy.tokenizer(), rows)
-    assert "it was not made for so long a text" in caplog.text
+    assert "it was not made for texts of this length" in caplog.text
     fits = rows_of([("w1 " * 14, " w2")])
     generated(model, toy.tokenizer(), fits, max_new_tokens=50)  # as far as the table goes
 
@@ -214,7 +214,7 @@ def test_ends_come_from_everywhere():
     unknown.unk_token = "w0"
     assert (
         unknown.unk_token_id not in added_tokens(unknown).special
-    )  # a word the tokenizer does not know is not nothing
+    )  # a word that the tokenizer does not know is not empty
 
 
 def test_own_words_have_no_special_tokens():

@@ -149,9 +149,9 @@ def test_conversations_are_scored():
     assert tokenizer.decode(prompt) == "<user> w1 w2 <assistant>" and tokenizer.decode(answer) == "w3 w4 <eos>"
     scored = teacher_forced(toy.model(), tokenizer, Dataset.from_list([row]))
     assert scored.rows[0].reference == "w3 w4"
-    with pytest.raises(ValueError, match="needs 'prompt' and 'completion', this one has .'text'"):
+    with pytest.raises(ValueError, match="needs 'prompt' and 'completion', but this one has .'text'"):
         encode({"text": "x"}, tokenizer)
-    with pytest.raises(ValueError, match="no token before the answer"):
+    with pytest.raises(ValueError, match="no tokens before the answer"):
         encode({"prompt": "", "completion": "w1"}, tokenizer)
 
 

@@ -86,7 +86,7 @@ def test_labels():
     assert [r.prediction for r in scored.rows] == best and scored.protocol == "most likely of 3 labels, by sum"
     tokens = label_likelihood(model, toy.tokenizer(), Dataset.from_list(rows), LABELS, "tokens")
     assert {r.prediction for r in tokens.rows} <= set(LABELS)
-    with pytest.raises(ValueError, match="' w3' is none of the labels"):
+    with pytest.raises(ValueError, match="' w3' is not one of the labels"):
         label_likelihood(model, toy.tokenizer(), Dataset.from_list(rows), [" w4 w5 w6"])
     with pytest.raises(ValueError, match="normalise='words' must be one of"):
         label_likelihood(model, toy.tokenizer(), Dataset.from_list(rows), LABELS, "words")  # type: ignore[arg-type]

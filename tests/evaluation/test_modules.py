@@ -31,5 +31,7 @@ def test_matches():
 
 
 def test_unknown_modules():
-    with pytest.raises(ValueError, match="unknown metric module 'bleu'; known are answer_match, continual_learning"):
+    with pytest.raises(
+        ValueError, match="unknown metric module 'bleu'; the modules are answer_match, continual_learning"
+    ):
         module_path("bleu")

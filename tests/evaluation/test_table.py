@@ -1,4 +1,4 @@
-"""Scorers and rules of matching by name, and functions of one's own."""
+"""Scorers and rules of matching by name, and custom functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests import toy
 
 
 def lengths(model, tokenizer, rows):
-    """A scorer of one's own: a number per row."""
+    """A custom scorer: a number per row."""
     return [len(row["completion"]) for row in rows]
 
 
 def shout(prediction, reference):
-    """A rule of one's own."""
+    """A custom rule."""
     return float(prediction.upper() == reference.upper())
 
 
@@ -48,7 +48,7 @@ def test_functions_of_ones_own():
     assert find_match("tests.evaluation.test_table:shout")("a", "A") == 1
     with pytest.raises(ValueError, match="returned 1 scores for 3 rows"):
         build_scorer(lambda model, tokenizer, rows: [1.0])(None, None, rows)
-    with pytest.raises(TypeError, match="returned str; a scorer returns Scored, or one number per row"):
+    with pytest.raises(TypeError, match="returned str; a scorer must return Scored, or one number per row"):
         build_scorer(lambda model, tokenizer, rows: "good")(None, None, rows)
 
 
@@ -64,7 +64,7 @@ def test_descriptions_are_checked():
         build_scorer({"generated": {"match": "rouge3"}})
     with pytest.raises(ValueError, match="'nowhere:f' cannot be imported"):
         build_scorer("nowhere:f")
-    with pytest.raises(TypeError, match="a metric is a name, or a mapping of one name to its options"):
+    with pytest.raises(TypeError, match="a metric must be a name, or a mapping of one name to its options"):
         build_scorer({"generated": {}, "exact_match": {}})
     assert columns_of("exact_match") == ("prompt", "completion") and columns_of("a:b") == columns_of("lm_eval") == ()
 

@@ -1,6 +1,6 @@
 """Scoring on real chat templates against SFTTrainer's tokens, `model.generate` and plain decoding.
 
-Models are scripted: what SFTTrainer would have trained is what they say, token by token, and nothing else.
+Models are scripted: they answer exactly what SFTTrainer would have trained, token by token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests import toy
 from tests.evaluation.scripted import scripted
 from tests.evaluation.templates import FAMILIES, tokenizer
 
-# Answers of which one begins another, so that only an end tells them apart.
+# Answers of which one is a prefix of another, so that only an end tells them apart.
 PAIRS = [("what colour is the sky ?", "blue red"), ("and the grass ?", "blue"), ("the sea, then ?", "blue red green")]
 KINDS = ["text", "conversation", "messages", "from_value", "turns", "rendered"]
 
@@ -169,7 +169,7 @@ def test_the_template_ends_turns_as_it_is_known_to(name):
     frame = frame_of(rows[0], made, end_tokens(None, made), added_tokens(made))
     assert frame.end == (None if end is None else made.convert_tokens_to_ids(end))
     prompt, answer = encode(rows[0], made)
-    assert made.bos_token_id is None or prompt.count(made.bos_token_id) <= 1  # the template's, and no second
+    assert made.bos_token_id is None or prompt.count(made.bos_token_id) <= 1  # the template's, and no second one
     assert answer[-1] == frame.end or made.decode(answer).endswith("<|im_end|>\n")
 
 

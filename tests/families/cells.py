@@ -87,7 +87,7 @@ def replay(kind: str, folder: Path) -> None:
 
 
 def gere(kind: str, folder: Path) -> None:
-    """What is compared is what the head reads, and at the first step it is what was recorded."""
+    """The compared states are those the head reads, and at the first step they are the recorded ones."""
     method = GeRe(toy.rows(seed=5), per_batch=1, num_samples=6, dead_band=1e-4, cache_dir=str(folder / "cache"))
     trainer = train(kind, method, folder)
     assert logged(trainer, "gere/violations")[0] == 0
@@ -108,7 +108,7 @@ def freeze(kind: str, folder: Path) -> None:
     """The frozen set is exact, and every other gradient is the one that the plain model has."""
     train(kind, FreezeLayers(bottom=1), folder)
     model = build(kind)
-    for p in model.parameters():  # factors that begin at zero would hide what lies behind them
+    for p in model.parameters():  # factors that start at zero would hide the layers before them
         if p.dim() > 1 and not p.any():
             nn.init.normal_(p, std=0.05)
     plain, names = deepcopy(model), {id(p): name for name, p in model.named_parameters()}
@@ -134,7 +134,7 @@ def freeze(kind: str, folder: Path) -> None:
 
 
 def freeze_lora(kind: str, folder: Path) -> None:
-    """No adapter lies below, each above is trained."""
+    """No adapter is below, each above is trained."""
     targets = TARGETS[kind][0] if kind in TARGETS else "all-linear"
     trainer = train(
         kind, FreezeLayers(bottom=1), folder, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
@@ -153,7 +153,7 @@ def recadam(kind: str, folder: Path) -> None:
 
 
 def kif(kind: str, folder: Path) -> None:
-    """Rounds of a step on the task and a step on memory, fused."""
+    """Rounds of a step on the task and a step on the buffer, fused."""
     memory = toy.rows(seed=5, number=8, low=30, high=60)
     trainer = train(kind, KIF(memory, inner_steps=1, outer_steps=1), folder)
     assert len(logged(trainer, "kif/memory_loss")) == 2
@@ -177,10 +177,10 @@ def run(kind: str, method: str) -> str:
         method: A key of `CELLS`.
 
     Returns:
-        What the cell came to, one of the answers of `outcome`.
+        The cell's result, one of the answers of `outcome`.
 
     Raises:
-        AssertionError: If a check fails, or an error says something else than it should.
+        AssertionError: If a check fails, or an error has the wrong message.
     """
     should = outcome(kind, method)
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,6 @@
 """Tiny random models of many families: the rows of the families table.
 
-Each entry is a model type of transformers with the changes that make its configuration tiny. Where a family mixes
+Each entry is a model type of transformers with the changes that make its configuration tiny. If a family mixes
 kinds of layers (attention and state space, dense and experts), the tiny model holds both kinds.
 """
 
@@ -157,7 +157,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 KINDS = (*TEXT, *TOWERS, *ENCODERS)
 
-# What runs between the ids and the first block, where it is not one module `embed_tokens` beside the blocks.
+# What runs between the ids and the first block, if it is not one module `embed_tokens` next to the blocks.
 EMBEDDINGS: dict[str, list[str]] = {
     "gemma3n_text": ["embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm", "altup_projections.0"],
     "gemma4_text": ["embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"],

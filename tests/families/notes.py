@@ -1,4 +1,4 @@
-"""What is particular about families in the table: settings they need, and what TRL and PEFT do with them."""
+"""Special cases of families in the table: settings they need, and what TRL and PEFT do with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 # Training arguments that a family needs, with the reason.
 _ROUTER = (
     {"router_aux_loss_coef": 0.0},
-    "needs `router_aux_loss_coef=0.0`: SFTTrainer looks for `num_experts` in the configuration, which calls it otherwise",
+    "needs `router_aux_loss_coef=0.0`: SFTTrainer looks for `num_experts` in the configuration, which uses another name",
 )
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "granitemoe": _ROUTER,
@@ -56,7 +56,7 @@ FAILS: dict[str, str] = {
 
 
 def outcome(kind: str, method: str) -> str:
-    """What a cell must come to."""
+    """The expected result of a cell."""
     if kind in REFUSED and (REFUSED[kind][1] is None or method in REFUSED[kind][1]):
         return "refused"
     return "SFTTrainer fails" if kind in FAILS else "yes"

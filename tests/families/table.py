@@ -20,12 +20,12 @@ Each cell is a tiny random model of the family that was trained for two steps on
 `python -m tests.families.table`; the names are the model types of transformers. "yes" says:
 
 - **Replay**: rows are mixed in, their tokens are counted and their loss is logged.
-- **GeRe**: the states that are compared are those that the head reads, and no unit is outside before the first step.
-- **FreezeLayers**: exactly the lowest block and all that runs between the token ids and it is frozen, and every other
-  weight has the gradient that it has without the method. With LoRA no adapter lies below and those above are trained.
+- **GeRe**: the compared states are the ones that the head reads, and no unit is outside its interval before the first step.
+- **FreezeLayers**: exactly the lowest block and everything between the token ids and it is frozen, and every other
+  weight has the gradient that it has without the method. With LoRA, no adapter lies below and those above are trained.
 - **RecAdam**, **KIF**: the weights move, and each round of KIF has the loss of its memory.
 
-Models with a vision or audio tower are trained on text alone here. Their towers stay as trainable as they were; the
+Models with a vision or audio tower are trained on text alone here. Whether their towers are trainable does not change; the
 log says how many of the trained weights only rows with images or sound can reach.
 
 """

@@ -1,4 +1,4 @@
-"""Families x methods: every cell is trained and checked, or refused with a sentence."""
+"""Families x methods: every cell is trained and checked, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COVERING = {(kind, list(CELLS)[i % len(CELLS)]) for i, kind in enumerate(KINDS)}
 EVERY = [(kind, method) for kind in KINDS for method in CELLS]
 
 
-@pytest.mark.filterwarnings("ignore")  # families warn of kernels that are not installed, and of much else
+@pytest.mark.filterwarnings("ignore")  # families warn about missing kernels, and much else
 @pytest.mark.parametrize(
     ("kind", "method"),
     [pytest.param(*cell, marks=[] if cell in COVERING else pytest.mark.exhaustive) for cell in EVERY],
@@ -39,7 +39,7 @@ def test_notes_are_of_families_in_the_table():
 
 @pytest.mark.parametrize("kind", [*TEXT, *TOWERS])
 def test_towers_are_told_from_text(kind):
-    """A tower is what lies beside the text model and is not run by text; a text model has none."""
+    """A tower is a sibling of the text model that text does not run; a text model has none."""
     model = build(kind)
     found = towers(model)
     assert bool(found) == (kind in TOWERS)
@@ -54,7 +54,7 @@ def test_towers_are_told_from_text(kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ENCODERS and k not in FAILS])
 def test_the_loss_of_the_trainer_is_the_models(kind):
-    """TRL computes the loss without the model's forward pass; where the two differ a note says so."""
+    """TRL computes the loss without the model's forward pass; if the two differ, a note says so."""
     model = build(kind).eval()
     ids = torch.arange(4, 24).view(2, 10)
     extra = {"token_type_ids": torch.zeros_like(ids)} if kind == "paligemma" else {}

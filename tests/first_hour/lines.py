@@ -1,4 +1,4 @@
-"""Wrong lines, each with the words that its error must have: where, what was met, what to do."""
+"""Wrong lines, each with the words that its error must contain: where, what was found, what to do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLANS = {
     "run plan.yaml --set model.dtype=int8": ["--set model.dtype=int8", "'int8'", "'float32'"],
     "run plan.yaml --set model.from_adapter=stak": ["--set model.from_adapter=stak", "'stack'"],
     "run plan.yaml --set model.from_adapter=stack": ["model does not hold an adapter", "Leave that out"],
-    "run plan.yaml --set model=/nowhere/m": ["--set model=/nowhere/m", "does not exist", "name its new place"],
+    "run plan.yaml --set model=/nowhere/m": ["--set model=/nowhere/m", "does not exist", "give its new path"],
     "run plan.yaml --set model=nowhere": ["--set model=nowhere", "no folder nowhere here", "Check the spelling"],
     "run plan.yaml --set model=me/nowhere": [
         "--set model=me/nowhere",
@@ -61,15 +61,15 @@ PLANS = {
     "run plan.yaml --output-dir afile": ["afile is a file", "another output_dir"],
     "run plan.yaml --set tasks.t9.train=x": ["there is no entry 't9' in tasks", "t0, t1, t2"],
     "run plan.yaml --set tasks.7.train=x": ["there is no entry '7' in tasks", "t0, t1, t2"],
-    "run plan.yaml --set seed.x=1": ["--set seed.x=1", "seed is 0 and holds no keys"],
+    "run plan.yaml --set seed.x=1": ["--set seed.x=1", "seed is 0 and has no keys"],
     "run plan.yaml --set tasks.t0.train=gone.jsonl": [
         "--set tasks.t0.train=gone.jsonl",
         "'gone.jsonl' does not exist",
         "looked in",
     ],
     "run plan.yaml --set tasks.t0.test=./gone": ["'./gone' does not exist"],
-    "run plan.yaml --set tasks.t0.train=broken.jsonl": ["broken.jsonl, line 9", "not valid JSON", "there stands"],
-    "run plan.yaml --set tasks.t0.train=empty.jsonl": ["empty.jsonl", "0 rows"],
+    "run plan.yaml --set tasks.t0.train=broken.jsonl": ["broken.jsonl, line 9", "not valid JSON", "it contains"],
+    "run plan.yaml --set tasks.t0.train=empty.jsonl": ["empty.jsonl", "has no rows"],
     "run plan.yaml --set tasks.t0.train=number.jsonl": ["number.jsonl, line 9", "3"],
     "run plan.yaml --set tasks.t0.train=null.jsonl": ["null.jsonl, line 9", "prompt"],
     "run plan.yaml --set tasks.t0.train=list.jsonl": ["list.jsonl", "an object"],
@@ -95,8 +95,8 @@ PLANS = {
     "run plan.yaml --set sft.max_length=0": ["max_length is 0", "at least 1"],
     "run plan.yaml --set sft.save_steps=0": ["save_steps is 0", "above 0"],
     "run plan.yaml --set steps=-1 --set sft.num_train_epochs=0": ["num_train_epochs is 0", "nothing would be trained"],
-    "run plan.yaml --set sft.output_dir=x": ["'output_dir' is the plan's to set"],
-    "run plan.yaml --set sft.seed=x": ["'seed' is the plan's to set"],
+    "run plan.yaml --set sft.output_dir=x": ["'output_dir' is set by the plan"],
+    "run plan.yaml --set sft.seed=x": ["'seed' is set by the plan"],
     "run plan.yaml --set sft=fast": ["'fast' (str)", "mapping"],
     "run plan.yaml --set peft=8": ["8 (int)", "mapping"],
     "run plan.yaml --set peft.rank=4": ["LoraConfig has no option 'rank'"],
@@ -124,7 +124,7 @@ PLANS = {
     "run plan.yaml --only x": ["no sweep", "'x'"],
     "run plan.yaml --set max_minutes=0": ["max_minutes", "greater than 0"],
     "run plan.yaml --set evaluation.batch_size=0": ["batch_size", "greater than or equal to 1"],
-    "run plan.yaml --set evaluation.tasks=[t9]": ["'t9' is to be evaluated but is not defined"],
+    "run plan.yaml --set evaluation.tasks=[t9]": ["'t9' should be evaluated but is not defined"],
     "run plan.yaml --set between_tasks=stack": ["between_tasks", "new_adapter"],
     "run plan.yaml --set 'between_tasks={merge: nope}'": ["between_tasks", "nope"],
     "run plan.yaml --set model=adapter --set 'between_tasks={merge: linear}'": ["between_tasks", "merge_then_new"],
@@ -183,7 +183,7 @@ TRAINING = {
 FOLDERS = {
     "score gone --test t0.jsonl": ["no folder gone here"],
     "score ./gone --test t0.jsonl": ["./gone does not exist"],
-    "score nothing --test t0.jsonl": ["nothing holds no model", "Name the folder"],
+    "score nothing --test t0.jsonl": ["nothing holds no model", "Give the folder"],
     "score model --test gone.jsonl": ["--test", "'gone.jsonl' does not exist"],
     "score model --test broken.jsonl": ["broken.jsonl, line 9"],
     "score model --test columns.jsonl": ["'prompt'"],
@@ -197,7 +197,7 @@ FOLDERS = {
     "chat model --prompt w1 --dtype int8": ["--dtype int8"],
     "push gone me/x": ["gone does not exist"],
     "push nothing me/x": ["nothing"],
-    "push run me/x": ["run holds no whole model", "task-00-a, task-01-b", "push run/task-01-b"],
+    "push run me/x": ["run does not hold a complete model", "task-00-a, task-01-b", "push run/task-01-b"],
     "demo --model nowhere": ["no folder nowhere here", "Check the spelling"],
     "card check gone": ["gone does not exist"],
     "card render nothing": ["nothing"],

@@ -1,4 +1,4 @@
-"""The README's quick start and every recipe, typed as they are written, with a tiny model in place of the real one."""
+"""The README's quick start and every recipe, typed as written, with a tiny model instead of the real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train, score, chat, --set, --json, and going on from an adapter, as they are typed."""
+"""train, score, chat, --set, --json, and starting from an adapter, as typed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_train_score_and_chat(here, capsys):
     # The same command again trains nothing; another one is refused.
     assert json.loads(ran(f"{line} --json --quiet", capsys)) == result
     code, _, err = typed.typed(line.replace("0.02", "0.03"), capsys)
-    assert code == 2 and "was begun with another plan" in err and "0.02 -> 0.03" in err
+    assert code == 2 and "was started with another plan" in err and "0.02 -> 0.03" in err
     scored = json.loads(ran("score trained --test t0.jsonl --json --predictions said.jsonl", capsys))
     assert scored["value"] == result["after"]["value"]
     for key in ("value", "interval"):
@@ -113,7 +113,7 @@ def test_set_replaces_entries_of_a_plan(here, capsys):
     assert [t["rows"] for t in run["tasks"]] == [4, 4, 4]
 
 
-def test_a_plan_goes_on_from_an_adapter(here, capsys):
+def test_a_plan_starts_from_an_adapter(here, capsys):
     first, rank = "tasks=[{name: a, train: t0.jsonl, test: t1.jsonl}]", 2
     run = json.loads(ran("run plan.yaml --dry-run --json --set model=adapter", capsys))["runs"][0]
     assert run["start"].startswith("continuing adapter adapter (r=2) on model, 0 new") and run["model"] == "model"
@@ -127,14 +127,14 @@ def test_a_plan_goes_on_from_an_adapter(here, capsys):
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == expected, name
     base = json.loads((here / "merged" / "task-00-a" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(base) == Path("merged") / "merged-base"
-    # What is loaded is what was scored.
+    # The loaded model is the scored one.
     scored = json.loads(ran("score merged --test t1.jsonl --json", capsys))
     cell = json.loads((here / "merged" / "continual_results.json").read_text())["cells"]["a"]["a"]
     assert scored["nll"]["value"] == pytest.approx(cell["nll"]["value"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["continue", "stack", "merge_then_new"])
-def test_the_trainer_goes_on_from_an_adapter(way, here, tmp_path, capsys):
+def test_the_trainer_starts_from_an_adapter(way, here, tmp_path, capsys):
     """At learning rate 0 the result acts exactly as the adapter did, in each way."""
     lora = None if way == "continue" else LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
     for tensor in (adapter := load_file(here / "adapter" / "adapter_model.safetensors")).values():
@@ -161,7 +161,7 @@ def test_the_trainer_goes_on_from_an_adapter(way, here, tmp_path, capsys):
     assert adapter
 
 
-def test_an_own_method_beside_the_plan_needs_no_paper(here, capsys):
+def test_an_own_method_next_to_the_plan_needs_no_paper(here, capsys):
     out = ran(
         "run plan.yaml --json --quiet --set output=own --set 'methods=[\"mylib:Own\"]' --set 'tasks=[{name: a, train: t0.jsonl, test: t0.jsonl}]'",
         capsys,
@@ -213,7 +213,7 @@ sys.exit(code)
     ],
 )
 def test_help_and_errors_load_nothing_that_takes_seconds(line, code, here):
-    """What makes them come at once; the seconds are measured by tests/benchmarks/startup.py."""
+    """Why they appear at once; the seconds are measured by tests/benchmarks/startup.py."""
     ran = subprocess.run(
         [sys.executable, "-c", ENDED % (HEAVY,), *line], cwd=here, capture_output=True, text=True, check=False
     )
@@ -225,3 +225,45 @@ def test_a_plan_is_read_without_torch():
     code = "import sys, hf_continual.cli, hf_continual.stream.read_plan; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert hf_continual.__version__
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "run", "score", "chat", "methods", "merge", "push", "demo", "card check", "card render"]
+)
+def test_every_verb_has_json_quiet_and_an_example(verb):
+    import typer
+
+    from hf_continual.cli import app
+    from hf_continual.merging.command import _command
+
+    command = typer.main.get_command(app)
+    for word in verb.split():
+        command = command.commands[word]
+    if verb == "merge":
+        command = _command(None, {})
+    words = {w for p in command.params for w in p.opts}
+    assert {"--json", "--quiet"} <= words, words
+    assert f"Example: hf-continual {verb} " in command.epilog
+
+
+def test_names_of_methods_alone(capsys):
+    from hf_continual.commands.methods import methods
+    from hf_continual.methods.table import TABLE
+
+    methods(quiet=True, as_json=False)
+    assert capsys.readouterr().out.split() == list(TABLE)
+
+
+def test_a_bar_shows_only_long_work_and_can_be_switched_off(monkeypatch, capsys):
+    from hf_continual import progress
+
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "_SHOWN", {"bars": True})
+    assert list(progress.over(range(3), "counting", "rows")) == [0, 1, 2]
+    assert capsys.readouterr().err == "", "the output is not a terminal"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    list(progress.over(range(3), "counting", "rows"))
+    assert "counting" in capsys.readouterr().err
+    progress.be_quiet()
+    list(progress.over(range(3), "counting", "rows"))
+    assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Every target of the Makefile is run, by CI or by a test: a target that nobody checks is a defect."""
+"""Every Makefile target is run, by CI or by a test: an unchecked target is a defect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()  # pyrefly: ignore
-# Target -> the file that runs it, or runs what it runs, and words of that file which show it.
+# Target -> the file that runs it, or its commands, and text in that file that proves it.
 RUN_BY = {
     "help": ("tests/first_hour/test_make.py", "test_help_lists_every_target"),
     "install": (".ci/run", "make check"),  # every target installs first
@@ -34,7 +34,7 @@ RUN_BY = {
 
 
 def make(*arguments, folder=ROOT):
-    """Run make with this interpreter's environment taken for installed."""
+    """Run make with this interpreter's environment treated as installed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "-o", f"{Path(sys.prefix)}/.hf_continual_installed", *arguments]
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Wrong uses of the command line, of YAML and of Python: one message each that says where, what was met and what to do."""
+"""Wrong uses of the command line, of YAML and of Python: one message each that says where, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_a_wrong_line(line, furnished, capsys, monkeypatch):
     code, _, err = typed.typed(line, capsys)
     said = " ".join(err.replace("│", " ").split())
     assert code in (2, 3), said
-    assert "Traceback" not in said and "not foreseen" not in said and not PYTHON.search(said), said
+    assert "Traceback" not in said and "is unexpected" not in said and not PYTHON.search(said), said
     for part in LINES[line]:
         assert part in said, said
 
 
 def test_nothing_was_written(furnished, capsys, monkeypatch):
-    """A refused line leaves no output folder behind."""
+    """A refused line leaves no output folder."""
     monkeypatch.chdir(furnished)
     typed.typed("run plan.yaml --set output=fresh --set 'methods={freeze: {bottom: 40}}'", capsys)
     assert not (furnished / "fresh").exists()

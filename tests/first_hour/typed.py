@@ -1,4 +1,4 @@
-"""What a user types, run in this process; and a folder with a tiny model, rows, plans and files that are broken in one way each."""
+"""What a user types, run in this process; and a folder with a tiny model, rows, plans and files that are each broken in one way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.stream import world
 
 
 def typed(line: str, capsys: Any) -> tuple[int, str, str]:
-    """Run a line as if it was typed after ``hf-continual``.
+    """Run a line as if typed after ``hf-continual``.
 
     Returns:
         Exit code, standard output, standard error.
@@ -40,7 +40,7 @@ def typed(line: str, capsys: Any) -> tuple[int, str, str]:
 
 
 def furnish(folder: Path) -> None:
-    """Write everything that the lines name."""
+    """Write every file that the lines use."""
     plan = world.make(folder)
     plan = yaml.safe_load(yaml.safe_dump(plan).replace(f"{folder}/", ""))
     plan["seed"] = 0

@@ -1,6 +1,6 @@
 """The cards of the reference recipes, and of recorded runs: ``python -m tests.hub.cards`` (`make cards`) rewrites them.
 
-A recipe says which method and which settings, and nothing was measured with it: its card says NOT_RUN. The facts in
+A recipe states a method and settings, but nothing was measured with it: its card says NOT_RUN. The facts in
 ``recorded/`` are those of runs on the toy world (a random model of 4 layers), as the library wrote them.
 """
 
@@ -29,7 +29,7 @@ BASE = ModelRef("Qwen/Qwen2.5-0.5B")
 
 
 def recipe_facts(recipe: Path) -> CardFacts:
-    """What a recipe says about a model that was trained with it."""
+    """The facts of a recipe about a model trained with it."""
     fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     methods = fields.pop("methods")
     named = {k: v for m in (methods if isinstance(methods, list) else [methods]) for k, v in m.items()}

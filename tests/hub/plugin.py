@@ -1,4 +1,4 @@
-"""A pytest plugin for processes that push: starts the Hub before anything of HF is imported, and shuts the rest off.
+"""A pytest plugin for processes that push: starts the Hub before anything of HF is imported, and blocks all other network access.
 
 ``pytest -p tests.hub.plugin tests/hub/online`` ; `tests/hub/test_online.py` starts these processes.
 """

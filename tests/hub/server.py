@@ -1,7 +1,7 @@
 """A small Hub on loopback, standard library only: the LFS path of the client, and faults on demand.
 
 A commit is a tree ``{path: (bytes, is_lfs)}`` with an id. Every request is logged with its body, so that a test can say
-what went over the wire, how often, and what did not.
+went over the wire, how often, and what did not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What to do to a request in place of, or after, answering it.
+    """What to do to a request instead of, or after, answering it.
 
     `kind`: ``status`` answers so; ``cut`` closes the connection after part of the body; ``lost`` does the work and
     closes the connection without an answer; ``html`` answers with a page; ``none`` answers as always. `before` is called first.
@@ -103,7 +103,7 @@ class Hub:
             return repo
 
     def put(self, repo_id: str, files: dict[str, bytes], message: str = "by hand") -> str:
-        """Commit files as somebody else would."""
+        """Commit files as someone else would."""
         with self.lock:
             repo = self.repos.get(repo_id) or self.make(repo_id)
             head = repo.head()
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
         self.wfile.flush()
 
-    # What the Hub answers.
+    # The Hub's answers.
 
     def _user(self) -> str | None:
         return USERS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))

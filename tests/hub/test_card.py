@@ -260,7 +260,9 @@ def test_card_check_on_the_command_line(tmp_path):
         and "[image]" in ran.stdout
         and "1 finding\n" in ran.stdout
     )
-    assert (ran := run("push", str(tmp_path), "me/x")).returncode == 3 and "holds no whole model" not in ran.stdout
+    assert (
+        ran := run("push", str(tmp_path), "me/x")
+    ).returncode == 3 and "does not hold a complete model" not in ran.stdout
     assert "me/x was not pushed" in ran.stderr and "Traceback" not in ran.stderr
 
 
@@ -285,7 +287,7 @@ def test_names_of_models(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n")
     assert model_ref(tmp_path / "mine") == ModelRef(license="mit", name="mine")
-    with pytest.raises(ValueError, match="is no Hub id"):
+    with pytest.raises(ValueError, match="is not a valid Hub id"):
         ModelRef("/tmp/x")
 
 
@@ -359,7 +361,7 @@ def test_a_matrix_that_was_edited_everywhere_differs_from_the_scores(tmp_path):
         tmp_path, replace(FACTS, evaluation=replace(EVALUATION, matrix=((0.75,), (0.5, 0.875), (0.25, 0.5, 0.875))))
     )
     assert [m for _, m in findings(tmp_path)] == [
-        "continual_results.json says 0.875 for 'tickets', and continual/scores.json 1.0."
+        "continual_results.json says 0.875 for 'tickets', but continual/scores.json says 1.0."
     ]
 
 
@@ -382,7 +384,7 @@ def gauge(value):
 @pytest.mark.parametrize(
     ("evaluation", "said"),
     [
-        (gauge(9.44), "Beside its tasks it got worse: general text from 3.5000 to 9.4400."), (gauge(3.25), None),
+        (gauge(9.44), "Outside its tasks it got worse: general text from 3.5000 to 9.4400."), (gauge(3.25), None),
         (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.25, 0.75, 0.5))), "kept its best, but law lost 0.2500"),
         (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.25, 1.0, 0.5))), "gained 0.1250 on its best, but law lost 0.2500"),
         (replace(EVALUATION, matrix=((0.5,), (0.5, 0.5), (0.5, 0.5, 0.5))), "no earlier task fell below its best."),
@@ -408,11 +410,11 @@ def test_exit_codes_of_the_commands_about_cards(tmp_path):
     done = command("card", "check", str(tmp_path / "a"))
     assert (done.exit_code, done.output) == (0, "clean\n")
     alone = command("card", "check", str(tmp_path / "a" / "README.md"))
-    assert alone.exit_code == 0 and "numbers were not checked: name the folder" in alone.output
+    assert alone.exit_code == 0 and "numbers were not checked: give the folder" in alone.output
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "README.md").write_text(GOOD)
     bare = command("card", "check", str(tmp_path / "b"))
-    assert bare.exit_code == 0 and "compared with nothing: there is no continual_results.json" in bare.output
+    assert bare.exit_code == 0 and "not checked: there is no continual_results.json" in bare.output
     (tmp_path / "b" / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\n")
     assert command("card", "check", str(tmp_path / "b")).exit_code == 0
     card = tmp_path / "a" / "README.md"
@@ -435,11 +437,11 @@ def test_a_model_is_called_safe_only_where_it_is(tmp_path, harm):
     if harm == "nothing there":
         assert "does not exist (looked in" in pushed.output and "To push it again" not in pushed.output
     else:
-        assert f"When that is mended: hf-continual push {folder} me/x" in pushed.output
+        assert f"Once that is fixed: hf-continual push {folder} me/x" in pushed.output
 
 
 def test_the_tags_of_trl_and_its_badges(tmp_path, monkeypatch):
-    """What TRL would have written now stands beside our own, so that the Hub finds and counts the model as before."""
+    """What TRL would have written is now next to our own, so that the Hub finds and counts the model as before."""
     from hf_continual import ContinualConfig, ContinualTrainer
     from hf_continual.trainer import facts as module
     from tests import toy
@@ -481,7 +483,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("mine", WRITTEN)
 def test_metadata_survives_as_the_author_wrote_it(tmp_path, mine):
-    """In the card that is rendered anew, again, and in what is kept of two cards; the Hub's reader takes it for the same."""
+    """In the card when rendered again, twice, and in the combination of two cards; the Hub's parser reads it as the same."""
     wanted = WRITTEN[mine] or mine
     write_card(tmp_path, CardFacts("small"))
     text = (tmp_path / "README.md").read_text().replace("---\n", f"---\n{mine}\n", 1)
@@ -494,7 +496,7 @@ def test_metadata_survives_as_the_author_wrote_it(tmp_path, mine):
 
 def test_a_number_in_place_of_a_name_is_still_found():
     said = [str(f) for f in lint_card("---\ntags:\n- 1.10\n---\n# x\n")]
-    assert said and "tags holds 1.1, which is no name" in said[0]
+    assert said and "tags holds 1.1, which is not a name" in said[0]
 
 
 SHOWN = {
@@ -532,8 +534,8 @@ def test_pictures_of_the_authors_text_are_pushed_or_missed(tmp_path, line):
 @pytest.mark.parametrize(
     "target, said",
     [
-        ("../chart.png", "outside of the folder"),
-        ("figures/chart.tiff", "is not pushed: that is done with .png"),
+        ("../chart.png", "outside the folder"),
+        ("figures/chart.tiff", "but is not pushed: only .png"),
         (".figures/chart.png", "is not pushed"),
         ("elsewhere/chart.png", "is not pushed"),
     ],

@@ -1,4 +1,4 @@
-"""Every number of a card, its results and its metadata, changed in turn, is found; and what its author claims."""
+"""Every changed number of a card, its results and its metadata is found; so are its author's claims."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHORT = {"op": "overall_performance", "bwt": "backward_transfer", "fwt": "forwar
 
 
 def a_run(folder):
-    """The folder of a run's last task, with everything that it was computed from beside it."""
+    """The folder of a run's last task, with everything that it was computed from next to it."""
     folders = {-1: folder / "base", 0: folder / "task-00-law", 1: folder / "task-01-tax"}
     for after, place in folders.items():
         cells = {}
@@ -68,7 +68,7 @@ def other(number):
 
 
 def test_every_number_of_a_card_changed_in_turn_is_found(finished):
-    """Titles, metadata, tables, sentences, versions, citations: whatever is a number, outside of the author's text."""
+    """Titles, metadata, tables, sentences, versions, citations: every number outside of the author's text."""
     assert not lint_folder(finished)
     file = finished / "README.md"
     text = file.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def leaves(data, path=()):
 
 
 def test_every_number_of_the_results_changed_in_turn_is_found_although_the_card_agrees(finished):
-    """Results are computed again from scores and predictions: who edits them and renders the card is found as well."""
+    """Results are computed again from scores and predictions: edits followed by rendering the card are found as well."""
     file, card = finished / "continual_results.json", finished / "README.md"
     whole, text = file.read_text(encoding="utf-8"), card.read_text(encoding="utf-8")
     data = json.loads(whole)
@@ -126,10 +126,10 @@ def test_what_is_said_names_both_files(tmp_path):
     for changed, said in (
         (
             {"matrix": ((0.5, 0.4), (0.25, 0.8))},
-            "says 0.5 for 'law' after law, and ../task-00-law/continual/scores.json 0.75.",
+            "says 0.5 for 'law' after law, but ../task-00-law/continual/scores.json says 0.75.",
         ),
-        ({"base_row": (0.0, 0.6)}, "says 0.6 for 'tax' of base, and ../base/continual/scores.json 0.2."),
-        ({"rows": {"law": 400, "tax": 5}}, "says 400 rows for 'law', and continual/scores.json 4."),
+        ({"base_row": (0.0, 0.6)}, "says 0.6 for 'tax' of base, but ../base/continual/scores.json says 0.2."),
+        ({"rows": {"law": 400, "tax": 5}}, "says 400 rows for 'law', but continual/scores.json says 4."),
         ({"intervals": {"op": (0.5, 0.55)}}, "says that op lies between 0.5000 and 0.5500, and the predictions give"),
     ):
         write_card(folder, replace(facts, evaluation=replace(facts.evaluation, **changed)))
@@ -158,7 +158,7 @@ def test_a_folder_that_was_moved_has_its_own_scores_only(tmp_path):
     ],
 )  # fmt: skip
 def test_a_claim_is_compared_with_what_it_is_about(tmp_path, said, claimed):
-    """A number that was measured of something else is no evidence."""
+    """A number that was measured of something else is not evidence."""
     folder = a_run(tmp_path)
     file = folder / "README.md"
     file.write_text(file.read_text().replace("<!-- hf_continual:keep -->\n", f"<!-- hf_continual:keep -->\n{said}\n"))
@@ -171,19 +171,21 @@ def test_headline_and_limits_speak_of_general_loss(finished):
     card = (finished / "README.md").read_text(encoding="utf-8")
     headline, _, limits = card.partition("## Limits and intended use")
     assert (
-        "Beside its tasks it got worse: general text from 2.8750 to 3.8750." in headline.partition("## How to use")[0]
+        "Outside its tasks it got worse: general text from 2.8750 to 3.8750." in headline.partition("## How to use")[0]
     )
     assert (
-        "- Worse than the base model beside its tasks: general text 2.8750 to 3.8750 (+1.0000, 2.72 times its perplexity)."
+        "- Worse than the base model outside its tasks: general text 2.8750 to 3.8750 (+1.0000, 2.72 times its perplexity)."
         in limits
     )
     better = replace(read_facts(finished).evaluation, gauges=(GaugeFacts("general text", 3.0, 2.5, True, "NLL", 40),))
     assert "orse than the base" not in render_card(replace(read_facts(finished), evaluation=better))
     unknown = replace(better, gauges=(GaugeFacts("general text", None, 2.5, True, "NLL", 40),))
-    said = "What became of general text is unknown: the base model was not measured."
+    said = "Whether general text changed is unknown: the base model was not measured."
     assert said in render_card(replace(read_facts(finished), evaluation=unknown))
 
 
 def test_a_run_without_a_name_for_its_task():
     facts = CardFacts("x", base=ModelRef("org/base"), tasks=(TaskFacts("task"),))
-    assert "A language model that was fine-tuned from" in render_card(facts) and "learnt task" not in render_card(facts)
+    assert "A language model that was fine-tuned from" in render_card(facts) and "learned task" not in render_card(
+        facts
+    )

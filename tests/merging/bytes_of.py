@@ -1,4 +1,4 @@
-"""Which bytes a folder's weights are. Imports nothing heavy."""
+"""Checksums of a folder's weights. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures are drawn in this process, which saves a second of imports each; a test that asks for `as_users` does as they do."""
+"""Plots are drawn in this process, which saves a second of imports each; a test with `as_users` draws them as users do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_continual.merging.methods.recall import method as recall_method
 
 @pytest.fixture
 def as_users():
-    """Pictures are drawn by a process of their own."""
+    """Plots are drawn in a separate process."""
 
 
 @pytest.fixture(autouse=True)

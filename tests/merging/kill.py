@@ -1,4 +1,4 @@
-"""Merges that are killed with SIGKILL at chosen bytes; run as a script, so that torch is imported once for many deaths.
+"""Merges that are killed with SIGKILL at chosen bytes; run as a script, so that torch is imported once for many kills.
 
 python -m tests.merging.kill WORLD_FOLDER
 """
@@ -27,7 +27,7 @@ def merge(world: Path, out: Path, **options: Any) -> None:
 
 
 def in_child(action: Any) -> int:
-    """Do something in a fork; minus the signal that ended it, or its exit code."""
+    """Run an action in a fork; return minus the signal that ended it, or its exit code."""
     if (pid := os.fork()) == 0:
         try:
             with stopping.listening("The same command resumes."):
@@ -43,7 +43,7 @@ def in_child(action: Any) -> int:
 
 
 def finished(out: Path) -> int:
-    """Files that the journal of a merge calls finished."""
+    """Files that the journal of a merge lists as finished."""
     journal = out.parent / f".{out.name}.merging" / "journal.json"
     return len(json.loads(journal.read_text())["finished"]) if journal.is_file() else 0
 
@@ -95,7 +95,7 @@ def main() -> None:
         deaths += 1
     found["often"] = [deaths, digest(out) == wanted]
 
-    # Told to stop: as after a kill, but it says so.
+    # Stopped by a signal: as after a kill, but with a message.
     found["stopped"] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         out = world / f"stopped{number}"
@@ -105,11 +105,11 @@ def main() -> None:
         clean = not (world / f".{out.name}.merging").exists()
         found["stopped"].append([ended, left > 0, again, digest(out) == wanted, clean])
 
-    # Another merge over an old output: killed, the old one is whole.
+    # Another merge over an old output: killed, the old one is complete.
     other = in_child(killed_after(total // 2, lambda: merge(world, world / "often", overwrite=True, dtype="float16")))
     found["old"] = [other, digest(world / "often") == wanted]
 
-    # Two processes: the second is refused while the first holds the place.
+    # Two processes: the second is refused while the first holds the lock.
     out, ready = world / "two", world / "ready"
 
     def slow() -> None:

@@ -1,4 +1,4 @@
-"""What writing a merge takes, beside what its plan states; run as a script, one case per process.
+"""The memory that writing a merge takes, against the limit in its plan; run as a script, one case per process.
 
 python -m tests.merging.measured FOLDER CASE      prints bytes as JSON: bound, taken
 """
@@ -58,7 +58,7 @@ def adapter_name(rank: int, dora: bool, number: int) -> str:
 
 
 def main() -> None:
-    """Merge, and print what was stated and taken."""
+    """Merge, and print the stated limit and the memory taken."""
     import torch
 
     from hf_continual import merge_linear

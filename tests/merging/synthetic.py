@@ -23,7 +23,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 
-# Options with which each merge of the table is measured: those of its paper, or as much work as they are.
+# Options with which each merge of the table is measured: those of its paper, or ones that cost as much.
 OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"weights": [0.4, 0.6]},
     "task_arithmetic": {"scale": 0.5},
@@ -42,7 +42,7 @@ WITHOUT_BASE = ("linear", "slerp")
 
 
 def anonymous() -> int:
-    """Bytes of anonymous memory of this process: what cannot be dropped. Mapped files count elsewhere."""
+    """Bytes of anonymous memory of this process: memory that cannot be dropped. Mapped files count elsewhere."""
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -67,7 +67,7 @@ def write_model(
     vocab: int = 32_000,
     sparse: bool = False,
 ) -> int:
-    """A bf16 checkpoint in one file, its bytes written one tensor at a time, or a hole; returns its elements."""
+    """A bf16 checkpoint in one file, its bytes written one tensor at a time, or as a hole; returns its elements."""
     import torch
 
     folder.mkdir(parents=True)
@@ -118,12 +118,12 @@ class Watch(threading.Thread):
         self.peak, self._stop_it = anonymous(), threading.Event()
 
     def run(self) -> None:
-        """Look every two milliseconds."""
+        """Sample every two milliseconds."""
         while not self._stop_it.wait(0.002):
             self.peak = max(self.peak, anonymous())
 
     def stop(self) -> int:
-        """The highest seen."""
+        """The highest sample."""
         self._stop_it.set()
         self.join()
         return max(self.peak, anonymous())
@@ -142,7 +142,7 @@ def called(function: str, out: str, models: list[str]) -> Any:
 
 
 def watched(function: str, out: str, models: list[str], watch_memory: bool = True) -> dict[str, Any]:
-    """Run a merge and tell what it took above `import torch`; watching the memory costs CPU time of its own."""
+    """Run a merge and return what it took on top of `import torch`; watching the memory costs CPU time itself."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What adapters bring beside their products: heads and embeddings, tied and untied, with new tokens; classifiers."""
+"""What adapters hold besides their products: heads and embeddings, tied and untied, with new tokens; classifiers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_two_adapters_with_new_tokens_as_an_adapter(tmp_path, family):
 
 
 def test_a_longer_embedding_without_its_head_is_refused_and_the_resized_base_taken(tmp_path):
-    """As PEFT saves it where it cannot see the base's configuration."""
+    """As PEFT saves it if it cannot see the base's configuration."""
     save(build(), tmp_path / "base")
     live = trained(tmp_path / "base", tmp_path / "a", rows=LONGER, **TOKENS["embedding"])
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
@@ -116,7 +116,7 @@ def test_a_longer_embedding_without_its_head_is_refused_and_the_resized_base_tak
             del stored[name]
     save_file(stored, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(
-        MergeError, match=rf"brings 'model.embed_tokens.weight' with {LONGER} rows and no 'lm_head.weight'"
+        MergeError, match=rf"has 'model.embed_tokens.weight' with {LONGER} rows but no 'lm_head.weight'"
     ):
         merge_linear([tmp_path / "a"], tmp_path / "out", base=tmp_path / "base", output="model")
     torch.manual_seed(1)  # the resizing of `trained`
@@ -134,7 +134,7 @@ def test_a_saved_module_of_another_shape(tmp_path):
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = next(n for n in stored if n.endswith("model.norm.weight"))
     save_file({**stored, name: torch.ones(7)}, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(MergeError, match=r"a brings 'model.norm.weight' as \[7\], and it is \[32\] in base"):
+    with pytest.raises(MergeError, match=r"a has 'model.norm.weight' as \[7\], but it is \[32\] in base"):
         merge_linear([tmp_path / "a"], tmp_path / "out", base=tmp_path / "base", output="model")
 
 
@@ -147,7 +147,7 @@ def test_a_saved_module_that_no_base_has_is_not_missed(tmp_path):
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_a_classifiers_adapter(tmp_path, task):
-    """Refused on a language model; what the message advises works: models with the head, or such a base."""
+    """Refused on a language model; the message's advice works: models with the head, or such a base."""
     auto = AutoModelForSequenceClassification
     save(build(), tmp_path / "base")
     config = {"target_modules": ["q_proj"], "task_type": task, "modules_to_save": None if task else ["score"]}
@@ -176,7 +176,9 @@ def test_a_classifiers_adapter_without_its_head(tmp_path):
     folder = adapter(base, tmp_path / "a", 1)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "TOKEN_CLS"}))
-    with pytest.raises(MergeError, match=r"classifier \(task_type='TOKEN_CLS'\).*AutoModelForTokenClassification"):
+    with pytest.raises(
+        MergeError, match=r"classifier's adapter \(task_type='TOKEN_CLS'\).*AutoModelForTokenClassification"
+    ):
         merge_linear([folder], tmp_path / "out", base=tmp_path / "base")
 
 
@@ -188,7 +190,9 @@ def test_an_adapter_below_the_folder_that_was_given_is_named(tmp_path, names):
     for name in names:
         shutil.copytree(tmp_path / "plain", tmp_path / "a" / name)
     given = {"base": tmp_path / "base"}
-    with pytest.raises(FileNotFoundError, match=r"it is no model and no adapter\. It holds an adapter below") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"it is neither a model nor an adapter\. There is an adapter below"
+    ) as error:
         merge_linear([tmp_path / "a"], tmp_path / "out", **given)
     assert all(str(tmp_path / "a" / name) in str(error.value) for name in names)
     advised = str(error.value).partition("give ")[2].rstrip(".")
@@ -205,5 +209,5 @@ def test_adapters_beside_the_one_that_is_read_are_mentioned(tmp_path):
     shutil.copytree(tmp_path / "a" / "tax", tmp_path / "a" / "checkpoint-5")
     notes = merge_linear([tmp_path / "a"], tmp_path / "out", base=tmp_path / "base").report["notes"]
     assert [
-        n for n in notes if "further adapters in tax, which were not read" in n and str(tmp_path / "a" / "tax") in n
+        n for n in notes if "also holds adapters in tax, which were not read" in n and str(tmp_path / "a" / "tax") in n
     ]

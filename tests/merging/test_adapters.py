@@ -1,4 +1,4 @@
-"""LoRA adapters: exact in every form that PEFT saves, refused where they cannot be."""
+"""LoRA adapters: exact in every form that PEFT saves, refused if they cannot be exact."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_model_and_adapter_output_agree(tmp_path, form):
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     if (
         form != "embedding of a tied model"
-    ):  # merge_and_unload puts it into the head as well, which the adapter does not do
+    ):  # merge_and_unload adds it to the head as well, which the adapter does not do
         torch.testing.assert_close(
             logits(merged.merge_and_unload()), answered(tmp_path / "model", None), rtol=0, atol=3e-6
         )
@@ -196,9 +196,9 @@ REFUSED = {
     "tokens": ({"trainable_token_indices": [1, 2]}, "replaces rows of the embedding"),
     "parameters": (
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
-        "adapts parameters that are no module's weight",
+        "adapts parameters that are not a module's weight",
     ),
-    "alora": ({"alora_invocation_tokens": [3]}, "acts only behind some tokens"),
+    "alora": ({"alora_invocation_tokens": [3]}, "acts only after some tokens"),
 }
 
 
@@ -225,7 +225,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     for folder, name in ((a1, "org/one"), (a2, "org/two")):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
-    with pytest.raises(MergeError, match=r"a1 was trained on 'org/one' .* and a2 on 'org/two'"):
+    with pytest.raises(MergeError, match=r"a1 was trained on 'org/one' .* but a2 on 'org/two'"):
         merge_linear([a1, a2], tmp_path / "out", base=tmp_path / "base")
     stored = load_file(a1 / "adapter_model.safetensors")
     save_file(
@@ -248,7 +248,7 @@ def test_rules_that_do_not_add_up_give_models_only(tmp_path):
     _, a1, a2 = world(tmp_path, "llama", {})
     assert ties([a1, a2], tmp_path / "out", base=tmp_path / "base").kind == "model"
     with pytest.raises(
-        MergeError, match=r"this method does not add changes up, so its result has no low rank\. Give output='model'"
+        MergeError, match=r"this method does not add changes up, so its result is not low-rank\. Give output='model'"
     ):
         ties([a1, a2], tmp_path / "no", base=tmp_path / "base", output="adapter")
     added = task_arithmetic([a1, a2], tmp_path / "sum", base=tmp_path / "base", scale=[1.0, -1.0])
@@ -256,7 +256,7 @@ def test_rules_that_do_not_add_up_give_models_only(tmp_path):
 
 
 def test_a_qlora_adapter_goes_onto_the_16_bit_base(tmp_path):
-    """An adapter trained on a 4-bit base names no quantisation; the base that is given decides, and may not be 4-bit."""
+    """An adapter trained on a 4-bit base names no quantisation; the given base decides, and must not be 4-bit."""
     _, a1, _ = world(tmp_path, "llama", {}, dtype=torch.bfloat16)
     interpolate(tmp_path / "base", a1, tmp_path / "out", alpha=1.0, output="model")
     assert tensors(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16

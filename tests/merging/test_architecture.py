@@ -1,4 +1,4 @@
-"""Files against configuration against architecture: what transformers or PEFT would load otherwise is refused by name."""
+"""Files against configuration against architecture: whatever transformers or PEFT would load differently is refused by name."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_a_tensor_that_is_gone(tmp_path, name, who):
 
 
 def test_an_untied_head_that_is_gone_can_be_declared_tied(tmp_path):
-    """What the message advises works: transformers then takes the embedding."""
+    """The message's advice works: transformers then takes the embedding."""
     _, a, b = family(tmp_path)
     for folder in (a, b):
         edit_tensors(folder, lambda t: t.pop("lm_head.weight"), MODEL)
-    with pytest.raises(MergeError, match=r"lm_head\.weight.*draw them at random.*say tie_word_embeddings"):
+    with pytest.raises(MergeError, match=r"lm_head\.weight.*initialise them at random.*set tie_word_embeddings"):
         merge_linear([a, b], tmp_path / "out")
     for folder in (a, b):
         edit(folder, "config.json", tie_word_embeddings=True)
@@ -71,8 +71,8 @@ def test_an_untied_head_that_is_gone_can_be_declared_tied(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"num_hidden_layers": 10**9}, "says 1000000000 blocks, and its files hold"),
-        ({"intermediate_size": 48}, r"mlp.* is \[.*\] in its files and \[.*\] by its config\.json"),
+        ({"num_hidden_layers": 10**9}, "says 1000000000 blocks, but its files hold"),
+        ({"intermediate_size": 48}, r"mlp.* is \[.*\] in its files but \[.*\] by its config\.json"),
         ({"num_attention_heads": 0}, "transformers cannot build m1 from its config.json"),
         ({"hidden_size": 2**60}, "transformers cannot build m1|by its config"),
     ],
@@ -126,8 +126,8 @@ WRONG = {
     "r true": (lambda f: edit(f, r=True), "says r=True"),
     "r text": (lambda f: edit(f, r="4"), "says r='4'"),
     "r absent": (lambda f: edit(f, r=None), "says r=None"),
-    "r of another file": (lambda f: edit(f, r=8), r"the rank 8, from which its scale follows, and its factors are A \[4, 32\]"),
-    "r huge": (lambda f: edit(f, r=2**62), "from which its scale follows"),
+    "r of another file": (lambda f: edit(f, r=8), r"the rank 8, which sets its scale, but its factors are A \[4, 32\]"),
+    "r huge": (lambda f: edit(f, r=2**62), "which sets its scale"),
     "alpha nan": (lambda f: edit(f, lora_alpha=float("nan")), "lora_alpha=nan; it must be a finite number"),
     "alpha infinite": (lambda f: edit(f, lora_alpha=float("inf")), "lora_alpha=inf"),
     "alpha a list": (lambda f: edit(f, lora_alpha=[8]), r"lora_alpha=\[8\]"),
@@ -138,14 +138,14 @@ WRONG = {
     "alpha pattern text": (lambda f: edit(f, alpha_pattern={"q_proj": "x"}), r"alpha_pattern\['q_proj'\]='x'"),
     "targets no expression": (lambda f: edit(f, target_modules="(q_proj"), r"target_modules='\(q_proj'"),
     "targets numbers": (lambda f: edit(f, target_modules=[1]), r"target_modules=\[1\]; it must be a list of names"),
-    "targets fewer": (lambda f: edit(f, target_modules=["q_proj"]), "4 factors that PEFT would pass over .*v_proj"),
+    "targets fewer": (lambda f: edit(f, target_modules=["q_proj"]), "4 factors that PEFT would ignore .*v_proj"),
     "targets more": (lambda f: edit(f, target_modules=["q_proj", "v_proj", "o_proj"]), "incomplete.*o_proj.*exclude_modules"),
-    "targets of nothing": (lambda f: edit(f, target_modules=["nothing"]), "PEFT cannot put bad onto base.*nothing"),
-    "layers fewer": (lambda f: edit(f, layers_to_transform=[0]), r"PEFT would pass over .*layers\.1"),
+    "targets of nothing": (lambda f: edit(f, target_modules=["nothing"]), "PEFT cannot apply bad to base.*nothing"),
+    "layers fewer": (lambda f: edit(f, layers_to_transform=[0]), r"PEFT would ignore .*layers\.1"),
     "bias unknown": (lambda f: edit(f, bias="some"), "bias='some'"),
-    "DoRA without magnitudes": (lambda f: edit(f, use_dora=True), "use_dora=True, and of lora_magnitude_vector"),
+    "DoRA without magnitudes": (lambda f: edit(f, use_dora=True), "use_dora=True, but its file has no lora_magnitude_vector"),
     "bias of B that is not there": (lambda f: edit(f, lora_bias=True), "lora_bias=True"),
-    "saved module that is not there": (lambda f: edit(f, modules_to_save=["lm_head"]), "its file holds nothing of lm_head"),
+    "saved module that is not there": (lambda f: edit(f, modules_to_save=["lm_head"]), "its file has no tensors for lm_head"),
     "a layer gone": (without("layers.1."), r"incomplete.*4 tensors in all \(.*layers\.1\.self_attn\.q_proj\.lora_A"),
     "a module gone": (without("v_proj"), "incomplete.*v_proj"),
     "no tensors": (without(""), "bad holds no tensors at all"),
@@ -191,7 +191,7 @@ def test_an_adapter_configuration_that_is_not_one(world, tmp_path, data):
 
 
 def test_what_was_taken_out_on_purpose_is_merged_when_it_is_named(world, tmp_path):
-    """What the message of an incomplete adapter advises."""
+    """Follow the advice in the message of an incomplete adapter."""
     tmp, base = world
     bad = adapter(base, tmp_path / "bad", 1)
     without("layers.1.")(bad)
@@ -255,7 +255,7 @@ def test_how_a_weight_lies_is_taken_from_its_module_and_not_from_a_flag(tmp_path
 @pytest.mark.parametrize("output", ["model", "adapter"])
 @pytest.mark.parametrize("who", ["one", "both"])
 def test_rows_that_an_adapter_brings_with_its_embedding(tmp_path, output, who):
-    """PEFT loads them in place of the base's; an adapter that brings the base's own rows says nothing new."""
+    """PEFT loads them in place of the base's; an adapter that holds the base's own rows changes nothing."""
     base = build(num_hidden_layers=1)
     save(base, tmp_path / "base")
     targets = {"target_modules": ["q_proj", "embed_tokens"]}

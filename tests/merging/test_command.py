@@ -75,7 +75,7 @@ def test_every_method_runs(world):
 def test_wrong_calls_say_what_is_right(world):
     tmp, a1, a2 = world
     for method, models, options, said in (
-        ("slurp", [a1], {}, "there is no merge 'slurp'. Did you mean 'slerp'. There are recall, kif, linear"),
+        ("slurp", [a1], {}, "there is no merge 'slurp'. Did you mean 'slerp'. The merges are recall, kif, linear"),
         ("ties", [a1, a2], {"alpha": 1.0}, "merge ties does not take --alpha; it takes --density, --scale."),
         ("interpolate", [a1, a2], {"alpha": 1.0}, r"needs one model \(got 2\), --base and --alpha"),
         ("linear", [a1, a2], {"weights": "half"}, "--weights='half': give numbers separated by commas"),
@@ -87,14 +87,14 @@ def test_wrong_calls_say_what_is_right(world):
 
 
 def test_help_shows_the_options_of_the_method(monkeypatch):
-    """Its fields, with what its docstring says about them; without a method, what all merges have, and no torch."""
+    """Its fields, with their docstring's help; without a method, the options of every merge, and no torch."""
     monkeypatch.setenv("COLUMNS", "200")
     shown = run("ties", "--help").output
-    assert "--density" in shown and "Share of each task vector that is kept." in shown and "2306.01708" in shown
+    assert "--density" in shown and "Fraction of each task vector that is kept." in shown and "2306.01708" in shown
     assert "default: (0.2)" in shown and "default: (1.0)" in shown
     assert "--num-typical" not in shown and "--push-to-hub" in shown
     own = run("--shift", "1", "tests.merging.test_rules:Median", "--help").output
-    assert "--shift" in own and "A rule of one's own." in own
+    assert "--shift" in own and "A custom rule." in own
     general = run("--help").output
     assert "--density" not in general and "dare-ties" in general and "METHOD --help shows the options" in general
     code = "import sys\nfrom hf_continual.cli import app\napp(['merge', '--help'], standalone_mode=False)\nsys.exit('torch' in sys.modules)"
@@ -114,9 +114,9 @@ def test_help_shows_the_options_of_the_method(monkeypatch):
         ),
         ("ties a b --ot x", "merge ties does not take --ot. Did you mean --out? It takes --density, --scale."),
         ("ties a b --alpha 1", "merge ties does not take --alpha; it takes --density, --scale."),
-        ("model-stock a --alpha 1", "merge model-stock does not take --alpha; it takes none of its own."),
+        ("model-stock a --alpha 1", "merge model-stock does not take --alpha; it takes no options of its own."),
         ("--density 0.2 --config gone.yaml", "gone.yaml does not exist"),
-        ("--densty 0.2", "--densty is no option of every merge. Name the METHOD that has it."),
+        ("--densty 0.2", "--densty is not an option of every merge. Name the METHOD that has it."),
         ("kif a b c --out x --base d", "merge kif needs 1 to 2 models (got 3) and --base."),
         ("kif a --out x", "merge kif needs --base. The base is the model"),
         ("ties a b", "a merge needs METHOD, MODELS and --out"),

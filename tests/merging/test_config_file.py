@@ -1,4 +1,4 @@
-"""A merge as a file: with this library's keys, or mergekit's where both mean the same."""
+"""A merge as a file: with this library's keys, or mergekit's if both mean the same."""
 
 from __future__ import annotations
 
@@ -74,11 +74,14 @@ def test_mergekits_keys(tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ([1], "holds list, and a merge is a mapping"),
+        ([1], "holds list, expected a mapping"),
         ({"models": ["a"]}, "the key 'method' is missing"),
         ({"method": "ties", "models": "a"}, "models='a': give a list"),
-        ({"merge_method": "della", "models": []}, "merge_method='della' is not one of those that both have"),
-        ({"merge_method": "linear", "slices": [1]}, "`slices` builds a model of layers"),
+        (
+            {"merge_method": "della", "models": []},
+            "merge_method='della' is not a method that mergekit and this library share",
+        ),
+        ({"merge_method": "linear", "slices": [1]}, "`slices` builds a model from the layers"),
         ({"merge_method": "linear", "modells": []}, "unknown key 'modells'. Did you mean 'models'"),
         ({"merge_method": "linear", "models": ["a"]}, "needs the key 'model'"),
         ({"merge_method": "linear", "tokenizer_source": "union", "models": []}, "tokenizer_source='union'"),
@@ -93,7 +96,10 @@ def test_mergekits_keys(tmp_path):
             },
             r"the weights of ties are \[1.0, 2.0\]",
         ),
-        ({"merge_method": "dare_ties", "models": [{"model": "a"}]}, "without normalize=true adds up what agrees"),
+        (
+            {"merge_method": "dare_ties", "models": [{"model": "a"}]},
+            "without normalize=true adds up the changes that agree",
+        ),
         (
             {
                 "merge_method": "ties",

@@ -1,4 +1,4 @@
-"""Configurations that say the same in the words of two versions of transformers, and such that do not."""
+"""Configurations that mean the same in two versions of transformers, and some that do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_continual.merging.inputs.architecture import understood
 from tests.merging.world import build, cells, logits, save, tensors, tuned
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5000.0}
-# Family, how it is built, and what transformers 4 writes in place of what transformers 5 does (None: the key is absent).
+# Family, how it is built, and the values that transformers 4 writes instead of those of transformers 5 (None: the key is absent).
 OLD_WORDS = {
     "theta": ("llama", {"rope_parameters": DEFAULT}, {"rope_theta": 5000.0, "rope_scaling": None}),
     "linear": (
@@ -44,14 +44,14 @@ OLD_WORDS = {
 
 
 def rewrite(folder, changes, drop=()):
-    """Change a config.json; a key is taken away by dropping it."""
+    """Change a config.json; a key can be dropped."""
     file = folder / "config.json"
     config = {k: v for k, v in json.loads(file.read_text()).items() if k not in drop}
     file.write_text(json.dumps({**config, **changes}))
 
 
 def as_version_4(folder, changes):
-    """The same model as transformers 4 wrote it."""
+    """The same model as written by transformers 4."""
     absent = [k for k, v in changes.items() if v is None and k != "rope_scaling"]
     given = {k: v for k, v in changes.items() if k not in absent}
     drop = ("rope_parameters", "dtype", "head_dim", *absent)
@@ -105,7 +105,7 @@ def test_a_model_that_transformers_does_not_know_is_compared_word_for_word(tmp_p
     for folder in (a, b):
         rewrite(folder, {"model_type": "homemade", "architectures": ["Homemade"]})
     rewrite(b, {"rope_theta": 10000.0}, ["rope_parameters"])
-    with pytest.raises(MergeError, match=r"word for word \(.*homemade.*config.json of a in place of that of b"):
+    with pytest.raises(MergeError, match=r"literally \(.*homemade.*config.json of b by that of a"):
         merge_linear([a, b], tmp_path / "out")
     (b / "config.json").write_bytes((a / "config.json").read_bytes())
     merge_linear([a, b], tmp_path / "out")

@@ -28,7 +28,7 @@ def world(tmp_path):
 
 
 def refused(world, error, said, models=None, **options):
-    """The call raises, and leaves nothing behind."""
+    """The call raises, and leaves no files."""
     tmp, _, a, b = world
     before = sorted(p.name for p in tmp.iterdir())
     options = {"weights": EQUAL, **options}
@@ -58,10 +58,10 @@ def test_arguments(world):
     refused(world, ValueError, "include_base=True needs base=", include_base=True)
     refused(world, ValueError, "anchor=2 is out of range: there are 2 models", anchor=2)
     refused(world, ValueError, "anchor='m7' is none of the models: m1, m2", anchor="m7")
-    refused(world, FileNotFoundError, "'/nowhere' is no folder, and no Hub id", models=["/nowhere", a])
+    refused(world, FileNotFoundError, "'/nowhere' is neither a folder nor a valid Hub id", models=["/nowhere", a])
     lora = adapter(build(), tmp / "lora", 1)
     refused(world, ValueError, "lora is an adapter: give base=, the full model it was trained on", models=[lora, a])
-    refused(world, ValueError, "is an adapter; the base is the full model", base=lora)
+    refused(world, ValueError, "is an adapter, but the base must be the full model", base=lora)
     with pytest.raises(ValueError, match="m1' is one of the models"):
         merge_linear([a, base], a, overwrite=True)
 
@@ -70,17 +70,17 @@ def test_options(world):
     _, _, a, b = world
     out = world[0] / "out"
     for options, said in (
-        ({"dtype": "int8"}, "dtype='int8': it can be float64, float32"),
-        ({"max_shard_size": "many"}, "max_shard_size='many': give bytes, or such as '5GB'"),
-        ({"vocab": "union"}, "vocab='union': it can be 'strict', 'extend'"),
-        ({"adapter_rank": 0}, "adapter_rank=0: a rank is at least 1"),
+        ({"dtype": "int8"}, "dtype='int8': it must be one of float64, float32"),
+        ({"max_shard_size": "many"}, "max_shard_size='many': give a number of bytes, or a string such as '5GB'"),
+        ({"vocab": "union"}, "vocab='union': it must be one of 'strict', 'extend'"),
+        ({"adapter_rank": 0}, "adapter_rank=0: a rank must be at least 1"),
         ({"adapter_rank": 4}, "adapter_rank=4 is for output='adapter'"),
         ({"weights": [1.0]}, "has 1 numbers for 2 models"),
         ({"weights": [1.0, -1.0]}, "sum to 0.0; an average needs a positive sum.*task_arithmetic"),
     ):
         with pytest.raises(ValueError, match=said):
             merge_linear([a, b], out, **options)
-    with pytest.raises(TypeError, match="there is no option 'shards'; known are output, adapter_rank"):
+    with pytest.raises(TypeError, match="there is no option 'shards'; the options are output, adapter_rank"):
         merge_linear([a, b], out, shards=3)
     with pytest.raises(MergeError, match="output='adapter' is not possible: none of the models is an adapter"):
         merge_linear([a, b], out, output="adapter")
@@ -117,20 +117,20 @@ def test_tensors_missing_and_extra(world):
     edit_tensors(
         b, lambda t: [t.pop(f"model.layers.{i}.mlp.{p}_proj.weight") for i in range(3) for p in ("up", "down")]
     )
-    said = r"m1 has 6 tensors that m2 has not \(model.layers.0.mlp.down_proj.weight, .* and 1 more\)\. Only"
+    said = r"m1 has 6 tensors that m2 does not have \(model.layers.0.mlp.down_proj.weight, .* and 1 more\)\. Only"
     refused(world, RecallMergeError, said)
     edit_tensors(b, lambda t: t.update({"model.extra": torch.ones(2)}))
     refused(
         world,
         RecallMergeError,
-        r"m2 has 1 tensors that m1 has not \(model.extra\), and m1 has 6 that m2 has not \(.*\)\.",
+        r"m2 has 1 tensors that m1 does not have \(model.extra\), and m1 has 6 that m2 does not have \(.*\)\.",
     )
 
 
 def test_shapes_and_vocabularies(world):
     _, _, _, b = world
     edit_tensors(b, lambda t: t.update({"model.norm.weight": torch.ones(31)}))
-    refused(world, RecallMergeError, r"shape mismatch: 'model.norm.weight' is \[32\] in m1 and \[31\] in m2")
+    refused(world, RecallMergeError, r"shape mismatch: 'model.norm.weight' is \[32\] in m1 but \[31\] in m2")
     edit_tensors(
         b, lambda t: t.update({"model.norm.weight": torch.ones(32), "model.embed_tokens.weight": torch.ones(70, 32)})
     )
@@ -148,7 +148,9 @@ def test_tokenizers(world):
     vocab = data["model"]["vocab"]
     vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
     file.write_text(json.dumps(data))
-    refused(world, RecallMergeError, "tokenizer mismatch between m1 and m2: id 9 is 'w5' and 'w6'.*of one tokenizer")
+    refused(
+        world, RecallMergeError, "tokenizer mismatch between m1 and m2: id 9 is 'w5' in one and 'w6'.*of one tokenizer"
+    )
     vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
     vocab["new"] = len(toy.VOCABULARY)
     file.write_text(json.dumps(data))
@@ -176,7 +178,7 @@ def test_blocks_that_cannot_be_found(world):
 def test_pickles_and_gguf(world, name, said):
     _, _, _, b = world
     (b / "model.safetensors").rename(b / name)
-    refused(world, RecallMergeError, f"holds {said} weights.*save_pretrained it")
+    refused(world, RecallMergeError, f"holds {said} weights.*save_pretrained")
 
 
 def test_quantised_absent_and_damaged_files(world):
@@ -189,7 +191,7 @@ def test_quantised_absent_and_damaged_files(world):
     file.write_bytes(whole[:-10])
     refused(world, RecallMergeError, "model.safetensors is cut off or damaged: '.*' should take .* bytes")
     file.write_bytes(b"no such file")
-    refused(world, RecallMergeError, "is no safetensors file, or was cut off")
+    refused(world, RecallMergeError, "is not a safetensors file, or was cut off")
     file.unlink()
     refused(world, FileNotFoundError, "m2 lacks model.safetensors")
     (b / "config.json").unlink()
@@ -236,7 +238,7 @@ def test_output_folders(world):
 def test_too_little_disk(world, monkeypatch):
     monkeypatch.setattr(plan_module, "free_space", lambda _: 1000)
     with pytest.raises(
-        OSError, match=r"out needs .* kB .[0-9,]+ bytes. and 1 kB .1,000 bytes. are free.*another disk"
+        OSError, match=r"out needs .* kB .[0-9,]+ bytes. but only 1 kB .1,000 bytes. are free.*another disk"
     ) as found:
         merge_linear(list(world[2:]), world[0] / "out")
     assert found.value.errno == errno.ENOSPC and not (world[0] / "out").exists()
@@ -270,7 +272,7 @@ def test_an_adapter_that_is_not_finite(tmp_path, output):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copied_tensor_that_is_not_finite(tmp_path, dtype):
-    """An adapter leaves most of its base as it is; what is broken there is not copied in silence."""
+    """An adapter leaves most of its base unchanged; broken tensors there are not copied silently."""
     base = build(dtype=dtype)
     folder, a = save(base, tmp_path / "base"), adapter(base, tmp_path / "a", 1)
     edit_tensors(folder, lambda t: t["model.norm.weight"].__setitem__(2, float("inf")))
@@ -282,7 +284,9 @@ def test_a_result_that_overflows_its_type(world):
     tmp, _, a, b = world
     for folder in (a, b):
         edit_tensors(folder, lambda t: t["model.norm.weight"].fill_(7e4))
-    with pytest.raises(MergeError, match=r"'model.norm.weight' gets a number that F16 cannot hold.*dtype='bfloat16'"):
+    with pytest.raises(
+        MergeError, match=r"'model.norm.weight' would get a number that F16 cannot hold.*dtype='bfloat16'"
+    ):
         merge_linear([a, b], tmp / "out", dtype="float16")
 
 
@@ -297,7 +301,7 @@ def test_warnings_name_what_is_likely_wrong(tmp_path):
     moved = save(tuned(base, 1, 0.3), tmp_path / "c")
     with pytest.warns(UserWarning, match="every other model's similarity is below 0.001: the bandwidth is too small"):
         merge_with_recall([same[0], moved], tmp_path / "small", calibration=ROWS, bandwidth=1e-4)
-    with pytest.warns(UserWarning, match="There is one calibration text only"):
+    with pytest.warns(UserWarning, match="There is only one calibration text"):
         merge_with_recall([same[0], moved], tmp_path / "one", calibration=ROWS[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""What a merge leaves as proof: report, heat map, plan; calibration that anyone can repeat."""
+"""The evidence of a merge: report, heat map, plan; calibration that anyone can repeat."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_one_expert_is_merged_with_its_base_and_equals_interpolation(tmp_path):
 
 
 def test_representations_are_token_means_at_the_right_places(tmp_path):
-    """Against transformers' own hidden states: before block 0, behind each block, behind the final norm."""
+    """Against transformers' own hidden states: before block 0, after each block, after the final norm."""
     base = build()
     texts = [r["input_ids"] for r in ROWS[:5]]
     found = representations(base, texts)

@@ -1,4 +1,4 @@
-"""Families: what a merge writes loads in plain transformers and PEFT and computes what it must; tied and untied heads."""
+"""Families: a merge's output loads in plain transformers and PEFT and computes the expected values; tied and untied heads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.families.configs import build as build_family
 from tests.families.configs import config as family_config
 from tests.families.notes import TARGETS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # families warn of kernels that are not installed, and of much else
-# Targets of LoRA where "all-linear" is not a product for each weight: PEFT adds fused experts (target_parameters), or a router that
-# returns two tensors; and where a module's weight is used without its forward pass, which an adapter that is not put in misses.
+pytestmark = pytest.mark.filterwarnings("ignore")  # families warn of kernels that are not installed, among others
+# Targets of LoRA if "all-linear" is not one product per weight: PEFT adds fused experts (target_parameters), or a router that
+# returns two tensors; and modules whose weight is used without their forward pass, which an unmerged adapter misses.
 ATTENTION = ["q_proj", "v_proj"]
 PLAIN = {
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_next", "olmoe", "minimax", "glm4_moe", "ernie4_5_moe"), ATTENTION),
@@ -77,7 +77,7 @@ def said(model: nn.Module, kind: str) -> torch.Tensor:
 
 
 def loaded(like: Any, folder: Any) -> Any:
-    """A folder loaded by the class that users load it with; every tensor found its place."""
+    """A folder loaded by the class that users load it with; every tensor is loaded."""
     model, info = type(like).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval()
@@ -132,7 +132,7 @@ def adapt(base: Any, folder: Any, seed: int, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_adapters(tmp_path, kind):
-    """Put into its base an adapter computes what PEFT does; two of them make one, which PEFT loads."""
+    """Merged into its base, an adapter computes what PEFT does; two adapters become one, which PEFT loads."""
     base = build(kind)
     base.save_pretrained(tmp_path / "base")
     targets = PLAIN.get(kind, "all-linear")
@@ -164,7 +164,7 @@ def test_adapters_of_fused_experts_are_refused_and_the_advice_works(tmp_path, ki
         adapt(base, tmp_path / n, i, target_modules=["q_proj"], target_parameters=names) for i, n in enumerate("ab", 1)
     ]
     assert json.loads((made[0] / "adapter_config.json").read_text())["target_parameters"]
-    with pytest.raises(MergeError, match=r"a adapts parameters that are no module's weight .*merge_and_unload"):
+    with pytest.raises(MergeError, match=r"a adapts parameters that are not a module's weight .*merge_and_unload"):
         merge_linear(made, tmp_path / "out", base=tmp_path / "base")
     wholes = []
     for folder in made:

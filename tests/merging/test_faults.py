@@ -1,4 +1,4 @@
-"""Killed, full, changed, shared: the output is the right one or the old one."""
+"""Killed, full, changed, shared: the output is either the right one or the old one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_old_output_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(writer.os, "pwrite", pwrite)
     options = {"max_shard_size": "30KB", "overwrite": True}
     with pytest.raises(
-        OSError, match=r"The disk is full: model-00002.* What is finished stays in .*merging; free some space"
+        OSError, match=r"The disk is full: model-00002.* The finished files stay in .*merging; free some space"
     ) as error:
         merge_linear([a, b], tmp_path / "out", **options)
     assert error.value.errno == errno.ENOSPC and digest(tmp_path / "out") == old

@@ -1,4 +1,4 @@
-"""Weight files that somebody else wrote: read as transformers reads them, or refused by name; never read elsewhere."""
+"""Weight files written by others: read as transformers reads them, or refused by name; never read from elsewhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_no_merge_and_no_push_reads_outside_the_folder(three, tmp_path, where, r
     last = sorted(listed["weight_map"])[-1]
     listed["weight_map"][last] = where if where != "ABSOLUTE" else str(b / "model.safetensors")
     (here / INDEX).write_text(json.dumps(listed))
-    out, said = tmp_path / "out", rf"index\.json says that '{last}' is in .* never a path to elsewhere"
+    out, said = tmp_path / "out", rf"index\.json says that '{last}' is in .* never a path elsewhere"
     calls = {
         "linear": lambda: merge_linear([a, here], out),
         "ties": lambda: ties([a, here], out, base=base),
@@ -82,10 +82,10 @@ def test_of_a_single_file_and_an_index_the_one_that_transformers_loads_is_merged
         torch.testing.assert_close(found, (loaded[name] + second[name]) / 2)
     assert any("has both model.safetensors and model.safetensors.index.json" in n for n in result.report["notes"])
     with pytest.raises(
-        IncompleteFolder, match=r"model\.safetensors and model\.safetensors\.index\.json.*Remove the one"
+        IncompleteFolder, match=r"model\.safetensors and model\.safetensors\.index\.json.*Remove the old one"
     ):
         collect(folder)
-    (folder / INDEX).unlink()  # what both messages advise
+    (folder / INDEX).unlink()  # the advice of both messages
     again = merge_linear([folder, other], tmp_path / "again")
     assert not any("index" in n for n in again.report["notes"])
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
@@ -102,7 +102,7 @@ def test_a_tensor_that_only_the_index_has(three, tmp_path):
     kept = load_file(file)
     del kept["model.norm.weight"]
     save_file(kept, file, {"format": "pt"})
-    with pytest.raises(MergeError, match=rf"'model.norm.weight' is in {file.name}, and no file of the model holds it"):
+    with pytest.raises(MergeError, match=rf"'model.norm.weight' is in {file.name}, but no file of the model holds it"):
         merge_linear([a, here], tmp_path / "out")
     other = next(p for p in here.glob("model-*") if p != file)
     save_file({**load_file(other), **kept}, other, {"format": "pt"})
@@ -133,13 +133,13 @@ DAMAGES = {
     "shared bytes": (lambda h: shift(h, "model.norm.weight", -4), "'.*' begins at byte .*: they share bytes"),
     "a hole": (lambda h: h.pop("model.embed_tokens.weight"), "the bytes between belong to no tensor"),
     "bytes behind": (lambda h: h.pop(max((k for k in h if k[0] != "_"), key=lambda k: h[k]["data_offsets"])),
-                     "the bytes behind it belong to no tensor"),
+                     "the bytes after it belong to no tensor"),
     "beyond the end": (lambda h: shift(h, "model.norm.weight", 10**9), "'model.norm.weight'"),
-    "negative": (lambda h: h["model.norm.weight"].update(data_offsets=[-4, 124]), "its header says of 'model.norm.weight'"),
+    "negative": (lambda h: h["model.norm.weight"].update(data_offsets=[-4, 124]), "its header has .* for 'model.norm.weight'"),
     "other shape": (lambda h: h["model.norm.weight"].update(shape=[31]), "'model.norm.weight' should take 124 bytes"),
-    "no shape": (lambda h: h["model.norm.weight"].pop("shape"), "its header says of 'model.norm.weight'"),
-    "shape of text": (lambda h: h["model.norm.weight"].update(shape=["32"]), "its header says of 'model.norm.weight'"),
-    "a number": (lambda h: h.update({"model.norm.weight": 7}), "its header says of 'model.norm.weight' 7"),
+    "no shape": (lambda h: h["model.norm.weight"].pop("shape"), "its header has .* for 'model.norm.weight'"),
+    "shape of text": (lambda h: h["model.norm.weight"].update(shape=["32"]), "its header has .* for 'model.norm.weight'"),
+    "a number": (lambda h: h.update({"model.norm.weight": 7}), "its header has 7 for 'model.norm.weight'"),
     "huge shape": (lambda h: h["model.norm.weight"].update(shape=[2**62, 2**62]), "'model.norm.weight'"),
     "strange type": (lambda h: h["model.norm.weight"].update(dtype="F4"), "stores 'model.norm.weight' as F4"),
 }  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_damaged_header_is_refused_with_file_and_tensor(three, tmp_path, how):
     write(here / "model.safetensors", header, values)
     with pytest.raises(MergeError, match=rf"theirs/model\.safetensors .*{said}"):
         merge_linear([a, here], tmp_path / "out")
-    with pytest.raises(IncompleteFolder, match=r"model\.safetensors .*is not a whole safetensors file"):
+    with pytest.raises(IncompleteFolder, match=r"model\.safetensors .*is not a complete safetensors file"):
         collect(here)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Fusion offline: equal to the functions on tensors and to a round of the trainer, bounded, resumable, and refusing."""
+"""Offline fusion: equal to the functions on tensors and to a round of the trainer, bounded, resumable, with refusals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def world(tmp_path):
 
 
 def moved(start: Path, folder: Path, seed: int) -> Path:
-    """An adapter that went on from another."""
+    """An adapter that continued from another."""
     g = torch.Generator().manual_seed(seed)
     folder.mkdir()
     made = {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in tensors(start).items()}
@@ -133,7 +133,7 @@ def test_soft_rules(tmp_path, world):
 
 
 def one_round(tmp_path, monkeypatch, peft, dtype, rule):
-    """A round of `KIF` in the trainer: where it started, came by and ended, and its averages, on the disk."""
+    """A round of `KIF` in the trainer: where it started, passed and ended, and its averages, on disk."""
     taken = {}
     end_inner, fuse_sides = TwoSides.end_inner, TwoSides.fuse
 
@@ -396,7 +396,7 @@ print(json.dumps({"grown": grown, "bound": bounds[0], "heavy": heavy}))
 
 @pytest.mark.slow
 def test_memory_is_bounded_whatever_the_size(tmp_path):
-    """Seven times 40 MB go through less than the plan says; no library that builds models is imported."""
+    """Seven times 40 MB are processed in less memory than the plan states; no library that builds models is imported."""
     g = torch.Generator().manual_seed(0)
     shape, names = (2500, 2000), ("model.layers.0.a.weight", "model.layers.1.a.weight")
     for folder in ("base", "new", "old"):
@@ -446,7 +446,7 @@ def test_a_killed_fusion_goes_on_to_the_same_bytes(tmp_path, world, caplog):
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.merging" / "journal.json").is_file()
     with caplog.at_level("INFO", "hf_continual"):
         kif_fuse(base, new, tmp_path / "out", **options)
-    assert "going on, 2 files of an interrupted merge are finished" in caplog.text
+    assert "resuming, 2 files of an interrupted merge are finished" in caplog.text
     assert digest(tmp_path / "out") == digest(tmp_path / "straight") and not (tmp_path / ".out.merging").exists()
     reports = [json.loads((tmp_path / n / "kif_report.json").read_text()) for n in ("out", "straight")]
     assert reports[0]["tensors"] == reports[1]["tensors"]
@@ -485,7 +485,7 @@ def test_from_the_command_line(tmp_path, world):
     assert digest(tmp_path / "out") == digest(tmp_path / "same") and "model in" in done.stdout
 
 
-# --- what is refused, or said
+# --- refusals and messages
 
 
 @pytest.fixture
@@ -537,7 +537,7 @@ def test_mismatched_adapters_are_refused_with_names(tmp_path, pair):
         kif_fuse(start, moved, tmp_path / "out", **given)
     edit(moved, lora_alpha=8, base_model_name_or_path="me/other")
     edit(start, base_model_name_or_path="me/model")
-    with pytest.raises(MergeError, match=r"trained on 'me/model' .* and moved on 'me/other'"):
+    with pytest.raises(MergeError, match=r"trained on 'me/model' .* but moved on 'me/other'"):
         kif_fuse(start, moved, tmp_path / "out", **given)
     edit(moved, base_model_name_or_path=str(save(build(seed=5), tmp_path / "second")))
     edit(start, base_model_name_or_path=str(tmp_path / "whole"))
@@ -570,7 +570,7 @@ def test_mismatched_models_are_refused_with_names(tmp_path, world):
         kif_fuse(base, small, tmp_path / "out", **given)
     with pytest.raises(MergeError, match="architecture mismatch"):
         kif_fuse(base, save(build("gpt2"), tmp_path / "gpt2"), tmp_path / "out", **given)
-    with pytest.raises(MergeError, match="hold the same weights: nothing moved"):
+    with pytest.raises(MergeError, match="hold the same weights: nothing changed"):
         kif_fuse(base, save(build(), tmp_path / "copy"), tmp_path / "out", **given)
 
 
@@ -589,7 +589,7 @@ def test_importance_that_does_not_fit_is_refused_with_names(tmp_path, world):
             kif_fuse(base, new, tmp_path / "out", importance=(tmp_path / "bad.safetensors", files(tmp_path)[1]))
     save_file({f"importance/{n}": t for n, t in sides["new"].items()}, tmp_path / "alone.safetensors")
     pair = (tmp_path / "alone.safetensors", files(tmp_path)[1])
-    with pytest.raises(MergeError, match="uncertainty=True, and alone.safetensors holds none"):
+    with pytest.raises(MergeError, match="uncertainty=True, but alone.safetensors holds none"):
         kif_fuse(base, new, tmp_path / "out", importance=pair, uncertainty=True)
     with pytest.raises(MergeError, match="two kinds: importance and as stored"):
         kif_fuse(base, new, tmp_path / "out", importance=pair, rule="weighted")
@@ -616,10 +616,10 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
     [
         ({}, ValueError, "which elements matter to the new and the old side: give calibration_new=ROWS"),
         ({"calibration_new": [{"text": "w1 w2"}]}, ValueError, "matter to the old side: give calibration_old=ROWS"),
-        ({"calibration_new": [], "calibration_old": []}, ValueError, "rows is empty"),
+        ({"calibration_new": [], "calibration_old": []}, ValueError, "has no rows"),
         ({"calibration_new": [{"text": "w1"}] * 2, "calibration_old": [{"q": 1}]}, TypeError, "has the columns 'q'"),
         ({"importance": "nowhere"}, FileNotFoundError, "nowhere holds no importance"),
-        ({"importance": ("a", "b", "c")}, ValueError, "is no pair"),
+        ({"importance": ("a", "b", "c")}, ValueError, "is not a pair"),
         ({"importance": {"inner": "a"}}, ValueError, "the key 'inner'"),
         ({"importance": "x", "rule": "sum"}, ValueError, "rule='sum' is not known.*task_arithmetic"),
         ({"importance": "x", "scope": "row"}, ValueError, "scope='row'"),
@@ -634,7 +634,7 @@ def test_tensors_that_did_not_change_need_no_importance(tmp_path, world):
         ({"importance": "x", "temperature": 0}, ValueError, "temperature=0"),
         ({"importance": "x", "beta1": 1.0}, ValueError, "beta1=1.0"),
         ({"importance": "x", "batch_size": 0}, ValueError, "batch_size=0"),
-        ({"importance": "x", "output": "adapter"}, ValueError, "output='adapter': what is fused"),
+        ({"importance": "x", "output": "adapter"}, ValueError, "output='adapter': a fusion"),
         ({"importance": "x", "adapter_rank": 4}, ValueError, "adapter_rank=4: a fusion keeps"),
     ],
 )
@@ -669,7 +669,7 @@ def test_names_in_memory_and_in_files():
 
 
 def test_every_part_of_an_adapter_has_its_name(tmp_path):
-    """DoRA, an adapted embedding, a bias and a module trained as a whole: a file's names are those of memory."""
+    """DoRA, an adapted embedding, a bias and a module trained whole: a file has the names used in memory."""
     settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"], "use_dora": True}
     model = get_peft_model(build(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
     model.save_pretrained(tmp_path / "a", save_embedding_layers=False)

@@ -161,7 +161,7 @@ def test_a_scan_keeps_the_best_and_goes_on(tmp_path):
 
 
 def test_a_scan_does_not_mix_measurements(tmp_path):
-    """Begun for other options, its measurements are none of this one; a dry run measures nothing."""
+    """Measurements of a scan with other options are not reused; a dry run measures nothing."""
     base, a, _ = family(tmp_path)
     asked = []
 

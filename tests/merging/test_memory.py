@@ -1,4 +1,4 @@
-"""The merge phase holds chunks, not models; and imports nothing that it does not need."""
+"""The merge phase holds chunks, not models; and imports only what it needs."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_what_the_plan_states_is_not_exceeded(world, case):
     call = [sys.executable, "-W", "ignore", "-m", "tests.merging.measured", str(world), case]
-    # glibc raises the size from which memory goes back to the system at once as a program runs, by chance of its threads:
-    # what is freed then seems taken. Fixed, it is the buffers that are measured.
+    # glibc raises the size from which memory goes back to the system at once while a program runs, by chance of its threads:
+    # freed memory then seems taken. With a fixed size, only the buffers are measured.
     fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=200, env=fixed)
     assert ran.returncode == 0, ran.stderr
@@ -78,6 +78,6 @@ def test_the_bound_does_not_grow_with_models_or_tensors(models, tmp_path):
 
 
 def as_if_in(member, path):
-    """The same model as if it lay elsewhere: its tensors are other sources."""
+    """The same model as if it were stored elsewhere: its tensors are other sources."""
     own = {n: replace(t, file=replace(t.file, path=path)) for n, t in member.checkpoint.tensors.items()}
     return replace(member, checkpoint=replace(member.checkpoint, tensors=own))

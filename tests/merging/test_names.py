@@ -1,4 +1,4 @@
-"""Names in a model's files against names in the loaded model: adapters, embeddings and heads are found by what is loaded."""
+"""Names in a model's files against names in the loaded model: adapters, embeddings and heads are found by the loaded names."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_longer_of_two_vocabularies_is_in_the_configuration_too(tmp_path, ki
 
 
 def test_a_vocabulary_that_the_configuration_leaves_to_its_default(tmp_path):
-    """Transformers 4 left what is the default out of the text model's part."""
+    """Transformers 4 omitted default values from the text model's part."""
     for seed, (name, vocab) in enumerate((("short", 40), ("long", 43))):
         seeing("llava", seed, vocab).save_pretrained(tmp_path / name)
     outputs = [OutputTensor("language_model.model.embed_tokens.weight", "F32", (43, 16), ())]
@@ -178,7 +178,7 @@ def test_a_vocabulary_that_the_configuration_leaves_to_its_default(tmp_path):
 
 
 def test_a_head_that_an_adapter_makes_another_than_its_embedding(tmp_path):
-    """Also where the configuration leaves it to the architecture that the two are tied."""
+    """Also if the configuration leaves it to the architecture whether the two are tied."""
     base = build("gpt2")
     save(base, tmp_path / "base")
     file = tmp_path / "base" / "config.json"
@@ -215,6 +215,6 @@ def test_a_token_without_a_row_is_told_of_with_both_numbers(tmp_path, where):
         notes = merge_linear([tmp_path / "a", tmp_path / "b"], tmp_path / "out").report["notes"]
     told = [n for n in notes if f"has {rows + 1} tokens" in n and f"{rows} rows" in n and "<more>" in n]
     assert [n.partition(" has ")[0] for n in told] == ["The tokenizer of a", "The tokenizer of b"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # what the note advises
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # the note's advice
     model.resize_token_embeddings(rows + 1)
     assert model(input_ids=torch.tensor([[rows]])).logits.shape[-1] == rows + 1

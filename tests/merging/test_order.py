@@ -1,4 +1,4 @@
-"""No model's place says what it is: any order of full models and adapters, with weights ordered alike, is one merge."""
+"""A model's place does not matter: any order of full models and adapters, with weights ordered alike, is the same merge."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RULES = {
 
 
 def wanted(rule, names, whole):
-    """The average and the sum of task vectors, worked out from whole models; None for other rules."""
+    """The average and the sum of task vectors, computed from whole models; None for other rules."""
     shares = [SHARES[n] for n in names]
     if rule in ("linear", "recall"):
         return {
@@ -100,7 +100,7 @@ def test_interpolate_and_a_fusion_take_what_they_are_given(world, tmp_path, tune
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_adapters_of_other_bases_are_refused_in_every_order(world, tmp_path, order):
-    """A folder and two ids: the ids contradict each other wherever the folder stands."""
+    """A folder and two ids: the ids contradict each other, whatever the folder's place."""
     folders, _ = world
     base, made = build(num_hidden_layers=1), []
     for i, named in enumerate(["/somewhere/base", "me/one", "me/two"]):
@@ -118,5 +118,5 @@ def test_vocabularies_that_contradict_each_other_behind_the_shortest(tmp_path, o
         tokenizer = toy.tokenizer()
         tokenizer.add_tokens(words)
         tokenizer.save_pretrained(tmp_path / name)
-    with pytest.raises(MergeError, match=r"id 64 is '<(law|tax)>' and '<(law|tax)>'"):
+    with pytest.raises(MergeError, match=r"id 64 is '<(law|tax)>' in one and '<(law|tax)>'"):
         merge_linear([tmp_path / n for n in order], tmp_path / "out", vocab="extend")

@@ -1,4 +1,4 @@
-"""Numbers that mergekit 0.1.5 gave for these tensors: the same here, or another with the reason."""
+"""Numbers that mergekit 0.1.5 gave for these tensors: the same here, or different for a stated reason."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def same(found, wanted):
 
 
 def test_ties_with_one_threshold_per_tensor():
-    """mergekit trims each tensor by itself, the paper and this library the whole task vector: here there is one tensor."""
+    """mergekit trims each tensor separately, the paper and this library the whole task vector: here there is one tensor."""
     rule = TrimElectMerge((largest(A, 4), largest(B, 4)), scale=0.8)
     same(rule([BASE.clone(), A.clone(), B.clone()]), [1.4, -2.56, 0.5, 3.72, -1, 0.73, 1.52, -0.18])
 
 
 def test_a_tie_of_the_signs():
-    """The paper's sign of a sum of zero is zero, and nothing is kept; mergekit elects plus and gives 0.5 and 0.5."""
+    """The paper's sign of a sum of zero is zero, and nothing is kept; mergekit elects a plus sign and gives 0.5 and 0.5."""
     changes = [torch.tensor([0.5, 0.5]), torch.tensor([-0.5, -0.25])]
     same(elect_and_merge(torch.zeros(2), changes, 1.0), [0.0, 0.5])
 
@@ -59,7 +59,7 @@ def test_slerp():
         ((A, C), 0.73225546, [1.3661277, -2.2562895, 0.7196767, 2.7437105, -0.9633872, 0.6893533, 1.8535489, -0.3169361]),
         ((A, B, C), 0.4528097, [1.0905619, -2.2113113, 0.6207492, 3.0301876, -0.9698126, 0.4764048, 1.8490634, -0.4773595]),
         # Changes that point away from each other (cosine -0.35). mergekit's t is -1.07: past the base, away from every model.
-        # Here the share of an average is not below none of it.
+        # Here the fraction of the average is never below 0.
         ((A, B), 0.0, BASE.tolist()),
     ],
 )  # fmt: skip
@@ -73,10 +73,10 @@ def test_model_stock(models, t, wanted):
 
 
 def test_della_keeps_expectations():
-    """mergekit keeps as many of each quarter of the ranks, and then scales all of them alike, to the tensor's L1 norm.
+    """mergekit keeps the same number from each quarter of the ranks, and then scales all of them equally, to the tensor's L1 norm.
 
-    Of the quarters of its ranks, smallest first, 0.754, 0.860, 0.965 and 1.071 of the change come out on average. The paper divides
-    each by its own probability, so that 1 does.
+    Of the quarters of its ranks, smallest first, 0.754, 0.860, 0.965 and 1.071 of the change remain on average. The paper divides
+    each by its own probability, so that 1 remains.
     """
     torch.manual_seed(0)
     change = torch.randn(64, 4096)

@@ -1,4 +1,4 @@
-"""DELLA, Consensus Merging and FAPM: their papers' arithmetic by hand, through files, and whatever a merge is cut into."""
+"""DELLA, Consensus Merging and FAPM: their papers' arithmetic by hand, through files, and independent of chunking."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TestDella:
         assert in_order(change, 4, Room()).tolist() == [
             [3, 1, 2, 0],
             [4, 5, 6, 7],
-        ]  # of equal magnitudes the later is higher
+        ]  # among equal magnitudes the later is higher
         assert in_order(change, 8, Room()).tolist() == [[3, 4, 5, 6, 1, 2, 0, 7]]
         assert in_order(change.double(), 1, Room()).tolist() == [[i] for i in range(8)]
 
@@ -123,7 +123,7 @@ class TestFAPM:
 
     @pytest.mark.parametrize("density", [0.1, 0.7])
     def test_on_models(self, tmp_path, density):
-        """The same through files, by sorting; of 0.7 the threshold is below zero."""
+        """The same through files, by sorting; for 0.7 the threshold is below zero."""
         base, a, b = family(tmp_path)
         merge("fapm", [a, b], tmp_path / "out", base=base, density=density, scale=[1.0, 0.5])
         got, zero, signs = all_weights(tmp_path / "out"), all_weights(base), []
@@ -140,7 +140,7 @@ class TestFAPM:
         assert set(signs) == {1.0} if density == 0.1 else -1.0 in signs
 
     def test_tensors_that_hardly_change(self, tmp_path):
-        """An adapter changes few tensors; of a base with zeros and of changes that are zero nothing is lost."""
+        """An adapter changes few tensors; zeros in the base and zero changes lose nothing."""
         base = build()
         with torch.no_grad():
             base.model.layers[0].self_attn.q_proj.weight[:4] = 0.0

@@ -1,4 +1,4 @@
-"""Adapters of a quantised base: onto the original weights, onto what they saw, or refused; compared with bitsandbytes itself."""
+"""Adapters of a quantised base: applied to the original weights or to the values they saw, or refused; compared with bitsandbytes itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 36, "intermediate_size": 52, "num_attention_heads": 3, "
 
 
 def seen_by_bitsandbytes(folder, scheme, dtype):
-    """Every weight of the base as bitsandbytes gives it back, by name."""
+    """Every weight of the base as bitsandbytes dequantises it, by name."""
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**scheme), dtype=dtype)
     found = {}
     for name, module in model.named_modules():
@@ -99,9 +99,7 @@ def test_the_original_is_the_default_and_the_card_says_so(tmp_path):
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (
         tmp_path / "noted" / "model.safetensors"
     ).read_bytes()
-    said = (
-        "a was trained on a base in 4 bits (nf4, double quantisation); what was learnt is put onto the original weights"
-    )
+    said = "a was trained on a base in 4 bits (nf4, double quantisation); what was learned is added to the original weights"
     assert (
         said in (tmp_path / "noted" / "README.md").read_text()
         and "4 bits" not in (tmp_path / "plain" / "README.md").read_text()
@@ -141,7 +139,7 @@ def test_recall_looks_at_the_weights_that_are_merged(tmp_path):
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     with loaded(member, Setting("cpu", "float32")) as model:
         torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-5)
-    with pytest.raises(ValueError, match="low_memory=True reads blocks from the disk"):
+    with pytest.raises(ValueError, match="low_memory=True reads blocks from disk"):
         merge_with_recall(
             [a], tmp_path / "no", base=folder, calibration=["owl"], quantized_base=NF4, low_memory=True, output="model"
         )
@@ -153,18 +151,18 @@ def test_what_cannot_be_is_said(tmp_path):
     a, b = adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2)
     call = {"base": folder, "output": "model"}
     with pytest.raises(
-        ValueError, match="quantized_base='4bit': it can be 'error', 'original', 'dequantize', or a Bits"
+        ValueError, match="quantized_base='4bit': it must be one of 'error', 'original', 'dequantize', or a Bits"
     ):
         merge_linear([a], tmp_path / "no", **call, quantized_base="4bit")
-    with pytest.raises(MergeError, match="no file tells how the base of a was quantised, or whether it was. Give how"):
+    with pytest.raises(MergeError, match="no file states how the base of a was quantised, or whether it was. Give how"):
         merge_linear([a], tmp_path / "no", **call, quantized_base="dequantize")
-    with pytest.raises(ValueError, match="quantised by 'gptq' .* cannot be made again here"):
+    with pytest.raises(ValueError, match="quantised by 'gptq' .* cannot be reproduced here"):
         merge_linear([a], tmp_path / "no", **call, quantized_base={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="the output is an adapter, which leaves it alone"):
+    with pytest.raises(ValueError, match="the output is an adapter, which leaves it unchanged"):
         merge_linear([a], tmp_path / "no", base=folder, quantized_base=NF4)
     with (
-        pytest.warns(UserWarning, match="probably did not go on from that adapter"),
-        pytest.raises(ValueError, match="adapters are fused as they are and put onto no base"),
+        pytest.warns(UserWarning, match="probably did not continue from that adapter"),
+        pytest.raises(ValueError, match="adapters are fused directly, without a base"),
     ):
         kif_fuse(a, b, tmp_path / "no", calibration_new=["owl"], calibration_old=["fox"], quantized_base="dequantize")
     note(a, NF4)
@@ -183,14 +181,14 @@ def test_what_cannot_be_is_said(tmp_path):
 
 
 def test_several_adapters_must_have_seen_the_same(tmp_path):
-    """Told apart though their folders have one name; equal though modules that were left out are named in several ways."""
+    """Different although their folders share a name; equal although omitted modules are named in several ways."""
     base = build(**SIZES)
     folder = save(base, tmp_path / "base")
     one, two = adapter(base, tmp_path / "law" / "final", 1), adapter(base, tmp_path / "tax" / "final", 2)
     call = {"base": folder, "output": "model", "quantized_base": "dequantize"}
     note(one, NF4)
     with pytest.raises(
-        MergeError, match=r"no file tells how the base of final was quantised, .* \(final was .* 4 bits"
+        MergeError, match=r"no file states how the base of final was quantised, .* \(final was .* 4 bits"
     ):
         merge_linear([one, two], tmp_path / "no", **call)
     note(two, SCHEMES["int8"])
@@ -219,7 +217,8 @@ def test_a_base_of_another_library_is_no_obstacle_to_the_original(tmp_path):
     merge_linear([a], tmp_path / "adapter", base=folder)
     merge_linear([a], tmp_path / "out", base=folder, output="model")
     assert (
-        "a was trained on a base in the form of 'gptq'; what was learnt" in (tmp_path / "out" / "README.md").read_text()
+        "a was trained on a base in the form of 'gptq'; what was learned"
+        in (tmp_path / "out" / "README.md").read_text()
     )
     for word, said in (
         ("error", "in the form of 'gptq', and quantized_base='error'"),
@@ -236,10 +235,10 @@ def test_it_is_about_adapters_and_a_base(tmp_path):
         for given in (NF4, "dequantize"):
             with pytest.raises(MergeError, match="none of the models is an adapter. Leave it out"):
                 method([folder, other], tmp_path / "no", base=folder, quantized_base=given)
-    with pytest.raises(ValueError, match="is about base=, and there is none"):
+    with pytest.raises(ValueError, match="applies to base=, which was not given"):
         merge_linear([folder, other], tmp_path / "no", quantized_base="dequantize")
     a = adapter(base, tmp_path / "a", 1)
-    for wrong, said in (({"bnb_4bit_quant_typ": "nf4"}, "has the key 'bnb_4bit_quant_typ'"), ({"bnb_4bit_quant_type": "nf5"}, "'nf5': it can be"),
+    for wrong, said in (({"bnb_4bit_quant_typ": "nf4"}, "has the key 'bnb_4bit_quant_typ'"), ({"bnb_4bit_quant_type": "nf5"}, "'nf5': it must be"),
                         ({"dtype": "int4"}, "dtype='int4': bitsandbytes quantises")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             merge_linear(
@@ -261,7 +260,7 @@ def test_the_type_it_was_loaded_in_counts(tmp_path, scheme):
             assert torch.equal(files.load(full.tensors[name]), values.float()), name
             assert torch.equal(files.load(other.tensors[name]), values.float()), (
                 name
-            )  # the folder knows what was not said
+            )  # the folder supplies what was not given
 
 
 def test_blocks_and_passes_end_anywhere(tmp_path, monkeypatch):
@@ -300,7 +299,7 @@ def test_a_merged_adapter_still_knows_its_base(tmp_path):
         note(a, {**NF4, "dtype": "float32"})
     merge_linear(both, tmp_path / "sum", base=folder)
     card = (tmp_path / "sum" / "README.md").read_text()
-    assert "original weights" not in card and "The base was quantised while this was trained" in card
+    assert "original weights" not in card and "The base was quantised during training" in card
     with pytest.raises(MergeError, match="sum was trained on a base in 4 bits"):
         merge_linear([tmp_path / "sum"], tmp_path / "no", base=folder, output="model", quantized_base="error")
     merge_linear([tmp_path / "sum"], tmp_path / "out", base=folder, output="model", quantized_base="dequantize")
@@ -315,7 +314,7 @@ def test_a_report_repeated_on_another_base_is_warned_about(tmp_path):
     call = {"base": folder, "output": "model"}
     merge_with_recall([a], tmp_path / "one", weights={"default": [0.5, 0.5]}, **call, quantized_base=NF4)
     report = tmp_path / "one" / "recall_report.json"
-    with pytest.warns(UserWarning, match="onto the base as quantised by .*nf4.*, and this one onto the base as it is"):
+    with pytest.warns(UserWarning, match="to the base as quantised by .*nf4.*, this one to the base as stored"):
         merge_with_recall([a], tmp_path / "two", weights=report, **call)
     merge_with_recall([a], tmp_path / "three", weights=report, **call, quantized_base=NF4)
     one, three = (tmp_path / n / "model.safetensors" for n in ("one", "three"))

@@ -1,4 +1,4 @@
-"""Merges of the table: their papers' arithmetic by hand, independence of chunks, one's own rule, the same call again."""
+"""Merges of the table: their papers' arithmetic by hand, independence of chunking, a custom rule, the same call again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TestDare:
 
     @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.9])
     def test_the_share_and_that_nothing_repeats(self, density):
-        """The share within 5 standard deviations, no correlation of neighbours, models, tensors or seeds."""
+        """The fraction within 5 standard deviations, no correlation of neighbours, models, tensors or seeds."""
         n = 400_000
         marks = [kept_at(s, p, t, 0, n, density) for s, p, t in ((0, 0, "a"), (0, 1, "a"), (0, 0, "b"), (1, 0, "a"))]
         noise = math.sqrt(density * (1 - density) / n)
@@ -179,7 +179,7 @@ def test_what_passes_found_is_not_looked_for_again(tmp_path, monkeypatch):
 
 @dataclass
 class Median(MergeMethod):
-    """A rule of one's own."""
+    """A custom rule."""
 
     shift: float = 0.0
 
@@ -217,7 +217,7 @@ def test_a_rule_of_ones_own(tmp_path):
         wanted = torch.stack([t[n].float() for t in three]).median(0).values + 2.0 * (n == "model.norm.weight")
         assert torch.allclose(got.float(), wanted), n
     merge(Median(), [base, a, b], tmp_path / "object")
-    with pytest.raises(ValueError, match="takes 3 or more models, and 2 were given"):
+    with pytest.raises(ValueError, match="takes 3 or more models, but 2 were given"):
         merge(name, [a, b], tmp_path / "x")
     with pytest.raises(ValueError, match="4 models have no middle one"):
         merge(name, [a, b, base, a], tmp_path / "x")
@@ -232,7 +232,7 @@ def test_a_rule_of_ones_own(tmp_path):
             {"densty": 0.2},
             r"merge ties has no option 'densty'. Did you mean 'density'\? It takes density, scale\.$",
         ),
-        ("model_stock", {"_shares": {}}, "merge model_stock has no option '_shares'. It takes none of its own"),
+        ("model_stock", {"_shares": {}}, "merge model_stock has no option '_shares'. It takes no options of its own"),
         ("ties", {"density": 0}, r"ties\(density=0\) must lie between 0 and 1, 0 excluded"),
         ("dare", {"density": 1.5}, r"dare\(density=1.5\) must lie between 0 and 1"),
         ("slerp", {"t": 2}, r"slerp\(t=2\) must lie between 0 and 1. It is a share of the way"),
@@ -284,8 +284,8 @@ def test_between_the_tasks_of_a_plan_by_name(tmp_path):
         plan = make(tmp_path, between_tasks=merged, output_dir=str(tmp_path / str(i)))
         plan["evaluation"] = {"base": False, "bootstrap": 0}
         plan["tasks"] = [{k: v for k, v in task.items() if k != "test"} for task in plan["tasks"]]
-        if i:  # two models have no middle one, which the plan is told
-            with pytest.raises(ValueError, match="takes 3 or more models, and 2 were given"):
+        if i:  # two models have no middle one, so this is set on the plan
+            with pytest.raises(ValueError, match="takes 3 or more models, but 2 were given"):
                 train_stream(plan)
             continue
         train_stream(plan)
@@ -294,7 +294,7 @@ def test_between_the_tasks_of_a_plan_by_name(tmp_path):
 
 
 class TestTheSameCallAgain:
-    """Finished, it returns what is there; asked for something else, it refuses; no pass is made twice."""
+    """When finished, it returns the existing result; for other options, it refuses; no pass is made twice."""
 
     def test_recall(self, tmp_path, monkeypatch):
         from hf_continual.merging.methods.recall import method as recall_method
@@ -346,7 +346,7 @@ class TestTheSameCallAgain:
         assert digest(tmp_path / "out") == before and again.report == first.report
         named = merge("kif", [b, a], tmp_path / "out", base=base, importance=tuple(files))
         assert named.report == first.report and named.bytes_read == first.bytes_read
-        with pytest.raises(ValueError, match="merge kif takes 1 to 2 models, and 3 were given"):
+        with pytest.raises(ValueError, match="merge kif takes 1 to 2 models, but 3 were given"):
             merge("kif", [b, a, b], tmp_path / "no", base=base, importance=tuple(files))
         with pytest.raises(FileExistsError):
             kif_fuse(base, a, tmp_path / "out", top_share=0.3, **call)

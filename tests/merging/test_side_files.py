@@ -1,4 +1,4 @@
-"""What stands beside the weights: tokenizer, chat template, processor and generation configuration belong together."""
+"""The files next to the weights: tokenizer, chat template, processor and generation configuration belong together."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_adapter_that_was_taught_another_end_stops_there_in_a_model(base, tmp
     tokens(adapter(base, tmp_path / "a", 1), SAID, eos="w9")
     result = interpolate(tmp_path / "base", tmp_path / "a", tmp_path / "out", alpha=1.0, output="model")
     assert ends(tmp_path / "out") == [1, 13] and noted(result, "[1, 13]", "eos_token of a's tokenizer")
-    # What an adapter's folder says itself counts.
+    # The adapter folder's own values count.
     GenerationConfig(eos_token_id=[13]).save_pretrained(tmp_path / "a")
     interpolate(tmp_path / "base", tmp_path / "a", tmp_path / "own", alpha=1.0, output="model")
     assert (tmp_path / "own/generation_config.json").read_bytes() == (

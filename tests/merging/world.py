@@ -1,4 +1,4 @@
-"""Tiny models and adapters on the disk: four families, tied and untied, one file or several."""
+"""Tiny models and adapters on disk: four families, tied and untied, one file or several."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 
 
 def cells(*axes: Any) -> list[Any]:
-    """Every combination for `make test-all`; for `make test` few in which each value is met."""
+    """Every combination for `make test-all`; for `make test` a few that contain each value."""
     axes = tuple(list(axis) for axis in axes)
     few = {
         tuple(axis[(i + k * (i // len(axis))) % len(axis)] for k, axis in enumerate(axes))
@@ -60,7 +60,7 @@ def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def tuned(model: PreTrainedModel, seed: int, size: float = 0.01) -> PreTrainedModel:
-    """A copy whose weights all moved a little."""
+    """A copy whose weights all changed a little."""
     moved = AutoModelForCausalLM.from_config(model.config).to(model.dtype)
     moved.load_state_dict(model.state_dict())
     torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def adapter(base: PreTrainedModel, folder: Path, seed: int, **config: Any) -> Pa
 
 
 def logits(model: Any) -> torch.Tensor:
-    """What a model says about some ids."""
+    """A model's logits for some ids."""
     ids = torch.arange(4, 24).reshape(2, 10)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits.float()

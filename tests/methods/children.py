@@ -1,4 +1,4 @@
-"""What the tests run in processes of their own: `python -m tests.methods.children`, and under torchrun."""
+"""Runs that tests start in separate processes: `python -m tests.methods.children`, and under torchrun."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def methods():
 
 
 def baselines():
-    """Those that need no adapter; of EWC and TaSL what a first task does."""
+    """Those that need no adapter; for EWC and TaSL, what a first task does."""
     return [
         EWC(rows=8),
         MIGU(first_task=True),
@@ -72,7 +72,7 @@ def trainer(folder: Path, more=(), **settings):
 
 
 def ranks(folder: Path, fsdp: bool) -> None:
-    """Two processes, no accumulation; rank 0 writes the weights that came out."""
+    """Two processes, no accumulation; rank 0 writes the resulting weights."""
     from accelerate.utils import DistributedType
 
     settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "save_steps": 4}
@@ -99,7 +99,7 @@ def ranks(folder: Path, fsdp: bool) -> None:
         weights = torch.cat([p.detach().full_tensor().flatten() for p in trained.model.parameters()])
     else:
         weights = toy.flat(trained.model)
-    # Fusion puts every element on a side; all processes must have come to the same.
+    # Fusion puts every element on a side; all processes must agree.
     everyone = trained.accelerator.gather(weights[None])
     assert torch.equal(everyone[0], everyone[1])
     totals = trained.replay_totals()
@@ -131,4 +131,4 @@ if __name__ == "__main__":
 
         ranks(target, fsdp=True)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit beside them may abort
+        torch.distributed.destroy_process_group()  # joins the threads of gloo; an exit while they run may abort

@@ -1,4 +1,4 @@
-"""Runs in which every pair of methods meets at least once, and what a run with given methods starts from."""
+"""Runs in which every pair of methods meets at least once, and the starting point of a run with given methods."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def module(name: str) -> Any:
 
 
 def example(name: str) -> Any:
-    """The method of a test file, not called like its kind: nothing may find a method by what its kind is called."""
+    """The method of a test file, not named like its kind: nothing may find a method by its kind's name."""
     return renamed(module(name).example(None))
 
 
 def zero(name: str) -> Any:
-    """The method of a test file at zero strength, not called like its kind."""
+    """The method of a test file at zero strength, not named like its kind."""
     return renamed(module(name).zero(None))
 
 
 def renamed(method: Any) -> Any:
-    """A method under another name, where it can have one."""
+    """A method under another name, if it can have one."""
     named = "name" in {f.name for f in dataclasses.fields(method)}
     return dataclasses.replace(method, name=f"my_{method.name}") if named else method
 
@@ -63,7 +63,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def groups(size: int = 5) -> list[tuple[str, ...]]:
-    """Few groups of at most `size` methods that hold every pair: each is filled with whoever adds most new pairs."""
+    """Few groups of at most `size` methods that hold every pair: each is filled with the method that adds most new pairs."""
     missing = {frozenset(pair) for pair in pairs()}
     found = []
     while missing:
@@ -104,7 +104,7 @@ def first_task(names: tuple[str, ...], peft: bool) -> Path:
 
 
 def start(names: Sequence[str], peft: bool = False) -> dict[str, Any]:
-    """`model` and `peft_config` of a run: the toy, or a model that learned a task before where a method needs one."""
+    """`model` and `peft_config` of a run: the toy, or a model that learned an earlier task if a method needs one."""
     peft = (peft or adapters_only(names)) and not own_modules(names)
     needy = tuple(name for name in names if getattr(module(name), "NEEDS_PREDECESSOR", False))
     model = str(first_task(needy, peft)) if needy else toy.model()

@@ -1,4 +1,4 @@
-"""A Run over a bare model: methods are tested without any trainer."""
+"""A Run over a bare model: methods are tested without a trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_continual.tasks import Task
 
 
 class FakeRun:
-    """Implements what `hf_continual.methods.base.Run` promises, as far as unit tests need it."""
+    """Implements `hf_continual.methods.base.Run` as far as unit tests need it."""
 
     def __init__(self, model: torch.nn.Module, *, lr: float = 1e-3, max_steps: int = 10, task: int = 0) -> None:
         self.model, self.learning_rate, self.max_steps = model, lr, max_steps

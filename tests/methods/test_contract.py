@@ -1,7 +1,8 @@
-"""What every method of the table must keep, alone and in pairs. A new method is found here by itself.
+"""The contract of every method in the table, alone and in pairs. New methods are found automatically.
 
-Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may say
-`ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs linear weights that are trained), `NEEDS_PREDECESSOR` (it does nothing without a task before) and `EXTRA_FORWARDS`.
+Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may
+set `ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs trainable linear weights), `NEEDS_PREDECESSOR` (it does nothing without an earlier
+task) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TOGETHER = max(covering.groups(len(TABLE)), key=len)  # as many methods as one r
 
 
 def build(folder, methods, names, peft=False, **settings):
-    """A run with methods, which starts from what the methods of these names need."""
+    """A run with methods, starting from what these methods need."""
     return ContinualTrainer(
         **covering.start(names, peft),
         args=SFTConfig(**toy.settings(folder, **settings)),
@@ -45,7 +46,7 @@ def build(folder, methods, names, peft=False, **settings):
 
 
 def values(trainer):
-    """What was logged, without the token count, which SFTTrainer itself begins anew after a resume."""
+    """What was logged, without the token count, which SFTTrainer itself restarts after a resume."""
     return [{k: v for k, v in entry.items() if k != "num_tokens"} for entry in toy.logs(trainer)]
 
 
@@ -68,7 +69,7 @@ def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
     assert far <= module(name).ZERO_TOLERANCE
     strong = build(tmp_path, [example(name)], [name], **changes)
     strong.train()
-    assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and strength does something
+    assert (toy.flat(plain.model) - toy.flat(strong.model)).abs().max() > 1e-4  # and the strength has an effect
 
 
 def nothing_of_the_base_moves(folder, name):
@@ -104,18 +105,18 @@ def test_resumed_is_uninterrupted(tmp_path, names, layout):
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert values(straight)[3:6] == values(resumed)[3:6]
     assert same(straight.task_states, resumed.task_states)
-    with pytest.raises(ValueError, match="written with other methods"):
+    with pytest.raises(ValueError, match="written with different methods"):
         build(tmp_path / "a", [], names, **settings).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    """All methods on, the process killed while it trains, a half-written checkpoint beside the whole one."""
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """All methods on, the process killed while it trains, a half-written checkpoint next to the complete one."""
     command = [sys.executable, "-m", "tests.methods.children", "train", str(tmp_path / "killed")]
     child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "KILL_AT": "5"})
     assert child.wait(timeout=200) == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint-4").is_dir()
-    (tmp_path / "killed" / "checkpoint-5").mkdir()  # as if the next one had been begun
+    (tmp_path / "killed" / "checkpoint-5").mkdir()  # as if the next one had been started
     resumed = children.trainer(tmp_path / "killed", children.baselines())
     resumed.train(resume_from_checkpoint=True)
     straight = children.trainer(tmp_path / "straight", children.baselines())
@@ -148,7 +149,7 @@ def test_state_goes_through_safetensors(tmp_path, name):
 
 @pytest.mark.parametrize("names", [[n] for n in TABLE] + [list(TOGETHER)], ids=lambda n: "+".join(n))
 def test_three_folders_are_one_process(tmp_path, names):
-    """Three tasks, each from the folder before: the state on disk is what the next task works with."""
+    """Three tasks, each from the folder before: the next task works with the state on disk."""
     folder, peft = None, covering.adapters_only(names)
     toy.model().save_pretrained(tmp_path / "base")
     for task in range(3):
@@ -176,11 +177,11 @@ def test_three_folders_are_one_process(tmp_path, names):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_method_in_a_second_trainer_is_as_new(tmp_path, name):
-    """A list of methods made once, outside a loop over runs: the second run must know nothing of the first."""
+    """A list of methods made once, outside a loop over runs: the second run must not depend on the first."""
     used, runs = example(name), []
     build(tmp_path / "first", [used], [name], max_steps=3).train()
     for i, method in enumerate((used, example(name))):
-        trainer = ContinualTrainer(  # of another model, that has learned no task before
+        trainer = ContinualTrainer(  # of another model, without an earlier task
             toy.model(seed=3), SFTConfig(**toy.settings(tmp_path / str(i), max_steps=3)), train_dataset=toy.rows(seed=6),
             processing_class=toy.tokenizer(), methods=[method],
             peft_config=covering.lora() if covering.adapters_only([name]) else None,
@@ -192,7 +193,7 @@ def test_a_method_in_a_second_trainer_is_as_new(tmp_path, name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_description_rebuilds_the_method(name, tmp_path):
-    """As data and as text, and the data gives the same run as the object."""
+    """Methods as data and as text; the data gives the same run as the object."""
     toy.rows(seed=9, low=30, high=59).to_json(tmp_path / "rows.jsonl")
     given = example(name)
     described = {

@@ -1,4 +1,4 @@
-"""Two processes under torchrun are one process with twice the accumulation; FSDP2 is DDP."""
+"""Two processes under torchrun match one process with twice the accumulation; FSDP2 matches DDP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_two_processes(tmp_path, what):
     one.train()
     far = (toy.flat(one.model) - got["weights"]).abs()
     # KIF puts an element on one side or the other, and Adam's first steps divide by gradients near zero: where either
-    # hangs on the last digit, sums in another order move a few of 41,248 elements by a part of a step.
+    # depends on the last digit, sums in a different order move a few of 41,248 elements by a fraction of a step.
     assert far.quantile(0.999) < 1e-6 and (far > 1e-6).sum() <= 8 and far.max() < 1e-3
     assert torch.equal(got["weights"], got["resumed"])
     assert one.replay_totals().sum(axis=1).tolist() == got["totals"]

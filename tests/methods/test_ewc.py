@@ -1,4 +1,4 @@
-"""EWC: the published code's numbers, the closed form against autograd, and what is handed to the next task."""
+"""EWC: the published code's numbers, the closed form against autograd, and the state handed to the next task."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_published_fisher():
     fisher = fisher_diagonal((golden_loss(params, batch) for batch in (0, 1)), params, (3, 2))
     for name in NAMES:
         torch.testing.assert_close(fisher[name], GOLDEN[f"fisher/{name}"], rtol=1e-6, atol=1e-9)
-    with pytest.raises(ValueError, match="at least one loss"):
+    with pytest.raises(ValueError, match="at least one row"):
         fisher_diagonal([], params, [])
 
 
@@ -97,7 +97,7 @@ class AsALossTerm(Method):
 
 
 def test_the_gradient_edit_is_the_penalty_in_the_loss(tmp_path):
-    """With accumulation and without clipping, which would clip the one and not the other."""
+    """With accumulation and without clipping, which would clip only one of the two."""
     train(toy.model(), tmp_path / "first").save_model()
     settings = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.05}
     edited = train(str(tmp_path / "first"), tmp_path / "a", method=EWC(weight=100.0), seed=2, **settings)
@@ -139,7 +139,7 @@ def train(start, folder, *, method=None, seed=1, peft=None, **settings):
 
 
 def by_hand(model, rows, size):
-    """The Fisher of a model's own rows with nothing of the library: batches of so many rows."""
+    """The Fisher of a model's own rows, computed without the library, in batches of `size` rows."""
     model.eval()
     fisher = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for first in range(0, len(rows), size):
@@ -232,5 +232,5 @@ def test_sentences():
     run.is_sharded, run.task_rows = True, []
     with pytest.raises(ValueError, match="needs the gradient of one row on one process.*Use fisher='batch'"):
         EWC(fisher="sample").end_task(run)
-    with pytest.raises(ValueError, match=r"1 weights have another shape.*weight: \(4, 4\) then, \(3, 2\) now"):
+    with pytest.raises(ValueError, match=r"1 weights have a different shape.*weight: \(4, 4\) then, \(3, 2\) now"):
         EWC().load_task_state({"tasks": 1, "fisher/weight": torch.ones(4, 4), "anchor/weight": torch.ones(4, 4)}, run)

@@ -89,7 +89,7 @@ def build(folder, model=None, method=None, peft=None, **settings):
     )
 
 
-# Re-entrant checkpoints of frozen blocks have no input that requires a gradient, as is meant here.
+# Re-entrant checkpoints of frozen blocks have no input that requires a gradient, which is intended here.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 @pytest.mark.parametrize("sgd", [False, True])
@@ -111,7 +111,7 @@ def test_frozen_tensors_stay_bit_identical(tmp_path, sgd, checkpointing):
 
 
 class Backward(torch.autograd.Function):
-    """Passes its input on, and counts the backward passes that reach it."""
+    """Passes its input through, and counts the backward passes that reach it."""
 
     count = 0
 
@@ -143,7 +143,7 @@ def test_no_backward_runs_through_the_frozen_bottom(tmp_path, checkpointing, pef
 
 
 def test_gradients_above_are_those_of_the_whole_model(tmp_path):
-    """Cutting the graph changes no gradient of what is trained."""
+    """Cutting the graph does not change the gradients of trained weights."""
     grads = []
     for method in (None, FreezeLayers(bottom=2)):
         trainer = build(tmp_path, method=method, max_steps=1, max_grad_norm=0.0, activation_checkpointing=True)
@@ -161,7 +161,7 @@ def test_from_task_learns_the_first_task_whole(caplog):
     model = toy.model()
     with caplog.at_level(logging.INFO):
         FreezeLayers(bottom=2, from_task=1).prepare_model(model, Task(index=0))
-    assert frozen_blocks(model) == [] and "learnt with all weights" in caplog.text
+    assert frozen_blocks(model) == [] and "learned with all weights" in caplog.text
     FreezeLayers(bottom=2, from_task=1).prepare_model(model, Task(index=1))
     assert frozen_blocks(model) == [0, 1]
 
@@ -199,7 +199,7 @@ def test_new_adapters_below_are_taken_off(tmp_path, targets):
         assert torch.equal(again(ids).logits, trainer.model(ids).logits)
 
 
-def test_adapters_that_learnt_something_are_kept_and_frozen(tmp_path):
+def test_adapters_that_learned_something_are_kept_and_frozen(tmp_path):
     first = build(tmp_path / "1", None, None, LoraConfig(r=2, target_modules=["q_proj"]))
     first.train()
     first.save_model(str(tmp_path / "adapter"))

@@ -1,4 +1,4 @@
-"""What lies below the frozen blocks: every weight that is called trained gets a gradient, and no other moves."""
+"""Modules below the frozen blocks: every weight reported as trained gets a gradient, and no other moves."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def backward(model, inputs):
 
 
 def frozen(model, inputs, method=None, checkpointing=None):
-    """Freeze, run one backward pass, and see that trainable is what gets a gradient. Returns the frozen names."""
+    """Freeze, run one backward pass, and check that exactly the trainable weights get a gradient. Returns the frozen names."""
     method = FreezeLayers(bottom=1) if method is None else method
     method.prepare_model(model, Task())
     if checkpointing is not None:
@@ -120,7 +120,7 @@ def test_text_alone_trains_what_the_log_says(caplog):
 def test_everything_between_ids_and_blocks_is_frozen():
     """Gemma3n projects its embeddings for each layer, and copies them for AltUp, before the first block."""
     model = build("gemma3n_text")
-    for p in model.parameters():  # some factors begin at zero, and nothing would pass through them
+    for p in model.parameters():  # some factors start at zero, and nothing would pass through them
         torch.nn.init.normal_(p, std=0.2)
     names = {n.rpartition(".weight")[0] for n in frozen(model, batch()) if ".layers." not in n}
     assert names == {
@@ -176,7 +176,7 @@ def new_tokens():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_new_tokens_are_learnt(tied, caplog):
+def test_rows_of_new_tokens_are_learned(tied, caplog):
     lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": NEW})
     model = get_peft_model(toy.model(tie_word_embeddings=tied), lora)
     torch.nn.init.normal_(model.get_parameter("base_model.model.model.layers.3.self_attn.q_proj.lora_B.default.weight"))
@@ -186,7 +186,7 @@ def test_rows_of_new_tokens_are_learnt(tied, caplog):
     model.enable_input_require_grads()
     method.begin_task(FakeRun(model))
     assert any("trainable_tokens_delta" in n for n in backward(model, new_tokens()))
-    assert "trainable_token_indices names stay trainable" in caplog.text
+    assert "listed in trainable_token_indices stay trainable" in caplog.text
     assert not any(".layers.0." in n for n, p in model.named_parameters() if p.requires_grad)
 
 
@@ -196,7 +196,7 @@ def saved_copies():
 
 
 def test_a_copy_of_the_embeddings_is_a_contradiction():
-    with pytest.raises(ValueError, match=r"freezes model\.embed_tokens, and the adapter's modules_to_save") as error:
+    with pytest.raises(ValueError, match=r"freezes model\.embed_tokens, but the adapter's modules_to_save") as error:
         FreezeLayers(bottom=1).prepare_model(saved_copies(), Task())
     assert "embeddings=False" in str(error.value)
     model, method = saved_copies(), FreezeLayers(bottom=1, embeddings=False)
@@ -271,7 +271,7 @@ def plain_experts(folder):
 
 
 def test_trained_adapters_of_fused_experts_are_kept():
-    """One of two nested adapters has learnt something: both stay, frozen."""
+    """One of two nested adapters has learned something: both stay, frozen."""
     model = get_peft_model(experts(), moe_lora())
     below = [n for n, _ in model.named_parameters() if ".layers.0.mlp" in n and "lora_" in n]
     assert len(below) == 4

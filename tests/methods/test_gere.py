@@ -1,4 +1,4 @@
-"""GeRe against numbers recorded from the authors' code, and in the trainer: states, cache, reference, what is logged."""
+"""GeRe against numbers recorded from the authors' code, and in the trainer: states, cache, reference, log."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def zero(world=None):
     )
 
 
-ZERO_TOLERANCE = 1e-6  # the task's rows are computed beside others
+ZERO_TOLERANCE = 1e-6  # the task's rows are computed in a batch with others
 
 
 def build(folder, *methods, model=None, kind="text", peft=None, **settings):
-    """A trainer whose methods have made their passes, as `train` does first."""
+    """A trainer whose methods have made their preliminary passes, as in `train`."""
     trainer = ContinualTrainer(
         toy.model() if model is None else model,
         SFTConfig(**toy.settings(folder, **settings)),
@@ -109,7 +109,7 @@ def test_the_authors_statistics():
     "case", FACTS["composition"], ids=lambda c: f"{c['w_strategy']}-{c['gere_ce']}-{c['gere_margin']}-{c['ori_ce']}"
 )
 def test_the_authors_composition(case):
-    """Total and derivatives of the loss of a micro-batch, by strategy of the weight and what the batch holds."""
+    """Total and derivatives of the loss of a micro-batch, by weight strategy and batch content."""
     parts = {
         k: None if case[k] is None else torch.tensor(case[k], requires_grad=True)
         for k in ("gere_ce", "gere_margin", "ori_ce")
@@ -187,7 +187,7 @@ def test_it_is_exactly_0_in_the_shape_of_the_offline_pass(tmp_path):
 @pytest.mark.parametrize("weight", [100.0, "dynamic"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_one_forward_equals_the_authors_two(tmp_path, weight, accumulation):
-    """The loss of a micro-batch with task and general rows, against separate forwards as the authors make them."""
+    """The loss of a micro-batch with task and general rows, against separate forward passes as in the authors' code."""
     method = gere(tmp_path, weight=weight)
     trainer = build(
         tmp_path,
@@ -302,7 +302,7 @@ def test_the_base_is_found_again_by_a_later_task(tmp_path):
             methods=[gere(tmp_path, **changes)],
         )
 
-    with pytest.raises(ValueError, match="begins with fine-tuned weights, and no GeRe of an earlier task left word"):
+    with pytest.raises(ValueError, match="starts from fine-tuned weights, and no GeRe of an earlier task recorded"):
         task(1, toy.model()).train()
     first = task(0, toy.model())
     first.train()
@@ -407,7 +407,7 @@ def test_killed_in_the_offline_pass(tmp_path, monkeypatch):
 
 
 def test_resuming_never_records_fine_tuned_weights(tmp_path):
-    """The states are those of the weights that the run began with, also where the cache is gone on resume."""
+    """The states are those of the weights that the run started with, even if the cache is gone on resume."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
     straight = build(tmp_path / "a", gere(tmp_path / "a"), **settings)
     straight.train()
@@ -446,7 +446,7 @@ def test_texts_of_its_own(tmp_path):
         def generate(self, input_ids, **kwargs):
             return input_ids
 
-    with pytest.raises(ValueError, match='rows="self": of .* texts that the model wrote only 0 were longer'):
+    with pytest.raises(ValueError, match='rows="self": of .* texts that the model wrote, only 0 were longer'):
         own_words(Mute(), tokenizer, 3, 24, seed=0)
 
 
@@ -464,8 +464,8 @@ def test_texts_of_its_own(tmp_path):
         ({"weight": -1.0}, "weight=-1.0.* at least 0"),
         ({"ce_weight": 0.5}, 'belongs to ce_mix="tokens"'),
         ({"max_length": 1}, "max_length=1"),
-        ({"rows": []}, "rows is empty"),
-        ({"rows": [{"body": "x"}]}, "needs rows with a column 'text', these have"),
+        ({"rows": []}, "has no rows"),
+        ({"rows": [{"body": "x"}]}, "needs rows with a column 'text'; these have"),
     ],
 )
 def test_bad_hyper_parameters(tmp_path, options, message):
@@ -483,7 +483,7 @@ def test_rows_that_are_too_short(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_4_bit_base(tmp_path):
-    """The states are those of the quantised base, whatever the adapter has learnt."""
+    """The states are those of the quantised base, whatever the adapter has learned."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -1,4 +1,4 @@
-"""GeRe's cache where things go wrong: other tokenizers, full disks, lost bases, two processes, weights that moved on."""
+"""GeRe's cache under faults: other tokenizers, full disks, lost bases, two processes, changed weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def files(tmp_path, ending="safetensors"):
 
 
 def other_tokenizer():
-    """One word that no row holds is another."""
+    """One word that is in no row differs."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(toy, "VOCABULARY", [*toy.VOCABULARY[:-1], "other"])
         return toy.tokenizer()
 
 
 def task(tmp_path, index, model, *, tokenizer=None, peft=None, **changes):
-    """One task as a script has it, with the pass before training made."""
+    """One task as in a script, with the preliminary pass made."""
     trainer = ContinualTrainer(
         model,
         ContinualConfig(**toy.settings(tmp_path / str(index), max_steps=2, learning_rate=1e-2), task_index=index),
@@ -55,7 +55,7 @@ def recorded(trainer):
 
 
 def test_what_else_states_depend_on_is_in_the_key(tmp_path):
-    """Tokenizer, configuration (rotary base), attention and precision: each has a file of its own."""
+    """Tokenizer, configuration (rotary base), attention and precision: each has its own file."""
     build(tmp_path, gere(tmp_path))
     changes = [
         {"model": toy.model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})},
@@ -83,7 +83,7 @@ def test_another_tokenizer_than_the_first_tasks(tmp_path):
 
 
 def test_two_bases_in_one_folder_are_not_mixed_up(tmp_path):
-    """Each later task is held to its own base, also when it is called a first task, and by whatever order."""
+    """Each later task is held to its own base, even if labelled a first task, and in any order."""
     used = {}
     for seed in (0, 1):
         first = task(tmp_path, 0, toy.model(seed=seed))
@@ -99,7 +99,7 @@ def test_two_bases_in_one_folder_are_not_mixed_up(tmp_path):
     assert len(files(tmp_path)) == 2
 
 
-def test_weights_that_were_changed_since_are_no_task_of_this_sequence(tmp_path):
+def test_weights_that_were_changed_since_are_not_a_task_of_this_sequence(tmp_path):
     first = task(tmp_path, 0, toy.model())
     first.train()
     torch.nn.init.normal_(first.model.lm_head.weight)
@@ -111,7 +111,7 @@ def test_weights_that_were_changed_since_are_no_task_of_this_sequence(tmp_path):
 
 def test_a_later_task_without_word_of_its_base(tmp_path):
     with pytest.raises(
-        ValueError, match=r"index 1\) begins with fine-tuned weights, and no GeRe of an earlier task left word"
+        ValueError, match=r"index 1\) starts from fine-tuned weights, and no GeRe of an earlier task recorded"
     ):
         task(tmp_path, 1, toy.model())
     trainer = ContinualTrainer(
@@ -126,7 +126,7 @@ def test_a_later_task_without_word_of_its_base(tmp_path):
 
 
 def test_states_go_with_the_model_to_another_machine(tmp_path):
-    """With full weights nobody can record the base's states again: the folder brings them along, to the byte."""
+    """With full weights the base's states cannot be recorded again: the folder contains them, byte for byte."""
     first = task(tmp_path, 0, toy.model())
     first.train()
     first.save_model()
@@ -137,7 +137,7 @@ def test_states_go_with_the_model_to_another_machine(tmp_path):
     second = task(tmp_path, 1, str(tmp_path / "0"))
     assert recorded(second).file == file and file.read_bytes() == whole
     file.unlink()
-    with pytest.raises(ValueError, match="came with states for other texts, and the base is not here"):
+    with pytest.raises(ValueError, match="came with states for other texts, and the base is not available"):
         task(tmp_path, 1, str(tmp_path / "0"), rows=toy.rows(seed=3))
 
 
@@ -148,7 +148,7 @@ def test_hidden_states_stay_in_the_cache(tmp_path):
     assert not list((tmp_path / "0" / "continual").glob("gere.safetensors"))
     assert recorded(task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")).file == files(tmp_path)[0]
     files(tmp_path)[0].unlink()
-    with pytest.raises(ValueError, match="the model came without any, and the base is not here"):
+    with pytest.raises(ValueError, match="the model came without any, and the base is not available"):
         task(tmp_path, 1, str(tmp_path / "0"), constraint="l2")
 
 
@@ -161,7 +161,7 @@ def test_a_task_may_go_without(tmp_path, caplog):
         processing_class=toy.tokenizer(), methods=[FreezeLayers(bottom=1)],
     )  # fmt: skip
     plain.train()
-    assert "comes with what method 'gere' learned, and this run has no such method: it stays behind" in caplog.text
+    assert "comes with what method 'gere' learned, and this run does not use that method: it is dropped" in caplog.text
 
 
 def test_construction_makes_no_pass(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_construction_makes_no_pass(tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_of_a_base_that_is_gone(tmp_path):
-    """What came with the model mends it."""
+    """The states saved with the model repair it."""
     first = task(tmp_path, 0, toy.model())
     first.train()
     (file,) = files(tmp_path)
@@ -194,7 +194,7 @@ def test_a_damaged_file_of_a_base_that_is_gone(tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "0" * 64, "abc", None, "bytes"])
 def test_a_damaged_checksum_loses_no_states(tmp_path, caplog, damage):
-    """The states are whole by themselves: the checksum is named and repaired, also where the base is gone."""
+    """The states carry their own digest: the checksum is reported and repaired, even if the base is gone."""
     first = task(tmp_path, 0, toy.model())
     first.train()
     (file,) = files(tmp_path)
@@ -218,7 +218,7 @@ def test_a_damaged_checksum_loses_no_states(tmp_path, caplog, damage):
         assert file.read_bytes() == whole, "what came with the model mends it"
 
 
-def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
+def test_an_adapter_merged_into_the_base_is_not_a_reference(tmp_path):
     """A fresh adapter on weights that have moved: the base's states, or an error; a trained one is switched off."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True)
     first = task(tmp_path, 0, toy.model(), peft=lora)
@@ -229,7 +229,7 @@ def test_an_adapter_merged_into_the_base_is_no_reference(tmp_path):
     again = task(tmp_path, 1, first.model)
     assert recorded(again).file == file
     merged = first.model.merge_and_unload()
-    with pytest.raises(ValueError, match="begins with fine-tuned weights, and no GeRe"):
+    with pytest.raises(ValueError, match="starts from fine-tuned weights, and no GeRe"):
         task(tmp_path, 1, merged, peft=lora)
     merged.save_pretrained(tmp_path / "merged")
     handover.bring_along(tmp_path / "0", tmp_path / "merged")
@@ -251,11 +251,11 @@ def test_frozen_adapters_stay_frozen(tmp_path):
 
 
 def test_resuming_on_a_checkpoints_weights_is_refused(tmp_path):
-    """A trainer that is built with fine-tuned weights would record these; its checkpoint knows better."""
+    """A trainer built with fine-tuned weights would record their states; its checkpoint prevents that."""
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 1e-2}
     build(tmp_path, gere(tmp_path), **settings).train()
     wrong = build(tmp_path, gere(tmp_path), model=str(tmp_path / "checkpoint-4"), **settings)
-    with pytest.raises(ValueError, match="states of other weights than those that the run to be resumed began with"):
+    with pytest.raises(ValueError, match="states of different weights than the ones that the run to resume began with"):
         wrong.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
@@ -271,7 +271,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("hf_continual.data.recording.save_file", full)
-    with pytest.raises(OSError, match="could not be written: .*No space left on device.*Make room or name another"):
+    with pytest.raises(OSError, match="could not be written: .*No space left on device.*Free space or choose another"):
         build(tmp_path, gere(tmp_path))
     assert not files(tmp_path, "part") and not files(tmp_path)
     monkeypatch.undo()
@@ -302,9 +302,9 @@ def test_the_system_refuses_to_write(tmp_path, limit):
 
 def test_a_cache_that_cannot_be_read_or_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="could not be written: .*Make room or name another cache_dir"):
+    with pytest.raises(OSError, match="could not be written: .*Free space or choose another cache_dir"):
         build(tmp_path, gere(tmp_path, cache_dir=str(tmp_path / "file")))
-    with pytest.raises(OSError, match="could not be written: .*Make room or name another cache_dir"):
+    with pytest.raises(OSError, match="could not be written: .*Free space or choose another cache_dir"):
         build(tmp_path, gere(tmp_path, cache_dir=str(tmp_path / "file"), rows="self", num_samples=2, max_length=20))
     build(tmp_path, gere(tmp_path))
     (file,) = files(tmp_path)
@@ -346,12 +346,12 @@ def test_own_words_by_two_processes_and_damaged(tmp_path, caplog):
             _write_texts(file)
         assert "is not used" in caplog.text and file.read_text() == whole
     file.write_text("{}")
-    with pytest.raises(ValueError, match="is damaged .* and the base model, which wrote it, is not here"):
+    with pytest.raises(ValueError, match="is damaged .* and the base model that wrote it is not available"):
         kept_texts(file, 20, None)
 
 
 def test_own_words_are_the_bases_also_in_a_later_task(tmp_path):
-    """With full weights the model that wrote them is gone; its texts and their states are found."""
+    """With full weights the model that wrote them is gone; its texts and their states are still found."""
     own = {"rows": "self", "num_samples": 6, "max_length": 24}
     first = task(tmp_path, 0, toy.model(), **own)
     first.train()
@@ -366,7 +366,7 @@ def test_own_words_are_the_bases_also_in_a_later_task(tmp_path):
 
 @pytest.mark.parametrize("weight", [100.0, "dynamic"])
 def test_terms_ask_the_accelerator_for_nothing(tmp_path, monkeypatch, weight):
-    """No value of a tensor is read on the host: on an accelerator each such read waits for it."""
+    """No value of a tensor is read on the host: on an accelerator each such read is a wait."""
     method = gere(tmp_path, weight=weight, dead_band=1e-6)
     trainer = build(tmp_path, method, max_steps=2)
     terms, calls = method.loss_terms, []
@@ -387,7 +387,7 @@ def test_terms_ask_the_accelerator_for_nothing(tmp_path, monkeypatch, weight):
 
 
 def test_every_micro_batch_enters_the_same_names(tmp_path):
-    """Processes add up their logs by position: one without a general row must not have fewer."""
+    """Processes add up their logs by position: one without general rows must not have fewer."""
     method = gere(tmp_path, per_batch=None, ratio=0.05)
     trainer = build(tmp_path, method, max_steps=12, per_device_train_batch_size=2)
     terms, seen = method.loss_terms, []
@@ -406,7 +406,7 @@ def test_every_micro_batch_enters_the_same_names(tmp_path):
 
 @pytest.mark.parametrize("precision", ["autocast", "weights"])
 def test_bfloat16(tmp_path, precision):
-    """Rounding moves few units at the start; afterwards the constraint is at work as in float32."""
+    """Rounding moves few units at the start; afterwards the constraint works as in float32."""
     model = toy.model() if precision == "autocast" else toy.model().to(torch.bfloat16)
     method = gere(tmp_path)
     trainer = build(tmp_path, method, model=model, max_steps=4, bf16=precision == "autocast", learning_rate=1e-2)
@@ -416,7 +416,7 @@ def test_bfloat16(tmp_path, precision):
 
 
 def test_a_row_touches_its_own_bytes(tmp_path):
-    """Everything else of the file may be gone: reading a row does not meet it."""
+    """The rest of the file may be gone: reading a row does not touch it."""
     made = record(tmp_path / "x.safetensors", {}, [[1, 2, 3]] * 9, lambda ids: torch.randn(len(ids), 4096), 1.0)
     row = made.row(4, 3).clone()
     content = bytearray(made.file.read_bytes())

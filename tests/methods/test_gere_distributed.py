@@ -1,4 +1,4 @@
-"""The offline pass shared by two processes gives the file that one process makes."""
+"""The offline pass split over two processes gives the same file as one process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def launch(file: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_record_what_one_does(tmp_path):
-    """Shared out; with fewer rows than processes; where only one holds the weights; and a full disk of one stops both."""
+    """Rows are split; fewer rows than processes; only one holds the weights; and a full disk in one stops both."""
     launch(tmp_path / "two.safetensors")
     for kind, rows in (("both", ROWS), ("first", ROWS), ("few", ROWS[:1])):
         made(tmp_path / f"one-{kind}.safetensors", rows)

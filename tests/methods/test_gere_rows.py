@@ -1,4 +1,4 @@
-"""GeRe's rows: what they begin with, that each is compared with its own states, what the model has room for, the KL."""
+"""GeRe's rows: their first token, comparison with their own states, the model's positions, the KL."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_rows_are_cut_where_the_model_has_no_positions(tmp_path, caplog):
         trainer = build(tmp_path, gere(tmp_path), model=model, max_steps=1, max_length=8)
         trainer.train()
     assert max(trainer.mixer.draws[0].lengths) == most_tokens(model) == 8
-    assert "max_length=563 was asked for and the model has positions for 8 tokens; 4 of 24" in caplog.text
+    assert "max_length=563 was requested, but the model has positions for 8 tokens; 4 of 24" in caplog.text
 
 
 def test_rows_that_are_left_out_are_counted(caplog):
@@ -95,7 +95,7 @@ SOFT = {
 
 @pytest.mark.parametrize("soft", SOFT)
 def test_virtual_tokens_belong_to_the_model_at_task_start(tmp_path, soft):
-    """With them nothing is violated at the start; the base knows none and keeps its file."""
+    """With them nothing is violated at the start; the base has none and keeps its file."""
     method = gere(tmp_path, reference="task_start", dead_band=1e-4)
     trainer = build(tmp_path, method, peft=SOFT[soft], max_steps=1, learning_rate=0.5)
     assert virtual_tokens(trainer.run.model) == SOFT[soft].num_virtual_tokens

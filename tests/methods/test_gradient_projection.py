@@ -35,7 +35,7 @@ def test_the_published_formula_and_the_projection(dims):
     torch.testing.assert_close(project(grad, direction, literal=True), GOLDEN[f"out{dims}"], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(project(grad, direction), GOLDEN[f"proper{dims}"], rtol=1e-6, atol=1e-7)
     assert torch.equal(project(grad, torch.zeros_like(grad)), grad)
-    for literal, key in ((False, "proper"), (True, "out")):  # the form that a step uses
+    for literal, key in ((False, "proper"), (True, "out")):  # the form used in a step
         p = torch.nn.Parameter(torch.zeros_like(grad))
         p.grad = grad.clone()
         method = GradientProjection(literal=literal)
@@ -121,7 +121,7 @@ def test_nothing_is_left_along_the_directions(tmp_path, layers):
     assert all(m.abs().max() > 0 for m in moved.values())
 
 
-def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatch):
+def test_a_run_killed_in_its_preliminary_runs_resumes_there(tmp_path, monkeypatch):
     method = GradientProjection(runs=3, steps=2, since=1)
     straight = build(tmp_path / "straight", method)
     straight.train()
@@ -142,7 +142,7 @@ def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatc
     again.train()
     assert made == [0, 1, 1, 2] and not file.exists()
     assert torch.equal(toy.flat(straight.model), toy.flat(again.model))
-    # Told to stop it ends after the run that it is in, and goes on after it.
+    # If asked to stop, it ends after the current run, and resumes after it.
     made.clear()
     made += [None]
     with monkeypatch.context() as patched, pytest.raises(Stopped, match="after 1 of 3 preliminary runs"):
@@ -150,7 +150,7 @@ def test_a_run_killed_in_its_preliminary_runs_goes_on_there(tmp_path, monkeypatc
         build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
     build(tmp_path / "a", GradientProjection(runs=3, steps=2, since=1)).train()
     assert made == [None, 0, 1, 2]
-    # Sums of other options are not taken up, nor is a file that was cut off.
+    # Sums for other options are not reused, nor is a truncated file.
     for damage in (lambda: save_file({}, file, metadata={"key": "other", "done": "2"}), lambda: file.write_bytes(b"x")):
         made.clear()
         made += [None]
@@ -191,11 +191,11 @@ def test_sentences(tmp_path):
             GradientProjection(**wrong)
     assert GradientProjection().first_counted == 100 and GradientProjection(runs=2, steps=3).extra_steps(9) == 6
     lora = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="of the 8 weights that are trained none belongs to an attention module"):
+    with pytest.raises(ValueError, match="none of the 8 trained weights belongs to an attention module"):
         build(tmp_path, GradientProjection(runs=1, steps=1), lora).train()
     stream = ContinualTrainer(
         toy.model(), ContinualConfig(**toy.settings(tmp_path)), train_dataset=toy.rows().to_iterable_dataset(),
         processing_class=toy.tokenizer(), methods=[GradientProjection(runs=1, steps=1)],
     )  # fmt: skip
-    with pytest.raises(ValueError, match="asks for the task's own rows, and they are a stream"):
+    with pytest.raises(ValueError, match="asks for the task's own rows, but they are a stream"):
         stream.train()

@@ -1,4 +1,4 @@
-"""Recurrent-KIF against the authors' trainer, and in ours: rounds, memory, resume, and what is refused."""
+"""Recurrent-KIF against the authors' trainer, and in ours: rounds, buffer, resume, and refusals."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_it_equals_the_authors_trainer_step_by_step():
             for name, wanted in named(f"inner/{step}/{key}/").items():
                 torch.testing.assert_close(got[name], wanted, rtol=1e-5, atol=1e-9)
         run.zero_grad()
-        # Outer steps are made at the rate of the next inner step.
+        # Outer steps use the rate of the next inner step.
         run.optimizer.param_groups[0]["lr"] = 1e-2 * ((step + 1) / 2 if step + 1 < 2 else (9 - step - 1) / 7)
         run.step += 1
         method.end_step(run)
@@ -333,7 +333,7 @@ def test_memory_is_in_no_metric_and_steps_are_counted_as_without(tmp_path):
     ours = build(tmp_path, watch, KIF(memory(), inner_steps=4, outer_steps=3), **settings)
     ours.train()
     assert watch.forwards == 8 and ours.state.global_step == 4
-    # Before the first fusion all is as without; after it the log still counts the task's tokens alone.
+    # Before the first fusion nothing differs; after it the log still counts only the task's tokens.
     for a, b in zip(toy.logs(plain)[:4], toy.logs(ours)[:4], strict=True):
         for key in ("loss", "grad_norm", "learning_rate", "entropy", "num_tokens", "mean_token_accuracy"):
             assert a[key] == b[key], key
@@ -351,13 +351,13 @@ def test_the_outer_learner_learns_the_memory_unless_told_not_to(tmp_path, optimi
     losses = [entry["kif/memory_loss"] for entry in toy.logs(trainer) if "kif/memory_loss" in entry]
     assert len(losses) == 12
     if optimizer == "none":
-        assert losses[-1] > losses[0]  # forgotten: the task has other words
+        assert losses[-1] > losses[0]  # forgotten: the task uses different words
     else:
         assert losses[-1] < losses[0] - 0.5
 
 
 def test_a_rate_of_zero_moves_nothing(tmp_path):
-    """The rate follows the schedule: after the last step of a linear one the outer learner stands still."""
+    """The rate follows the schedule: after the last step of a linear one the outer learner does not move."""
     method = KIF(memory(), inner_steps=4, outer_steps=2, outer_learning_rate=1.0)
     trainer = build(tmp_path, method, lr_scheduler_type="linear", max_steps=4)
     seen = []
@@ -423,7 +423,7 @@ def test_each_option_trains_resumes_and_changes_something(tmp_path, name):
 
     plain, straight = run("plain"), run(name, **RULES[name])
     assert torch.isfinite(straight).all()
-    # |w g| is so small here that its square changes no order.
+    # |w g| is so small here that its square does not change the order.
     assert torch.equal(plain, straight) == (name == "mixed")
     assert torch.equal(straight, run(name, str(tmp_path / name / "checkpoint-3"), **RULES[name]))
 
@@ -435,7 +435,7 @@ def test_static_importance_is_measured_in_the_first_round_only(tmp_path):
     first = [b.clone() for b in method._sides.outer]
     again = KIF(memory(), inner_steps=1, outer_steps=2, old_importance="static")
     build(tmp_path, again, max_steps=3).train()
-    # Three steps have another schedule than one; what counts is that two more rounds added nothing to its mass.
+    # Three steps have a different schedule than one; the point is that two more rounds did not add to its mass.
     assert all((b > 0).any() for b in first)
     state = KIF(memory(), inner_steps=1, outer_steps=2)
     build(tmp_path, state, max_steps=3).train()
@@ -465,7 +465,7 @@ def test_memory_goes_through_the_trainers_collator(tmp_path, layout):
 
 
 def test_gradients_of_memory_are_those_of_a_training_step(tmp_path):
-    """The same rows as the task's give the very gradient that the trainer computes for them."""
+    """The task's own rows give exactly the gradient that the trainer computes for them."""
     trainer = build(tmp_path, KIF(memory(), inner_steps=9), gradient_accumulation_steps=2, max_steps=1)
     trainer.train()
     rows = trainer.run.prepare(toy.rows(seed=3, number=6))
@@ -532,7 +532,7 @@ def test_a_quantised_run_resumes_as_exactly_as_without(tmp_path):
 
 
 class Spoil(Method):
-    """Writes a NaN into the gradients of one step, and keeps the weights out of it."""
+    """Writes a NaN into the gradients of one step, and keeps the weights unchanged."""
 
     name, paper = "spoil", Paper("x", "y", 2020)
 
@@ -574,7 +574,7 @@ def test_a_gradient_scaler_skips_the_outer_step(tmp_path, monkeypatch):
     accelerator.native_amp = True
     monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
     called = []
-    for _ in range(2):  # twice: a scaler refuses to unscale again what it was not told to forget
+    for _ in range(2):  # twice: a scaler refuses to unscale twice without an update in between
         run.zero_grad()
         run.gradients(batch)
         for name, p in run.named_parameters().items():
@@ -585,7 +585,7 @@ def test_a_gradient_scaler_skips_the_outer_step(tmp_path, monkeypatch):
     assert not run.update(lambda: called.append(1)) and len(called) == 2
 
 
-def test_an_object_that_serves_a_second_run_begins_anew(tmp_path):
+def test_an_object_that_serves_a_second_run_starts_over(tmp_path):
     method = example()
     build(tmp_path / "a", method).train()
     again = build(tmp_path / "b", method)
@@ -602,13 +602,13 @@ def test_only_what_is_trained_is_laid_out(tmp_path):
     assert method._sides.flat.size == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
-# --- what is refused, or said
+# --- what is refused or logged
 
 
 def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_continual"):
         first = build(tmp_path, KIF())
-    assert "first task has no memory" in caplog.text
+    assert "first task has no rows of earlier tasks" in caplog.text
     plain = build(tmp_path)
     plain.train()
     first.train()
@@ -616,7 +616,7 @@ def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
     from hf_continual import ContinualConfig
 
     for nothing in (None, [], Dataset.from_list([])):
-        with pytest.raises(ValueError, match="task 2 .'law'. has no memory of earlier tasks"):
+        with pytest.raises(ValueError, match="task 2 .'law'. has no rows of earlier tasks"):
             ContinualTrainer(
                 toy.model(),
                 ContinualConfig(**toy.settings(tmp_path), task_name="law", task_index=2),
@@ -626,10 +626,10 @@ def test_the_first_task_needs_no_memory_and_later_ones_do(tmp_path, caplog):
             )
 
 
-def test_steps_that_are_no_whole_round_are_said(tmp_path, caplog):
+def test_steps_that_do_not_make_a_full_round_are_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_continual"):
         build(tmp_path, KIF(memory(), inner_steps=3), max_steps=4).train()
-    assert "the last 1 steps are no whole round of 3" in caplog.text
+    assert "the last 1 steps do not make a full round of 3" in caplog.text
 
 
 def test_everything_frozen_is_refused(tmp_path):
@@ -667,7 +667,7 @@ def test_a_state_of_another_adapter_is_refused(tmp_path):
         ({"top_share": 0}, ValueError, "must lie between 0 and 1"),
         ({"beta1": 1.0}, ValueError, "must lie between 0 and 1"),
         ({"beta2": "x"}, TypeError, "must be a number"),
-        ({"outer_optimizer": "shared", "outer_learning_rate": 1e-3}, ValueError, "has no rate of its own"),
+        ({"outer_optimizer": "shared", "outer_learning_rate": 1e-3}, ValueError, "has no separate rate"),
         ({"importance_every": 9}, ValueError, "more than the 8 inner steps"),
         ({"memory": "nowhere.jsonl"}, FileNotFoundError, "does not exist"),
     ],
@@ -703,5 +703,5 @@ def test_the_adapter_alone_is_laid_out_in_its_own_order():
 
 
 def test_weights_on_several_devices_are_refused():
-    with pytest.raises(ValueError, match="lie on cpu, meta"):
+    with pytest.raises(ValueError, match="are on cpu, meta"):
         Flat({"a": torch.zeros(2), "b": torch.zeros(2, device="meta")})

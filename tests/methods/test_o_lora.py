@@ -158,14 +158,14 @@ def test_merged_into_the_base_only_the_factors_are_needed(tmp_path, base):
     saved = load_file(tmp_path / "1" / "adapter_model.safetensors")
     assert all(t.shape[0] == 3 for n, t in saved.items() if ".lora_A." in n)
     toy.model(seed=5).save_pretrained(tmp_path / "other")
-    with pytest.raises(HandOverError, match=r"the base 'base', and this run's base 'other' has other weights"):
+    with pytest.raises(HandOverError, match=r"the base 'base', and this run's base 'other' has different weights"):
         train(str(tmp_path / "other"), tmp_path / "2", OLoRA(), peft=lora(), predecessor=str(tmp_path / "0"))
 
 
 def test_sentences(tmp_path, base):
-    with pytest.raises(ValueError, match="IncLoRA, which has no term"):
+    with pytest.raises(ValueError, match="IncLoRA, which has no terms"):
         OLoRA(incremental=True, weight=0.5)
-    with pytest.raises(ValueError, match="works on LoRA adapters, and the model is a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="works on LoRA adapters, but the model is a LlamaForCausalLM"):
         train(base, tmp_path / "full", OLoRA())
     train(base, tmp_path / "0", OLoRA(), peft=lora())
     with pytest.raises(ValueError, match="needs a new adapter for each task"):
@@ -175,7 +175,7 @@ def test_sentences(tmp_path, base):
         OLoRA().begin_task(spread)
     spread.named_parameters = lambda: {f"q.lora_{f}.default.weight": nn.Parameter(torch.ones(2, 2)) for f in "AB"}
     spread.is_sharded = True
-    with pytest.raises(ValueError, match="needs whole factors, and they are spread over processes"):
+    with pytest.raises(ValueError, match="needs whole factors, and they are sharded over processes"):
         OLoRA(l2=0.1).begin_task(spread)
     with pytest.raises(ValueError, match="has 32 columns, that of the earlier tasks 5"):
         method = OLoRA()

@@ -1,4 +1,4 @@
-"""RecAdam against numbers of the authors' optimizer, and everything the trainer asks of it."""
+"""RecAdam against numbers of the authors' optimizer, and everything the trainer needs from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def zero(world=None):
 
 
 ZERO_TOLERANCE = 1e-5
-# RecAdam's eps stands outside the bias correction, unlike AdamW's: with 1e-8 the two differ where gradients are as small.
+# RecAdam's eps is outside the bias correction, unlike AdamW's: with 1e-8 the two differ for gradients that small.
 ZERO_SETTINGS = {"adam_epsilon": 1e-15}
 
 
@@ -93,7 +93,7 @@ def test_without_gradient_the_distance_shrinks_by_one_minus_r(share, steps, star
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_still_move(dtype):
-    """Steps below half a unit in the last place: a plain bf16 weight would stay at 1.0 for ever."""
+    """Steps below half a unit in the last place: a plain bf16 weight would stay at 1.0 forever."""
     p, optimizer = one(1.0, 0.5, dtype, anchor_strength=2e-3)
     for _ in range(2000):
         p.grad = torch.zeros_like(p)
@@ -190,7 +190,7 @@ def train(model, optimizer, steps, seed=3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
+def test_state_round_trip_resumes_bit_for_bit(tmp_path, dtype):
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 5).to(dtype)
     again = copy.deepcopy(model)
@@ -227,7 +227,7 @@ def test_missing_anchors_are_an_error_not_a_guess():
 
 
 def test_sharded_tensors(tmp_path):
-    """DTensor parameters: state is sharded alike and the numbers are those of plain tensors."""
+    """DTensor parameters: state is sharded in the same way and the numbers equal those of plain tensors."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -287,7 +287,7 @@ def test_pull_is_r_at_the_peak_learning_rate_and_t0_a_share_of_the_run():
         RecAdam(t0=0.5).optimizer(FakeRun(torch.nn.Linear(2, 2), max_steps=0))
 
 
-def test_nothing_anchored_is_an_error_and_a_late_t0_is_said(caplog):
+def test_nothing_anchored_is_an_error_and_a_late_t0_is_logged(caplog):
     run = FakeRun(toy.model())
     method = RecAdam(anneal_w=0.0)
     run.build(method)
@@ -340,14 +340,14 @@ def test_a_changed_or_vanished_base_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not those that training started from"):
+    with pytest.raises(ValueError, match="not the ones that training started from"):
         method.load_state_dict(record, run)
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 of 39 parameters are missing"):
         method.load_state_dict(record, run)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no safetensors"):
         method.load_state_dict(record, run)
 
 
@@ -373,7 +373,7 @@ def test_named_anchors(tmp_path):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(toy.flat(model), toy.flat(toy.model()))
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a model"):
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a model"):
         RecAdam(anchor=str(tmp_path / "gone")).begin_task(run)
 
 
@@ -415,7 +415,7 @@ def test_a_closure_is_called():
     assert optimizer.step(closure) == 3.5 and math.isfinite(float(p.detach()[0]))
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_no_step():
+def test_a_step_that_the_gradient_scaler_skips_does_not_count():
     """An overflow in fp16: no Adam, no recall, no count."""
     p, optimizer = one(1.0, 0.5, torch.float32, lr=0.1, anchor_strength=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -431,7 +431,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_no_step():
 
 
 def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
-    """The whole way: no anchor in the checkpoint, the same weights after resuming, a changed base refused."""
+    """End to end: no anchor in the checkpoint, the same weights after resuming, a changed base refused."""
     from trl import SFTConfig
 
     from hf_continual import ContinualTrainer, FreezeLayers
@@ -466,7 +466,7 @@ def test_a_run_from_a_folder_resumes_from_its_base(tmp_path):
 
 
 def test_one_object_may_serve_two_runs(tmp_path):
-    """The second run has anchors of its own, and its checkpoints say so."""
+    """The second run has its own anchors, and its checkpoints record them."""
     _, model = saved(tmp_path)
     method = RecAdam(anneal="none", pull=0.1)
     run = FakeRun(model)

@@ -1,4 +1,4 @@
-"""RecAdam on weights in low precision is the fp32 run rounded, whoever edits them; and pulls that are put off."""
+"""RecAdam on weights in low precision is the fp32 run rounded, even if other code edits them; and deferred pulls."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ EDITS = {
 def test_an_edit_in_place_drops_the_residual(edit):
     p, optimizer = stepped()
     saved = optimizer.state_dict()["state"][0]["residual"]
-    assert saved.abs().sum() > 0  # saving is no edit
+    assert saved.abs().sum() > 0  # saving is not an edit
     with torch.no_grad():
         EDITS[edit](p)
     assert torch.equal(exact(optimizer, p), p.detach().float())
@@ -96,7 +96,7 @@ def test_what_is_edited_between_two_steps_is_what_the_next_one_starts_from():
     again.step()
     q, other = stepped()
     with torch.no_grad():
-        q.data.fill_(2.0)  # hidden on purpose, and said to be whole
+        q.data.fill_(2.0)  # hidden on purpose, then settled
     other.residual(q).zero_()
     other.settle(q)
     q.grad = torch.zeros_like(q)
@@ -178,7 +178,7 @@ def test_after_a_fusion_the_exact_weights_are_the_fused_ones(tmp_path, options):
     for name, anchor in kif._sides.flat.items(kif._sides.anchor):
         assert torch.equal(exact(optimizer, kif._sides.flat.params[name]), anchor)
     now = torch.cat([exact(optimizer, p).flatten() for p in trainer.model.parameters()])
-    assert 0 < ((now != start) & (toy.flat(trainer.model) == start)).sum()  # moves below bf16's digits are kept
+    assert 0 < ((now != start) & (toy.flat(trainer.model) == start)).sum()  # changes below bf16's precision are kept
 
 
 @dataclass
@@ -219,7 +219,7 @@ def test_a_method_that_edits_weights_leaves_no_residual(tmp_path, hook):
     assert all(entry["residual"].abs().sum() == 0 for entry in state.values())
 
 
-# --- pulls that are put off
+# --- deferred pulls
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,7 +16,7 @@ PULL = {"anneal": "none", "pull": 0.02}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_share_of_each_weight_is_min_1_r_f(dtype):
-    """One update by hand: where Adam has moved the weight to, then min(1, r F) of the way to the anchor."""
+    """One update by hand: Adam's new weight, then min(1, r F) of the way to the anchor."""
     start, grad = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([0.3, -0.1, 0.2, 0.4])
     weights = [torch.nn.Parameter(start.to(dtype, copy=True)) for _ in range(2)]
     fisher = torch.tensor([0.0, 0.5, 1.0, 100.0])
@@ -99,7 +99,7 @@ def test_rows_are_measured_once_at_the_start_and_kept(tmp_path):
 
 
 def test_important_weights_stay_nearer(tmp_path):
-    """Weights of the upper half of F move less than with one share for all, those of the lower half more."""
+    """Weights of the upper half of F move less than with one fraction for all, those of the lower half more."""
     start = toy.flat(toy.model())
     found, halves = [], None
     for fisher in (None, toy.rows(seed=9, low=30, high=59)):
@@ -123,7 +123,7 @@ def test_sentences(tmp_path):
         RecAdam(**PULL, fisher_rows=0)
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         RecAdam(**PULL, fisher="gone.jsonl")
-    with pytest.raises(FileNotFoundError, match="EWC leaves one in continual/ewc.safetensors"):
+    with pytest.raises(FileNotFoundError, match="EWC leaves one as continual/ewc.safetensors"):
         build(tmp_path, RecAdam(**PULL, fisher="gone.safetensors")).train()
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be read"):

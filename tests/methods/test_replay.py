@@ -1,4 +1,4 @@
-"""Replay in the trainer: the share of tokens, the weight, what is logged, and what is refused."""
+"""Replay in the trainer: the ratio of tokens, the weight, the log, and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def zero(world=None):
     return Replay(toy.rows(seed=9, low=30, high=59), ratio=0.3, weight=0.0)
 
 
-ZERO_TOLERANCE = 1e-6  # the task's rows are computed beside others
+ZERO_TOLERANCE = 1e-6  # the task's rows are computed in a batch with others
 
 
 LAYOUTS = {
@@ -125,11 +125,11 @@ def test_merged_rows_train_like_rows_of_the_task(tmp_path):
     torch.testing.assert_close(toy.flat(mixed.model), toy.flat(plain.model), rtol=0, atol=2e-6)
 
 
-def test_a_missed_share_is_said_with_numbers(tmp_path, caplog):
+def test_a_missed_share_is_logged_with_numbers(tmp_path, caplog):
     long = Replay([{"text": " ".join(["w5"] * 100)}], ratio=0.05)
     with caplog.at_level(logging.WARNING):
         build(tmp_path, long, max_steps=1).train()
-    assert "ratio=0.05 was asked for and 0.0000 achieved (0 of" in caplog.text
+    assert "ratio=0.05 was requested and 0.0000 achieved (0 of" in caplog.text
 
 
 def test_prompt_and_completion_train_on_the_completion_only(tmp_path):
@@ -157,7 +157,7 @@ def test_rows_of_another_type_are_refused(tmp_path):
 
 def test_rows_of_another_tokenizer_are_refused(tmp_path):
     rows = [{"input_ids": [3, 900], "labels": [3, 900]}]
-    with pytest.raises(ValueError, match="token id 900, and the model embeds ids 0 to 63"):
+    with pytest.raises(ValueError, match="token id 900, but the model embeds ids 0 to 63"):
         build(tmp_path, Replay(rows, ratio=0.3))
     with pytest.raises(ValueError, match=r"tokenizer knows \d+ tokens and the model embeds 40"):
         ContinualTrainer(

@@ -1,4 +1,4 @@
-"""Methods from plain data, and the sentences for what is not known."""
+"""Methods from plain data, and the errors for unknown names."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_conflicts_between_methods():
     class Other(RecAdam):
         name = "other"
 
-    with pytest.raises(ValueError, match="both bring an optimizer"):
+    with pytest.raises(ValueError, match="both supply an optimizer"):
         Methods([RecAdam(), Other()])
     with pytest.raises(ValueError, match="Two methods are called 'freeze'"):
         Methods([FreezeLayers(bottom=1), FreezeLayers(bottom=2)])

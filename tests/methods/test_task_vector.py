@@ -76,5 +76,5 @@ def test_sentences(tmp_path):
     ):
         with pytest.raises(error, match=said):
             TaskVector(**wrong)
-    with pytest.raises(ValueError, match=r"the run has 4 steps, and the vector ends before its last one"):
+    with pytest.raises(ValueError, match=r"the run has 4 steps, and the vector must end before the last one"):
         train(toy.model(), tmp_path, TaskVector(at=4))

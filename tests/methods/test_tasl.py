@@ -1,4 +1,4 @@
-"""TaSL: the published importance and merged weights, its LoRA form, and what the next task finds."""
+"""TaSL: the published importance and merged weights, its LoRA form, and the state of the next task."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_published_importance():
     score = {}
     for name in names["module"]:
         kept = [torch.zeros_like(feed[f"0/param/{name}"]) for _ in range(2)]
-        for step in range(1, 5):  # what their gate counts
+        for step in range(1, 5):  # the steps their gate counts
             update_importance_(*kept, feed[f"{step}/param/{name}"], feed[f"{step}/grad/{name}"])
         score[name] = kept[0].double() * kept[1].double()
     means = torch.stack([score[n].mean() for n in names["module"]])
@@ -109,7 +109,7 @@ def base(tmp_path):
 
 @pytest.mark.parametrize("units", ["tensor", "rank"])
 def test_a_second_task_is_mixed_with_the_first(tmp_path, base, units):
-    """The weights after the run are the mix of those that only measuring leaves and those that the task started from."""
+    """The weights after the run are a mix of those of a measuring-only run and those the task started from."""
     first = train(base, tmp_path / "0", TaSL(units=units), peft=lora())
     plain = train(base, tmp_path / "plain", TaSL(units=units, strength=0.0), peft=lora())
     assert torch.equal(toy.flat(first.model), toy.flat(plain.model))  # without an earlier task it is plain LoRA
@@ -172,12 +172,12 @@ def test_sentences(tmp_path, base):
         train(base, tmp_path / "full", TaSL(units="rank"))
     run = FakeRun(torch.nn.Linear(2, 3))
     state = {"tasks": 1, "units": "tensor", "shapes": {"weight": [4, 4]}, "importance": {"weight": 1.0}}
-    with pytest.raises(ValueError, match=r"1 weights have another shape.*weight: \(4, 4\) then, \(3, 2\) now"):
+    with pytest.raises(ValueError, match=r"1 weights have a different shape.*weight: \(4, 4\) then, \(3, 2\) now"):
         TaSL().load_task_state(state, run)
     with pytest.raises(ValueError, match="Use units='tensor'"):
         TaSL(units="rank").load_task_state(state, run)
     run.is_sharded = True
-    with pytest.raises(ValueError, match="needs whole factors, and they are spread over processes"):
+    with pytest.raises(ValueError, match="needs whole factors, and they are sharded over processes"):
         TaSL(orthogonality=0.1).begin_task(run)
-    with pytest.raises(ValueError, match="1 numbers of importance cannot belong to 2 tensors"):
+    with pytest.raises(ValueError, match="1 importance values for 2 tensors"):
         consolidate({"a": torch.ones(1), "b": torch.ones(1)}, {}, [1.0], [1.0])

@@ -23,7 +23,7 @@ Z = 1.959963984540054
 
 
 def wilson(x, n):
-    """Wilson's interval as his formula has it."""
+    """Wilson's interval from his formula."""
     p = x / n
     centre, reach = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n * n))
     return (centre - reach) / (1 + Z**2 / n), (centre + reach) / (1 + Z**2 / n)
@@ -46,7 +46,7 @@ def test_wilson(x, n, low, high):
     assert mean_interval([1.0] * x + [0.0] * (n - x)) == share_interval(x, n)
 
 
-def test_means_that_are_no_shares():
+def test_means_that_are_not_fractions():
     """0.2, 0.4, 0.6: mean 0.4, sd 0.2, t with 2 degrees of freedom 4.3027: 0.4 -+ 4.3027 * 0.2 / sqrt(3)."""
     low, high = mean_interval([0.2, 0.4, 0.6])
     assert low == pytest.approx(0.4 - 4.30265 * 0.2 / math.sqrt(3), abs=1e-5) and high == pytest.approx(0.8 - low)
@@ -65,7 +65,7 @@ def test_one_task_is_wilson_and_all_right_is_not_certain():
     bounds = figure_intervals([{(0, 0): [1.0] * 16}], 1)
     assert bounds["overall_performance"] == pytest.approx(wilson(16, 16))
     assert bounds["backward_transfer"] is None and bounds["forward_transfer"] is None
-    # Two tasks with rows of their own: half of each one's reach, squared and added.
+    # Two tasks with separate rows: half of each one's width, squared and added.
     runs = [{(0, 0): [1.0] * 16, (1, 0): [1.0] * 16, (1, 1): [1.0] * 30}]
     low, high = figure_intervals(runs, 2)["overall_performance"]
     a, b = 1 - wilson(16, 16)[0], 1 - wilson(30, 30)[0]
@@ -73,7 +73,7 @@ def test_one_task_is_wilson_and_all_right_is_not_certain():
 
 
 def test_a_difference_on_the_same_rows_is_newcombes():
-    """Newcombe's example: 36 right both times, 12 only the first, 2 only the second, none never. Method 8, written out."""
+    """Newcombe's example: 36 right both times, 12 only the first time, 2 only the second, none wrong both times. Method 8, written out."""
     before = [1.0] * 48 + [0.0] * 2
     after = [1.0] * 36 + [0.0] * 12 + [1.0] * 2
     phi = (36 * 0 - 12 * 2) / math.sqrt(48 * 2 * 38 * 12)
@@ -85,12 +85,12 @@ def test_a_difference_on_the_same_rows_is_newcombes():
     bounds = figure_intervals([{(0, 0): before, (1, 0): after, (1, 1): [1.0]}], 2)
     assert bounds["backward_transfer"] == (pytest.approx(d - below), pytest.approx(d + above))
     assert bounds["forgetting"] == (pytest.approx(-d - above), pytest.approx(-d + below))
-    # Nothing fell in 16 of 16 rows: as much as 19 points may have.
+    # No row of 16 changed: the drop may still be up to 19 points.
     kept = figure_intervals([{(0, 0): [1.0] * 16, (1, 0): [1.0] * 16, (1, 1): [1.0]}], 2)
     assert kept["backward_transfer"] == (pytest.approx(-0.1936, abs=5e-5), pytest.approx(0.1936, abs=5e-5))
 
 
-def test_scores_that_are_no_shares_are_bootstrapped_and_edges_among_them_stay_wide():
+def test_scores_that_are_not_fractions_are_bootstrapped_and_edges_among_them_stay_wide():
     half = [0.25, 0.5, 0.75, 1.0] * 4
     drawn = figure_intervals([{(0, 0): half}], 1, draws=500)["overall_performance"]
     assert 0.4 < drawn[0] < 0.6 < 0.65 < drawn[1] < 0.8
@@ -107,7 +107,7 @@ def test_scores_that_are_no_shares_are_bootstrapped_and_edges_among_them_stay_wi
 def test_intervals_hold_the_truth_as_often_as_they_say(p, q, n):
     """Of 400 drawn tests at least 89 in 100 intervals of a mean over two tasks, and of a change, hold the true value.
 
-    With 20 rows of which 97 in 100 are right, that is what discrete scores allow; elsewhere it is 95.
+    With 20 rows of which 97 in 100 are right, discrete scores allow no more; elsewhere it is 95.
     """
     rng = np.random.default_rng(0)
     held = {"overall_performance": 0, "backward_transfer": 0}
@@ -139,14 +139,14 @@ def test_mcnemar():
     assert two.difference == pytest.approx((0.2 + 1) / 2) and two.p_value == pytest.approx(2 * 15 / 2**14)
 
 
-def test_differences_that_are_no_shares():
+def test_differences_that_are_not_fractions():
     """Three rows all better: of 2^3 signs two are as far from 0, p = 0.25."""
     found = paired_test({"a": [0.1, 0.2, 0.3]}, {"a": [0.4, 0.6, 0.5]})
     assert found.p_value == pytest.approx(0.25) and found.difference == pytest.approx(0.3)
     assert found.interval[0] >= 0.2 - 1e-9 and found.interval[1] <= 0.4 + 1e-9
     assert paired_test({"a": [0.1, 0.2]}, {"a": [0.1, 0.2]}).p_value == 1.0
     assert paired_test({"a": [0.1, 0.2]}, {"a": [0.1, 0.2]}).interval is None
-    with pytest.raises(ValueError, match=r"other tasks or rows \(a: 2 and a: 1\)"):
+    with pytest.raises(ValueError, match=r"different tasks or rows \(a: 2 and a: 1\)"):
         paired_test({"a": [0.1, 0.2]}, {"a": [0.1]})
     with pytest.raises(ValueError, match="no rows to compare"):
         paired_test({}, {})

@@ -1,4 +1,4 @@
-"""The accuracy matrix against figures worked out by hand."""
+"""The accuracy matrix against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_shapes_are_checked():
         ValueError, match=r"scores\[1\] has 1 scores; the row after task 1 needs one for each of the 2 tasks"
     ):
         AccuracyMatrix([[0.5], [0.5]], None)
-    with pytest.raises(ValueError, match="base has 1 scores and the matrix 2 tasks"):
+    with pytest.raises(ValueError, match="base has 1 scores and the matrix has 2 tasks"):
         AccuracyMatrix([[0.5], [0.5, 0.5]], [0.1])
     with pytest.raises(ValueError, match=r"scores\[0\] has 0 scores"):
         AccuracyMatrix([[]])
@@ -89,7 +89,7 @@ def test_the_variants_by_hand():
     assert matrix.backward_transfer_over_all == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 3)
     assert matrix.learning_accuracy == pytest.approx((0.9 + 0.8 + 0.7) / 3)
     assert matrix.average_performance == pytest.approx((0.9 + (0.5 + 0.8) / 2 + (0.6 + 0.4 + 0.7) / 3) / 3)
-    # The best of a task may lie before it was learnt, where that was measured.
+    # A task's best score may be before it was learned, if that was measured.
     early = AccuracyMatrix([[0.9, 0.95], [0.5, 0.8], [0.5, 0.7, 0.6]])
     assert early.forgetting == pytest.approx(((0.9 - 0.5) + (0.95 - 0.7)) / 2)
 

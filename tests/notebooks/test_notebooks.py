@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and says what it promises."""
+"""Every notebook runs from top to bottom, and shows the promised result."""
 
 from __future__ import annotations
 

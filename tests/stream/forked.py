@@ -1,4 +1,4 @@
-"""Runs of a plan in forked processes that get a signal at some moment: everything is imported, so a run takes seconds."""
+"""Runs of a plan in forked processes that get a signal at some point: everything is imported, so a run takes seconds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(
 def _child(plan: dict[str, Any], out: Path, hook: Callable[[], None] | None, tell: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    # Its lock lies in memory that processes share: one that was killed with it would stop all that come after.
+    # Its lock is in shared memory: a process killed while holding it would block all later ones.
     tqdm.set_lock(threading.RLock())
     try:
         sys.stdout = sys.stderr = said = Path(f"{out}.log").open("a", buffering=1)
@@ -76,7 +76,7 @@ def _child(plan: dict[str, Any], out: Path, hook: Callable[[], None] | None, tel
             os.write(tell, b"x")
             if hook is not None:
                 hook()
-            # Every run records the general samples' states for itself, so that this too is interrupted.
+            # Every run records the general samples' states itself, so that this is interrupted, too.
             methods = [dict(m) for m in plan["methods"]]
             for method in methods:
                 if "gere" in method:
@@ -93,10 +93,10 @@ def _child(plan: dict[str, Any], out: Path, hook: Callable[[], None] | None, tel
 def interrupted(
     plan: dict[str, Any], seconds: float, folder: Path, trials: int, number: int
 ) -> Iterator[tuple[Path, int, str]]:
-    """One run interrupted in each of so many equal parts of the time it takes, at a random moment.
+    """One run interrupted at a random time in each of `parts` equal parts of its duration.
 
     Yields:
-        The folder of a run that did not end, its exit code, and what to say if something is wrong with it.
+        The folder of a run that did not end, its exit code, and a description for failures.
     """
     seed = random.SystemRandom().randrange(2**32)
     for i in range(trials):
@@ -107,7 +107,7 @@ def interrupted(
                 said = Path(f"{out}.log").read_text()[-2000:]
                 yield out, code, f"seed {seed}, trial {i}, signal after {moment:.3f} s: {said}"
                 break
-            moment *= 0.6  # it ended before: the machine has less to do now than when the run was timed
+            moment *= 0.6  # it had already ended: the machine is less busy now than when the run was timed
         else:
             raise AssertionError(f"seed {seed}, trial {i}: no run lasted for {moment:.3f} s")
 

@@ -1,4 +1,4 @@
-"""Files of runs that were cut, edited or removed: the same matrix, or a sentence that names the file. Never another matrix."""
+"""Run files that were truncated, edited or removed: the same matrix, or an error that names the file. Never a different matrix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stopped(BaseException):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A plan, its finished run, one that stopped while its second task was scored, one that stopped in its training."""
+    """A plan, its finished run, one that stopped while its second task was scored, one that stopped during its training."""
     folder = tmp_path_factory.mktemp("runs")
     plan = world.make(folder, sft=SHORT, memory={"rows": 2}, methods={"replay": {"rows": "kept", "ratio": 0.3}})
     plan["tasks"] = plan["tasks"][:2]
@@ -78,7 +78,7 @@ def copied(runs, which, tmp_path):
 
 
 def measured(results):
-    """Everything that was measured, without where it lies, as it stands in a file."""
+    """All measurements, without paths, as stored in a file."""
     return json.loads(json.dumps({k: v for k, v in results.items() if k != "model"}))
 
 
@@ -93,7 +93,7 @@ def cut(file):
 
 
 def edited(file):
-    """Another number, in a file that can still be parsed."""
+    """A changed number, in a file that can still be parsed."""
     text = file.read_text()
     changed = text.replace('"score": 0.0', '"score": 1.0').replace('"value": 0.0', '"value": 1.0')
     if changed == text:
@@ -110,7 +110,7 @@ def test_a_score_without_its_predictions_is_measured_again(runs, tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         found = train_stream(plan).results
     assert measured(found) == measured(results)
-    # A file of scores that is gone says nothing about what was in it.
+    # A missing file of scores does not tell what was in it.
     assert (harm is Path.unlink and name.endswith("scores.json")) or str(out / name) in caplog.text
     again = train_stream(plan).results
     assert measured(again) == measured(results)
@@ -121,7 +121,7 @@ def test_a_damaged_record_of_the_plan_is_named(runs, tmp_path, harm):
     plan, _, out = copied(runs, "out", tmp_path)
     whole = (out / "plan.json").read_bytes()
     harm(out / "plan.json")
-    with pytest.raises(PlanError, match=r"(?s)run/plan\.json.*Put plan\.json back from a copy; or.*another output_dir"):
+    with pytest.raises(PlanError, match=r"(?s)run/plan\.json.*Restore plan\.json from a copy; or.*another output_dir"):
         train_stream(plan)
     (out / "plan.json").write_bytes(whole)
     assert train_stream(plan).results["complete"], "the first way out"
@@ -130,7 +130,7 @@ def test_a_damaged_record_of_the_plan_is_named(runs, tmp_path, harm):
 def test_a_record_that_is_gone_is_named(runs, tmp_path):
     plan, results, out = copied(runs, "out", tmp_path)
     (out / "plan.json").unlink()
-    with pytest.raises(PlanError, match=r"run/plan\.json is missing, and .* holds task-00-t0, task-01-t1"):
+    with pytest.raises(PlanError, match=r"run/plan\.json is missing, but .* holds task-00-t0, task-01-t1"):
         train_stream(plan)
     shutil.rmtree(out)
     assert measured(train_stream(plan).results) == measured(results), "the last way out"
@@ -207,7 +207,7 @@ def test_a_model_that_is_not_what_was_saved_is_not_built_on(runs, tmp_path):
 
 
 def files_of(out):
-    """What a property test harms: everything but checkpoints, whose damage is the trainer's matter, and pictures."""
+    """Files that a property test damages: all except checkpoints, which the trainer's tests cover, and plots."""
     wanted = (".json", ".jsonl", ".md", ".safetensors")
     return [
         p for p in sorted(out.rglob("*"))
@@ -232,7 +232,7 @@ HARMS = {
 
 
 def harmed(runs, caplog, which, place, harm, at):
-    """Harm one file of a run and run the plan again: the same measurements, or a sentence with the file's name."""
+    """Damage one file of a run and run the plan again: the same measurements, or an error with the file's name."""
     with tempfile.TemporaryDirectory() as folder:
         plan, results, out = copied(runs, which, Path(folder))
         files = files_of(out)
@@ -250,7 +250,7 @@ def harmed(runs, caplog, which, place, harm, at):
             return
         found, wanted = measured(found), measured(results)
         if file.name == "curve.json" and new is None and found["curves"] == {"t1": {}}:
-            # What was scored in training cannot be scored again: it is left out, and said.
+            # Scores from training cannot be measured again: they are left out, with a warning.
             assert str(file) in caplog.text
             found["curves"] = wanted["curves"]
         assert found == wanted, (file, harm, at)

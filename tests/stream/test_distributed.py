@@ -1,4 +1,4 @@
-"""A plan under torchrun: two processes train what one with twice the accumulation trains, and share the scoring."""
+"""A plan under torchrun: two processes match one with twice the accumulation, and share the scoring."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_two_processes_run_a_plan(tmp_path):
     plan["sft"] |= {"per_device_train_batch_size": 2}
     done = launch(world.write(tmp_path, plan))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("what was kept") == 1, "one process reports"
+    assert done.stdout.count("retention") == 1, "one process reports"
     plan["sft"] |= {"gradient_accumulation_steps": 2}
     alone = train_stream({**plan, "output_dir": str(tmp_path / "alone")})
     two = read_json(tmp_path / "out" / "continual_results.json")
@@ -63,4 +63,4 @@ def test_two_processes_run_a_plan(tmp_path):
     assert [r["prompt_hash"] for r in rows[0]] == [r["prompt_hash"] for r in rows[1]], "gathered in their order"
     plan["sft"]["learning_rate"] = 0.5
     refused = launch(world.write(tmp_path, plan))
-    assert refused.returncode != 0 and "was begun with another plan" in refused.stderr
+    assert refused.returncode != 0 and "was started with another plan" in refused.stderr

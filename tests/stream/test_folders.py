@@ -1,4 +1,4 @@
-"""The loop over tasks' folders: complete or absent, finished tasks left alone, errors written down."""
+"""The loop over tasks' folders: complete or absent, finished tasks left alone, errors recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tiny:
     """A learner whose training adds the task's number to one weight."""
 
     def __init__(self, out, kill=None):
-        self.out, self.kill, self.learnt, self.scored = out, kill, [], []
+        self.out, self.kill, self.learned, self.scored = out, kill, [], []
         rows = [toy.rows("prompt_completion", number=4, seed=i) for i in range(3)]
         self.stream = TaskStream([Task(f"t{i}", train=r, test=r) for i, r in enumerate(rows)])
 
@@ -30,7 +30,7 @@ class Tiny:
         return self.stream.tasks[: task.index + 1]
 
     def learn(self, task, parent, folder):
-        self.learnt.append(task.name)
+        self.learned.append(task.name)
         model = toy.model() if parent is None else AutoModelForCausalLM.from_pretrained(parent)
         with torch.no_grad():
             model.model.norm.weight += task.index + 1
@@ -71,15 +71,15 @@ def test_a_killed_sequence_ends_like_an_undisturbed_one(tmp_path):
         assert torch.equal(norm(out), norm(straight.out))
         if kill[0] == "scoring":
             trained = kill[1][-2:]
-            assert trained not in resumed.learnt, "its model was saved before it was scored"
+            assert trained not in resumed.learned, "its model was saved before it was scored"
             assert (f"{kill[1]}.partial", "t0") not in resumed.scored or kill[2] == "t0"
 
 
-def test_finished_tasks_are_not_learnt_or_scored_again(tmp_path):
+def test_finished_tasks_are_not_learned_or_scored_again(tmp_path):
     Tiny(tmp_path).run()
     again = Tiny(tmp_path)
     again.run()
-    assert again.learnt == [] and again.scored == []
+    assert again.learned == [] and again.scored == []
     assert read_json(tmp_path / "task-01-t1" / TRAINED)["name"] == "t1"
     assert set(read_json(tmp_path / "task-01-t1" / SCORES)) == {"t0", "t1"}
     lines = read_lines(predictions_file(tmp_path, "task-01-t1", "t0"))
@@ -106,7 +106,7 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 def test_streams_are_checked():
     with pytest.raises(ValueError, match="at least one task"):
         TaskStream([])
-    with pytest.raises(ValueError, match="'a' must be used once"):
+    with pytest.raises(ValueError, match="'a' must be unique"):
         TaskStream([Task("a"), Task("a")])
     with pytest.raises(ValueError, match="no '/'"):
         TaskStream([Task("a/b")])
@@ -125,7 +125,7 @@ def test_parents():
         TaskStream([Task("a"), Task("b", parent="c"), Task("c", parent="b")])
     with pytest.raises(ValueError, match="circular parents: a -> a"):
         TaskStream([Task("a", parent="a")])
-    with pytest.raises(ValueError, match="goes on from 'x', which is no task of this sequence"):
+    with pytest.raises(ValueError, match="continues from 'x', which is not a task of this sequence"):
         TaskStream([Task("a"), Task("b", parent="x")])
-    with pytest.raises(ValueError, match="'c', which is learnt after it"):
+    with pytest.raises(ValueError, match="'c', which is learned after it"):
         TaskStream([Task("a"), Task("b", parent="c"), Task("c", parent="a")])

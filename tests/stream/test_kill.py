@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the same plan goes on and ends with the matrix, the figures, the weights and what was learned."""
+"""SIGKILL at any time: the same plan resumes and ends with the same matrix, figures, weights and methods' state."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def quiet(request, tmp_path_factory):
 @chosen("handing over")
 @pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_random_moments(quiet, tmp_path, trials):
-    """One random moment in each of so many equal parts of the run; every new run of the tests tries others."""
+    """One random time in each of several equal parts of the run; every test run tries different ones."""
     plan, straight, seconds = quiet
     wanted = outcome(straight)
     for out, code, said in forked.interrupted(plan, seconds, tmp_path, trials, signal.SIGKILL):
         assert code == -signal.SIGKILL, said
-        assert run(plan, out) == 0, f"the run does not go on: {said}"
+        assert run(plan, out) == 0, f"the run does not resume: {said}"
         assert outcome(out) == wanted, f"another outcome: {said}"
         assert not list(out.rglob("*.partial")) and not list(out.rglob("checkpoint-*"))
 
@@ -64,16 +64,16 @@ def _kill_in(module: str, name: str, call: int):
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        ("os", "fsync", 5),  # a file of predictions is written and not in its place
-        # predictions are there, their score is not
+        ("os", "fsync", 5),  # a file of predictions is written but not in place
+        # predictions exist, their score does not
         pytest.param("hf_continual.stream.scores", "write_json", 4, marks=pytest.mark.exhaustive),
         # scored, checkpoints not removed
         pytest.param("hf_continual.stream.folders", "shutil.rmtree", 1, marks=pytest.mark.exhaustive),
-        ("pathlib", "Path.rename", 2),  # everything is there but the folder's name
+        ("pathlib", "Path.rename", 2),  # everything is there except the folder's name
         ("hf_continual.trainer.trainer", "ContinualTrainer.save_model", 3),  # inside a checkpoint
         pytest.param("hf_continual.trainer.state", "write_state", 2, marks=pytest.mark.exhaustive),
         pytest.param("torch", "save", 2, marks=pytest.mark.exhaustive),  # the optimizer's state
-        ("hf_continual.stream.run_plan", "collect", 2),  # a task is finished, the results do not know it yet
+        ("hf_continual.stream.run_plan", "collect", 2),  # a task is finished, the results do not include it yet
     ],
 )
 def test_moments_between_writes(quiet, tmp_path, module, name, call):

@@ -1,4 +1,4 @@
-"""The plan's memory: what is kept, handed over by folder, asked for by methods, forbidden, and the same after a kill."""
+"""The plan's buffer: rows kept, handed on by folder, requested by methods, forbidden, and the same after a kill."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ POLICIES = {
 
 @dataclass
 class Remembering(Method):
-    """A method whose option is called `memory`, as KIF's is."""
+    """A method with an option called `memory`, like KIF."""
 
     memory: Dataset | str | list[dict[str, Any]] | None = None
     name: ClassVar[str] = "remembering"
@@ -159,7 +159,7 @@ def test_kept_rows_of_another_type(tmp_path):
         {"prompt", "completion"}
     ] * 3
     plan["tasks"][2]["methods"][0]["replay"]["rows"]["of"] = ["t8"]
-    with pytest.raises(PlanError, match="of names the task 't8', which there is not"):
+    with pytest.raises(PlanError, match="of lists the task 't8', which does not exist"):
         prepare(*read_plan(plan))
 
 
@@ -180,7 +180,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before the file", "inside the file", "behind the file"])
+@pytest.mark.parametrize("moment", ["before the file", "inside the file", "after the file"])
 def test_killed_while_it_is_written(straight, tmp_path, moment):
     plan, wanted = straight
     plan = {**plan, "output_dir": str(tmp_path / "out")}
@@ -205,7 +205,7 @@ def test_killed_while_it_is_written(straight, tmp_path, moment):
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     partial = tmp_path / "out" / "task-01-t1.partial" / "continual"
-    assert (partial / "memory.jsonl").is_file() == (moment == "behind the file")
+    assert (partial / "memory.jsonl").is_file() == (moment == "after the file")
     train_stream(plan)
     for i in range(3):
         assert file_of(tmp_path / "out", i).read_bytes() == file_of(wanted, i).read_bytes()
@@ -260,7 +260,7 @@ def test_data_free_runs_take_other_rows_and_keep_none(tmp_path):
 BAD = {
     "no memory": (
         None,
-        "rows: kept asks for rows that a memory keeps, and the plan has none",
+        "rows: kept asks for kept rows, but the plan keeps none",
         "methods[0].replay.rows",
     ),
     "unknown key": ({"polcy": "reservoir"}, "unknown key 'polcy'. Did you mean 'policy'? Known are policy", "memory"),
@@ -311,7 +311,7 @@ def test_the_dry_run_says_what_is_kept(tmp_path):
 
 
 def test_rows_with_any_character_are_handed_on(tmp_path):
-    """U+0085 and U+2028 end a line for Python and not for JSON."""
+    """U+0085 and U+2028 end a line for Python but not for JSON."""
     odd = [{"prompt": f"w1\x85w2\u2028w{i}", "completion": " w3"} for i in range(4)]
     plan = make(tmp_path, memory={"rows": 4})
     plan["tasks"] = [{"name": "t0", "train": Dataset.from_list(odd)}]

@@ -1,4 +1,4 @@
-"""Runs, models and rows that were moved: recognised by what they hold, not by where they lie."""
+"""Runs, models and rows that were moved: recognised by their content, not by their path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.stream.test_damage import SHORT, Stopped, measured
 
 
 def moved(plan, old, new):
-    """A plan with every path below one folder put below another."""
+    """A plan with every path under one folder moved to another."""
     if isinstance(plan, dict):
         return {k: moved(v, old, new) for k, v in plan.items()}
     if isinstance(plan, list):
@@ -79,7 +79,7 @@ def test_what_lies_at_the_old_place_and_is_another(tmp_path):
     from tests import toy
 
     toy.model(seed=5).save_pretrained(tmp_path / "model")
-    with pytest.raises(PlanError, match=r"begun with another plan:\s+model\.files\.model\.safetensors"):
+    with pytest.raises(PlanError, match=r"started with another plan:\s+model\.files\.model\.safetensors"):
         train_stream(plan)
 
 
@@ -88,6 +88,6 @@ def test_a_base_that_is_gone(tmp_path):
     plan["tasks"] = plan["tasks"][:1]
     train_stream(plan)
     shutil.move(tmp_path / "model", tmp_path / "moved")
-    with pytest.raises(PlanError, match=r"model: the model: the folder .*/model does not exist.*name its new place"):
+    with pytest.raises(PlanError, match=r"model: the model: the folder .*/model does not exist.*give its new path"):
         train_stream(plan)
     assert train_stream({**plan, "model": str(tmp_path / "moved")}).results["complete"], "the way out"

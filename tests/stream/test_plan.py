@@ -29,7 +29,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def change(plan, path, value):
-    """Set an entry by its path; None of a list index appends."""
+    """Set an entry by its path; a list index of None appends."""
     at = plan
     for key in path[:-1]:
         at = at[key]
@@ -48,12 +48,12 @@ BAD = {
     "missing file": (["tasks", 1, "train"], "gone.jsonl", "'gone.jsonl' does not exist"),
     "missing test file": (["tasks", 2, "test"], "./gone", "'./gone' does not exist"),
     "no model": (["model"], "/nowhere/model", "model: "),
-    "evaluated, not defined": (["evaluation", "tasks"], ["t0", "t7"], "task 't7' is to be evaluated but is not defined. The plan's tasks are t0, t1, t2"),
-    "evaluated after a task, not defined": (["tasks", 0, "evaluate"], ["x"], "task 'x' is to be evaluated but is not defined"),
+    "evaluated, not defined": (["evaluation", "tasks"], ["t0", "t7"], "task 't7' should be evaluated but is not defined. The plan's tasks are t0, t1, t2"),
+    "evaluated after a task, not defined": (["tasks", 0, "evaluate"], ["x"], "task 'x' should be evaluated but is not defined"),
     "circular parents": (["tasks", 1, "parent"], "t2", "circular parents: t1 -> t2 -> t1"),
-    "unknown parent": (["tasks", 1, "parent"], "t9", "goes on from 't9', which is no task"),
+    "unknown parent": (["tasks", 1, "parent"], "t9", "continues from 't9', which is not a task"),
     "two of a name": (["tasks", 1, "name"], "t0", "two tasks are called 't0'"),
-    "slash": (["tasks", 1, "name"], "a/b", "hold no '/'"),
+    "slash": (["tasks", 1, "name"], "a/b", "contain no '/'"),
     "wrong column": (["tasks", 0, "columns"], {"prompt": "question", "completion": "completion"}, "the column 'question', which the rows do not have"),
     "wrong column in a text": (["tasks", 0, "columns"], {"prompt": "{promt}?", "completion": "completion"}, "Did you mean 'prompt'?"),
     "columns of other names": (["tasks", 0, "columns"], {"prompts": "prompt", "completion": "completion"}, "needs the column 'prompt'"),
@@ -61,7 +61,7 @@ BAD = {
     "unknown metric": (["evaluation", "metric"], "exactmatch", "unknown metric 'exactmatch'. Did you mean 'exact_match'?"),
     "unknown option of a metric": (["evaluation", "metric"], {"generated": {"macth": "exact"}}, "no option 'macth'. Did you mean 'match'?"),
     "unknown SFT option": (["sft", "learning_rates"], 1.0, "SFTConfig has no option 'learning_rates'. Did you mean 'learning_rate'?"),
-    "SFT option of the plan": (["sft", "output_dir"], "x", "'output_dir' is the plan's to set"),
+    "SFT option of the plan": (["sft", "output_dir"], "x", "'output_dir' is set by the plan"),
     "SFT option of a task": (["tasks", 2, "sft"], {"max_step": 1}, "Did you mean 'max_steps'?"),
     "bad SFT value": (["sft", "lr_scheduler_type"], "wavy", "wavy"),
     "unknown LoRA option": (["peft"], {"rank": 4}, "LoraConfig has no option 'rank'"),
@@ -70,7 +70,7 @@ BAD = {
     "unknown between": (["between_tasks"], "stack", "expected 'continue' or 'new_adapter'"),
     "unknown key of a merge": (["between_tasks"], {"merge": {"functoin": "a:b"}}, "unknown key 'functoin'. Did you mean 'function'?"),
     "unknown benchmark": (["tasks", 0], {"benchmark": "standrd"}, "unknown benchmark 'standrd'"),
-    "unknown order": (["tasks", 0], {"benchmark": "standard", "order": 9}, "order=9 is none of the papers' orders 1, 2, 3"),
+    "unknown order": (["tasks", 0], {"benchmark": "standard", "order": 9}, "order=9 is not one of the papers' orders 1, 2, 3"),
     "benchmark without files": (["tasks", 0], {"benchmark": "standard", "folder": "nowhere"}, "nowhere has no training rows of 'dbpedia'"),
     "gauge without rows": (["evaluation", "gauges"], {"general": {}}, "the gauge 'general' needs rows"),
     "gauge without text": (["evaluation", "gauges"], {"g": {"rows": [{"x": 1}]}}, "needs the column 'text'"),
@@ -189,7 +189,7 @@ def test_a_damaged_file_of_the_base_model_is_named(tmp_path, name):
 def test_two_names_that_are_one_file(tmp_path):
     plan = world.make(tmp_path)
     plan["tasks"][0]["name"], plan["tasks"][1]["name"] = "a b", "a-b"
-    with pytest.raises(PlanError, match="'a b' and 'a-b' are the same as names of files"):
+    with pytest.raises(PlanError, match="'a b' and 'a-b' give the same file name"):
         prepare(*read_plan(plan))
 
 
@@ -239,7 +239,7 @@ def test_conversations_are_scored_as_they_are(tmp_path, metric):
 @pytest.mark.parametrize(
     "error", [KeyError("weight_map"), RecursionError("too deep"), Exception("of a library"), ValueError()]
 )
-def test_an_error_that_nobody_foresaw_is_one_message(monkeypatch, capsys, error):
+def test_an_unexpected_error_is_one_message(monkeypatch, capsys, error):
     from hf_continual import cli
 
     def fails(app):

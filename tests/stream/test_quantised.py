@@ -1,4 +1,4 @@
-"""A plan on a 4-bit base: the adapter is handed over, what is scored is the 4-bit model with it."""
+"""A plan on a 4-bit base: the adapter is handed over, and the 4-bit model is scored with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.stream import world
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("between", ["continue", "new_adapter"])
 def test_qlora(tmp_path, between):
-    # bitsandbytes on a CPU wants blocks of 64 values along each axis.
+    # bitsandbytes on a CPU needs blocks of 64 values along each axis.
     toy.model(hidden_size=128, intermediate_size=128, num_key_value_heads=4).save_pretrained(tmp_path / "wide")
     toy.tokenizer().save_pretrained(tmp_path / "wide")
     plan = world.make(

@@ -98,14 +98,14 @@ def test_tasks_may_be_added_and_nothing_else_changed(taught, tmp_path):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": changed})
     shown = {**TEACH, "logging_steps": 7, "logging_strategy": "steps"}
     assert train_stream({**plan, "output_dir": str(tmp_path / "out"), "sft": shown}).matrix == result.matrix
-    with pytest.raises(PlanError, match=r"tasks\[1\]: 't1' -> left out"):
+    with pytest.raises(PlanError, match=r"tasks\[1\]: 't1' -> removed"):
         train_stream({**plan, "output_dir": str(tmp_path / "out"), "tasks": plan["tasks"][:1]})
 
 
 def test_a_folder_with_something_else_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(PlanError, match="is not empty and holds no run of a plan"):
+    with pytest.raises(PlanError, match="is not empty, and it is not the folder of a plan's run"):
         train_stream(world.make(tmp_path))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"thesis.txt", ".lock"}
 
@@ -239,7 +239,7 @@ def test_a_merge_that_does_not_exist_is_met_before_training(tmp_path):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("checkpoint*"))
 
 
-def test_branches_go_on_from_their_parents(tmp_path):
+def test_branches_continue_from_their_parents(tmp_path):
     plan = world.make(tmp_path)
     plan["tasks"][2]["parent"] = "t0"
     plan["evaluation"]["tasks"] = "seen"

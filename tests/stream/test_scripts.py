@@ -16,7 +16,7 @@ from tests.trainer.same import same
 
 
 def kept(folder: Path):
-    """The rows that a task's memory keeps, without their origin."""
+    """The rows that a task's buffer keeps, without their origin."""
     return [
         {"prompt": row["prompt"], "completion": row["completion"]}
         for row in read_lines(folder / "continual" / "memory.jsonl")

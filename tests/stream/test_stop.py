@@ -1,4 +1,4 @@
-"""Told to stop, a plan saves, ends with exit code 75, and resumes to the same matrix, weights and state."""
+"""When asked to stop, a plan saves, ends with exit code 75, and resumes to the same matrix, weights and state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_random_moments(quiet, tmp_path, trials):
     wanted = outcome(straight)
     for out, code, said in forked.interrupted(plan, seconds, tmp_path, trials, signal.SIGTERM):
         assert code == STOPPED, said
-        assert run(plan, out) == 0, f"the run does not go on: {said}"
+        assert run(plan, out) == 0, f"the run does not resume: {said}"
         assert outcome(out) == wanted, f"another outcome: {said}"
 
 
@@ -96,7 +96,7 @@ def test_moments(quiet, tmp_path, place, number):
 
 @pytest.mark.slow
 def test_in_accumulation_nothing_is_counted_twice(tmp_path):
-    """With transformers' own way of saving on SIGTERM asked for, too; a stopped task is not taken for a learnt one."""
+    """With transformers' own saving on SIGTERM enabled, too; a stopped task does not count as a learned one."""
     plan = forked.everything_on(tmp_path)
     plan["sft"] |= {
         "per_device_train_batch_size": 1,
@@ -184,7 +184,7 @@ class TestSignals:
     def test_outside_a_deferral_it_stops_at_once(self):
         with pytest.raises(stopping.Stopped), stopping.listening(""):
             signal.raise_signal(signal.SIGINT)
-            pytest.fail("went on")
+            pytest.fail("continued")
 
     def test_in_a_thread_nothing_is_installed(self):
         def work():

@@ -99,11 +99,11 @@ def test_an_arm_changes_more_than_its_methods(tmp_path):
         ("{a: {methods: [ewx]}}", 9, "Unknown method 'ewx'. Did you mean 'ewc'"),
         ("{a: {sft: {learning_rat: 1}}}", 9, "SFTConfig has no option 'learning_rat'. Did you mean 'learning_rate'"),
         ("{a: {sft: {learning_rate: -1.0}}}", 9, "learning_rate"),
-        ("{a: {methods: [{replay: {rows: kept, ratio: 0.1}}]}}", 9, "rows that a memory keeps"),
+        ("{a: {methods: [{replay: {rows: kept, ratio: 0.1}}]}}", 9, "kept rows"),
         ("{a: {between_tasks: join}}", 9, "got 'join'"),
-        ("[a, b]", 9, "expected a mapping of arms to what they change, such as {plain: {}"),
+        ("[a, b]", 9, "expected a mapping of arms to their changes, such as {plain: {}"),
         ("{}", 9, "the sweep has no arms"),
-        ("{a: {}}\n  methods: {b: []}", 9, "the sweep names methods and arms. Keep one"),
+        ("{a: {}}\n  methods: {b: []}", 9, "the sweep gives both methods and arms. Keep one"),
     ],
 )
 def test_mistakes_in_an_arm_are_met_where_they_are_written(tmp_path, arms, line, words):
@@ -175,7 +175,7 @@ def render(report) -> str:
 
 
 def test_the_dry_run_says_what_added_rows_take(tmp_path, monkeypatch):
-    """Rows that are longer than the task's widen the whole micro-batch: said before anything is loaded."""
+    """Rows that are longer than the task's widen the whole micro-batch: reported before anything is loaded."""
 
     def said(gere, **sft):
         plan = world.make(tmp_path)

@@ -58,7 +58,7 @@ def printed(report, width=80):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_sweep_can_be_read_on_a_narrow_terminal(width):
-    """No name and no number is cut off, whatever the width; every block names its arms."""
+    """No name or number is cut off at any width; every block names its arms."""
     text = printed(results_report(sweep()), width)
     assert "…" not in text and "..." not in text and max(map(len, text.splitlines())) <= width
     together = "".join(text.split())
@@ -106,7 +106,7 @@ def test_files_of_a_sweep(tmp_path):
         f"| {ARMS[1]} | 2 | 25.0±17.7 |" in text
         and f"| {ARMS[1]} | +12.5 | -2.0 to +31.0 | < 0.001 | 9/1 | 64 |" in text
     )
-    assert "![What each arm knows at the end, and what it forgot](sweep.png)" in text
+    assert "![Final performance and forgetting of each arm](sweep.png)" in text
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     assert p_text(0.0215) == "0.021" and p_text(1.0) == "1.000" and p_text(1e-9) == "< 0.001"
 
@@ -132,7 +132,7 @@ def test_rows_that_count_differently_have_the_mean_of_their_cell():
 
 
 class Task:
-    """A task as far as scores need one."""
+    """A task with just what scores need."""
 
     def __init__(self, name, rows):
         self.name, self.test = name, rows
@@ -161,18 +161,18 @@ def test_runs_are_compared_on_the_same_rows_only(tmp_path):
     stored = json.loads((two / "task-00-a" / "continual" / "scores.json").read_text())["a"]
     assert stored["interval"] == [pytest.approx(0.8064, abs=5e-5), 1.0] and stored["value"] == 1.0
     other = run_folder(tmp_path / "other", [1.0] * 16, [*rows[:15], {"prompt": "q", "completion": "x"}])
-    with pytest.raises(ValueError, match=r"scored on other rows .*\(row 16 differs\)"):
+    with pytest.raises(ValueError, match=r"scored on different rows .*\(row 16 differs\)"):
         compare_runs(one, other)
     shorter = run_folder(tmp_path / "shorter", [1.0] * 15, rows[:15])
     with pytest.raises(ValueError, match=r"\(16 and 15 rows\)"):
         compare_runs(one, shorter)
     metric = run_folder(tmp_path / "metric", [1.0] * 16, rows, "rougeL, greedy")
-    with pytest.raises(ValueError, match="scored in other ways: 'exact match' in .*'rougeL, greedy'"):
+    with pytest.raises(ValueError, match="scored in different ways: 'exact match' in .*'rougeL, greedy'"):
         compare_runs(one, metric)
     with pytest.raises(FileNotFoundError, match="it is not the folder of a run"):
         compare_runs(one, tmp_path)
     write_json(tmp_path / "continual_results.json", {"arms": {}})
-    with pytest.raises(ValueError, match="Name the folder of one run, not that of a sweep"):
+    with pytest.raises(ValueError, match="Give the folder of a single run, not of a sweep"):
         compare_runs(one, tmp_path)
     write_lines(two / "predictions" / "task-00-a.a.jsonl", [])
     with pytest.raises(ValueError, match="no scored task in common"):

@@ -47,7 +47,7 @@ def write(folder: Path, plan: dict[str, Any]) -> Path:
 
 
 def weights(folder: Path) -> torch.Tensor:
-    """All weights that a task left."""
+    """All weights in a task's folder."""
     return toy.flat(AutoModelForCausalLM.from_pretrained(folder))
 
 

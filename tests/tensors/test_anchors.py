@@ -1,4 +1,4 @@
-"""Weights to stay near are told by what they are, not by where they lie or what an adapter is called."""
+"""Weights to stay near are identified by their values, not by their path or an adapter's name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_base_that_moved_is_found_with_the_model(tmp_path):
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     assert record(tmp_path / "b" / "checkpoint-4")["base"] == str(new)
     shutil.rmtree(new)
-    with pytest.raises(ValueError, match=r"no place .* has them: \(1\) .*'.*new'.*\(2\) .*fingerprint"):
+    with pytest.raises(ValueError, match=r"none of the places .* has them: \(1\) .*'.*new'.*\(2\) .*fingerprint"):
         train(base(tmp_path / "other", seed=5), tmp_path / "b", 6, resume=True)
 
 
@@ -93,7 +93,7 @@ def test_a_base_that_is_written_over_during_the_run_is_stored_from_then_on(tmp_p
     with caplog.at_level(logging.WARNING, "hf_continual"), monkeypatch.context() as patched:
         patched.setattr(RecAdam, "state_dict", overwrite)
         straight = train(folder, tmp_path / "out", 6, recall(), resume=True)
-    assert "was written over; the anchors are stored" in caplog.text
+    assert "was overwritten; the anchors are stored" in caplog.text
     resumed = train(folder, tmp_path / "out", 6, resume=str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
 
@@ -116,7 +116,7 @@ def test_named_anchors_are_needed_no_more_once_a_checkpoint_has_them(tmp_path):
     )
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
     base(near, seed=6)
-    with pytest.raises(ValueError, match="holds another .* than the run to be resumed stayed near"):
+    with pytest.raises(ValueError, match="holds a different .* than the run to resume stayed near"):
         train(toy.model(), tmp_path / "b", 6, recall(anchor=str(near)), resume=str(tmp_path / "b" / "checkpoint-4"))
 
 

@@ -1,4 +1,4 @@
-"""Two adapters in one: exactly the sum of what they do."""
+"""Two adapters in one: exactly the sum of both."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_does_not_add_is_refused(tmp_path, changes, message):
 @pytest.mark.filterwarnings("ignore:.*embedding layers:UserWarning")
 @pytest.mark.parametrize("who", ["first", "second", "both", "neither", "different"])
 def test_rows_that_adapters_bring_with_an_adapted_embedding(tmp_path, who):
-    """PEFT loads the stored rows in place of the base's; rows that contradict each other are refused."""
+    """PEFT loads the stored rows instead of the base's; rows that contradict each other are refused."""
     rows, base = "base_model.model.model.embed_tokens.base_layer.weight", toy.model().double().state_dict()
     folders = [adapter(tmp_path / str(i), i, target_modules=["q_proj", "embed_tokens"]) for i in (0, 1)]
     changed = base["model.embed_tokens.weight"].clone()
@@ -103,14 +103,14 @@ def test_rows_that_adapters_bring_with_an_adapted_embedding(tmp_path, who):
             del stored[rows]
         save_file(stored, file, {"format": "pt"})
     if who == "different":
-        with pytest.raises(ValueError, match="bring different weights of their own as .*embed_tokens"):
+        with pytest.raises(ValueError, match="contain different weights as .*embed_tokens"):
             concatenate_adapters(*folders, tmp_path / "sum")
         return
     concatenate_adapters(*folders, tmp_path / "sum")
     found, one, two = (delta(f) for f in (tmp_path / "sum", *folders))
     name = "model.embed_tokens.weight"
     moved = 0 if who == "neither" else changed - base[name]
-    counted = 2 if who == "both" else 0 if who == "neither" else 1  # deltas that hold the rows' change
+    counted = 2 if who == "both" else 0 if who == "neither" else 1  # deltas that include the rows' change
     torch.testing.assert_close(
         found[name], one[name] + two[name] - (counted - 1) * moved if counted else one[name] + two[name]
     )

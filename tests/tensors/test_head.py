@@ -56,7 +56,7 @@ def test_a_head_that_does_more_is_noticed():
         hidden, logits = model.base_model(ids).last_hidden_state[0], model(ids).logits[0]
         said = head_differs(model, hidden, 2 * logits)
         assert said is not None and "LlamaForCausalLM differ from the model's own by up to" in said
-        assert "gives 30 logits where its head has 40 rows" in (head_differs(model, hidden, logits[:, :30]) or "")
+        assert "returns 30 logits, but its head has 40 rows" in (head_differs(model, hidden, logits[:, :30]) or "")
 
 
 def test_gradients_reach_states_and_head():

@@ -76,7 +76,7 @@ def test_a_vision_tower_is_passed_over():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="Linear holds no list of blocks"):
+    with pytest.raises(ValueError, match="Linear has no list of blocks"):
         find_blocks(nn.Linear(2, 2))
 
 

@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def peak_bytes(call) -> int:
-    """The most that a call holds of tensors beside those that were there before, by torch's allocator."""
+    """Peak memory of the tensors that a call adds, by torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -35,7 +35,7 @@ def test_the_instrument_sees_what_is_made():
 
 @pytest.mark.parametrize("add_up", [None, lambda counts: counts], ids=["alone", "sharded"])
 def test_a_threshold_takes_a_bounded_amount_of_memory(add_up):
-    """All at once it was 28 bytes a value, 224 MiB here."""
+    """All at once it was 28 bytes per value, 224 MiB here."""
     x = torch.rand(8 * MIB, generator=torch.Generator().manual_seed(0))
     found = []
     peak = peak_bytes(lambda: found.append(share_threshold(x, 0.2, x.numel(), add_up)))
@@ -60,8 +60,8 @@ def sides(scope="global", uncertainty=False, number=40, size=100_000, add_up=Non
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_fusion_takes_two_bytes_a_weight_beside_its_buffers(scope, uncertainty, sharded):
-    """The two masks, and room that does not grow with the model."""
+def test_a_fusion_takes_two_bytes_a_weight_on_top_of_its_buffers(scope, uncertainty, sharded):
+    """The two masks, and memory that does not grow with the model."""
     made = sides(scope, uncertainty, add_up=(lambda counts: counts) if sharded else None)
     size = made.flat.size
 

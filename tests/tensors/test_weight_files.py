@@ -1,4 +1,4 @@
-"""Which files are a model's weights: what from_pretrained loads, and never a file outside the folder."""
+"""The files with a model's weights: those from_pretrained loads, and never a file outside the folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def index(folder: Path, weight_map: object) -> Path:
 def test_a_name_that_is_more_than_a_files_name_is_refused(tmp_path, name):
     assert not is_file_name(name)
     file = index(tmp_path, {"good": "model-00001-of-00002.safetensors", "bad.weight": name})
-    with pytest.raises(ValueError, match=r"index\.json says that 'bad\.weight' is in .*never a path to elsewhere"):
+    with pytest.raises(ValueError, match=r"index\.json says that 'bad\.weight' is in .*never a path elsewhere"):
         weight_files(tmp_path)
     assert is_file_name("model-00001-of-00002.safetensors") and weight_files(file.parent.parent)[0].name == WEIGHTS
 
@@ -56,7 +56,7 @@ def test_an_index_without_a_map(tmp_path, found):
         (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
     ],
 )
-def test_what_somebody_else_wrote_is_named_when_it_cannot_be_read(tmp_path, data, said):
+def test_a_foreign_file_is_named_when_it_cannot_be_read(tmp_path, data, said):
     file = tmp_path / "theirs.json"
     file.write_bytes(data)
     with pytest.raises(ValueError, match=rf"theirs\.json .*{said}|theirs\.json {said}"):

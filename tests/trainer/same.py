@@ -1,4 +1,4 @@
-"""Whether two states are equal to the last bit."""
+"""Check whether two states are equal to the last bit."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hf_continual import ContinualConfig, ContinualTrainer, FreezeLayers, Replay
 from tests import toy
 
 pytestmark = pytest.mark.filterwarnings(
-    # Both trainers pass these deprecated arguments on, and TRL says so.
+    # Both trainers pass on these deprecated arguments, and TRL warns about them.
     "ignore:`return_outputs=True`:FutureWarning",
     "ignore:`label_smoothing_factor` is deprecated:FutureWarning",
     "ignore:`compute_loss_func` is deprecated:FutureWarning",

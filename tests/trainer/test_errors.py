@@ -1,4 +1,4 @@
-"""Bad input: a typed sentence before anything is written, and nothing lost."""
+"""Bad input: a typed error before anything is written, and nothing lost."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ CASES = {
     "empty stream": (
         lambda t: build(t, Silent(), train_dataset=IterableDataset.from_generator(nothing)),
         ValueError,
-        "a stream that yields no row",
+        "a stream that yields no rows",
     ),
-    "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "0 rows"),
+    "empty replay": (lambda t: build(t, Replay(Dataset.from_dict({"text": []}), ratio=0.1)), ValueError, "has no rows"),
     "missing file": (lambda t: build(t, Replay("gone.jsonl", ratio=0.1)), FileNotFoundError, "gone.jsonl"),
     "two optimizers": (
         lambda t: build(t, RecAdam(), **SGD),
         ValueError,
-        "RecAdam brings an optimizer and optimizer_cls",
+        "RecAdam supplies an optimizer and optimizer_cls",
     ),
     "optimizer object": (
         lambda t: build(t, RecAdam(), optimizers=(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), None)),
@@ -121,7 +121,7 @@ def test_sentences_of_the_configuration(tmp_path, options, error, said):
         ContinualConfig(**toy.settings(tmp_path, **options))
 
 
-def test_patterns_that_match_nothing_are_said_when_training_begins(tmp_path):
+def test_patterns_that_match_nothing_are_reported_when_training_begins(tmp_path):
     trainer = build(tmp_path, RecAdam(groups={"classifier": {"anneal_w": 0.0}}))
     with pytest.raises(ValueError, match="pattern 'classifier' matches none of the 39 trainable parameters"):
         trainer.train()

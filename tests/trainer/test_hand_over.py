@@ -1,4 +1,4 @@
-"""What a method learned goes with the model: taken over from folders, refused where it does not belong."""
+"""A method's state goes with the model: loaded from folders, refused where it does not belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import toy
 
 @dataclass
 class Counting(Method):
-    """Counts tasks and writes down what is called."""
+    """Counts tasks and records its calls."""
 
     name: str = "counting"
     paper: ClassVar[Paper] = Paper("Counting", "Nobody", 2026)
@@ -117,10 +117,10 @@ def test_another_set_of_methods_is_refused_and_can_begin_afresh(tmp_path, first,
     train(str(first), tmp_path / "other", [fresh := Counting()], fresh_methods=True)
     assert fresh.tasks == 0 and "load_task_state" not in fresh.calls
     train(str(first), tmp_path / "none", [])
-    assert "this run has no methods and leaves it" in caplog.text
+    assert "this run has no methods and ignores it" in caplog.text
 
 
-def test_other_weights_beside_it_are_refused(tmp_path, first):
+def test_other_weights_next_to_it_are_refused(tmp_path, first):
     weights = load_file(first / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, first / "model.safetensors", metadata={"format": "pt"})
@@ -158,7 +158,7 @@ class Cut(Exception):
 
 
 def saves(monkeypatch, cut_at: int | None) -> list[str]:
-    """Count what touches the disk while a hand-over is written, and stop before one of it."""
+    """Count disk operations while a hand-over is written, and stop before one of them."""
     done: list[str] = []
 
     def watched(name: str, call: Any) -> Any:
@@ -180,7 +180,7 @@ def saves(monkeypatch, cut_at: int | None) -> list[str]:
 
 
 def test_cut_between_any_two_writes_it_is_both_or_neither(tmp_path, first, monkeypatch):
-    """A second task is saved into the folder of the first: the folder holds one of the two whole, or is refused."""
+    """A second task is saved into the folder of the first: the folder holds one of the two completely, or is refused."""
     trainer = train(str(first), tmp_path / "second", [Counting()], save=False)
     kept = tmp_path / "kept"
     shutil.copytree(first, kept)
@@ -215,7 +215,7 @@ def test_cut_between_any_two_writes_it_is_both_or_neither(tmp_path, first, monke
 def test_a_checkpoint_of_an_unfinished_task_leaves_nothing(tmp_path, caplog):
     train(toy.model(), tmp_path / "first", [Counting()], save_strategy="steps", save_steps=2)
     train(str(tmp_path / "first" / "checkpoint-2"), tmp_path / "second", [method := Counting()])
-    assert method.tasks == 0 and "is a checkpoint of a task that has not ended" in caplog.text
+    assert method.tasks == 0 and "is a checkpoint of an unfinished task" in caplog.text
 
 
 def lora(rank: int = 2) -> LoraConfig:
@@ -240,7 +240,7 @@ def test_another_base_under_the_same_adapter_is_refused(tmp_path):
     train(str(tmp_path / "base"), tmp_path / "first", [Counting()], peft=lora())
     toy.model(seed=7).save_pretrained(tmp_path / "base")
     with pytest.raises(
-        HandOverError, match=r"was trained on the base 'base', and this run's base 'base' has other weights"
+        HandOverError, match=r"was trained on the base 'base', and this run's base 'base' has different weights"
     ):
         train(str(tmp_path / "first"), tmp_path / "second", [Counting()])
 
@@ -294,7 +294,7 @@ def test_what_a_method_froze_stays_frozen_under_a_stack_that_is_resumed(tmp_path
 
 
 def test_what_a_list_names_is_not_imported(tmp_path, first):
-    """The list may be somebody else's: a kind that is no method of the table names a module of their choice."""
+    """The list may be someone else's: a kind that is not a method of the table names a module of their choice."""
     file = first / "continual" / "methods.json"
     listed = json.loads(file.read_text())
     listed["methods"][0]["kind"] = "this:Class"  # a module of Python that prints when it is imported

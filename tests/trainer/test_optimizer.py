@@ -1,4 +1,4 @@
-"""An optimizer must hold what is trained: surgery on the model leaves one behind that was built before it."""
+"""An optimizer must hold all trained weights: model surgery can leave behind one that was built before it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_head_untied_after_the_optimizer_was_built(tmp_path):
         ValueError, match=r"The optimizer .SGD. lacks 1 of \d+ .*lm_head.weight.*optimizer_cls_and_kwargs"
     ):
         build(tmp_path, model, method(), optimizer=optimizer)
-    # What the message advises.
+    # The message's advice.
     model = toy.model(tie_word_embeddings=True)
     trainer = build(tmp_path, model, method(), optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
     before = model.lm_head.weight.detach().clone()
@@ -92,20 +92,20 @@ def test_a_layer_unfrozen_between_construction_and_training(tmp_path):
     with pytest.raises(ValueError, match="model.norm.weight"):
         trainer.train()
     model.model.norm.weight.requires_grad_(False)
-    trainer.train()  # the other advice: what is not to be trained is frozen
+    trainer.train()  # the other advice: freeze what should not be trained
 
 
 class Method_(Method):
     name, paper = "nothing", Paper("x", "y", 2020)
 
 
-def test_parameters_that_left_the_model_are_said(tmp_path, caplog):
-    """Adapters below the cut are taken off; an optimizer that holds them still works."""
+def test_parameters_that_left_the_model_are_logged(tmp_path, caplog):
+    """Adapters below the cut are removed; an optimizer that holds them still works."""
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["q_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     with caplog.at_level(logging.WARNING, "hf_continual"):
         trainer = build(tmp_path, model, FreezeLayers(bottom=2), optimizer=optimizer)
-    assert "4 parameters of the optimizer (AdamW) are not part of the model" in caplog.text
+    assert "4 parameters of the optimizer (AdamW) are not, or no longer, part of the model" in caplog.text
     trainer.train()
 
 

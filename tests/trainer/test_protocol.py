@@ -1,4 +1,4 @@
-"""What a method sees: hooks in order, one forward with its graph, the run."""
+"""A method's view: hooks in order, one forward pass with its graph, the run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_terms_do_not_depend_on_accumulation(tmp_path):
         trainer = build(tmp_path, Term(), **settings)
         trainer.train()
         trained.append(toy.flat(trainer.model))
-        if accumulation == 1:  # the term is the loss once more, so the loss is twice the task's
+        if accumulation == 1:  # the term equals the loss, so the total is twice the task's
             logged = trainer.state.log_history[0]
             assert logged["loss"] == pytest.approx(2 * logged["term/tokens"], rel=1e-4)
     for other in trained[1:]:
@@ -116,7 +116,7 @@ def test_every_token_knows_where_it_is_from(tmp_path, layout):
 
 
 def test_the_run_trains_by_hand(tmp_path):
-    """What an inner and outer loop needs: batches, loss, backward and a step of the trainer's optimizer."""
+    """Parts of an inner and outer loop: batches, loss, backward and a step of the trainer's optimizer."""
 
     class Outer(Method):
         name, paper, losses = "outer", Paper("x", "y", 2020), []
@@ -136,7 +136,7 @@ def test_the_run_trains_by_hand(tmp_path):
     trainer = build(tmp_path, method, lr_scheduler_type="constant")
     trainer.train()
     assert len(method.losses) == 2 and trainer.state.global_step == 2
-    with pytest.raises(KeyError, match="brings no replay rows"):
+    with pytest.raises(KeyError, match="adds no replay rows"):
         trainer.run.rows(method)
 
 
@@ -177,10 +177,10 @@ def test_all_three_on_a_quantised_base(tmp_path):
     trainer.save_model()
     noted = read_facts(tmp_path / "out").adapter["quantization"]
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    # What was quantised was bfloat16, whatever TRL made of the other weights for training.
+    # The quantised weights were bfloat16, whatever TRL did to the others for training.
     assert noted == wanted | {"dtype": "bfloat16"}
-    assert "quantised while this was trained: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
-    # What the folder knows is enough to put the adapter onto what it saw.
+    assert "quantised during training: quant_method=bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
+    # The folder has enough to put the adapter onto the base it saw.
     errors = {}
     for how in ("dequantize", "original"):
         merge_linear(

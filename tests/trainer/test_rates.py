@@ -93,7 +93,7 @@ def build(folder, *methods, model=None, optimizers=(None, None), **settings):
 
 
 @pytest.mark.parametrize("asked, wanted", [(4e-4, 4e-4), (None, 2e-3)])
-def test_the_outer_learner_beside_a_given_optimizer(tmp_path, rates, asked, wanted):
+def test_the_outer_learner_next_to_a_given_optimizer(tmp_path, rates, asked, wanted):
     model = get_peft_model(toy.model(), LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=8.0)
     method = kif(outer_learning_rate=asked)
@@ -112,7 +112,7 @@ def test_the_outer_learner_follows_a_given_scheduler(tmp_path, rates):
 
 
 @pytest.mark.parametrize("own", [0.0, 3e-2])
-def test_the_outer_learner_beside_groups(tmp_path, rates, own):
+def test_the_outer_learner_next_to_groups(tmp_path, rates, own):
     recall = RecAdam(anneal="none", anchor_strength=1.0, groups={"embed_tokens|layers.0": {"lr": own}})
     build(tmp_path, recall, kif(outer_learning_rate=6e-4), learning_rate=2e-3).train()
     assert rates == pytest.approx([6e-4] * 2)
@@ -139,7 +139,7 @@ def test_a_share_of_the_run_counts_the_updates_that_another_method_adds(tmp_path
 
 @pytest.mark.parametrize("asked", [None, 8])
 def test_memory_steps_take_the_batch_that_fits(tmp_path, asked):
-    """A device with room for 3 rows; 6 are asked for, and of memory 6 or 8."""
+    """A device with memory for 3 rows; 6 are requested, and 6 or 8 of the buffer."""
     trainer = build(
         tmp_path, kif(memory_batch=asked), per_device_train_batch_size=6, auto_find_batch_size=True, max_steps=2
     )

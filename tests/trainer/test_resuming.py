@@ -1,4 +1,4 @@
-"""Resuming after damage, moves and kills: from the newest whole checkpoint to the identical end, or a sentence with a way out."""
+"""Resuming after damage, moves and kills: from the newest complete checkpoint to the identical end, or an error with a remedy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(folder, *methods, model=None, peft=None, **settings):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run with all methods, what it ended with, and its folder without the last checkpoint."""
+    """A run with all methods, its final state, and its folder without the last checkpoint."""
     folder = tmp_path_factory.mktemp("straight")
     trainer = build(folder / "run", *methods(folder / "cache"))
     trainer.train()
@@ -61,7 +61,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def world(straight, tmp_path):
-    """A copy of that run: its folder, a trainer for it, and the end that it must come to."""
+    """A copy of that run: its folder, a trainer for it, and the expected final state."""
     folder, end = straight
     shutil.copytree(folder, tmp_path / "w")
     return tmp_path / "w" / "run", lambda: build(tmp_path / "w" / "run", *methods(tmp_path / "w" / "cache")), end
@@ -90,7 +90,7 @@ def test_any_damaged_file_is_named_and_the_checkpoint_before_is_taken(world, how
         caplog.clear()
         damage(newest / name, how)
         assert last_complete_checkpoint(run) == str(run / "checkpoint-2"), name
-        assert f"checkpoint-4 is passed over: {name}" in caplog.text
+        assert f"checkpoint-4 is skipped: {name}" in caplog.text
         shutil.copy2(kept / name, newest / name)
     assert last_complete_checkpoint(run) == str(newest)
 
@@ -102,7 +102,7 @@ def test_a_run_resumes_from_the_whole_one_to_the_identical_end(world, name):
     trainer = make()
     trainer.train(resume_from_checkpoint=True)
     assert torch.equal(toy.flat(trainer.model), end)
-    assert damage_of(run / "checkpoint-4") is None  # it was saved anew on the way
+    assert damage_of(run / "checkpoint-4") is None  # it was saved again on the way
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "gone"])
@@ -155,7 +155,7 @@ def test_a_plain_run_gets_no_file_and_resumes_as_sfttrainer_does(tmp_path, caplo
     resumed = build(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(toy.flat(resumed.model), toy.flat(straight.model))
-    assert "checkpoint-4 is passed over: model.safetensors cannot be read" in caplog.text
+    assert "checkpoint-4 is skipped: model.safetensors cannot be read" in caplog.text
     damage(tmp_path / "checkpoint-4" / "optimizer.pt", "gone")
     assert damage_of(tmp_path / "checkpoint-4") is None
     build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -263,7 +263,7 @@ def test_rows_that_are_gone_are_refused(tmp_path):
 
 
 def forked(work, wait=True):
-    """Run something in a forked process; its exit status, or its id where nobody waits."""
+    """Run something in a forked process; its exit status, or its id if not waited for."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -302,7 +302,7 @@ def test_a_second_trainer_on_a_folder_is_refused_by_name(tmp_path):
             RuntimeError, match=rf"is being trained into: process {child} on \S+, started 20.*output_dir"
         ):
             second.train()
-        build(tmp_path / "elsewhere", FreezeLayers(bottom=1)).train()  # the way out
+        build(tmp_path / "elsewhere", FreezeLayers(bottom=1)).train()  # the remedy
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

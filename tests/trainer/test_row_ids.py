@@ -1,4 +1,4 @@
-"""Each token of the task can be told by its row and its place there, so that values recorded of it can be looked up."""
+"""Each token of the task is identified by its row and its place there, so that recorded values can be looked up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import toy
 
 @dataclass
 class Looking(Method):
-    """Looks every token up in the rows it is said to be from."""
+    """Looks up every token in the row it is reported to come from."""
 
     name: ClassVar[str] = "looking"
     paper: ClassVar[Paper] = Paper("Looking", "Nobody", 2026)
@@ -59,7 +59,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("replay", [False, True], ids=["alone", "with replay"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore:.*(padding-free|flash|Flash).*")
-def test_tokens_are_where_they_are_said_to_be(tmp_path, layout, replay):
+def test_tokens_are_where_they_are_reported_to_be(tmp_path, layout, replay):
     kind = "tokenized" if layout == "unused columns kept" else "text"
     methods = [method := Looking(), *([Replay(toy.rows(kind, seed=9), per_batch=2)] if replay else [])]
     settings = {"max_steps": 6, **LAYOUTS[layout]}
@@ -75,7 +75,7 @@ def test_tokens_are_where_they_are_said_to_be(tmp_path, layout, replay):
 
 
 def test_the_run_is_the_same(tmp_path):
-    """Naming rows changes neither their order nor a bit of the weights."""
+    """Naming rows changes neither their order nor the weights, bit for bit."""
     flat = []
     for looks in (True, False):
         method = Looking()

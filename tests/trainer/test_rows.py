@@ -1,4 +1,4 @@
-"""Rows that methods bring: prepared as the trainer was told, in their own order, joined by any collator that can."""
+"""Rows that methods add: prepared with the trainer's settings, in their own order, joined by any capable collator."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_masks_of_kif_and_of_a_tokenised_task(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"text": "w1 w2"}, {"text": None}], "row 2: 'text': it must be text, and is "),
-        (Dataset.from_list([{"text": 5}]), "'text': it must be text, and is a number, 5"),
+        ([{"text": "w1 w2"}, {"text": None}], "row 2: 'text': it must be text, but is "),
+        (Dataset.from_list([{"text": 5}]), "'text': it must be text, but is a number, 5"),
         ([{"prompt": "w1", "completion": None}], "'completion': it must be text or a list of messages"),
         ([{**MASKED, "labels": [5, 6]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'labels'"),
         ([MASKED | {"completion_mask": [0, 1]}], "row 0 has 6 tokens in 'input_ids' and 2 in 'completion_mask'"),
-        ([MASKED, {"input_ids": []}], "1 of 2 tokenised rows hold no token; the first is row 1"),
+        ([MASKED, {"input_ids": []}], "1 of 2 tokenised rows hold no tokens; the first is row 1"),
     ],
 )
 def test_rows_that_hold_something_else(tmp_path, rows, said):
@@ -153,7 +153,7 @@ def test_rows_longer_than_the_models_table_of_positions(tmp_path):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=12))
         return build(tmp_path, Replay([{"text": "w1 " * 20}], per_batch=1), model=model, settings=settings)
 
-    with pytest.raises(ValueError, match="a row has 21 tokens and the model has positions for 12. Set max_length=12"):
+    with pytest.raises(ValueError, match="a row has 21 tokens but the model has positions for 12. Set max_length=12"):
         make()
     make(max_length=12, max_steps=1).train()
 
@@ -175,7 +175,7 @@ def left_padding():
 
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_collators_of_ones_own(tmp_path, collator):
-    """Every replayed token stands where the maps say, and the loss is the mean over all tokens."""
+    """Every replayed token is where the maps say, and the loss is the mean over all tokens."""
     trainer = build(tmp_path, old(), data_collator=COLLATORS[collator](), settings={"max_steps": 2})
     for batch in spied(trainer):
         origin, rows = batch[ORIGIN], trainer.mixer.rows[0]["input_ids"]
@@ -225,7 +225,7 @@ def with_names(rows):
         (
             reversing,
             {},
-            "replay: The data collator returned other tokens than the replay rows hold, or in another order",
+            "replay: The data collator returned different tokens than the replay rows hold, or a different order",
         ),
         (with_names, {}, "replay: The batch key 'names'"),
         (lambda rows: {"input_ids": torch.ones(3)}, {}, "cannot collate rows of input_ids and labels"),

@@ -16,7 +16,7 @@ import hf_continual
 from hf_continual import private
 
 HERE = Path(hf_continual.__file__).parent
-# Of torch and Python; what is private there is not promised either, and has tests of its own.
+# Of torch and Python; their private members are not stable either, and have separate tests.
 TORCH = {"_version", "_local_tensor", "_parameters", "_asdict", "_fields", "_value_", "_name_"}
 
 
@@ -53,7 +53,7 @@ def own_names():
 
 
 def test_no_other_file_touches_what_is_private():
-    """Also names that only `self` or `super()` reach: those are the ones that are listed."""
+    """Also names reached only through `self` or `super()`: those are the listed ones."""
     listed = {
         *private.OVERRIDDEN,
         *private.CALLED,
@@ -62,7 +62,7 @@ def test_no_other_file_touches_what_is_private():
         "__init__",
         "__post_init__",
     }
-    # What a class of Hugging Face's defines is theirs, although a subclass here defines it again.
+    # A name defined by a Hugging Face class is theirs, even if a subclass here redefines it.
     own = own_names() - {n for n in dir(SFTTrainer) + dir(Trainer) if n.startswith("_")}
     for file in sorted(HERE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

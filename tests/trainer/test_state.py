@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the methods, and which checkpoint is whole."""
+"""The methods' state in a checkpoint, and which checkpoints are complete."""
 
 from __future__ import annotations
 

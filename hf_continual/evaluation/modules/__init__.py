@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def module_path(name: str) -> str:
-    """File of a metric module, for `evaluate.load`.
+    """Return the file of a metric module, for `evaluate.load`.
 
     Args:
         name: ``"continual_learning"`` or ``"answer_match"``.
@@ -19,5 +19,5 @@ def module_path(name: str) -> str:
     """
     known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
     if name not in known:
-        raise ValueError(f"unknown metric module {name!r}; known are {', '.join(known)}.")
+        raise ValueError(f"unknown metric module {name!r}; the modules are {', '.join(known)}.")
     return str(Path(__file__).parent / f"{name}.py")

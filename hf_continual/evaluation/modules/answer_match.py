@@ -1,4 +1,4 @@
-"""The papers' rules of matching answers as an `evaluate.Metric`."""
+"""The papers' rules for matching answers, as an `evaluate.Metric`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import evaluate
 from hf_continual.evaluation.match import find_match
 
 DESCRIPTION = (
-    "Share of predictions that match their reference, by one of the rules that the papers on continual learning use."
+    "Fraction of predictions that match their reference, by one of the rules used in papers on continual learning."
 )
 
 INPUTS = """

@@ -1,4 +1,4 @@
-"""The figures of an accuracy matrix as an `evaluate.Metric`."""
+"""The figures of an accuracy matrix, as an `evaluate.Metric`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import evaluate
 from hf_continual.metrics import AccuracyMatrix
 
 DESCRIPTION = """\
-What a sequence of tasks has kept: overall performance, backward and forward transfer, forgetting. Row i of `scores`
-holds the score on every task after task i was learnt."""
+Retention over a sequence of tasks: overall performance, backward and forward transfer, forgetting. Row i of `scores`
+holds the score on every task after task i was learned."""
 
 INPUTS = """
 Args:
-    scores: One list per task learnt, with a score for each task; None where it was not measured.
+    scores: One list per learned task, with a score for each task; None if it was not measured.
     base: Scores of the base model, for forward transfer.
     lower_is_better: Whether the scores are losses.
 Returns:
-    The figures by name; None where a cell that they need is missing.
+    The figures by name; None if a cell that they need is missing.
 """
 
 CITATION = """\

@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."
 
 
 def check_adapter_output(members: Sequence[Member], base: Checkpoint | None, linear: bool) -> str | None:
-    """Why the merge cannot be an adapter, or None if it can.
+    """Reason why the merge cannot be an adapter, or None if it can.
 
     Args:
         members: The models, in any order.
@@ -34,7 +34,7 @@ def check_adapter_output(members: Sequence[Member], base: Checkpoint | None, lin
         The reason, or None.
     """
     if not linear:
-        return "this method does not add changes up, so its result has no low rank"
+        return "this method does not add changes up, so its result is not low-rank"
     if not any(m.adapter is not None for m in members):
         return "none of the models is an adapter"
     for member in members:
@@ -50,12 +50,12 @@ def _is_base(member: Member, base: Checkpoint | None) -> bool:
 
 
 class Product:
-    """The weighted sum of one module's products, made when its first factor is written and dropped after its second.
+    """The weighted sum of one module's products, computed when its first factor is written and freed after its second.
 
     Args:
         parts: Weight and factors of each adapter that has the module.
         rank: Rank to truncate to, or None for the exact sum.
-        note: Told the relative error of a truncation.
+        note: Called with the relative error of a truncation.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Factors]], rank: int | None, note: Callable[[float], None]) -> None:
@@ -63,17 +63,17 @@ class Product:
         self._made: tuple[Tensor, Tensor] | None = None
         total = sum(f.rank for _, f in parts)
         first = parts[0][1]
-        # An exact product of rank below the one asked for is kept as it is.
+        # An exact product whose rank is below the requested one is kept unchanged.
         self.rank = total if rank is None else min(rank, total, first.a.shape[1], first.b.shape[0])
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
-        """The factors that it is made of."""
+        """The stored factors that it is made from."""
         return tuple(t for _, f in self._parts for t in (f.a, f.b))
 
     @property
     def scratch(self) -> int:
-        """Bytes that making it takes: the factors side by side in float32, for a truncation their QR in float64."""
+        """Bytes needed to compute it: the concatenated factors in float32; for a truncation, their QR in float64."""
         numbers = sum(t.numel for t in self.stored)
         return numbers * (4 * 3 if self.rank == sum(f.rank for _, f in self._parts) else 8 * 3 + 4 * 2)
 
@@ -112,7 +112,7 @@ def adapter_tensors(
         members: The models of the rule, adapters and perhaps their base.
         rule_for: Name of a weight -> the average's weights.
         rank: Rank to truncate to, or None.
-        dtype: Type of the output, or None for the most precise of the inputs'.
+        dtype: dtype of the output, or None for the most precise dtype of the inputs.
         errors: Filled while writing with the relative error of each truncated module.
 
     Returns:
@@ -125,13 +125,13 @@ def adapter_tensors(
         known = [v for v in views if v is not None]
         if len(known) != len(views) or len({v.source.shape for v in known}) > 1:
             raise MergeError(
-                f"{target!r} is a tensor of its own in some adapters and has another shape, or is absent, in others: "
+                f"{target!r} is a saved tensor in some adapters, but has another shape or is absent in others: "
                 f"{[list(v.source.shape) for v in known]}. Give output='model' and vocab='extend'."
             )
         kind = dtype or _widest([v.source.dtype for v in known])
         stored_as = next(adapter.saved[target].name for _, adapter in adapted if target in adapter.saved)
         module, _, last = stored_as.replace(".base_layer.", ".").rpartition(".")
-        # PEFT finds what is a module's own, where it is adapted, in the layer below the adapter; elsewhere it drops it.
+        # For an adapted module, PEFT looks for its own tensors in the layer below the adapter; elsewhere it drops them.
         below = ".base_layer" if module.removeprefix(_PREFIX) in ranks else ""
         name = f"{module}{below}.{last}"
         stored = [type(v)(v.source) for v in known]
@@ -167,7 +167,7 @@ def adapter_config(members: Sequence[Member], ranks: dict[str, int]) -> dict[str
     """The configuration under which PEFT loads the merged adapter.
 
     Args:
-        members: The models; the newest adapter's configuration is the pattern.
+        members: The models; the newest adapter's configuration is the template.
         ranks: Rank of each module.
 
     Returns:

@@ -17,7 +17,7 @@ class Average:
     """The weighted average as a rule on the values of all models.
 
     Args:
-        weights: One per model; taken as summing to one, whatever the first is.
+        weights: One per model; assumed to sum to one, so the first is not read.
     """
 
     weights: tuple[float, ...]
@@ -27,13 +27,13 @@ class Average:
 
         Args:
             values: The models' values of one range, first model first.
-            at: Where they are; of no matter here.
+            at: Their position; unused.
 
         Returns:
-            The average, in the memory of the first.
+            The average, in the first tensor's memory.
         """
         first, *others = values
-        # Differences are taken before the first changes.
+        # Take the differences before the first changes.
         moved = [other.sub_(first) for other in others]
         for weight, difference in zip(self.weights[1:], moved, strict=True):
             first.add_(difference, alpha=weight)

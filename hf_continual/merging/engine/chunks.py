@@ -1,4 +1,4 @@
-"""The engine's seam: several stored tensors go in a chunk at a time, a pure function makes the output's chunk.
+"""The engine's core: stored tensors are read a chunk at a time, a pure function makes the output's chunk.
 
 A merge is a list of `OutputTensor`. A thread reads blocks of every source ahead into reused buffers; each block is cut
 into chunks, which the function sees as fp32 (float64 where a source is float64) together with the tensor's name and the
@@ -23,11 +23,11 @@ from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredTe
 CHUNK = (
     262_144  # elements: fp32 operands of one chunk stay in a core's cache; 128 Ki is as fast, 32 Ki and 1 Mi are slower
 )
-BLOCK = 2 * CHUNK  # elements read at a time: handing a piece from thread to thread costs as much as computing a chunk
+BLOCK = 2 * CHUNK  # elements read at a time: passing a piece between threads costs as much as computing a chunk
 BUFFERS = 12 * 2**20  # bytes that read-ahead and operands may take; with many or wide sources the pieces get smaller
 WRITTEN = 2**20  # bytes that are handed to the writing thread at a time
 SLOTS = 2
-_STEP = 4096  # pieces are multiples of this, of whatever the memory is paged in
+_STEP = 4096  # pieces are multiples of this, and so of a memory page
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Chunk:
         name: The output tensor.
         shape: Its shape.
         start: First element of the range in the flattened tensor.
-        stop: Behind the last element.
-        first: First element of the range in the flattened sources: `start`, but in a part that is not the first.
-        values: The range in each source, flat, in the type computed in. They are buffers: a function may edit them in
+        stop: One past the last element.
+        first: First element of the range in the flattened sources: equal to `start` in the first part.
+        values: The range in each source, flat, in the computation dtype. They are buffers: a function may edit them in
             place and return one, and must not keep them.
     """
 
@@ -63,9 +63,9 @@ class Part:
         sources: Stored tensors of the same number of elements.
         function: Makes the output's chunk from theirs; None copies the first source's bytes, after a check that the
             other sources hold the same bytes.
-        scratch: Bytes that the function needs for a chunk beside its values, where they are more than a few numbers.
-        also: What the function reads beside its sources, whole: factors of adapters.
-        row: Elements that no chunk cuts: chunks begin and end at multiples of it.
+        scratch: Bytes that the function needs per chunk on top of its values, if more than a few numbers.
+        also: What the function reads whole, in addition to its sources: factors of adapters.
+        row: Elements that are never split: chunks begin and end at multiples of it.
     """
 
     sources: tuple[StoredTensor, ...]
@@ -75,7 +75,7 @@ class Part:
     row: int = 1
 
     def whole(self, elements: int) -> int:
-        """The multiple of `row` that is nearest below a number of elements; at least one row."""
+        """Round a number of elements down to a multiple of `row`; at least one row."""
         return max(self.row, elements // self.row * self.row)
 
 
@@ -85,12 +85,12 @@ class OutputTensor:
 
     Args:
         name: Its name.
-        dtype: Its type as safetensors spells it.
+        dtype: Its dtype, as safetensors spells it.
         shape: Its shape.
-        parts: Where its elements come from, in order; most tensors have one part. `stream` makes that.
-        produce: Makes a small tensor as a whole (an adapter's factor), in place of parts.
-        scratch: Bytes that making it takes, beside its own.
-        also: What it is made of.
+        parts: Where its elements come from, in order; most tensors have one part, see `stream`.
+        produce: Makes a small tensor whole (an adapter's factor), instead of parts.
+        scratch: Bytes needed to make it, on top of its own.
+        also: Stored tensors that it is made from.
     """
 
     name: str
@@ -103,7 +103,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
@@ -113,11 +113,11 @@ class OutputTensor:
 
 
 def stream(name: str, dtype: str, sources: Iterable[StoredTensor], function: ChunkFunction | None) -> OutputTensor:
-    """An output tensor whose elements all come from the same sources.
+    """Make an output tensor whose elements all come from the same sources.
 
     Args:
         name: Its name.
-        dtype: Its type as safetensors spells it.
+        dtype: Its dtype, as safetensors spells it.
         sources: Stored tensors of one shape.
         function: Makes the output's chunk from theirs; None copies the first.
 
@@ -139,7 +139,7 @@ def stream(name: str, dtype: str, sources: Iterable[StoredTensor], function: Chu
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements that are handled at a time.
+    """Numbers of elements handled at a time.
 
     Args:
         chunk: Elements that a function sees.
@@ -151,19 +151,19 @@ class Sizes:
 
 
 def operand_bytes(part: Part) -> int:
-    """Bytes per element of what sources are converted to; those of the type computed in stay where they were read."""
+    """Bytes per element of converted sources; sources already in the computation dtype stay where they were read."""
     wide = 8 if any(s.dtype == "F64" for s in part.sources) else 4
     return sum(wide for s in part.sources if s.itemsize != wide)
 
 
 def sizes_for(outputs: Sequence[OutputTensor]) -> Sizes:
-    """Sizes with which all buffers stay within `BUFFERS`, however many sources there are."""
+    """Choose sizes that keep all buffers within `BUFFERS`, however many sources there are."""
     ahead = operands = 0  # bytes per element
     for part in (p for output in outputs for p in output.parts):
         ahead = max(ahead, SLOTS * sum(s.itemsize for s in part.sources))
         operands = max(operands, operand_bytes(part))
     chunk = max(_STEP, min(CHUNK, BUFFERS // max(ahead + operands, 1) // _STEP * _STEP))
-    # A row that is not to be cut and is longer than a chunk is one.
+    # A row that must not be split and is longer than a chunk becomes one chunk.
     chunk = max([chunk, *(part.row for output in outputs for part in output.parts)])
     block = (BUFFERS - chunk * operands) // max(ahead, 1) // chunk * chunk
     return Sizes(chunk, max(chunk, min(BLOCK // chunk * chunk, block)))
@@ -192,8 +192,8 @@ class _Block:
 def chunks(outputs: Iterable[OutputTensor]) -> Generator[tuple[OutputTensor, Part, Chunk]]:
     """All chunks of all output tensors in order, read ahead by a thread; nothing is written.
 
-    A copied part (no function) shows its sources in their stored type; other sources are converted to fp32, or to
-    float64 where one of the part is float64. Produced tensors are passed over.
+    A copied part (no function) shows its sources in their stored dtype; other sources are converted to fp32, or to
+    float64 if one source of the part is float64. Produced tensors are skipped.
 
     Args:
         outputs: The output tensors.

@@ -1,7 +1,7 @@
-"""From a rule on the values of all models to the chunk function of one output tensor.
+"""Turn a rule on the values of all models into the chunk function of one output tensor.
 
-A rule is pure: values of one range in, one per model, result out. What an adapter adds is computed for the rows of a
-chunk when the chunk is there; no adapter is ever put into a whole weight.
+A rule is pure: values of one range in, one per model, result out. An adapter's change is computed only for the rows
+of the current chunk; no adapter is ever merged into a whole weight.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DORA_ROWS = 262_144  # elements that are read at a time for the norms of DoRA
 
 
 def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
-    """One tensor of all models made into one.
+    """Combine one tensor of all models into one.
 
     Args:
-        views: What the tensor is in each model, in the rule's order; all of one shape.
-        dtype: The output's type.
-        rule: The rule. It gives equal values back as they are, so equal models are copied.
+        views: The tensor in each model, in the rule's order; all of one shape.
+        dtype: The output's dtype.
+        rule: The rule. It returns equal values unchanged, so equal models are copied.
 
     Returns:
         Sources and chunk function.
@@ -53,13 +53,13 @@ def combined(views: Sequence[View], dtype: str, rule: Rule) -> Part:
 
 
 def _beside(views: Sequence[View]) -> tuple[tuple[StoredTensor, ...], int]:
-    """What adapters' parts of a tensor are made of, and the bytes that they take while its chunks pass."""
+    """Stored tensors that the adapters add to a tensor, and the bytes that they take while its chunks are processed."""
     also: list[StoredTensor] = []
     kept = rows = 0
     for view in views:
         if view.factors is not None:
             parts = (view.factors.a, view.factors.b)
-            # as stored, scaled, and for the time of loading once more
+            # as stored, scaled, and one more copy while loading
             kept += sum(t.numel for t in parts) * 4 * 2
             columns = view.source.shape[-1] if view.source.shape else 1
             rows = max(rows, sum(t.numel for t in parts) * 4 + (CHUNK + 2 * columns) * 4 * 2)
@@ -78,7 +78,7 @@ def _first(chunk: Chunk) -> Tensor:
 
 
 class _Loaded:
-    """Holds the factors of one tensor while its chunks pass."""
+    """Holds the factors of one tensor while its chunks are processed."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -96,13 +96,13 @@ class _Loaded:
         return rows[chunk.start - first * columns : chunk.stop - first * columns]
 
     def passed(self, chunk: Chunk) -> None:
-        """Let go behind the last chunk."""
+        """Free the factors after the last chunk."""
         if chunk.stop == prod(chunk.shape):
             self._held.clear()
 
 
 class _AverageOfProducts(_Loaded):
-    """The weighted average where several models share stored weights: those once, and each product with its weight."""
+    """The weighted average where several models share stored weights: these are read once, and each product is added with its weight."""
 
     def __init__(self, weights: Sequence[float], places: Sequence[int], factors: Sequence[Factors | None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Elements dropped at random, the same whatever a merge is cut into: bits that are a function of a seed and of the place."""
+"""Drop elements at random, independently of chunking: the bits are a function of a seed and of the position."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from hf_continual.merging.engine.chunks import Chunk
 from hf_continual.merging.engine.room import Room
 
-_PIECE = 65_536  # elements whose bits are made at a time; they stay in a core's cache
+_PIECE = 65_536  # elements whose bits are generated at a time; they stay in a core's cache
 _STEPS = np.arange(_PIECE, dtype=np.uint32)
 # lowbias32: a mixer of 32 bits. Two rounds, keyed before each, turn a counter into independent bits.
 _MIXER = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
 
 
 def bits_at(seed: int, place: int, name: str, start: int, stop: int, room: Room | None = None) -> np.ndarray:
-    """Random bits of a range of elements: a function of its arguments alone, whatever ranges they are asked for in.
+    """Random bits for a range of elements: a function of its arguments alone, however the elements are split into ranges.
 
     Args:
         seed: The merge's seed.
-        place: Which model.
+        place: Index of the model.
         name: The tensor.
         start: First element of the flattened tensor.
-        stop: Behind the last.
-        room: Memory for them, used again by the next call.
+        stop: One past the last.
+        room: Memory for them, reused by the next call.
 
     Returns:
         uint32 of (stop - start).
@@ -60,16 +60,16 @@ def bits_at(seed: int, place: int, name: str, start: int, stop: int, room: Room 
 def kept_at(
     seed: int, place: int, name: str, start: int, stop: int, density: float, room: Room | None = None
 ) -> np.ndarray:
-    """Which elements of a range are kept.
+    """Decide which elements of a range are kept.
 
     Args:
         seed: The merge's seed.
-        place: Which model.
+        place: Index of the model.
         name: The tensor.
         start: First element of the flattened tensor.
-        stop: Behind the last.
+        stop: One past the last.
         density: Probability that an element is kept.
-        room: Memory for the numbers in between.
+        room: Scratch memory.
 
     Returns:
         bool of (stop - start).
@@ -78,22 +78,22 @@ def kept_at(
 
 
 def dropped(change: Tensor, seed: int, place: int, at: Chunk, density: float, room: Room | None = None) -> Tensor:
-    """A change with most of it dropped and the rest rescaled, overwritten.
+    """Drop most of a change and rescale the rest, in place.
 
     Args:
-        change: What a model changed of the base, flat.
+        change: A model's change from the base, flat.
         seed: The merge's seed.
-        place: Which model.
-        at: Where the range is.
+        place: Index of the model.
+        at: Position of the range.
         density: Probability that an element is kept.
-        room: Memory for the numbers in between.
+        room: Scratch memory.
 
     Returns:
         The change.
     """
     if density >= 1:
         return change
-    # As numbers of the change's own kind: torch is several times slower where kinds meet.
+    # Computed in the change's dtype: torch is several times slower on mixed dtypes.
     room = room or Room()
     factors = room.take("kept", change.numel(), torch.float32)
     np.copyto(factors.numpy(), kept_at(seed, place, at.name, at.start, at.stop, density, room))

@@ -1,4 +1,4 @@
-"""The output's generation configuration: where the model ends its answers, which belongs to tokenizer and template."""
+"""The output's generation configuration: where the model stops, which goes with its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ORIGIN = ("_from_model_config", "transformers_version", "_commit_hash")
 def generation_file(
     member: Member, others: Sequence[Member], reference: Mapping[str, Any], tokenizer: Path | None
 ) -> tuple[Path | str | None, list[str]]:
-    """The generation configuration under which the output stops where a model stops.
+    """Choose the generation configuration that makes the output stop where a given model stops.
 
     Args:
-        member: The model whose turns end the output's answers.
-        others: Models whose further settings are taken, the first that has any, if this one has none.
+        member: The model whose chat template the output takes.
+        others: If `member` has no further settings, those of the first of these that has any are taken.
         reference: The output's ``config.json``.
         tokenizer: Folder of the output's tokenizer, or None.
 
     Returns:
-        The file, or its text where none says just that, or None if nothing has to be said; and notes.
+        The file; its text if no file has exactly that content; None if nothing needs to be stated; and notes.
     """
     own = _file(member)
     giver = member if own is not None else next((m for m in others if _file(m) is not None), None)
@@ -51,22 +51,22 @@ def generation_file(
     ):
         wanted["eos_token_id"] = said["eos_token_id"]
     if tokenizer is not None:
-        learnt = file is None or file.parent != member.own.folder
-        notes += _end_of_tokenizer(member, tokenizer, said, wanted, learnt)
+        learned = file is None or file.parent != member.own.folder
+        notes += _end_of_tokenizer(member, tokenizer, said, wanted, learned)
     if wanted == data:
         return file, notes
-    # It would tell transformers to look into config.json, which says something else.
+    # It would make transformers read config.json, which has other values.
     wanted.pop("_from_model_config", None)
     return json.dumps(wanted, indent=2, sort_keys=True) + "\n", notes
 
 
 def _end_of_tokenizer(
-    member: Member, tokenizer: Path, said: Mapping[str, Any], wanted: dict[str, Any], learnt: bool
+    member: Member, tokenizer: Path, said: Mapping[str, Any], wanted: dict[str, Any], learned: bool
 ) -> list[str]:
-    """Add the end that a model's own tokenizer names, if it came to be after the configuration; say what differs."""
+    """Add the eos token of a model's own tokenizer if it is newer than the configuration; note differences."""
     ends = ids(said.get("eos_token_id") if wanted.get("eos_token_id") is None else wanted["eos_token_id"])
     last, taught = (eos_id(f, tokenizer) for f in (tokenizer, member.own.folder))
-    if learnt and ends and taught is not None and taught not in ends:
+    if learned and ends and taught is not None and taught not in ends:
         wanted |= {**said, **wanted, "eos_token_id": [*ends, taught]}
         return [
             f"{GENERATION_CONFIG} stops at {[*ends, taught]}: at {ends} as {member.checkpoint.name} does, and at {taught}, the "
@@ -87,7 +87,7 @@ def ids(value: Any) -> list[int]:
 
 
 def difference(members: Sequence[Member], taken: Member) -> list[str]:
-    """What a reader should know of generation configurations that differ.
+    """Describe how the generation configurations differ.
 
     Args:
         members: The models.

@@ -1,4 +1,4 @@
-"""A merge as plain data: models, the rule that makes one tensor of theirs, and what is told about it."""
+"""A merge as plain data: the models, the rule that combines their tensors, and what is reported about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_continual.paper import Paper
 
 @dataclass(frozen=True)
 class Job:
-    """A merge: models, and the rule that makes one tensor of theirs.
+    """A merge: models, and the rule that combines their tensors.
 
     Args:
         method: Its name in reports.
@@ -27,14 +27,14 @@ class Job:
         base: The full model that adapters sit on, if one was given.
         rule_for: Name of a tensor -> its rule.
         linear: Whether every rule is a weighted sum.
-        options: What decides the result beside the models, as plain data.
-        asked: What was asked for, where `options` also tell what was found; plain data. The same models, asked for the same,
-            are the same merge.
+        options: What decides the result besides the models, as plain data.
+        asked: The request alone, without what `options` add about results; plain data. The same request for the same
+            models is the same merge.
         report: Name of the report's file.
-        newest: Place of the model that gives tokenizer and chat template.
+        newest: Index of the model whose tokenizer and chat template are used.
         facts: Further entries of the report.
-        outputs: Lays the output out itself, told how it is written and where notes go, or gives None.
-        image: Name of the picture that may lie beside the report, or None.
+        outputs: Lays out the output itself, given the output options and the list of notes, or returns None.
+        image: Name of a plot that may accompany the report, or None.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Job:
 
 
 def digest_of(rows: Any) -> str | None:
-    """What tells texts or rows apart, for `Job.asked`."""
+    """Digest that identifies texts or rows, for `Job.asked`."""
     if rows is None:
         return None
     seen = hashlib.sha256()

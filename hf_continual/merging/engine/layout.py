@@ -1,4 +1,4 @@
-"""The output laid out before a value is read: its kind, its tensors, its files and its configuration."""
+"""The output's layout, known before a value is read: its kind, its tensors, its files and its configuration."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Layout:
     Args:
         kind: ``"model"`` or ``"adapter"``.
         rank: Highest rank of an adapter.
-        shards: Files of weights with what their tensors are made of.
+        shards: Weight files, with the sources of their tensors.
         config: The output's configuration.
-        config_file: File that says just that and is copied, or None.
+        config_file: File with exactly this content, to be copied, or None.
         errors: Truncation error of each module, filled in while it is written.
     """
 
@@ -47,7 +47,7 @@ def lay_out(job: Job, options: Output, notes: list[str]) -> Layout:
     Args:
         job: The merge.
         options: How it is written.
-        notes: What the user should know is put into it.
+        notes: Receives notes for the user.
 
     Returns:
         The layout.
@@ -79,8 +79,8 @@ def _kind(job: Job, options: Output) -> str:
 def _adapter(job: Job, options: Output) -> Layout:
     if job.base is not None and job.base.seen_as is not None:
         raise ValueError(
-            f"quantized_base={options.quantized_base!r} changes the base, and the output is an adapter, which leaves it "
-            f"alone. Give output='model', or leave quantized_base out."
+            f"quantized_base={options.quantized_base!r} changes the base, but the output is an adapter, which leaves it "
+            f"unchanged. Give output='model', or leave quantized_base out."
         )
     errors: dict[str, float] = {}
     outputs, ranks = adapter_tensors(job.members, job.rule_for, options.adapter_rank, options.dtype, errors)

@@ -1,4 +1,4 @@
-"""The plan of a full model's tensors: what each is made of, and whether the head stays tied."""
+"""The plan of a full model's tensors: what each is made from, and whether the head stays tied."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def model_tensors(
     """The tensors of the merged model.
 
     Args:
-        members: The models, in the rule's order; the first gives the order of tensors and their types.
+        members: The models, in the rule's order; the first gives the order of tensors and their dtypes.
         rule_for: Name of a tensor -> its rule.
-        dtype: Type of the output, or None for the first model's, tensor by tensor.
+        dtype: dtype of the output, or None to keep the first model's, tensor by tensor.
         vocab: ``"strict"`` or ``"extend"``.
-        notes: Gets a sentence for what the user should know.
+        notes: Receives notes for the user.
 
     Returns:
         The tensors in order.
@@ -55,13 +55,13 @@ def model_tensors(
             outputs.append(OutputTensor(name, kind, views[0].source.shape, (combined(views, kind, rule_for(name)),)))
     if len({frozenset(t) for t in types.values()}) > 1:
         notes.append(
-            f"The models are stored in different types: {', '.join(f'{n} {sorted(t)}' for n, t in types.items())}."
+            f"The models are stored in different dtypes: {', '.join(f'{n} {sorted(t)}' for n, t in types.items())}."
         )
     return outputs
 
 
 def _head_says_nothing(member: Member) -> bool:
-    """Whether a model's head is its embedding: not stored, or stored with the same bytes under a configuration that ties."""
+    """Whether a model's head is its embedding: not stored, or stored with the same bytes under a configuration that ties them."""
     base = member.checkpoint
     head, embedding = head_name(base), embedding_name(base)
     if head is None:
@@ -87,12 +87,12 @@ def _head_says_nothing(member: Member) -> bool:
 def _extended(
     name: str, kind: str, members: Sequence[Member], views: Sequence[View], rule: Rule, notes: list[str]
 ) -> OutputTensor:
-    """Rows that only some models have come from those, with their weights renormalised."""
+    """Take rows that only some models have from those models, with their weights renormalised."""
     weighed = weights_of(rule)
     summed = all(v.added is None and (v.factors is None or v.factors.magnitude is None) for v in views)
     if weighed is None or not summed:
         raise MergeError(
-            f"vocab='extend' works for averages, and without DoRA; {name!r} has {[v.source.shape[0] for v in views]} rows. "
+            f"vocab='extend' works only for averages without DoRA; {name!r} has {[v.source.shape[0] for v in views]} rows. "
             f"Resize the models to one vocabulary first (resize_token_embeddings)."
         )
     parts: list[Part] = []
@@ -101,7 +101,7 @@ def _extended(
         having = [(v, w) for v, w in zip(views, weighed, strict=True) if v.source.shape[0] >= last]
         total = sum(w for _, w in having)
         weights = tuple(w / total if total > 0 else 1 / len(having) for _, w in having)
-        # A chunk knows its place in the whole tensor, so that a product is taken at these rows.
+        # A chunk knows its place in the whole tensor, so a product is computed at these rows.
         rows = [View(v.source.rows(first, last), v.factors) for v, _ in having]
         parts.append(combined(rows, kind, Average(weights)))
         if first:
@@ -118,10 +118,10 @@ def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: 
     Args:
         reference: The first model.
         outputs: The output's tensors.
-        dtype: Name of the output's type as transformers spells it, or None if it was not changed.
+        dtype: The output's dtype as transformers spells it, or None if it was not changed.
 
     Returns:
-        The configuration; equal to the reference where nothing has to be said.
+        The configuration; equal to the reference if nothing needs correcting.
     """
     config = dict(reference.config)
     shapes = {t.name: t.shape for t in outputs}
@@ -129,7 +129,7 @@ def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: 
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = dtype
     if any(is_head(name) and name.endswith(".weight") for name in shapes):
-        # Where the key is missing, an architecture's own default decides, and it ties if the reference has no head.
+        # If the key is missing, an architecture's own default decides, and it ties if the reference has no head.
         config = _with(config, "tie_word_embeddings", False, add_to=() if head_name(reference) else ("",))
     embedding, before = find_embedding(shapes), embedding_name(reference)
     if embedding is not None and prod(shapes[embedding]):
@@ -145,16 +145,16 @@ def model_config(reference: Checkpoint, outputs: Sequence[OutputTensor], dtype: 
 
 
 def _with(config: dict[str, Any], key: str, value: Any, add_to: Sequence[str]) -> dict[str, Any]:
-    """Correct what a configuration says of the language model, at the top and where it holds the text model's.
+    """Correct a key of the language model's configuration, at the top level and in the nested text configuration.
 
     Args:
         config: The configuration.
         key: The key.
-        value: What it has to say.
-        add_to: Parts that get the key if they lack it; ``""`` is the top.
+        value: The correct value.
+        add_to: Parts that get the key if they lack it; ``""`` is the top level.
 
     Returns:
-        The configuration, with ``value`` wherever the key said something else.
+        The configuration, with ``value`` wherever the key had another value.
     """
     parts = {"": config, **{k: part for k in TEXT_PARTS if isinstance(part := config.get(k), dict)}}
     wrong = [

@@ -1,4 +1,4 @@
-"""Passes that only look: values of several models side by side, chunk by chunk, nothing written."""
+"""Read-only passes: values of several models side by side, chunk by chunk, nothing written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hf_continual.merging.inputs.members import Member
 
 
 class Passes:
-    """Makes passes for a method, and keeps what they found.
+    """Runs passes for a method, and stores their results.
 
     Args:
-        kept: What an interrupted merge of the same inputs found before, and what is found now; plain data.
-        keep: Called when something was found.
-        folder: Where a method may keep files of its own, which are gone when the output is published.
+        kept: Results of an interrupted merge of the same inputs, and new ones; plain data.
+        keep: Called after each new result.
+        folder: Where a method may keep its own files; they are deleted when the output is published.
     """
 
     def __init__(
@@ -32,18 +32,18 @@ class Passes:
         self._keep = keep
 
     def once(self, key: str, find: Callable[[], Any]) -> Any:
-        """What is found under a key, looked for only where it is not known yet; plain data."""
+        """Return the result stored under a key; compute it only if there is none. Plain data."""
         if key not in self.kept:
             self.kept[key] = find()
             self._keep()
         return self.kept[key]
 
     def tensors(self, members: Sequence[Member], look: Rule) -> list[OutputTensor]:
-        """The tensors of which not all models hold the very same stored values.
+        """The tensors whose stored values are not identical in all models.
 
         Args:
             members: The models.
-            look: What is done with a range; its result is what `over` gives.
+            look: Function applied to a range; `over` yields its result.
 
         Returns:
             The tensors, in order.
@@ -52,7 +52,7 @@ class Passes:
         return [t for t in found if t.parts[0].function is not None]
 
     def over(self, tensors: Sequence[OutputTensor]) -> Iterator[tuple[Chunk, Tensor]]:
-        """One pass over tensors: each range, and what `look` made of it.
+        """Make one pass over tensors: each range, and the result of `look`.
 
         Args:
             tensors: From `tensors`.
@@ -65,11 +65,11 @@ class Passes:
             yield chunk, part.function(chunk)
 
     def sums(self, members: Sequence[Member], of: Callable[[Sequence[Tensor]], Tensor]) -> dict[str, Tensor]:
-        """Sums over the ranges of each tensor of which not all models hold the very same stored values, in one pass.
+        """Sum over the ranges of each tensor whose stored values differ between models, in one pass.
 
         Args:
             members: The models.
-            of: A small tensor of the values of a range, such as their products; it must not change them.
+            of: Computes a small tensor from the values of a range, such as their products; must not change them.
 
         Returns:
             The sums by name.

@@ -26,7 +26,7 @@ class MergePlan:
         layout: What will be written.
         files: Other files, name in the output -> source, or its text.
         facts: The report, as far as it is known.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     layout: Layout
@@ -36,12 +36,12 @@ class MergePlan:
 
     @property
     def identity(self) -> str:
-        """Hash of what decides the output's bytes."""
+        """Hash of everything that determines the output's bytes."""
         return self.facts["plan"]
 
     @property
     def asked(self) -> str:
-        """Hash of what was asked for: of the models and of what the caller chose, not of what passes over values find."""
+        """Hash of the request: the models and the caller's options, not the results of passes over values."""
         return self.facts["asked"]
 
     @property
@@ -51,7 +51,7 @@ class MergePlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that are read; of adapters, what their folders hold."""
+        """Bytes of weights that are read; for adapters, the bytes in their folders."""
         return self.bytes_streamed + sum(m["bytes"] for m in self.facts["models"] if m["kind"] == "adapter")
 
     @property
@@ -61,17 +61,17 @@ class MergePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes of buffers at most, beside what importing torch takes."""
+        """Upper bound on the bytes of buffers, on top of what importing torch takes."""
         return memory_bound(self.layout.shards)
 
 
 def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse a merge that the disk has no space for.
 
     Args:
         plan: The merge.
         output_dir: Where the result goes.
-        there: Bytes of it that are written already.
+        there: Bytes of it already written.
 
     Raises:
         CannotWrite: ENOSPC, if the output and 2 % do not fit.
@@ -80,13 +80,13 @@ def check_disk(plan: MergePlan, output_dir: Path, there: int = 0) -> None:
     if needed > free:
         raise CannotWrite(
             errno.ENOSPC,
-            f"{output_dir} needs {size(needed)} ({needed:,} bytes) and {size(free)} ({free:,} bytes) are free. Free some space, or choose an "
+            f"{output_dir} needs {size(needed)} ({needed:,} bytes) but only {size(free)} ({free:,} bytes) are free. Free some space, or choose an "
             f"output_dir on another disk",
         )
 
 
 def show_plan(plan: MergePlan, output_dir: Path) -> None:
-    """Print what a dry run found."""
+    """Print the plan of a dry run."""
     table = Table(title=f"{plan.facts['method']} -> {os.fspath(output_dir)}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -98,7 +98,7 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
         "output", f"{plan.layout.kind}" + ("" if plan.layout.rank is None else f" of rank {plan.layout.rank}")
     )
     table.add_row(
-        "tensors", f"{len(tensors)}, {sum(prod(t.shape) for t in tensors):,} elements; {copied} copied as they are"
+        "tensors", f"{len(tensors)}, {sum(prod(t.shape) for t in tensors):,} elements; {copied} copied unchanged"
     )
     for option, value in plan.facts["options"].items():
         table.add_row(option, str(value))
@@ -107,10 +107,10 @@ def show_plan(plan: MergePlan, output_dir: Path) -> None:
         "write", f"{size(plan.bytes_written)} in {len(plan.layout.shards)} files and {len(plan.files) + 1} small ones"
     )
     lens = any(s.lens is not None for t in tensors for p in t.parts for s in p.sources)
-    imports = "330 MB of imports, transformers and bitsandbytes among them" if lens else "150 MB of imports"
-    table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, beside about {imports}")
+    imports = "330 MB of imports, including transformers and bitsandbytes" if lens else "150 MB of imports"
+    table.add_row("memory", f"at most {plan.memory / 2**20:.0f} MiB of buffers, on top of about {imports}")
     table.add_row("free disk", size(free_space(output_dir)))
     for note in plan.notes:
         table.add_row("note", note)
-    table.add_row("checks", "all passed: names, shapes, types, configurations, tokenizers, disk, output folder")
+    table.add_row("checks", "all passed: names, shapes, dtypes, configurations, tokenizers, disk, output folder")
     Console().print(table)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def bytes_bar(total: int, title: str, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show how far reading and writing are.
+    """Show the progress of reading and writing.
 
     Args:
         total: Bytes to read and write.
@@ -20,7 +20,7 @@ def bytes_bar(total: int, title: str, shown: bool | None) -> Iterator[Callable[[
         shown: Whether to show it; None: if the standard error is a terminal.
 
     Yields:
-        A function to be told bytes that are done.
+        A function to call with the number of bytes done.
     """
     if not (sys.stderr.isatty() if shown is None else shown):
         yield lambda _: None

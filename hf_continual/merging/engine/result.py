@@ -1,4 +1,4 @@
-"""What a merge leaves behind, for the caller, for a report and for a model card."""
+"""The result of a merge, for the caller, for a report and for a model card."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Memory that a rule uses again for every range.
+"""Scratch memory that a rule reuses for every range.
 
-A fresh tensor of a megabyte comes from the system and goes back to it each time, and touching its pages for the first time
+A new tensor of a megabyte is requested from the system and returned each time, and touching its pages for the first time
 costs more than computing on it: rules are three to eight times faster with memory that they keep.
 """
 
@@ -13,18 +13,18 @@ from hf_continual.merging.inputs.safetensors_file import make_buffer
 
 
 class Room:
-    """Tensors for the numbers in between, by name. A rule has one of its own, and runs in one thread."""
+    """Named scratch tensors. Each rule has its own, and runs in one thread."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor with any content; the next range gets the same memory.
+        """Return a flat tensor with arbitrary content; the next range gets the same memory.
 
         Args:
-            key: Which of the rule's tensors.
+            key: Name of the tensor within the rule.
             count: Elements.
-            dtype: Their type.
+            dtype: Their dtype.
 
         Returns:
             The tensor.
@@ -36,5 +36,5 @@ class Room:
         return buffer[:nbytes].view(dtype)
 
     def like(self, values: Tensor, key: str) -> Tensor:
-        """As `take`, of as many elements as another tensor has, and of its type."""
+        """Like `take`, with the number of elements and the dtype of another tensor."""
         return self.take(key, values.numel(), values.dtype)

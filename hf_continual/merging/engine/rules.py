@@ -1,4 +1,4 @@
-"""What is done with one range of elements of all models."""
+"""The protocol of a rule: how one range of elements of all models is merged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Rule(Protocol):
-    """What is done with one range of elements.
+    """How one range of elements is merged.
 
-    A rule that is a weighted sum says so with an attribute ``weights``, one number per model that sum to one: it can then be an
-    adapter, exactly, and models of different vocabularies can be merged by it. A rule that compares the elements of a row says
-    so with ``whole_rows = True``: its ranges are then whole rows, along the tensor's last dimension.
+    A rule that is a weighted sum has an attribute ``weights``, one number per model, summing to one: its result can then be an
+    adapter, exactly, and it can merge models of different vocabularies. A rule that compares the elements of a row
+    sets ``whole_rows = True``: its ranges are then whole rows, along the tensor's last dimension.
     """
 
     def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
@@ -24,7 +24,7 @@ class Rule(Protocol):
 
         Args:
             values: The range in each model, flat, fp32 (float64 where one model is float64); they may be overwritten.
-            at: Where the range is: tensor, shape, first and last element. Its own values are those.
+            at: Position of the range: tensor, shape, first and last element. Its values are the same tensors.
 
         Returns:
             The merged range.

@@ -49,7 +49,7 @@ def make_shards(outputs: Sequence[OutputTensor], max_shard_size: int, stem: str 
     Args:
         outputs: The tensors in order.
         max_shard_size: Bytes of tensors per file; a larger tensor gets a file of its own.
-        stem: Name of the file without its ending.
+        stem: Name of the file without its suffix.
 
     Returns:
         The shards; one is called ``STEM.safetensors``, several ``STEM-00001-of-0000N.safetensors``.
@@ -62,7 +62,7 @@ def make_shards(outputs: Sequence[OutputTensor], max_shard_size: int, stem: str 
             size = 0
         groups[-1].append(output)
         size += output.nbytes
-    # Wide types first, so that every tensor begins at a multiple of its item size.
+    # Wide dtypes first, so that every tensor begins at a multiple of its item size.
     groups = [sorted(g, key=lambda t: -DTYPES[t.dtype].itemsize) for g in groups]
     if len(groups) == 1:
         return [Shard(f"{stem}.safetensors", tuple(groups[0]))]
@@ -82,7 +82,7 @@ def index_of(shards: Sequence[Shard]) -> dict[str, object]:
 
 
 def memory_bound(shards: Sequence[Shard]) -> int:
-    """Bytes of buffers that writing takes at most, whatever the size of tensors, shards and models."""
+    """Upper bound on the bytes of buffers for writing, whatever the size of tensors, shards and models."""
     outputs = [t for s in shards for t in s.tensors]
     sizes = sizes_for(outputs)
     read = sizes.block * SLOTS * max((sum(s.itemsize for s in p.sources) for t in outputs for p in t.parts), default=0)

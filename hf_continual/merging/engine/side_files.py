@@ -1,10 +1,10 @@
-"""The files beside the weights, chosen together: what the output's tokens, turns and answers need.
+"""The files next to the weights, chosen together: tokenizer, chat template, generation configuration, processor.
 
-The models are looked at in an order: the newest first, then the others from the last to the first; of an adapter, its own
-folder before its base's. Tokenizer, chat template, generation configuration and processor are those of the first model of
-this order that has a whole tokenizer whose tokens have rows in the output, and a chat template if any model has one. With
-``vocab="extend"`` the longest tokenizer comes first. What that model lacks is the next one's in the order; the generation
-configuration goes with the template. All are copied byte for byte, but for one that has to say something new.
+The models are searched in an order: the newest first, then the others from the last to the first; for an adapter, its own
+folder before its base's. Tokenizer, chat template, generation configuration and processor are those of the first model in
+this order that has a complete tokenizer whose tokens have rows in the output, and a chat template if any model has one. With
+``vocab="extend"`` the longest tokenizer comes first. What that model lacks comes from the next one; the generation
+configuration goes with the template. All are copied byte for byte, except a file whose content must change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hf_continual.merging.inputs.tokenizer_files import (
     tokenizer_folder,
 )
 
-_PROCESSOR = {  # file -> what of it the newer processor_config.json holds as a part
+_PROCESSOR = {  # file -> its parts in the newer processor_config.json
     "processor_config.json": (),
     "preprocessor_config.json": ("image_processor", "feature_extractor"),
     "video_preprocessor_config.json": ("video_processor",),
@@ -64,7 +64,7 @@ class SideFiles:
         self.folders = {id(m): tokenizer_folder(m) for m in self.order}
         self.templates = {id(m): _templates(m) for m in self.order}
         self.chosen = max(self.order, key=lambda m: self._worth(m, vocab))
-        # The model whose turns the output takes: the chosen one, unless another has the only template.
+        # The model whose chat template the output takes: the chosen one, unless another has the only template.
         self.speaker = next((m for m in (self.chosen, *self.order) if self.templates[id(m)][1]), self.chosen)
         self.tokenizer = self.folders[id(self.chosen)] if completeness(self.folders[id(self.chosen)]) > NONE else None
         self.names = {c.folder: c.name for m in members for c in (m.checkpoint, m.own)}
@@ -80,13 +80,13 @@ class SideFiles:
         return fitting, longest, completeness(folder), bool(self.templates[id(member)][1])
 
     def files(self, model: bool) -> dict[str, Path | str]:
-        """Choose.
+        """Choose the files.
 
         Args:
             model: Whether the output is a full model.
 
         Returns:
-            Name in the output -> source, or the text where no file says just that; `notes` then tells what is whose.
+            Name in the output -> source, or the text if no file has exactly that content; `notes` then states whose is taken.
         """
         found: dict[str, Path | str] = {}
         if self.tokenizer is not None:
@@ -95,7 +95,7 @@ class SideFiles:
                 found |= self._configuration()
         home, turns = self.templates[id(self.speaker)]
         for name, source in turns.items():
-            # What stands in the tokenizer's own configuration goes with it.
+            # A template inside the tokenizer's own configuration comes with it.
             if isinstance(source, Path) or home != self.tokenizer:
                 found[name] = source
         found |= self._processor()
@@ -109,7 +109,7 @@ class SideFiles:
         return found | self._code(model)
 
     def _configuration(self) -> dict[str, Path]:
-        """Of a tokenizer that has none, the first one in the order."""
+        """For a tokenizer without a configuration, the first one in the order."""
         for folder in self._places():
             names = (TOKENIZER_CONFIG, "special_tokens_map.json")
             if (folder / TOKENIZER_CONFIG).is_file():
@@ -120,13 +120,13 @@ class SideFiles:
         return {}
 
     def _processor(self) -> dict[str, Path | str]:
-        """The processor of the first model that has one; what it lacks is of the next."""
+        """The processor of the first model that has one; what it lacks comes from the next."""
         found: dict[str, Path | str] = {}
         said: set[str] = set()
         for folder in self._places():
             new = {n: folder / n for n in _PROCESSOR if n not in found and (folder / n).is_file()}
             parts = _read(new[_NESTING]).keys() & _PARTS if _NESTING in new else set()
-            # A file and a part of another say the same thing: the one that was found first counts.
+            # A file and a part of another hold the same settings: the first one found counts.
             new = {n: p for n, p in new.items() if not (found and said & {*_PROCESSOR[n]})}
             if found and new:
                 whose = f"{'is' if len(new) == 1 else 'are'} {self.names[folder]}'s"
@@ -145,7 +145,7 @@ class SideFiles:
         return list(dict.fromkeys(p for m in (self.chosen, *self.order) for p in places(m)))
 
     def _code(self, model: bool) -> dict[str, Path]:
-        """Code that a configuration's auto_map points to goes with it."""
+        """Code files that a configuration's auto_map points to."""
         folders = [self.reference.folder] if model and self.reference.config.get("auto_map") else []
         if self.tokenizer is not None and tokenizer_config(self.tokenizer).get("auto_map"):
             folders.append(self.tokenizer)
@@ -155,7 +155,7 @@ class SideFiles:
         return {p.name: p for folder in reversed(folders) for p in sorted(folder.glob("*.py"))}
 
     def _tell(self) -> None:
-        """Say whose files are taken, where they are not the same everywhere."""
+        """Note whose files are taken, where they are not the same everywhere."""
         if len({_digest(self.folders[id(m)]) for m in self.order}) > 1 and self.tokenizer is not None:
             count = extent(self.tokenizer)[0]
             size = "" if count is None else f" ({count} tokens)"
@@ -206,7 +206,7 @@ def write_side_files(
         out: The output folder.
         files: Name in the output -> source, or its text.
         config: The configuration.
-        original: File that already says just that, to be copied byte for byte, or None.
+        original: File with exactly this content, to be copied byte for byte, or None.
         adapter: Whether it is an adapter's configuration.
     """
     for name, source in files.items():
@@ -222,7 +222,7 @@ def write_side_files(
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file's bytes and put them on the disk; who may read it is left to the umask."""
+    """Copy a file's bytes and flush them to disk; permissions follow the umask."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as written:
         shutil.copyfileobj(read, written)

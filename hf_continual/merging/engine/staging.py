@@ -1,7 +1,7 @@
-"""Where an output grows until it is whole: a hidden folder beside it, a journal, one rename at the end.
+"""Where an output is built until it is complete: a hidden folder next to it, a journal, one rename at the end.
 
-``PARENT/.NAME.merging/`` holds ``out/`` (the output), ``journal.json`` (what is finished in it, and of which merge) and
-``lock``. A process that is killed leaves it behind; the same merge goes on in it, another one begins anew. Readers see
+``PARENT/.NAME.merging/`` holds ``out/`` (the output), ``journal.json`` (which files are finished, and of which merge) and
+``lock``. A killed process leaves it there; the same merge resumes in it, another one starts over. Readers see
 the old output or the new one, never a part.
 """
 
@@ -23,12 +23,12 @@ from hf_continual.merging.errors import MergeError
 
 logger = logging.getLogger(__name__)
 
-FOUND = "found.json"  # what passes over values have found, before anything is written
+FOUND = "found.json"  # results of passes over values, before anything is written
 CACHE = "calibration"  # files of a method, such as representations
 
 
 def check_free(output_dir: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless it may be replaced.
+    """Refuse a non-empty output folder, unless it may be replaced.
 
     Args:
         output_dir: The output's final place.
@@ -41,13 +41,13 @@ def check_free(output_dir: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output_dir} is a file; the output is a folder. Choose another output_dir.")
     if output_dir.is_dir() and not overwrite and any(output_dir.iterdir()):
         raise FileExistsError(
-            f"{output_dir} is not empty. Choose another output_dir, or replace it with overwrite=True; it stays as it "
-            f"is until the new one is complete."
+            f"{output_dir} is not empty. Choose another output_dir, or replace it with overwrite=True; the old one stays "
+            f"until the new one is complete."
         )
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,8 +61,8 @@ class Staging:
     Args:
         output_dir: The output's final place.
         plan: Hash of everything that decides the output's bytes.
-        resume: Whether what an interrupted merge of the same plan finished is kept.
-        notes: What is learnt while files are written, kept with them; what an interrupted merge learnt is put into it.
+        resume: Whether to keep the files that an interrupted merge of the same plan finished.
+        notes: Facts noted while files are written, kept with them; those of an interrupted merge are added to it.
     """
 
     def __init__(self, output_dir: Path, plan: str, resume: bool = True, notes: dict[str, Any] | None = None) -> None:
@@ -81,7 +81,7 @@ class Staging:
             if (self.out / n).is_file() and (self.out / n).stat().st_size == facts["size"]
         }
         if self.finished:
-            logger.info("%s: going on, %d files of an interrupted merge are finished", output_dir, len(self.finished))
+            logger.info("%s: resuming, %d files of an interrupted merge are finished", output_dir, len(self.finished))
         self._plan, self._notes = plan, {} if notes is None else notes
         if self.finished:
             self._notes.update(found.get("notes", {}))
@@ -89,7 +89,7 @@ class Staging:
         self._write()
 
     def record(self, name: str, facts: dict[str, Any]) -> None:
-        """Note that a file, whose bytes are on the disk, is finished."""
+        """Record that a file, whose bytes are on the disk, is finished."""
         self.finished[name] = facts
         self._write()
 
@@ -97,7 +97,7 @@ class Staging:
         write_json(self._journal, {"plan": self._plan, "finished": self.finished, "notes": self._notes})
 
     def publish(self) -> None:
-        """Put the complete output in its place: the old one aside, one rename, the old one deleted last."""
+        """Move the complete output into place: the old one aside, one rename, the old one deleted last."""
         sync_folder(self.out)
         if self.output_dir.is_dir():
             self.output_dir.rename(self.folder / "old")
@@ -107,26 +107,26 @@ class Staging:
 
 
 def staging_folder(output_dir: Path) -> Path:
-    """The hidden folder in which an output grows."""
+    """The hidden folder in which an output is built."""
     return output_dir.parent / f".{output_dir.name}.merging"
 
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Be the only process that writes this output; give back an old output that a crash left aside.
+    """Lock this output for one process; restore an old output that a crash left aside.
 
     Args:
         output_dir: The output's final place.
 
     Yields:
-        Nothing; the lock is held meanwhile. The system gives it back when a process dies.
+        Nothing; the lock is held meanwhile. The system releases it when a process dies.
 
     Raises:
         MergeError: If another process writes it.
-        CannotWrite: If there is no room or no right to write there.
+        CannotWrite: If there is no space or no permission to write there.
     """
     way_out = (
-        f"{output_dir} is as it was. Make room there, or choose another output_dir; after that the same call resumes where "
+        f"{output_dir} is unchanged. Free some space there, or choose another output_dir; after that the same call resumes where "
         f"it was interrupted."
     )
     with writing(output_dir, way_out), _alone(output_dir):
@@ -151,6 +151,6 @@ def _alone(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        # A refused merge leaves nothing; an interrupted one leaves its journal and goes on later.
+        # A refused merge leaves nothing; an interrupted one leaves its journal and can resume later.
         if folder.is_dir() and not any((folder / n).exists() for n in ("journal.json", CACHE, "old", FOUND)):
             shutil.rmtree(folder, ignore_errors=True)

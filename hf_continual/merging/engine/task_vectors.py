@@ -1,4 +1,4 @@
-"""What rules on task vectors share: checks of their options, an election of signs, an angle."""
+"""Helpers that rules on task vectors share: option checks, an election of signs, an angle."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hf_continual.merging.engine.room import Room
 
 
 def check_density(owner: str, density: float) -> None:
-    """Refuse a density that is not a share."""
-    between(owner, "density", density, 0, 1, "]", "It is the share of the changes that is kept.")
+    """Refuse a density that is not a fraction."""
+    between(owner, "density", density, 0, 1, "]", "It is the fraction of the changes that is kept.")
 
 
 def scales_for(scale: float | Sequence[float], number: int, key: str = "scale") -> tuple[float, ...]:
@@ -33,7 +33,7 @@ def scales_for(scale: float | Sequence[float], number: int, key: str = "scale") 
     """
     given = scale if isinstance(scale, Sequence) and not isinstance(scale, str) else (scale,) * number
     if any(isinstance(s, bool) or not isinstance(s, int | float) for s in given):
-        raise TypeError(f"{key}={scale!r}: give a number, or a list of one for each model.")
+        raise TypeError(f"{key}={scale!r}: give a number, or a list with one for each model.")
     scales = tuple(float(s) for s in given)
     if len(scales) != number:
         raise ValueError(
@@ -45,16 +45,16 @@ def scales_for(scale: float | Sequence[float], number: int, key: str = "scale") 
 
 
 def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float, room: Room | None = None) -> Tensor:
-    """Elect a sign per element, average the changes that are not 0 and have it, and add them, overwriting all.
+    """Elect a sign per element, average the nonzero changes that have it, and add the average; all inputs are overwritten.
 
     Args:
         base: Values of the base.
-        changes: What each model changed of them, trimmed.
+        changes: Each model's change from them, trimmed.
         scale: lambda.
-        room: Memory for the numbers in between.
+        room: Scratch memory.
 
     Returns:
-        The result, in the memory of the base.
+        The result, in the base's memory.
     """
     room = room or Room()
     elected, kept, count = (room.like(base, key) for key in ("elected", "kept", "count"))
@@ -65,7 +65,7 @@ def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float, room:
     kept.zero_()
     count.zero_()
     for change in changes:
-        # Above 0 where it has the elected sign. In numbers of one kind: masks are ten times slower.
+        # Above 0 where it has the elected sign. All in one dtype: boolean masks are ten times slower.
         agreeing = change.mul_(elected).clamp_(min=0.0)
         kept.add_(agreeing)
         count.add_(agreeing.sign_())
@@ -73,6 +73,6 @@ def elect_and_merge(base: Tensor, changes: Sequence[Tensor], scale: float, room:
 
 
 def cosine(ab: float, aa: float, bb: float) -> float:
-    """Of the angle between two vectors, from their products; 1 where one is zero."""
+    """Cosine of the angle between two vectors, from their products; 1 if one is zero."""
     length = math.sqrt(aa * bb)
     return 1.0 if length == 0 else max(-1.0, min(1.0, ab / length))

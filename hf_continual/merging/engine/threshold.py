@@ -17,7 +17,7 @@ _BINS = 1 << 16
 
 
 def kth_largest(passes: Callable[[], Iterable[Tensor]], kth: int) -> float:
-    """The k-th largest of non-negative numbers that pass by twice.
+    """Find the k-th largest of non-negative numbers, in two passes.
 
     Args:
         passes: Starts a pass over all numbers in any pieces, fp32, none negative or nan. Called twice.
@@ -33,7 +33,7 @@ def kth_largest(passes: Callable[[], Iterable[Tensor]], kth: int) -> float:
 
 
 def largest(passes: Callable[[], Iterable[Tensor]], kths: Sequence[int]) -> list[float]:
-    """As `kth_largest`, of several ranks in the same two passes.
+    """Like `kth_largest`, for several ranks in the same two passes.
 
     Args:
         passes: Starts a pass over all numbers.
@@ -51,10 +51,10 @@ def largest(passes: Callable[[], Iterable[Tensor]], kths: Sequence[int]) -> list
 def largest_of_each(
     passes: Callable[[], Iterable[tuple[str, Tensor]]], kths: Mapping[str, Sequence[int]]
 ) -> dict[str, list[float]]:
-    """As `largest`, of the numbers of every name in the same two passes.
+    """Like `largest`, for the numbers of every name in the same two passes.
 
     Args:
-        passes: Starts a pass over the pieces of all names, those of one name one after the other.
+        passes: Starts a pass over the pieces of all names, with the pieces of one name in sequence.
         kths: The ranks by name.
 
     Returns:
@@ -79,7 +79,7 @@ def largest_of_each(
         for _, piece in pieces:
             room = _upper(piece, room)
             for top, counts in inside.items():
-                # Few are in one bin: only of those the lower bits are looked at.
+                # Few are in one bin: only their lower bits are counted.
                 numbers = _bits(piece)[room[: piece.numel()] == top]
                 counts += torch.bincount(numbers & 0xFFFF, minlength=_BINS)
         bits = [(top << 16) | _place(inside[top], rank)[0] for top, rank in places[name]]
@@ -88,19 +88,19 @@ def largest_of_each(
 
 
 def drop_below(values: Tensor, threshold: float, out: Tensor) -> Tensor:
-    """Numbers whose magnitude reaches a threshold; 0 in place of the others.
+    """Keep the numbers whose magnitude reaches a threshold; the others become 0.
 
     Args:
         values: The numbers.
         threshold: The smallest magnitude that is kept; 0 keeps all.
-        out: Where they go; the numbers themselves are overwritten.
+        out: Where the result goes; it may be `values`.
 
     Returns:
         The numbers that are kept.
     """
     if threshold <= 0:
         return out.copy_(values)
-    # hardshrink keeps what is larger than its limit, without a mask; the limit is the next number below.
+    # hardshrink keeps numbers above its limit, without a mask; the limit is the next number below.
     limit = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.zeros((), dtype=values.dtype))
     return torch.ops.aten.hardshrink.out(values, float(limit), out=out)
 
@@ -110,7 +110,7 @@ def _bits(magnitudes: Tensor) -> Tensor:
 
 
 def _upper(magnitudes: Tensor, room: Tensor) -> Tensor:
-    """The upper 16 bits of each magnitude, in the same memory piece after piece: fresh memory costs more than the counting."""
+    """The upper 16 bits of each magnitude, in the same memory for every piece: new memory costs more than the counting."""
     bits = _bits(magnitudes)
     room = room if room.numel() >= bits.numel() else torch.empty_like(bits)
     torch.bitwise_right_shift(bits, 16, out=room[: bits.numel()])

@@ -1,8 +1,8 @@
-"""Writing a checkpoint whose values are never in memory: headers first, then chunks in order, then one rename.
+"""Write a checkpoint without ever holding its values in memory: headers first, then chunks in order, then one rename.
 
-Names, shapes and types of the output are known before a value is read, so a shard's header is written first and its
-size is final. Three threads share the work: one reads ahead, the caller computes, one writes and hashes; a fourth puts
-finished bytes on the disk, so that the last wait is short. Each finished shard is noted in the journal.
+Names, shapes and dtypes of the output are known before a value is read, so a shard's header is written first and its
+size is final. Three threads share the work: one reads ahead, the caller computes, one writes and hashes; a fourth flushes
+finished bytes to disk, so that the last wait is short. Each finished shard is noted in the journal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_continual.merging.engine.staging import Staging
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredFile, StoredTensor, make_buffer, view
 
-SYNC_EVERY = 64 * 2**20  # bytes after which written pages are pushed to the disk while the next ones are computed
+SYNC_EVERY = 64 * 2**20  # bytes after which written pages are flushed to disk while the next ones are computed
 
 
 def write_shards(
@@ -43,15 +43,15 @@ def write_shards(
     Args:
         shards: The shards.
         work: Where they go, and the journal.
-        on_bytes: Told the bytes of every chunk read and written.
-        also: Files that must not change meanwhile beside those that are read in chunks (adapters).
+        on_bytes: Called with the bytes of every chunk read and written.
+        also: Further files that must not change meanwhile, in addition to those read in chunks (adapters).
 
     Returns:
         Size and XXH3 checksum of each file by name.
 
     Raises:
-        MergeError: If a source holds or gives a number that is not finite, changed, or differs where it is copied.
-        OSError: If the disk is full; what is finished stays, and the same merge goes on from it.
+        MergeError: If a source holds or yields a number that is not finite, changed, or differs where it is copied.
+        OSError: If the disk is full; finished files stay, and the same merge resumes from them.
     """
     for shard in shards:
         if shard.file in work.finished:
@@ -103,17 +103,17 @@ def _copied(part: Part, chunk: Chunk) -> Tensor:
             raise MergeError(
                 f"{chunk.name!r} ({part.sources[0].dtype}) cannot be averaged and differs between "
                 f"{part.sources[0].file.path.parent} and {source.file.path.parent}. Merge models whose tensors of this "
-                f"type are equal."
+                f"dtype are equal."
             )
     return chunk.values[0]
 
 
 def _check_finite(values: Tensor, written: Tensor, blame: Callable[[], str]) -> None:
-    # One fast pass (a dot product runs at the speed of the cache) rules out inf, nan and what the type cannot hold: no
+    # One fast pass (a dot product runs at the speed of the cache) rules out inf, nan and what the dtype cannot hold: no
     # element is larger than the norm. Only where that is not enough is every element looked at.
     if not values.is_floating_point():
         return
-    if values.dtype not in (torch.float32, torch.float64):  # copied as it is
+    if values.dtype not in (torch.float32, torch.float64):  # copied unchanged
         if not bool(torch.isfinite(values).all()):
             raise MergeError(blame())
         return
@@ -124,7 +124,7 @@ def _check_finite(values: Tensor, written: Tensor, blame: Callable[[], str]) -> 
 
 
 def _blame(part: Part, chunk: Chunk, dtype: str) -> str:
-    """Says who brought a number that is not finite; the sources are read again, as functions work in place."""
+    """Message that names the source of a number that is not finite; the sources are read again, as functions work in place."""
     with Files() as files:
         for source in part.sources:
             source = replace(source, lens=None)
@@ -143,7 +143,7 @@ def _blame(part: Part, chunk: Chunk, dtype: str) -> str:
 
 
 def _blame_factors(stored: Sequence[StoredTensor]) -> str | None:
-    """Says which adapter brought a number that is not finite, if one did."""
+    """Message that names the adapter with a number that is not finite, if there is one."""
     with Files() as files:
         for tensor in stored:
             values = files.load(tensor).flatten()
@@ -159,7 +159,7 @@ def _blame_factors(stored: Sequence[StoredTensor]) -> str | None:
 
 def _too_large(name: str, dtype: str, where: str = "") -> str:
     return (
-        f"{name!r} gets a number that {dtype} cannot hold{where}, though every input is finite. Give dtype='bfloat16' or "
+        f"{name!r} would get a number that {dtype} cannot hold{where}, although every input is finite. Give dtype='bfloat16' or "
         f"dtype='float32', or smaller weights."
     )
 
@@ -184,8 +184,8 @@ class _Open:
                     raise
                 raise CannotWrite(
                     errno.ENOSPC,
-                    f"The disk is full: {self.shard.file} needs {size(self.shard.size)} and {size(self.at + done)} fitted. What is "
-                    f"finished stays in {self.path.parent.parent}; free some space and the same call goes on",
+                    f"The disk is full: {self.shard.file} needs {size(self.shard.size)} and only {size(self.at + done)} fit. The "
+                    f"finished files stay in {self.path.parent.parent}; free some space and the same call resumes",
                 ) from None
         self.at += done
 
@@ -221,18 +221,18 @@ class _Writer:
                 file.result()
 
     def begin(self, shard: Shard, sources: list[StoredFile]) -> None:
-        """Start a file; its sources are looked at again when it ends."""
+        """Start a file; its sources are checked again when it ends."""
         self._digest = xxhash.xxh3_128(shard.header)
         self._todo.put(("begin", shard, sources))
 
     def write(self, values: Tensor, dtype: torch.dtype, blame: Callable[[], str]) -> None:
-        """Append values, rounded once to the type; `blame` makes the message if one is not finite."""
+        """Append values, rounded once to the dtype; `blame` makes the message if one is not finite."""
         nbytes = values.numel() * dtype.itemsize
         if self._used + nbytes > self._buffer.numel() or self._used % dtype.itemsize:
             self._hand_over(nbytes)
         place = self._buffer[self._used : self._used + nbytes]
         _check_finite(values, place.view(dtype).copy_(values), blame)
-        # Hashed here, while it is in the cache, and not beside the writing, which keeps a core busy by itself.
+        # Hashed here, while it is in the cache, and not in the writing thread, which keeps a core busy by itself.
         self._digest.update(view(place))
         self._used += nbytes
 

@@ -1,1 +1,1 @@
-"""What is told about a merge: report, model card, publishing."""
+"""The documents of a merge: report, model card, publishing."""

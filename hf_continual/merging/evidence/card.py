@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def write_merge_card(out: Path, job: Job, report: Mapping[str, Any], name: str, license: str | None = None) -> None:
-    """Write card, configuration and results beside a merged model.
+    """Write card, configuration and results next to a merged model.
 
     Args:
         out: The folder with the merged model and its report.
         job: The merge.
         report: The report.
-        name: Name of the model; the folder's is a temporary one.
+        name: Name of the model; the folder's name is temporary.
         license: Its licence, if the user chose it.
     """
     facts = merge_facts(out, job, report, name)
@@ -34,7 +34,7 @@ def write_merge_card(out: Path, job: Job, report: Mapping[str, Any], name: str, 
 
 
 def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> CardFacts:
-    """What is known about a merge; see `write_merge_card`."""
+    """The facts of a merge; see `write_merge_card`."""
     inputs = tuple(_ref(member.own) for member in job.members)
     weights = report.get("weights")
     merge = MergeFacts(
@@ -61,7 +61,7 @@ def merge_facts(out: Path, job: Job, report: Mapping[str, Any], name: str) -> Ca
 
 
 def _adapter(job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What a merged adapter is; it still needs to be known how its base was quantised, where all inputs agree."""
+    """The facts of a merged adapter; how its base was quantised is kept where all inputs agree."""
     known = [known_quantization(m.own) for m in job.members if m.own.is_adapter]
     same = known and known[0] is not None and all(k == known[0] for k in known)
     return {"r": report["rank"], **({"quantization": dict(known[0].raw)} if same and known[0] is not None else {})}
@@ -75,7 +75,7 @@ def _ref(checkpoint: Checkpoint) -> ModelRef:
 
 
 def _base(job: Job, adapter: bool) -> ModelRef:
-    """Of an adapter the model it sits on; else the root of the lineage, as far as it is known."""
+    """For an adapter, the model that it belongs to; else the root of the lineage, as far as it is known."""
     given = job.base or next((m.checkpoint for m in job.members if m.adapter is not None), None)
     if given is not None and adapter:
         return _ref(given)
@@ -88,12 +88,12 @@ def _base(job: Job, adapter: bool) -> ModelRef:
 
 
 def _tasks(job: Job) -> tuple[TaskFacts, ...]:
-    """The tasks that the inputs learnt, each once, oldest first."""
+    """The tasks that the inputs learned, each once, oldest first."""
     found: dict[str, TaskFacts] = {}
     for member in job.members:
         folder = member.own.folder
-        learnt = read_facts(folder).tasks if has_facts(folder) else ()
-        for i, task in enumerate(learnt):
-            last = i == len(learnt) - 1
+        learned = read_facts(folder).tasks if has_facts(folder) else ()
+        for i, task in enumerate(learned):
+            last = i == len(learned) - 1
             found.setdefault(task.name, replace(task, checkpoint=_ref(member.own)) if last else task)
     return tuple(found.values())

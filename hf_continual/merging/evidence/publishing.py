@@ -1,4 +1,4 @@
-"""A merge that is published: what can be known before it, and the push behind it."""
+"""Publish a merge: the checks before it, and the push after it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def check_push(job: Job, options: Output, kind: str) -> None:
-    """Check that a push can succeed, before anything is computed and behind all checks that need no network.
+    """Check that a push can succeed, before anything is computed and after all checks that need no network.
 
-    A repository that is missing is made, but in a dry run.
+    A missing repository is created, except in a dry run.
 
     Args:
         job: The merge.
@@ -24,23 +24,21 @@ def check_push(job: Job, options: Output, kind: str) -> None:
         kind: ``"model"`` or ``"adapter"``.
 
     Raises:
-        HubPushError: If it cannot.
+        HubPushError: If the push cannot succeed.
         MergeError: If an adapter's base is not published, or the licences of the inputs differ and none was chosen.
-        ValueError: If options of a push are given and no push.
+        ValueError: If push options are given without a push.
     """
     _check_licences(job, options)
     if options.push_to_hub is not None and kind == "adapter":
         _check_base(job)
     if options.push_to_hub is not None:
-        # Imported when asked for: a merge of folders needs no network code.
+        # Imported only here: a merge of folders needs no network code.
         from hf_continual.hub.preflight import preflight
 
         preflight(options.push_to_hub, private=options.private, token=options.token, create=not options.dry_run)
     elif options.private is not None or options.token is not None:
         given = f"private={options.private!r}" if options.private is not None else "token="
-        raise ValueError(
-            f"{given} says how to publish, and there is no push_to_hub=. Give the repository, or leave it out."
-        )
+        raise ValueError(f"{given} applies only with push_to_hub=. Give the repository, or leave it out.")
 
 
 def _check_licences(job: Job, options: Output) -> None:
@@ -60,18 +58,18 @@ def _check_base(job: Job) -> None:
     from hf_continual.hub.adapters import WAYS_OUT
     from hf_continual.hub.refs import model_ref
 
-    # Of merged adapters the base is the model they were put on; fused ones keep what their configuration names.
+    # The base of merged adapters is the model that they were applied to; fused ones keep what their configuration names.
     named = None if job.base is None else job.base.hub_id or model_ref(job.base.folder).hub_id
     configs = [m.own.config for m in job.members if m.own.is_adapter]
     if named is None and model_ref(configs[-1].get("base_model_name_or_path")).hub_id is None:
         raise MergeError(
-            f"the result is an adapter on {configs[-1].get('base_model_name_or_path')!r}, which is not published: nobody could "
+            f"the result is an adapter on {configs[-1].get('base_model_name_or_path')!r}, which is not published: no one could "
             f"load it. {WAYS_OUT} Or give the published model as base=."
         )
 
 
 def push(output_dir: Path, options: Output) -> str | None:
-    """Push a finished merge, if that is asked for.
+    """Push a finished merge, if that was requested.
 
     Args:
         output_dir: The merge.
@@ -81,7 +79,7 @@ def push(output_dir: Path, options: Output) -> str | None:
         Page of the commit, or None.
 
     Raises:
-        HubPushError: If it was not pushed; the merge is whole, and the message names the command that goes on.
+        HubPushError: If it was not pushed; the merge is complete, and the message names the command to resume.
     """
     if options.push_to_hub is None or options.dry_run:
         return None

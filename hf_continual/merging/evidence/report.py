@@ -1,4 +1,4 @@
-"""The report beside a merged output: what it was made of, so that the same call gives the same bytes."""
+"""The report of a merged output: what it was made from, so that the same call reproduces the same bytes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def describe_job(job: Job, kind: str, rank: int | None, notes: list[str], option
         job: The merge.
         kind: ``"model"`` or ``"adapter"``.
         rank: Rank of an adapter output.
-        notes: What the user should know.
+        notes: Notes for the user.
         options: How it is written.
 
     Returns:
-        The report without what only the writing tells.
+        The report, without the facts that are known only after writing.
     """
     models = [describe_member(m, "base" if _is(m, job.base) else f"model {i}") for i, m in enumerate(job.members)]
     if job.base is not None and not any(_is(m, job.base) for m in job.members):

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter, read: what it adds to which weight of its base, and which tensors it replaces."""
+"""Read a PEFT LoRA adapter: what it adds to which weight of its base, and which tensors it replaces."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Adapter:
 
 
 def read_adapters(adapters: Sequence[Checkpoint], base: Checkpoint) -> list[Adapter]:
-    """Understand adapters, and match them with the model they are put on.
+    """Read adapters, and match them with the model that they are applied to.
 
     Args:
         adapters: The adapters.
@@ -82,7 +82,7 @@ def read_adapters(adapters: Sequence[Checkpoint], base: Checkpoint) -> list[Adap
         Their parts, in the same order.
 
     Raises:
-        MergeError: If one is no LoRA adapter, is more than low-rank products, is incomplete, or does not fit the base.
+        MergeError: If one is not a LoRA adapter, is more than low-rank products, is incomplete, or does not fit the base.
     """
     notes = [check_options(adapter) for adapter in adapters]
     parts = [split(adapter) for adapter in adapters]
@@ -107,7 +107,7 @@ def _matched(
         target = find(f"{module}.weight", base, checkpoint, known.names)
         scale = scaling(checkpoint.config, PREFIX + module)
         shape = saved[target].shape if target in saved else base_shape(base, target)
-        # A head that is not stored is the embedding, which lies as a linear layer's weight does.
+        # A head that is not stored is the embedding, which has the orientation of a linear layer's weight.
         transposed = known.transposed.get(module) if target in base.tensors else False
         factors[target] = _fitting(checkpoint, target, shape, own, scale, transposed)
         if "lora_B.bias" in own:
@@ -117,22 +117,22 @@ def _matched(
 
 
 def _check_complete(adapter: Checkpoint, base: Checkpoint, told: Mapping[str, Any]) -> list[str]:
-    """Compare an adapter's file with what PEFT loads by its configuration; sentences for what could not be compared."""
+    """Compare an adapter's file with what PEFT loads from its configuration; notes on what could not be compared."""
     if refused := told.get("refused"):
         raise MergeError(
-            f"PEFT cannot put {adapter.name} onto {base.name} ({refused[:300]}). Put {ADAPTER_CONFIG} back as it was saved, or "
+            f"PEFT cannot apply {adapter.name} to {base.name} ({refused[:300]}). Restore {ADAPTER_CONFIG} as it was saved, or "
             f"give the base that it was trained on ({adapter.config.get('base_model_name_or_path')!r})."
         )
     if missing := told.get("missing"):
         raise MergeError(
-            f"{adapter.name} is incomplete: by {ADAPTER_CONFIG} it adapts modules of {base.name} of which its file has no "
-            f"factors, {len(missing)} tensors in all ({some(missing)}). Save it again; if they were taken out on purpose, name "
+            f"{adapter.name} is incomplete: by its {ADAPTER_CONFIG} it adapts modules of {base.name} for which its file has no "
+            f"factors, {len(missing)} tensors in all ({some(missing)}). Save it again; if they were removed on purpose, list "
             f"the modules under exclude_modules there."
         )
     if extra := told.get("unexpected"):
         raise MergeError(
-            f"{adapter.name} has {len(extra)} factors that PEFT would pass over ({some(extra)}): {ADAPTER_CONFIG} does not "
-            f"adapt these modules (target_modules={adapter.config.get('target_modules')!r}). Put that file back as it was saved."
+            f"{adapter.name} has {len(extra)} factors that PEFT would ignore ({some(extra)}): {ADAPTER_CONFIG} does not "
+            f"adapt these modules (target_modules={adapter.config.get('target_modules')!r}). Restore that file as it was saved."
         )
     if unknown := told.get("unknown"):
         return [f"Whether {adapter.name} is complete was not checked: {unknown}."]
@@ -151,7 +151,7 @@ def _fitting(
     a, b = own["lora_A"], own["lora_B"]
     out_in = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] else None
     if transposed is None and out_in is not None:
-        # A square weight leaves it open; the configuration says it.
+        # The shape of a square weight does not tell; the configuration does.
         straight = shape in (None, out_in)
         embedding = "lora_embedding" in a.name
         transposed = (

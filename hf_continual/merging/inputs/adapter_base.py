@@ -1,4 +1,4 @@
-"""Which weights adapters are put onto that were trained on a base in 4 or 8 bits."""
+"""Choose the base weights for adapters that were trained on a 4- or 8-bit base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_continual.merging.inputs.quantization import (
 
 
 def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: QuantizedBase) -> Checkpoint:
-    """The base that adapters are put on.
+    """Choose the base that adapters are applied to.
 
     Args:
         base: The base that was given.
@@ -27,7 +27,7 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
         given: Option `quantized_base`.
 
     Returns:
-        The base with a note of what happens to whom; its values are those after quantisation where that is asked for.
+        The base, with a note on what each adapter is applied to; its values are dequantised if that was requested.
 
     Raises:
         MergeError: If that cannot be done, or `given` is ``"error"`` and an adapter was trained on a quantised base.
@@ -39,14 +39,14 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
     if choice in ("original", "error"):
         if known and choice == "error":
             raise MergeError(
-                f"{said}, and quantized_base='error'. Give quantized_base='original' to put it onto the weights of "
-                f"{base.name} as they are, or 'dequantize' to put it onto what it saw."
+                f"{said}, and quantized_base='error'. Give quantized_base='original' to apply it to the weights of "
+                f"{base.name} as they are, or 'dequantize' to apply it to the values that it saw."
             )
-        note = f"{said}; what was learnt is put onto the original weights of {base.name}."
+        note = f"{said}; what was learned is added to the original weights of {base.name}."
         return replace(base, notes=(*base.notes, note)) if known else base
     if not adapters:
         raise MergeError(
-            f"quantized_base={given!r} says what adapters saw of their base, and none of the models is an adapter. Leave it out."
+            f"quantized_base={given!r} describes the base that adapters saw, but none of the models is an adapter. Leave it out."
         )
     _check_known(told, choice, said)
     seen = [(name, k.quantization) for name, k in known if k.quantization is not None]
@@ -59,25 +59,25 @@ def base_as_asked(base: Checkpoint, adapters: Sequence[Checkpoint], given: Quant
             )
             raise MergeError(
                 f"{name} was trained on a base in {other.words}, and {words}: they saw different weights. Merge on the original "
-                f"base, or put each into its own base first."
+                f"base, or merge each into its own base first."
             )
     whole = len(known) == len(adapters)
     whose = "as the adapters' training saw them" if whole else "as quantized_base= says they were trained"
-    note = f"What was learnt is put onto the weights of {base.name} after {asked.words} and back, {whose}."
+    note = f"What was learned is added to the weights of {base.name} after {asked.words} and back, {whose}."
     return replace(shown, notes=(*shown.notes, note), seen_as=asdict(asked))
 
 
 def _check_known(told: Sequence[tuple[str, Known | None]], choice: Quantization | str, said: str) -> None:
-    """Refuse what cannot be made again, or what no file tells."""
+    """Refuse quantisations that cannot be reproduced, or that no file states."""
     for name, k in told:
         if k is not None and k.quantization is None:
             raise MergeError(
-                f"{name} was trained on a base in {k.words}, which only its own library can make again. Save "
+                f"{name} was trained on a base in {k.words}, which only its own library can reproduce. Save "
                 f"the dequantised base (model.dequantize(), save_pretrained) and give that as base=, or quantized_base='original'."
             )
     if choice == "dequantize" and (unknown := [name for name, k in told if k is None]):
         raise MergeError(
-            f"quantized_base='dequantize', and no file tells how the base of {some(unknown)} was quantised, or whether it was"
+            f"quantized_base='dequantize', but no file states how the base of {some(unknown)} was quantised, or whether it was"
             + (f" ({said})" if any(k is not None for _, k in told) else "")
             + ". Give how, quantized_base=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', ...), or leave it out."
         )

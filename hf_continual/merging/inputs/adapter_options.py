@@ -1,4 +1,4 @@
-"""Whether an adapter's configuration says something that its low-rank factors alone are: LoRA, with numbers that work."""
+"""Check that an adapter's configuration is plain LoRA, fully described by its low-rank factors, with valid numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.checkpoint import ADAPTER_CONFIG, Checkpoint
 
-WAY_OUT = "Put it into its base first (merge_and_unload, save_pretrained) and merge that model."
+WAY_OUT = "Merge it into its base first (merge_and_unload, save_pretrained) and merge that model."
 # Initialisations that take their factors out of the base's weights, and so change the base itself.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of LoraConfig under which the adapter is more than B A, each with its name for the message.
 _NOT_LORA = {
-    "alora_invocation_tokens": "acts only behind some tokens (aLoRA)",
+    "alora_invocation_tokens": "acts only after some tokens (aLoRA)",
     "arrow_config": "chooses among adapters by the input (Arrow)",
     "kasa_config": "has singular values of its own (KaSA)",
     "monteclora_config": "is random (MonteCLoRA)",
@@ -22,7 +22,7 @@ _NOT_LORA = {
     "use_qalora": "pools its input (QA-LoRA)",
     "use_bdlora": "is block diagonal (BD-LoRA)",
     "layer_replication": "repeats layers of the base",
-    "target_parameters": "adapts parameters that are no module's weight (target_parameters)",
+    "target_parameters": "adapts parameters that are not a module's weight (target_parameters)",
     "trainable_token_indices": "replaces rows of the embedding (trainable_token_indices)",
 }
 # Options that a merge reads, or that PEFT is asked about with the adapter's file.
@@ -31,7 +31,7 @@ _READ = (
     "bias", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying", "init_lora_weights",
 )  # fmt: skip
-# Options that mean nothing once an adapter is trained: where it comes from, how it was initialised and trained.
+# Options that have no effect once an adapter is trained: where it comes from, how it was initialised and trained.
 _TRAINING_ONLY = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
@@ -41,13 +41,13 @@ KNOWN_OPTIONS = frozenset((*_NOT_LORA, *_READ, *_TRAINING_ONLY))
 
 
 def check_options(adapter: Checkpoint) -> list[str]:
-    """Refuse what is no LoRA, what is more than its factors, and numbers that PEFT refuses too.
+    """Refuse adapters that are not LoRA or are more than their factors, and numbers that PEFT refuses too.
 
     Args:
         adapter: The adapter.
 
     Returns:
-        Options that are not known here and were passed over, as sentences.
+        Notes on options that are not known here and were ignored.
 
     Raises:
         MergeError: With the option and a way out.
@@ -70,14 +70,14 @@ def check_options(adapter: Checkpoint) -> list[str]:
 
 
 def _unknown(adapter: Checkpoint) -> list[str]:
-    """An option of another PEFT: one that is switched on is refused, a number or a word may be any option's default."""
+    """Handle options of another PEFT version: refuse one that is switched on; a number or a word may be a default."""
     strange = {k: v for k, v in adapter.config.items() if k not in KNOWN_OPTIONS and v}
     version = adapter.config.get("peft_version")
     for key, value in strange.items():
         if value is True or isinstance(value, Mapping | list):
             raise MergeError(
-                f"{adapter.name} was saved by PEFT {version} with {key}={value!r}, an option that is not known here: what "
-                f"its factors mean may be something else. With that PEFT: {WAY_OUT[0].lower()}{WAY_OUT[1:]}"
+                f"{adapter.name} was saved by PEFT {version} with {key}={value!r}, an option that is not known here: its "
+                f"factors may mean something else. With that PEFT: {WAY_OUT[0].lower()}{WAY_OUT[1:]}"
             )
     if not strange:
         return []
@@ -86,13 +86,13 @@ def _unknown(adapter: Checkpoint) -> list[str]:
 
 
 def check_numbers(adapter: Checkpoint) -> None:
-    """Refuse ranks, scales and patterns that are none.
+    """Refuse invalid ranks, scales and patterns.
 
     Args:
         adapter: The adapter.
 
     Raises:
-        MergeError: With the option, its value and what it can be.
+        MergeError: With the option, its value and what it must be.
     """
     config = adapter.config
     _check_value(adapter, "r", config.get("r"), _is_rank)
@@ -137,5 +137,5 @@ def _check_pattern(adapter: Checkpoint, key: str, pattern: str) -> None:
 def _impossible(adapter: Checkpoint, key: str, value: Any, wanted: str) -> MergeError:
     shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
     return MergeError(
-        f"{ADAPTER_CONFIG} of {adapter.name} says {key}={shown}; it must be {wanted}. Put the file back as PEFT wrote it."
+        f"{ADAPTER_CONFIG} of {adapter.name} says {key}={shown}; it must be {wanted}. Restore the file as PEFT wrote it."
     )

@@ -20,11 +20,11 @@ _AGAIN = "Save it again."
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter's file holds.
+    """The contents of an adapter's file.
 
     Args:
         factors: Module -> its parts: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector``.
-        others: Name, without PEFT's prefix -> a tensor that is no part of a product.
+        others: Name, without PEFT's prefix -> a tensor that is not part of a product.
     """
 
     factors: Mapping[str, Mapping[str, StoredTensor]]
@@ -41,7 +41,7 @@ def split(adapter: Checkpoint) -> Parts:
         Its parts.
 
     Raises:
-        MergeError: If a product lacks a part, or the configuration says another rank or other parts.
+        MergeError: If a product lacks a part, or the configuration states another rank or other parts.
     """
     factors: dict[str, dict[str, StoredTensor]] = {}
     others: dict[str, StoredTensor] = {}
@@ -54,7 +54,9 @@ def split(adapter: Checkpoint) -> Parts:
         else:
             others[name] = tensor
     if not adapter.tensors:
-        raise MergeError(f"{adapter.name} holds no tensors at all: nothing was learnt, or its file was cut. {_AGAIN}")
+        raise MergeError(
+            f"{adapter.name} holds no tensors at all: nothing was learned, or its file was cut off. {_AGAIN}"
+        )
     for module, own in factors.items():
         _check_product(adapter, module, own)
     return Parts(factors, others)
@@ -64,17 +66,19 @@ def _check_product(adapter: Checkpoint, module: str, own: Mapping[str, StoredTen
     if "lora_A" not in own or "lora_B" not in own:
         raise MergeError(f"{adapter.name} has only {', '.join(own)} of {module!r}: it is incomplete. {_AGAIN}")
     if strange := next((t for t in own.values() if not t.is_float), None):
-        raise MergeError(f"{adapter.name} stores {strange.name!r} as {strange.dtype}, which no factor can be. {_AGAIN}")
+        raise MergeError(
+            f"{adapter.name} stores {strange.name!r} as {strange.dtype}, but factors must be floating-point. {_AGAIN}"
+        )
     a, b, rank = own["lora_A"], own["lora_B"], rank_of(adapter.config, module)
     if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,):
         raise MergeError(
-            f"{adapter.name}: {ADAPTER_CONFIG} gives {module!r} the rank {rank}, from which its scale follows, and its factors "
-            f"are A {list(a.shape)} and B {list(b.shape)}. One of the two files is of another adapter; put it back."
+            f"{adapter.name}: {ADAPTER_CONFIG} gives {module!r} the rank {rank}, which sets its scale, but its factors "
+            f"are A {list(a.shape)} and B {list(b.shape)}. One of the two files belongs to another adapter; restore the right one."
         )
     for option, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         if (part in own) != bool(adapter.config.get(option)):
-            there = "its file has none" if part not in own else "its file has one"
+            there = "no" if part not in own else "a"
             raise MergeError(
-                f"{adapter.name}: {ADAPTER_CONFIG} says {option}={adapter.config.get(option)!r}, and of {part} for {module!r} "
-                f"{there}. One of the two files is of another adapter; put it back."
+                f"{adapter.name}: {ADAPTER_CONFIG} says {option}={adapter.config.get(option)!r}, but its file "
+                f"has {there} {part} for {module!r}. One of the two files belongs to another adapter; restore the right one."
             )

@@ -1,4 +1,4 @@
-"""What an adapter brings beside its products, by the names of its base: modules of its own, biases, a resized embedding."""
+"""What an adapter's file holds besides its products, by the names of its base: saved modules, biases, a resized embedding."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved_tensors(
         names: Name in the loaded model -> name in the base's files, where the two differ.
 
     Returns:
-        Name in the base -> what replaces it, named as PEFT names it.
+        Name in the base -> what replaces it, under PEFT's name.
 
     Raises:
         MergeError: If the base has no such tensor, or another shape that is not a longer vocabulary.
@@ -46,19 +46,19 @@ def saved_tensors(
     shared: dict[str, StoredTensor] = {}
     for name, tensor in parts.others.items():
         if ".original_module." in name:
-            continue  # what a saved module was before; nothing is computed with it
+            continue  # the original of a saved module; it is not used
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if ".modules_to_save." in name and plain in parts.others:
-            continue  # the same a second time, which PEFT passes over
+            continue  # a duplicate, which PEFT ignores
         target = find(plain, base, adapter, names, saved=True)
         stored = replace(tensor, name=PREFIX + plain)
         _check_shape(target, stored, base, adapter)
         if name.endswith(".base_layer.weight") and _same(_base_tensor(base, target), tensor):
-            continue  # PEFT stores an adapted embedding's own weights beside its adapter; these are the base's
+            continue  # PEFT stores an adapted embedding's weights along with its adapter; these are the base's
         saved[target] = stored
         if ".base_layer." not in name and _is_module_of_its_own(plain, adapter):
             continue
-        # It takes the place of the base's own matrix, which is embedding and head where the two are tied.
+        # It replaces the base's matrix, which is both embedding and head where the two are tied.
         for other in _tied_with(target, base):
             shared[other] = replace(tensor, name=PREFIX + _loaded_name(other, parts.factors, base))
     saved = {**shared, **saved}
@@ -67,22 +67,22 @@ def saved_tensors(
 
 
 def find(name: str, base: Checkpoint, adapter: Checkpoint, names: Mapping[str, str], saved: bool = False) -> str:
-    """The base's name of an adapter's tensor; some base checkpoints leave the prefix of the inner model away.
+    """Find the base's name of an adapter's tensor; some base checkpoints omit the prefix of the inner model.
 
     Args:
         name: The name without PEFT's prefix.
         base: The full model.
         adapter: The adapter.
         names: Name in the loaded model -> name in the base's files, where the two differ.
-        saved: Whether the tensor is a weight of the adapter's own, and no product.
+        saved: Whether the tensor is a saved weight of the adapter, not a product.
 
     Returns:
-        The name in the base; of a head that is tied and not stored, the one that it would have.
+        The name in the base; for a tied head that is not stored, the name that it would have.
 
     Raises:
         MergeError: If there is no such tensor.
     """
-    # Where the architecture is not known: some base checkpoints leave the prefix of the inner model away.
+    # If the architecture is not known: some base checkpoints omit the prefix of the inner model.
     for candidate in (names.get(name, name), name.partition(".")[2]):
         if candidate in base.tensors:
             return candidate
@@ -90,30 +90,30 @@ def find(name: str, base: Checkpoint, adapter: Checkpoint, names: Mapping[str, s
         return name  # a tied head is not stored; it is the embedding until the adapter changes it
     if saved and _is_module_of_its_own(name, adapter):
         raise MergeError(
-            f"{adapter.name} brings a module of its own, {name!r} (modules_to_save={adapter.config['modules_to_save']!r}), that "
-            f"{base.name} ({_kind(base)}) has not: it is the head of another kind of model, such as a classifier. "
+            f"{adapter.name} has a saved module {name!r} (modules_to_save={adapter.config['modules_to_save']!r}), that "
+            f"{base.name} ({_kind(base)}) does not have: it is the head of another kind of model, such as a classifier. "
             f"{_other_head('its own class')}"
         )
     raise MergeError(
-        f"{adapter.name} adapts {name!r}, and {base.name} has no such tensor (it has {next(iter(base.tensors))!r}, ...). The "
+        f"{adapter.name} adapts {name!r}, but {base.name} has no such tensor (it has {next(iter(base.tensors))!r}, ...). The "
         f"adapter belongs to another base ({adapter.config.get('base_model_name_or_path')!r}), or the loaded model makes this "
-        f"tensor of others: then put the adapter into its base first (merge_and_unload, save_pretrained) and merge that model."
+        f"tensor from others: then merge the adapter into its base first (merge_and_unload, save_pretrained) and merge that model."
     )
 
 
 def _check_task(adapter: Checkpoint, base: Checkpoint) -> None:
-    """Refuse an adapter of a classifier on a model that is none."""
+    """Refuse a classifier's adapter on a model that is not a classifier."""
     task = str(adapter.config.get("task_type"))
     if task in _TASKS and _TASKS[task] not in _kind(base):
         raise MergeError(
-            f"{adapter.name} is the adapter of a classifier (task_type={task!r}), and {base.name} is {_kind(base)}, which has no "
-            f"head for that; without its head it is not what was trained. {_other_head(f'AutoModelFor{_TASKS[task]}')}"
+            f"{adapter.name} is a classifier's adapter (task_type={task!r}), but {base.name} is {_kind(base)}, which has no "
+            f"head for that; without its head, the adapter is not what was trained. {_other_head(f'AutoModelFor{_TASKS[task]}')}"
         )
 
 
 def _other_head(how: str) -> str:
     return (
-        f"Load its base with {how} and the adapter on it, merge_and_unload, save_pretrained, and merge models that were made so; "
+        f"Load its base with {how} and the adapter on it, merge_and_unload, save_pretrained, and merge models made that way; "
         f"or give such a model as base=."
     )
 
@@ -127,8 +127,8 @@ def check_announced(adapter: Checkpoint, others: Iterable[str], base: Checkpoint
 
     Args:
         adapter: The adapter.
-        others: Names of its tensors that are no products.
-        base: The full model, or None: a name of which the base has no module says nothing.
+        others: Names of its tensors that are not part of a product.
+        base: The full model, or None. Names without a module in the base are ignored.
 
     Raises:
         MergeError: With the modules.
@@ -143,7 +143,7 @@ def check_announced(adapter: Checkpoint, others: Iterable[str], base: Checkpoint
         lost = [m for m in lost if m not in _CLASSIFIERS]
     if lost:
         raise MergeError(
-            f"{adapter.name}: {ADAPTER_CONFIG} says modules_to_save={announced!r}, and its file holds nothing of "
+            f"{adapter.name}: {ADAPTER_CONFIG} says modules_to_save={announced!r}, but its file has no tensors for "
             f"{some(lost)}. It is incomplete. Save it again."
         )
 
@@ -158,7 +158,7 @@ def _is_tied(base: Checkpoint) -> bool:
 
 
 def _tied_with(target: str, base: Checkpoint) -> list[str]:
-    """The other name of a matrix that is embedding and head."""
+    """The other name of a matrix that is both embedding and head."""
     embedding = embedding_name(base)
     if not _is_tied(base) or embedding is None:
         return []
@@ -166,7 +166,7 @@ def _tied_with(target: str, base: Checkpoint) -> list[str]:
 
 
 def _loaded_name(name: str, modules: Iterable[str], base: Checkpoint) -> str:
-    """The loaded model's name of a tensor, where the base's files leave the prefix of the inner model away."""
+    """The loaded model's name of a tensor, if the base's files omit the prefix of the inner model."""
     if name not in base.tensors:
         return name
     for module in modules:
@@ -181,43 +181,43 @@ def _base_tensor(base: Checkpoint, target: str) -> StoredTensor | None:
 
 
 def base_shape(base: Checkpoint, target: str) -> tuple[int, ...] | None:
-    """The shape of a tensor in the base; of a head that is not stored, the embedding's."""
+    """The shape of a tensor in the base; for a head that is not stored, the embedding's."""
     found = _base_tensor(base, target)
     return None if found is None else found.shape
 
 
 def _check_shape(target: str, tensor: StoredTensor, base: Checkpoint, adapter: Checkpoint) -> None:
-    """Only rows of a vocabulary may be more or fewer than the base's."""
+    """Refuse shapes that differ from the base's, except in the number of vocabulary rows."""
     shape = base_shape(base, target)
     vocabulary = is_head(target) or target == embedding_name(base)
     if shape is None or shape == tensor.shape or (vocabulary and shape[1:] == tensor.shape[1:]):
         return
     raise MergeError(
-        f"{adapter.name} brings {target!r} as {list(tensor.shape)}, and it is {list(shape)} in {base.name}. Give the base that "
+        f"{adapter.name} has {target!r} as {list(tensor.shape)}, but it is {list(shape)} in {base.name}. Give the base that "
         f"it was trained on ({adapter.config.get('base_model_name_or_path')!r})."
     )
 
 
 def _check_rows(saved: Mapping[str, StoredTensor], base: Checkpoint, adapter: Checkpoint) -> None:
-    """Refuse a vocabulary of another length than the base's that only one of embedding and head has."""
+    """Refuse a vocabulary whose length differs from the base's in only one of embedding and head."""
     embedding, head = embedding_name(base), head_name(base) or HEAD
     if embedding is None or (head not in base.tensors and not _is_tied(base)):
         return
     own = {n: (base_shape(base, n) or (0,))[0] for n in (embedding, head)}
     rows = {n: saved[n].shape[0] if n in saved else own[n] for n in own}
-    # Mllama's embedding has rows that its head has not.
+    # Mllama's embedding has rows that its head does not have.
     if len({rows[n] - own[n] for n in own}) > 1:
         lacks = next(n for n in rows if n not in saved)
         brings = embedding if lacks == head else head
         raise MergeError(
-            f"{adapter.name} brings {brings!r} with {rows[brings]} rows and no {lacks!r}, of which {base.name} has {rows[lacks]}: "
+            f"{adapter.name} has {brings!r} with {rows[brings]} rows but no {lacks!r}, of which {base.name} has {rows[lacks]}: "
             f"it was trained on a base of another vocabulary. Give that base, resized as it was (resize_token_embeddings, "
             f"save_pretrained), or save the adapter again with save_embedding_layers=True."
         )
 
 
 def _same(base: StoredTensor | None, stored: StoredTensor) -> bool:
-    """Whether an adapter's copy of a weight is the base's, in the type that the adapter has it in."""
+    """Whether an adapter's copy of a weight is the base's, in the adapter's dtype."""
     if base is None or base.shape != stored.shape:
         return False
     with Files() as files:

@@ -1,4 +1,4 @@
-"""Whether a model's files hold what its architecture needs, and how its weights lie; see `architecture_probe`."""
+"""Whether a model's files hold what its architecture needs, and how its weights are oriented; see `architecture_probe`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_continual.merging.errors import MergeError, some
 from hf_continual.merging.inputs.checkpoint import Checkpoint
 from hf_continual.merging.inputs.structure import number_of_blocks
 
-# Keys of a configuration that no weight depends on; two models that differ in these only are asked about once.
+# Keys of a configuration that no weight depends on; models that differ only in these are probed once.
 _IDLE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
-_MOST_BLOCKS = 10  # blocks for each stored tensor: more is a number that no file bears out, and takes for ever to build
+_MOST_BLOCKS = 10  # blocks for each stored tensor: a larger number cannot be right, and would take forever to build
 _CODE = (
     "import json, sys\n"
     "data = json.load(sys.stdin)\n"
@@ -33,10 +33,10 @@ class Architecture:
     """A model as transformers would load it.
 
     Args:
-        unknown: Why nothing is known of it, or None.
-        transposed: Module -> whether its weight is stored ``(in, out)``; only modules that adapters have factors of.
-        names: Name of a tensor in the loaded model -> its name in the files, where the two differ.
-        adapters: For each adapter what PEFT makes of it: ``refused``, ``unknown``, ``missing``, ``unexpected``.
+        unknown: Why nothing is known about it, or None.
+        transposed: Module -> whether its weight is stored ``(in, out)``; only for modules that adapters have factors for.
+        names: Name of a tensor in the loaded model -> its name in the files, if the two differ.
+        adapters: For each adapter, how PEFT reads it: ``refused``, ``unknown``, ``missing``, ``unexpected``.
     """
 
     unknown: str | None
@@ -46,23 +46,23 @@ class Architecture:
 
 
 def read_architecture(model: Checkpoint, adapters: Sequence[tuple[Checkpoint, Iterable[str]]] = ()) -> Architecture:
-    """Build a model without values and compare it with what is stored; a model is asked about once per process.
+    """Build a model without values and compare it with what is stored; a model is probed once per process.
 
     Args:
         model: A full model.
-        adapters: The adapters on it, each with the modules that its file has factors of.
+        adapters: The adapters on it, each with the modules that its file has factors for.
 
     Returns:
-        What is known of it.
+        What is known about it.
 
     Raises:
-        MergeError: If tensors are missing or have another shape than the architecture's, or its configuration is of no
-            model that could be built.
+        MergeError: If tensors are missing or have another shape than the architecture's, or its configuration does not describe a
+            model that can be built.
     """
     blocks = number_of_blocks(model.config)
     if blocks is not None and blocks > _MOST_BLOCKS * (len(model.tensors) + _MOST_BLOCKS):
         raise MergeError(
-            f"config.json of {model.name} says {blocks} blocks, and its files hold {len(model.tensors)} tensors. Download or "
+            f"config.json of {model.name} says {blocks} blocks, but its files hold {len(model.tensors)} tensors. Download or "
             f"save the model again."
         )
     question = {
@@ -76,14 +76,14 @@ def read_architecture(model: Checkpoint, adapters: Sequence[tuple[Checkpoint, It
     if answer["refused"] is not None:
         raise MergeError(
             f"transformers cannot build {model.name} from its config.json ({answer['refused'][:300]}), so it could not load the "
-            f"result. Correct that file, or save the model again."
+            f"result. Fix that file, or save the model again."
         )
     if missing := answer["missing"]:
         raise MergeError(
             f"{model.name} lacks {len(missing)} tensors that its architecture needs ({some(missing)}); transformers would "
-            f"draw them at random. The model is not whole: download it or save it again"
+            f"initialise them at random. The model is incomplete: download it or save it again"
             + (
-                " (or say tie_word_embeddings in config.json, if its head is its embedding)."
+                " (or set tie_word_embeddings in config.json, if its head is its embedding)."
                 if _heads(missing)
                 else "."
             )
@@ -91,7 +91,7 @@ def read_architecture(model: Checkpoint, adapters: Sequence[tuple[Checkpoint, It
     if wrong := answer["mismatched"]:
         name, have, want = wrong[0]
         raise MergeError(
-            f"{model.name}: {name!r} is {have} in its files and {want} by its config.json ({len(wrong)} such tensors). The two "
+            f"{model.name}: {name!r} is {have} in its files but {want} by its config.json ({len(wrong)} such tensors). The two "
             f"do not belong together; download or save the model again."
         )
     return Architecture(answer["unknown"], answer["transposed"], answer["names"], tuple(answer["adapters"]))
@@ -109,13 +109,13 @@ def check_whole(models: Iterable[Checkpoint]) -> list[str]:
     """Compare full models with their architectures.
 
     Args:
-        models: The models; adapters are passed over.
+        models: The models; adapters are skipped.
 
     Returns:
-        A sentence for each architecture that is not known and could not be compared.
+        A note for each architecture that is not known and could not be compared.
 
     Raises:
-        MergeError: If one is not whole.
+        MergeError: If one is incomplete.
     """
     notes: dict[str, None] = {}
     for model in {m.folder: m for m in models if not m.is_adapter}.values():
@@ -124,13 +124,13 @@ def check_whole(models: Iterable[Checkpoint]) -> list[str]:
     return list(notes)
 
 
-# A merge asks again whenever it makes a plan, and an answer may take a process that imports transformers.
+# A merge asks again each time it makes a plan, and an answer may need a process that imports transformers.
 _answers: dict[str, dict[str, Any]] = {}
 _meanings: dict[str, list[dict[str, Any]]] = {}
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `architecture_probe.probe`; what it says of the model alone is known from then on."""
+    """The answer of `architecture_probe.probe`; its part about the model alone is cached."""
     key = _digest(question)
     if key not in _answers:
         _answers[key] = _answers[_digest({**question, "adapters": []})] = _probe(question)
@@ -146,13 +146,13 @@ def _probe(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def understood(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What transformers makes of configurations, whatever version wrote them.
+    """How transformers reads configurations, whichever version wrote them.
 
     Args:
         configs: What the files hold.
 
     Returns:
-        For each what `architecture_probe.understand` says of it.
+        For each, the answer of `architecture_probe.understand`.
     """
     question = [dict(c) for c in configs]
     key = _digest(question)
@@ -162,7 +162,7 @@ def understood(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _call(function: str, question: Any) -> Any:
-    """Ask a function of `architecture_probe`, in a process of its own if transformers is not loaded here."""
+    """Call a function of `architecture_probe`, in a separate process if transformers is not loaded here."""
     if "transformers" in sys.modules:
         from hf_continual.merging.inputs import architecture_probe
 

@@ -1,7 +1,7 @@
-"""What transformers and PEFT make of files, asked of themselves: models are built on the meta device, without values.
+"""How transformers and PEFT themselves read files: models are built on the meta device, without values.
 
 Importing transformers takes seconds and memory that a merge does not need, so `hf_continual.merging.inputs.architecture` runs
-this in a process of its own where transformers is not loaded yet.
+this in a separate process if transformers is not loaded yet.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from hf_continual import private
 from hf_continual.merging.inputs.loaded_names import loaded_names
 from hf_continual.merging.inputs.safetensors_file import DTYPES
 
-# How attention is computed does not decide which weights there are, and may need a library or a download.
+# The attention implementation does not affect which weights exist, and may need a library or a download.
 _IDLE = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation", "quantization_config")
 
 
 def probe(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a model without values, and put adapters on it.
+    """Load a model without values, and apply adapters to it.
 
     Args:
-        question: ``config`` of the model, its ``tensors`` (name -> type and shape), and ``adapters``: a list of
+        question: ``config`` of the model, its ``tensors`` (name -> dtype and shape), and ``adapters``: a list of
             ``config``, ``tensors`` and ``modules`` (whose weights have factors in its file).
 
     Returns:
         ``unknown`` or ``refused``: why the model could not be built, or None; ``missing``: tensors that loading would
-        draw at random; ``mismatched``: name, shape stored, shape needed; ``names``: name in the loaded model -> name in
+        initialise at random; ``mismatched``: name, shape stored, shape needed; ``names``: name in the loaded model -> name in
         the file, where the two differ; ``transposed``: module -> whether its weight is
         stored ``(in, out)``; ``adapters``: for each, why PEFT would refuse it or could not be asked, and the factors
         that are ``missing`` or ``unexpected``.
@@ -74,7 +74,7 @@ def probe(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_numbers(told: Any) -> Any:
-    """What a JSON file says, with the numbers that JSON lacks: transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    """The data of a JSON file, with the numbers that JSON lacks: transformers writes infinity as ``{"__float__": "Infinity"}``."""
     if isinstance(told, Mapping):
         if list(told) == ["__float__"]:
             return float(told["__float__"])
@@ -83,14 +83,14 @@ def _with_numbers(told: Any) -> Any:
 
 
 def understand(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Read configurations as transformers does, whatever version wrote them.
+    """Read configurations as transformers does, whichever version wrote them.
 
     Args:
         configs: What the files hold.
 
     Returns:
-        For each ``unknown``: why transformers makes nothing of it, or None; ``meaning``: what its class reads, with all
-        defaults; ``rest``: what else is there.
+        For each ``unknown``: why transformers cannot read it, or None; ``meaning``: what its class reads, with all
+        defaults; ``rest``: everything else.
     """
     with _quiet():
         return [_understood(_with_numbers(config)) for config in configs]
@@ -112,7 +112,7 @@ def _understood(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meaning(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a configuration says to its model, and what else stands in it."""
+    """What a configuration tells its model, and what else is in it."""
     from transformers import PreTrainedConfig
 
     whole = config.to_dict()
@@ -124,7 +124,7 @@ def _meaning(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         elif key == "rope_parameters" and isinstance(value, dict):
             meaning[key] = _rotation(value)
     heads = getattr(config, "num_attention_heads", None)
-    # A model whose class knows no other size divides the width by the number of heads.
+    # Without a size of its own, a model's class divides the width by the number of heads.
     width = getattr(config, "hidden_size", None)
     if meaning.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
         meaning["head_dim"] = width // heads
@@ -132,7 +132,7 @@ def _meaning(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _rotation(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of rotary positions without what stands there twice or says nothing."""
+    """Parameters of rotary positions, without duplicates and values that have no effect."""
     told = {k: _rotation(v) if isinstance(v, dict) else v for k, v in parameters.items() if v is not None}
     if "rope_type" in told:
         told.pop("type", None)
@@ -140,7 +140,7 @@ def _rotation(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
-    """The class that a configuration names, and the configuration as transformers understands it.
+    """The class that a configuration names, and the configuration as transformers reads it.
 
     Args:
         config: What ``config.json`` holds.
@@ -149,7 +149,7 @@ def _class_of(config: dict[str, Any]) -> tuple[Any, Any]:
         The class and the configuration.
 
     Raises:
-        KeyError: If the installed transformers has no such model; code that comes with a model is never run.
+        KeyError: If the installed transformers has no such model; code shipped with a model is never run.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -177,7 +177,7 @@ def _transposed(model: torch.nn.Module, wanted: set[str]) -> dict[str, bool]:
 
 
 def _resize(model: Any, tensors: Mapping[str, Any]) -> None:
-    """Give a model the vocabulary that an adapter's file brings, as PEFT wants it done before it loads the adapter."""
+    """Give a model the vocabulary of an adapter's file, as PEFT requires before it loads the adapter."""
     places = {id(module): name for name, module in model.named_modules()}
     endings = {
         "weight": 0,
@@ -194,13 +194,13 @@ def _resize(model: Any, tensors: Mapping[str, Any]) -> None:
 
 
 def _put_on(model: torch.nn.Module, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """What PEFT would leave untrained, and what it would pass over, when it loads an adapter."""
+    """What PEFT would leave untrained, and what it would ignore, when it loads an adapter."""
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     told: dict[str, Any] = {"refused": None, "unknown": None, "missing": [], "unexpected": []}
     known = {f.name for f in fields(LoraConfig)} - {"peft_type", "task_type", "auto_mapping", "peft_version"}
     given = {k: v for k, v in adapter["config"].items() if k in known - {"runtime_config"}}
-    # Factors are initialised from the weights under some of these, and there are none here.
+    # Some of these initialise factors from the weights, and there are none here.
     given |= {"init_lora_weights": True, "loftq_config": {}, "megatron_config": None}
     given |= dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"))
     try:
@@ -221,7 +221,7 @@ def _put_on(model: torch.nn.Module, adapter: Mapping[str, Any]) -> dict[str, Any
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No reports, bars and warnings of the libraries, and no random number drawn from the user's."""
+    """Silence reports, progress bars and warnings of the libraries, and draw no random number from the user's generator."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -17,7 +17,7 @@ from hf_continual.merging.inputs.tokenizer_files import tokenizer_folder, vocabu
 
 
 def tensor_names(members: Sequence[Member]) -> list[str]:
-    """The output's tensors, after a check that every model has them.
+    """The output's tensors; every model must have them.
 
     A head is among them only if a model holds one that is not its embedding.
 
@@ -36,9 +36,13 @@ def tensor_names(members: Sequence[Member]) -> list[str]:
             other = next(m for m in members if any(n in m.names for n in lacking))
             only = [n for n in member.names if other.view(n) is None]
             raise MergeError(
-                f"architecture mismatch: {other.name} has {len(lacking)} tensors that {member.name} has not ({some(lacking)})"
-                + (f", and {member.name} has {len(only)} that {other.name} has not ({some(only)})" if only else "")
-                + ". Only models of one architecture can be merged; if they are, save both with the same transformers version."
+                f"architecture mismatch: {other.name} has {len(lacking)} tensors that {member.name} does not have ({some(lacking)})"
+                + (
+                    f", and {member.name} has {len(only)} that {other.name} does not have ({some(only)})"
+                    if only
+                    else ""
+                )
+                + ". Only models of one architecture can be merged; if these are, save both with the same transformers version."
             )
     return names
 
@@ -49,7 +53,7 @@ def check_shapes(name: str, members: Sequence[Member], views: Sequence[View], vo
     Args:
         name: The tensor.
         members: The models.
-        views: What it is in each.
+        views: The tensor in each.
         vocab: ``"strict"`` or ``"extend"``.
 
     Returns:
@@ -64,8 +68,8 @@ def check_shapes(name: str, members: Sequence[Member], views: Sequence[View], vo
         if shape == first:
             if view.source.dtype != views[0].source.dtype and not (view.source.is_float and views[0].source.is_float):
                 raise MergeError(
-                    f"{name!r} is {views[0].source.dtype} in {members[0].name} and {view.source.dtype} in {member.name}. "
-                    f"Save both in one floating-point type."
+                    f"{name!r} is {views[0].source.dtype} in {members[0].name} but {view.source.dtype} in {member.name}. "
+                    f"Save both in one floating-point dtype."
                 )
             continue
         rows = len(shape) == len(first) and shape[1:] == first[1:] and len(shape) > 0
@@ -75,24 +79,24 @@ def check_shapes(name: str, members: Sequence[Member], views: Sequence[View], vo
         hint = ""
         if rows and vocabulary:
             hint = (
-                " The vocabularies differ: if the longer one only continues the shorter, vocab='extend' keeps its further "
+                " The vocabularies differ: if the longer one only continues the shorter, vocab='extend' keeps its additional "
                 "rows; otherwise resize one model first (resize_token_embeddings)."
             )
         raise MergeError(
-            f"shape mismatch: {name!r} is {list(first)} in {members[0].name} and {list(shape)} in {member.name}.{hint}"
+            f"shape mismatch: {name!r} is {list(first)} in {members[0].name} but {list(shape)} in {member.name}.{hint}"
         )
     return any(v.source.shape != first for v in views)
 
 
 def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
-    """Compare which token stands for which id.
+    """Compare which token each id stands for.
 
     Args:
-        members: The models; those without tokenizer files are passed over.
+        members: The models; those without tokenizer files are skipped.
         vocab: ``"extend"`` allows a vocabulary to continue a shorter one.
 
     Returns:
-        What is unknown or differs without harm, as sentences.
+        Notes on what is unknown, and on harmless differences.
 
     Raises:
         MergeError: If an id stands for different tokens.
@@ -106,7 +110,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
     ]
     read = cache(lambda file: vocabulary(file.parent) or {})
     notes += [n for m, file in found for n in _without_rows(m, read(file))]
-    # Every pair: of three vocabularies the shortest may agree with two that contradict each other behind its end.
+    # Every pair: the shortest of three vocabularies may agree with two that contradict each other after its end.
     for (first, reference), (member, file) in combinations(found, 2):
         if filecmp.cmp(reference, file, shallow=False):
             continue
@@ -115,7 +119,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
         wrong = [i for i in sorted(shared) if one[i] != two[i]]
         if wrong or (len(one) != len(two) and vocab == "strict"):
             met = (
-                f"id {wrong[0]} is {one[wrong[0]]!r} and {two[wrong[0]]!r}"
+                f"id {wrong[0]} is {one[wrong[0]]!r} in one and {two[wrong[0]]!r} in the other"
                 if wrong
                 else f"{len(one)} and {len(two)} tokens"
             )
@@ -130,7 +134,7 @@ def check_tokenizers(members: Sequence[Member], vocab: str) -> list[str]:
 
 
 def _without_rows(member: Member, vocabulary: Mapping[int, str]) -> list[str]:
-    """A sentence for a model whose tokenizer has ids that its embedding has no rows for."""
+    """A note for a model whose tokenizer has ids without rows in its embedding."""
     name = embedding_name(member.checkpoint)
     view = None if name is None else member.view(name)
     if name is None or view is None:
@@ -139,14 +143,14 @@ def _without_rows(member: Member, vocabulary: Mapping[int, str]) -> list[str]:
     if not (beyond := sorted(i for i in tokens if i >= rows)):
         return []
     return [
-        f"The tokenizer of {member.name} has {max(tokens) + 1} tokens and {name} {rows} rows: id {beyond[0]} "
-        f"({tokens[beyond[0]]!r}) has none, and a text with it fails. Load the result and "
-        f"resize_token_embeddings({max(tokens) + 1}), or take the token out of the tokenizer."
+        f"The tokenizer of {member.name} has {max(tokens) + 1} tokens but {name} has {rows} rows: id {beyond[0]} "
+        f"({tokens[beyond[0]]!r}) has none, so a text with it fails. Load the result and "
+        f"resize_token_embeddings({max(tokens) + 1}), or remove the token from the tokenizer."
     ]
 
 
 def _added(folder: Path) -> dict[int, str]:
-    """Tokens that stand beside tokenizer.json, in the two forms that transformers reads."""
+    """Tokens that are stored outside tokenizer.json, in the two forms that transformers reads."""
     added: dict[int, str] = {}
     with as_merge_error():
         if (file := folder / "added_tokens.json").is_file():
@@ -169,14 +173,14 @@ def warn_alone(members: Sequence[Member]) -> None:
 
 
 def warn_identical(members: Sequence[Member]) -> None:
-    """Warn if two models are one: the average counts it twice, which is rarely meant."""
+    """Warn if two models are the same: the average counts them twice, which is rarely intended."""
     seen: dict[str, list[str]] = {}
     for member in members:
         seen.setdefault(member.own.fingerprint, []).append(member.name)
     if same := [names for names in seen.values() if len(names) > 1]:
         warnings.warn(
             f"{'; '.join(' and '.join(names) for names in same)} are the same weights (equal headers, sizes and beginnings of "
-            f"all tensors): the merge counts them more than once. Leave them out if that is not meant.",
+            f"all tensors): the merge counts them more than once. Leave them out if that is not intended.",
             UserWarning,
             stacklevel=4,
         )

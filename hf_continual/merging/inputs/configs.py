@@ -1,4 +1,4 @@
-"""Whether models compute the same with their weights: configurations compared by what transformers makes of them."""
+"""Whether models compute the same with their weights: configurations, compared as transformers reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_continual.merging.errors import MergeError
 from hf_continual.merging.inputs.architecture import understood
 from hf_continual.merging.inputs.members import Member
 
-# Under these keys a difference means that the same weights compute something else.
+# A difference in one of these keys means that the same weights compute something else.
 _DECISIVE = frozenset((
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
     "head_dim", "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
@@ -19,7 +19,7 @@ _DECISIVE = frozenset((
     "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
     "num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob",
 ))  # fmt: skip
-# Under these they mean nothing for a merge.
+# Differences in these keys do not matter for a merge.
 _HARMLESS = frozenset(
     ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vocab_size", "architectures")
 )
@@ -28,14 +28,14 @@ _HARMLESS = frozenset(
 def check_configs(members: Sequence[Member]) -> list[str]:
     """Compare what the models compute with their weights.
 
-    Two files that are not the same word for word may still say the same: each version of transformers has its own words
-    for it. They are compared as the installed transformers understands them.
+    Two files that differ literally may still mean the same, since versions of transformers write configurations differently.
+    They are compared as the installed transformers reads them.
 
     Args:
         members: The models.
 
     Returns:
-        Differences that do not matter for the weights, as sentences.
+        Notes on differences that do not matter for the weights.
 
     Raises:
         MergeError: If they are different architectures, or a decisive number differs.
@@ -47,7 +47,7 @@ def check_configs(members: Sequence[Member]) -> list[str]:
             if one.get(key) != (two := other.checkpoint.config).get(key):
                 raise MergeError(
                     f"architecture mismatch: {first.name} has {key}={one.get(key)!r} and {other.name} {two.get(key)!r}. Only "
-                    f"models of one architecture can be merged, fine-tuned from the same weights."
+                    f"models of one architecture can be merged, all fine-tuned from the same weights."
                 )
     strange = [m for m in others if _weighed(m.checkpoint.config) != _weighed(one)]
     if not strange:
@@ -59,29 +59,29 @@ def check_configs(members: Sequence[Member]) -> list[str]:
 
 
 def _compare(one: Member, two: Member, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Compare two models by what transformers makes of their files, or by the files where it makes nothing of one.
+    """Compare two models as transformers reads their files, or compare the files literally if it cannot read one.
 
     Args:
         one: A model.
         two: Another.
-        first: What `understood` says of the first.
-        second: What it says of the second.
+        first: Answer of `understood` for the first.
+        second: Its answer for the second.
 
     Returns:
-        Differences that do not matter for the weights, as sentences.
+        Notes on differences that do not matter for the weights.
 
     Raises:
         MergeError: If a decisive number differs.
     """
     unknown = first["unknown"] or second["unknown"]
     a, b = (one.checkpoint.config, two.checkpoint.config) if unknown else (first["meaning"], second["meaning"])
-    # The size of a head follows from others as a rule; what it follows from says more.
+    # The size of a head usually follows from other values, which explain more.
     found = sorted(_differences(a, b), key=lambda f: f[0].endswith("head_dim"))
     for key, x, y in found:
         if (last := key.rpartition(".")[2]) in _DECISIVE:
             why = (
-                f" The files were compared word for word ({unknown}); if they say the same in other words, put the "
-                f"config.json of {one.name} in place of that of {two.name}."
+                f" The files were compared literally ({unknown}); if they mean the same, replace the "
+                f"config.json of {two.name} by that of {one.name}."
                 if unknown
                 else ""
             )
@@ -89,7 +89,7 @@ def _compare(one: Member, two: Member, first: Mapping[str, Any], second: Mapping
                 f"architecture mismatch: {key} is {x!r} in {one.name} and {y!r} in {two.name}, so the same weights "
                 f"compute different things. Merge models with the same {last}.{why}"
             )
-    if not unknown:  # what the model does not read: only a contradiction is worth a word
+    if not unknown:  # what the model does not read: only a contradiction is noted
         c, d = first["rest"], second["rest"]
         found += [(k, c[k], d[k]) for k in sorted(c.keys() & d.keys()) if c[k] != d[k]]
     return [
@@ -100,7 +100,7 @@ def _compare(one: Member, two: Member, first: Mapping[str, Any], second: Mapping
 
 
 def _weighed(config: Any) -> Any:
-    """A configuration without what means nothing for a merge."""
+    """A configuration without the values that do not matter for a merge."""
     if not isinstance(config, Mapping):
         return config
     return {k: _weighed(v) for k, v in config.items() if k not in _HARMLESS}

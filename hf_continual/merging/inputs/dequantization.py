@@ -1,8 +1,8 @@
-"""A stored base as bitsandbytes shows it to an adapter: every linear weight quantised and back, while it is read.
+"""A stored base as bitsandbytes presents it to an adapter: every linear weight quantised and back, while it is read.
 
 4 bits: blocks of 64 elements of the flattened weight, each with its largest magnitude as scale; with double quantisation
 the scales of the whole weight are quantised too, in blocks of 256 around their mean. 8 bits: rows, in fp16. So a weight's
-scales are found in one pass over it, and after that any range of it alone. A weight is read twice and never in memory.
+scales are found in one pass over it, and after that any range of it can be read alone. A weight is read twice and never in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredTe
 if TYPE_CHECKING:
     from hf_continual.merging.inputs.checkpoint import Checkpoint
 
-BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes' sizes, which transformers leaves as they are
+BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes' sizes, which transformers does not change
 _PASS = 2**18  # elements of the pass that finds the scales; a multiple of BLOCK
 PASS_BYTES = 44  # per element, measured: bitsandbytes' copies in fp32, and codes of four bytes each
 
 
 @dataclass(frozen=True)
 class Lens:
-    """What reading a weight gives in place of its bytes.
+    """What reading a weight returns instead of its bytes.
 
     Args:
         whole: The weight.
@@ -43,19 +43,19 @@ class Lens:
         """As `Files.read_into`, for the weight or rows of it."""
         whole = self.whole
         if self not in files.kept:
-            files.kept.clear()  # tensors are read one after the other
+            files.kept.clear()  # tensors are read one after another
             files.kept[self] = self.scales(files)
         scales = files.kept[self]
         before = (tensor.offset - whole.offset) // whole.itemsize
         first, last = before + start, before + stop
-        # to the borders of blocks, or of rows
+        # to the boundaries of blocks or rows
         step = BLOCK if self.quantization.kind != "int8" else whole.shape[-1]
         begin, end = first // step * step, min(-(-last // step) * step, whole.numel)
         values = self._seen(_load(files, whole, begin, end), scales[begin // step : -(-end // step)])
         buffer[:] = view(values[first - begin : last - begin].contiguous().view(torch.uint8))
 
     def memory(self, elements: int) -> int:
-        """Bytes that reading so many elements at a time takes at most: a pass, and every block's scale, several times over."""
+        """Upper bound on the bytes for reading so many elements at a time: a pass, and several copies of every block's scale."""
         numbers = self.whole.numel // (BLOCK if self.quantization.kind != "int8" else self.whole.shape[-1])
         return max(elements, _PASS) * PASS_BYTES + numbers * 4 * 4
 
@@ -102,7 +102,7 @@ def _bitsandbytes() -> Any:
         from bitsandbytes import functional
     except ImportError as error:
         raise MergeError(
-            "what an adapter saw of a base in 4 or 8 bits is computed by bitsandbytes, which is not installed: pip install "
+            "the values that an adapter saw of a 4- or 8-bit base are computed by bitsandbytes, which is not installed: pip install "
             "'hf-continual[bnb]', or quantized_base='original'."
         ) from error
     return functional
@@ -137,7 +137,7 @@ def dequantized(base: Checkpoint, quantization: Quantization) -> Checkpoint:
 
 @torch.no_grad()
 def put_into(model: torch.nn.Module, base: Checkpoint) -> None:
-    """Give a loaded model the weights as they are read from its checkpoint.
+    """Load the weights into a model as they are read from its checkpoint.
 
     Args:
         model: The model of `base`, its weights in memory.
@@ -146,7 +146,7 @@ def put_into(model: torch.nn.Module, base: Checkpoint) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in base.tensors.items():
         if tensor.lens is not None:
-            # some checkpoints leave the prefix of the inner model away
+            # some checkpoints omit the prefix of the inner model
             target = next(p for n, p in parameters.items() if n == name or n.endswith(f".{name}"))
             with Files() as files:
                 target.copy_(files.load(tensor))
@@ -188,14 +188,14 @@ def linear_weights(base: Checkpoint, quantization: Quantization) -> list[str]:
             continue
         if issubclass(source, Conv1D):
             raise MergeError(
-                f"{name!r} of {base.name} is stored transposed (Conv1D) and quantised the other way round, which is not "
+                f"{name!r} of {base.name} is stored transposed (Conv1D) and is quantised in the other orientation, which is not "
                 f"supported here. Save the dequantised base (model.dequantize(), save_pretrained) and give that as base=."
             )
         stored = next((n for n in (f"{name}.weight", f"{name.partition('.')[2]}.weight") if n in base.tensors), None)
         lacking.append(name) if stored is None else found.append(stored)
     if lacking or not found:
         raise MergeError(
-            f"{base.name} does not store {some(lacking) or 'any linear layer'} as the loaded model has it, so what is quantised "
-            f"cannot be told. Load the base and save_pretrained it, or quantized_base='original'."
+            f"{base.name} does not store {some(lacking) or 'any linear layer'} as the loaded model has it, so it is not known "
+            f"what is quantised. Load the base and save it with save_pretrained, or quantized_base='original'."
         )
     return found

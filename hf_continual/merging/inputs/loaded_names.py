@@ -1,4 +1,4 @@
-"""What the tensors of files are called in the loaded model, by transformers' own renaming."""
+"""Names of stored tensors in the loaded model, by transformers' own renaming."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Which tensor of a loaded model a stored one becomes; one that is made of several, or made over, is left out.
+    """Map each stored tensor to the loaded model's tensor; tensors that loading combines or converts are left out.
 
     Args:
         model: The loaded model.

@@ -1,4 +1,4 @@
-"""A model as it takes part in a merge: full weights, or a base with an adapter that is never put into it as a whole."""
+"""A model as it takes part in a merge: full weights, or a base with an adapter that is never merged into it as a whole."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hf_continual.merging.inputs.structure import HEAD, embedding_name, head_nam
 
 @dataclass(frozen=True)
 class View:
-    """What a tensor is in one model: stored values, and what an adapter adds to them.
+    """A tensor in one model: stored values, and what an adapter adds to them.
 
     Args:
         source: The stored values.
         factors: The adapter's product, or None.
-        added: A vector that is added to a bias, and its scale, or None.
+        added: A vector to add to a bias and its scale, or None.
     """
 
     source: StoredTensor
@@ -34,7 +34,7 @@ class View:
 
     @property
     def is_stored(self) -> bool:
-        """Whether the values can be read as they are."""
+        """Whether the values can be read unchanged."""
         return self.factors is None and self.added is None
 
 
@@ -44,7 +44,7 @@ class Member:
 
     Args:
         checkpoint: Full weights.
-        adapter: What is put on them, or None.
+        adapter: The adapter applied to them, or None.
     """
 
     checkpoint: Checkpoint
@@ -57,7 +57,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """What it is called in messages and reports."""
+        """Its name in messages and reports."""
         return self.own.name
 
     @cached_property
@@ -70,14 +70,14 @@ class Member:
             return True
         changed = self.adapter.factors.keys() | self.adapter.saved.keys()
         embedding = embedding_name(base)
-        # An adapter that trains one of two tied matrices leaves the other as it was: they are two from then on.
+        # An adapter that trains one of two tied matrices leaves the other unchanged: from then on there are two.
         return embedding not in changed and not any(n not in base.tensors for n in changed)
 
     def view(self, name: str) -> View | None:
-        """What a tensor is in this model, or None if it has no such tensor.
+        """Find a tensor of this model; None if it has no such tensor.
 
         Args:
-            name: A tensor's name in the full model; the head's name gives the embedding where the two are tied.
+            name: A tensor's name in the full model; the head's name gives the embedding if the two are tied.
 
         Returns:
             Where its values come from.
@@ -106,7 +106,7 @@ class Member:
 
 
 def check_list(models: Any) -> None:
-    """Refuse what is no list of models."""
+    """Refuse anything but a list of models."""
     if isinstance(models, str | os.PathLike) or not models:
         raise ValueError(f"models={models!r}: give a list of at least one folder or Hub id.")
 
@@ -120,24 +120,26 @@ def open_members(
 
     Args:
         models: Folders or Hub ids.
-        base: The full model that adapters sit on.
-        quantized_base: Which weights adapters are put onto that were trained on a quantised base, see `OutputOptions`.
+        base: The full model that the adapters belong to.
+        quantized_base: Base weights for adapters that were trained on a quantised base, see `OutputOptions`.
 
     Returns:
         The models in order, and the base.
 
     Raises:
-        ValueError: If there is none, or an adapter without a base.
+        ValueError: If there is no model, or an adapter without a base.
         MergeError: If an adapter does not fit, or two were trained on different bases.
     """
     check_list(models)
     full = None if base is None else open_checkpoint(base)
     if full is not None and full.is_adapter:
-        raise ValueError(f"base={str(base)!r} is an adapter; the base is the full model that adapters were trained on.")
+        raise ValueError(
+            f"base={str(base)!r} is an adapter, but the base must be the full model that adapters were trained on."
+        )
     opened = [open_checkpoint(model) for model in models]
     if full is None and read_quantized_base(quantized_base) != "original":
         raise ValueError(
-            f"quantized_base={quantized_base!r} is about base=, and there is none. Give it, or leave both out."
+            f"quantized_base={quantized_base!r} applies to base=, which was not given. Give it, or leave both out."
         )
     if full is not None:
         full = base_as_asked(full, [c for c in opened if c.is_adapter], quantized_base)
@@ -157,13 +159,13 @@ def open_members(
 
 def check_one_base(adapters: Sequence[Checkpoint]) -> None:
     """Refuse adapters whose configurations name different models."""
-    # Every pair: one that says nothing, or names a folder, stands between no two that contradict each other.
+    # Every pair: a configuration that names no base, or a folder, must not hide a contradiction between others.
     for first, other in combinations(adapters, 2):
         for key in ("base_model_name_or_path", "revision"):
             one, two = first.config.get(key), other.config.get(key)
-            # Folders move between machines; ids and revisions do not.
+            # Folders differ between machines; ids and revisions do not.
             if one and two and one != two and not any(os.path.isabs(x) or x.startswith(".") for x in (one, two)):
                 raise MergeError(
-                    f"{first.name} was trained on {one!r} ({key}) and {other.name} on {two!r}: their changes belong to "
-                    f"different weights. Put each into its own base (merge_and_unload) and merge the full models."
+                    f"{first.name} was trained on {one!r} ({key}) but {other.name} on {two!r}: their changes belong to "
+                    f"different weights. Merge each into its own base (merge_and_unload) and merge the full models."
                 )

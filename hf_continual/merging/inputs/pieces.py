@@ -1,6 +1,6 @@
-"""Stored tensors a piece of elements at a time, into one reused room: for passes that compute more than they read.
+"""Stored tensors, read a piece of elements at a time into reused memory: for passes that compute more than they read.
 
-Unlike the chunks of the engine nothing is read ahead, so that no thread's allocator keeps buffers behind.
+Unlike the engine's chunks, nothing is read ahead, so no thread's allocator retains buffers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_continual.merging.inputs.safetensors_file import DTYPES, Files, StoredTensor, view
 
-PIECE = 65_536  # elements; what is made of them stays in a core's cache
+PIECE = 65_536  # elements; the values computed from them stay in a core's cache
 
 
 def pieces_of(sources: Sequence[StoredTensor], files: Files) -> Iterator[list[Tensor]]:
@@ -23,7 +23,7 @@ def pieces_of(sources: Sequence[StoredTensor], files: Files) -> Iterator[list[Te
         files: Open files.
 
     Yields:
-        The same elements of each, flat, in their own types; valid until the next piece is asked for.
+        The same elements of each, flat, in their own dtypes; valid until the next piece is asked for.
     """
     numel = sources[0].numel
     room = [torch.empty(min(PIECE, numel) * s.itemsize, dtype=torch.uint8) for s in sources]

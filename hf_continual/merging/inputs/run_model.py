@@ -1,4 +1,4 @@
-"""Texts of the new task as token ids, and whatever models make of them: one model loaded at a time."""
+"""Texts of the new task as token ids, and models' representations of them: one model loaded at a time."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Setting:
     """How models are run for their representations.
 
     Args:
-        device: Where, or None: the accelerator if there is one.
-        dtype: Type of the weights, or None: the checkpoint's, but bfloat16 or float32 on a CPU, never float16.
-        low_memory: Whether blocks are read from the disk as they are needed.
+        device: Device, or None: the accelerator if there is one.
+        dtype: dtype of the weights, or None: the checkpoint's, but bfloat16 or float32 on a CPU, never float16.
+        low_memory: Whether blocks are read from disk as needed.
     """
 
     device: str | None = None
@@ -45,20 +45,20 @@ class Setting:
 
 
 def token_ids(calibration: Any, tokenizer: Any, pool_size: int, max_length: int) -> tuple[list[list[int]], list[int]]:
-    """Texts, conversations or prompt-completion rows as they were trained on, in token ids.
+    """Turn texts, conversations or prompt-completion rows into token ids, as they were trained on.
 
     Args:
         calibration: Texts, or rows with ``text``, ``messages``, or ``prompt`` and ``completion``.
         tokenizer: The newest model's.
-        pool_size: At most so many, evenly spaced.
+        pool_size: Upper limit on texts, evenly spaced.
         max_length: Tokens per text.
 
     Returns:
-        Ids of the texts of two tokens or more, and their places in `calibration`.
+        Ids of the texts with two tokens or more, and their places in `calibration`.
 
     Raises:
-        ValueError: If there is none.
-        TypeError: If a row is of no known form.
+        ValueError: If there is no such text.
+        TypeError: If a row has an unknown form.
     """
     if isinstance(calibration, str):
         raise TypeError(f"calibration={calibration!r} is one text; give a list of texts or rows of the new task.")
@@ -90,19 +90,19 @@ def _encode(row: Any, tokenizer: Any) -> list[int]:
     if messages is None:
         raise TypeError(
             f"a calibration row has the columns {', '.join(map(repr, row))}; it needs 'text', 'messages', or 'prompt' and "
-            f"'completion', or is a text itself."
+            f"'completion', or to be a text itself."
         )
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
 
 def load_tokenizer(member: Member) -> Any:
-    """The tokenizer of a model, from its own folder or its base's."""
+    """The tokenizer of a model, from its own folder or the base's."""
     return AutoTokenizer.from_pretrained(tokenizer_folder(member))
 
 
 @contextmanager
 def loaded(member: Member, setting: Setting) -> Iterator[Any]:
-    """A model, in memory only within the ``with``.
+    """Load a model for the duration of the ``with``.
 
     Args:
         member: Full model, or base with adapter.
@@ -138,14 +138,14 @@ def _own_dtype(member: Member, device: str) -> torch.dtype:
 
 
 def representations(model: Any, texts: Sequence[Sequence[int]], batch_size: int = 1) -> np.ndarray:
-    """The token mean of the hidden states of every group: before the first block, behind each, behind the final norm.
+    """The mean hidden state over tokens for every group: before the first block, after each, after the final norm.
 
-    Blocks are tapped by hooks: what transformers calls the last hidden state has passed the final norm.
+    Blocks are read with forward hooks: transformers' last hidden state is after the final norm.
 
     Args:
         model: A causal language model, with or without an adapter.
         texts: Token ids.
-        batch_size: Texts per forward pass; 1 needs no padding, so that a text's numbers do not depend on its neighbours.
+        batch_size: Texts per forward pass; 1 needs no padding, so a text's numbers do not depend on its neighbours.
 
     Returns:
         ``[G, K, D]``, float32.
@@ -188,13 +188,13 @@ def representations(model: Any, texts: Sequence[Sequence[int]], batch_size: int 
 def cached_representations(
     member: Member, texts: Sequence[Sequence[int]], setting: Setting, folder: Path
 ) -> np.ndarray:
-    """`representations` of a model, kept until the merge is published, so that a killed calibration goes on.
+    """`representations` of a model, cached until the merge is published, so that a killed calibration resumes.
 
     Args:
         member: The model.
         texts: Token ids.
         setting: How it is run.
-        folder: Where they are kept.
+        folder: Where they are cached.
 
     Returns:
         ``[G, K, D]``, float32.

@@ -1,4 +1,4 @@
-"""Safetensors files, read without loading them: headers first, tensors a range of elements at a time.
+"""Read safetensors files without loading them: headers first, tensors a range of elements at a time.
 
 A safetensors file begins with the length of its header (8 bytes), then the header (JSON: name -> dtype, shape, byte
 range), then the bytes. So everything but the values is known after a few kilobytes, and the values are read with
@@ -27,12 +27,12 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-_LARGEST_HEADER = 100_000_000  # safetensors' own bound
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A safetensors file as it was when its header was read.
+    """A safetensors file at the time its header was read.
 
     Args:
         path: Where it is.
@@ -47,46 +47,46 @@ class StoredFile:
     header_sha256: str
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with a file that is another one by now.
+        """Refuse to continue with a file that has changed.
 
         Raises:
-            MergeError: If size or time of writing differ from when the header was read, or the file is gone.
+            MergeError: If its size or modification time has changed since the header was read, or the file is gone.
         """
         try:
             now = self.path.stat()
         except FileNotFoundError:
-            raise MergeError(f"{self.path} was removed while it was merged. Put it back and start again.") from None
+            raise MergeError(f"{self.path} was removed while it was merged. Restore it and start again.") from None
         if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
             raise MergeError(
                 f"{self.path} changed while it was merged: {self.size} bytes, written at {self.mtime_ns} ns, when the "
-                f"merge was planned; {now.st_size} bytes, written at {now.st_mtime_ns} ns, now. The output is not "
-                f"touched. Start again when nothing writes to it any more."
+                f"merge was planned; {now.st_size} bytes, written at {now.st_mtime_ns} ns, now. The output was not "
+                f"touched. Start again once nothing writes to it."
             )
 
 
 class Lens(Protocol):
-    """Shows other values than those that are stored, of the same type and shape."""
+    """Presents other values than the stored ones, of the same dtype and shape."""
 
     def read_into(self, files: Files, tensor: StoredTensor, start: int, stop: int, buffer: memoryview) -> None:
-        """As `Files.read_into`."""
+        """Like `Files.read_into`."""
         ...
 
     def memory(self, elements: int) -> int:
-        """Bytes that reading so many elements at a time takes at most, beside the buffer."""
+        """Upper bound on the bytes for reading so many elements at a time, on top of the buffer."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """Where a tensor is stored.
 
     Args:
         name: Its name in the file.
         file: The file.
-        dtype: Name of the type as safetensors spells it, such as ``"BF16"``.
+        dtype: Its dtype as safetensors spells it, such as ``"BF16"``.
         shape: Its shape.
         offset: First byte in the file.
-        lens: What it is read through, or None for its bytes as they are.
+        lens: What it is read through, or None for its stored bytes.
     """
 
     name: str
@@ -108,7 +108,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self.numel * self.itemsize
 
     @property
@@ -117,22 +117,22 @@ class StoredTensor:
         return self.dtype in FLOATS
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """The rows `first` to `last` (exclusive) as a tensor of their own; nothing is read."""
+        """The rows `first` to `last` (exclusive) as a separate tensor; nothing is read."""
         row = prod(self.shape[1:]) * self.itemsize
         return replace(self, shape=(last - first, *self.shape[1:]), offset=self.offset + first * row)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, in the order of their bytes.
+    """Read the tensors of a safetensors file by name, in the order of their bytes.
 
     Args:
         path: The file.
 
     Returns:
-        Where each tensor lies.
+        Where each tensor is stored.
 
     Raises:
-        MergeError: If the file is cut off, no safetensors file, or holds a type that cannot be merged.
+        MergeError: If the file is cut off, not a safetensors file, or holds a dtype that cannot be merged.
     """
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
@@ -140,7 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_LARGEST_HEADER, found.st_size - 8):
             raise MergeError(
-                f"{path} ({found.st_size} bytes) is no safetensors file, or was cut off: its header would be {length} "
+                f"{path} ({found.st_size} bytes) is not a safetensors file, or was cut off: its header would be {length} "
                 f"bytes long. Download or save it again."
             )
         raw = file.read(length)
@@ -156,14 +156,14 @@ def _tensors(stored: StoredFile, raw: bytes) -> dict[str, StoredTensor]:
     for name, dtype, shape, begin, end in _entries(path, raw):
         if dtype not in DTYPES:
             raise MergeError(
-                f"{path} stores {name!r} as {dtype}; {', '.join(DTYPES)} can be read. Convert the model to "
+                f"{path} stores {name!r} as {dtype}; only {', '.join(DTYPES)} can be read. Convert the model to "
                 f"bfloat16 or float16 first (load it and save it with dtype=)."
             )
         tensor = StoredTensor(name, stored, dtype, shape, values + begin)
         if tensor.nbytes != end - begin or values + end > stored.size:
             raise MergeError(
                 f"{path} is cut off or damaged: {name!r} should take {tensor.nbytes} bytes up to byte "
-                f"{values + end}; its header gives it {end - begin} and the file ends at {stored.size}."
+                f"{values + end}; its header gives it {end - begin}, and the file ends at {stored.size}."
             )
         if begin != at:
             raise MergeError(
@@ -175,14 +175,14 @@ def _tensors(stored: StoredFile, raw: bytes) -> dict[str, StoredTensor]:
         tensors[name] = tensor
     if values + at != stored.size:
         raise MergeError(
-            f"{path} is damaged: its last tensor ends at byte {values + at} and the file at {stored.size}: the bytes "
-            f"behind it belong to no tensor. Download or save it again."
+            f"{path} is damaged: its last tensor ends at byte {values + at} but the file at {stored.size}: the bytes "
+            f"after it belong to no tensor. Download or save it again."
         )
     return tensors
 
 
 def _entries(path: Path, raw: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """What a header says of each tensor, in the order of their bytes: name, type, shape, first byte, byte behind the last."""
+    """The header's entries in the order of their bytes: name, dtype, shape, first byte, one past the last byte."""
     again = "Download or save it again."
     try:
         header = json.loads(raw, object_pairs_hook=_without_repetition)
@@ -197,7 +197,7 @@ def _entries(path: Path, raw: bytes) -> list[tuple[str, str, tuple[int, ...], in
         shape, offsets = said.get("shape"), said.get("data_offsets")
         whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
         if not whole or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-            raise MergeError(f"{path} is damaged: its header says of {name!r} {entry!r}. {again}")
+            raise MergeError(f"{path} is damaged: its header has {entry!r} for {name!r}. {again}")
         found.append((name, str(said.get("dtype")), tuple(shape), *offsets))
     return sorted(found, key=lambda entry: entry[3:])
 
@@ -206,12 +206,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+        raise ValueError(f"it lists {next(n for n in names if names.count(n) > 1)!r} twice")
     return found
 
 
 def _check_readable(path: Path) -> None:
-    """Refuse what the safetensors library refuses, which every user of the model reads it with."""
+    """Refuse what the safetensors library refuses, since every user of the model reads it with that library."""
     try:
         with safe_open(path, "np"):
             pass
@@ -220,7 +220,7 @@ def _check_readable(path: Path) -> None:
 
 
 def make_buffer(nbytes: int) -> torch.Tensor:
-    """A uint8 buffer whose memory goes back to the system with it; the allocator would keep it for later."""
+    """A uint8 buffer whose memory goes back to the system when it is freed; the allocator would keep it."""
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
@@ -232,11 +232,11 @@ def view(buffer: torch.Tensor) -> memoryview:
 
 
 class Files:
-    """Open files, each opened once, to read ranges of tensors from. Closed by leaving the ``with``."""
+    """Open files, each opened once, to read ranges of tensors from. Leaving the ``with`` closes them."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
-        self.kept: dict[Lens, Any] = {}  # what a lens knows of the tensor that is being read
+        self.kept: dict[Lens, Any] = {}  # a lens's data on the tensor being read
 
     def read_into(self, tensor: StoredTensor, start: int, stop: int, buffer: memoryview) -> None:
         """Read elements `start` to `stop` of the flattened tensor into a writable buffer of exactly their size.
@@ -244,7 +244,7 @@ class Files:
         Args:
             tensor: The tensor.
             start: First element.
-            stop: Behind the last element.
+            stop: One past the last element.
             buffer: Where the bytes go.
 
         Raises:
@@ -261,11 +261,13 @@ class Files:
         while done < len(buffer):
             got = os.preadv(self._open[path], [buffer[done:]], at + done)
             if got == 0:
-                raise MergeError(f"{path} ended at byte {at + done} while {tensor.name!r} was read: it was cut off.")
+                raise MergeError(
+                    f"{path} ended at byte {at + done} while {tensor.name!r} was being read: it was cut off."
+                )
             done += got
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """A whole, small tensor (an adapter's factor) in its own type."""
+        """A whole, small tensor (an adapter's factor) in its own dtype."""
         raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
         if tensor.nbytes:
             self.read_into(tensor, 0, tensor.numel, view(raw))

@@ -11,8 +11,8 @@ from hf_continual.merging.inputs.checkpoint import Checkpoint
 
 EMBED, FINAL = "embed", "final"
 _INDEX = re.compile(r"(?:^|\.)(\d+)\.")
-HEAD = "lm_head.weight"  # the name of a head that no file has
-# Modules of heads, wherever a model that holds a language model has them, and such as are heads at the top only.
+HEAD = "lm_head.weight"  # the name of a head that no file stores
+# Head modules, wherever a model with a language model has them, and modules that are heads only at the top level.
 _HEAD = re.compile(
     r"(?:(?:.*\.)?(?:lm_head|embed_out|lm_head\.decoder|lm_head\.out_proj)|output|output_projection|proj_out|head)"
     r"\.(?:weight|bias)"
@@ -21,17 +21,21 @@ _EMBEDDING = re.compile(
     r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|shared|embeddings)\.weight"
 )
 _TOWERS = ("vision", "visual", "audio", "image")
-TEXT_PARTS = ("text_config", "llm_config", "language_config")  # where a configuration of several models has the text's
+TEXT_PARTS = (
+    "text_config",
+    "llm_config",
+    "language_config",
+)  # where a configuration of several models holds the text model's
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def text_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configurations of a text model that one of several models holds."""
+    """The text model's configurations inside a configuration of several models."""
     return [part for key in TEXT_PARTS if isinstance(part := config.get(key), Mapping)]
 
 
 def number_of_blocks(config: Mapping[str, Any]) -> int | None:
-    """Blocks of the text model, as its configuration says."""
+    """Blocks of the text model, by its configuration."""
     for part in (*text_parts(config), config):
         for key in _LAYERS:
             if isinstance(part.get(key), int):
@@ -40,7 +44,7 @@ def number_of_blocks(config: Mapping[str, Any]) -> int | None:
 
 
 def block_prefix(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """What stands before the number of a block, such as ``"model.layers."``.
+    """The prefix of a block's number, such as ``"model.layers."``.
 
     It is the family ``PREFIX<number>.`` with as many members as the configuration has blocks; of several (a vision
     tower of the same depth), the one with most tensors outside a tower.
@@ -60,8 +64,8 @@ def block_prefix(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
 def groups_of(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """The group of each tensor: ``embed``, ``layer.0`` ..., ``final``.
 
-    Everything under a block belongs to it; norm and head behind the last block are ``final``; token and position
-    embeddings, and what else stands before the first block, are ``embed``.
+    Everything under a block belongs to it; norm and head after the last block are ``final``; token and position
+    embeddings, and everything else before the first block, are ``embed``.
 
     Args:
         names: The tensors' names.
@@ -77,7 +81,7 @@ def groups_of(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]
     prefix = block_prefix(names, config)
     if prefix is None:
         raise MergeError(
-            f"No list of {number_of_blocks(config)} blocks was found among {some(names)}. Give the weights yourself with "
+            f"No list of {number_of_blocks(config)} blocks was found among {some(names)}. Set the weights yourself with "
             f"weights={{'default': [...]}}, one number per model."
         )
     groups = {}
@@ -103,14 +107,14 @@ def is_head(name: str) -> bool:
 
 
 def find_embedding(names: Iterable[str]) -> str | None:
-    """Name of the token embedding among tensors, or None if there is no known one."""
+    """Name of the token embedding among tensors, or None if it is not known."""
     found = [n for n in names if _EMBEDDING.fullmatch(n) and not any(t in n for t in _TOWERS)]
-    # Blocks that predict further tokens may have one of their own.
+    # Blocks that predict further tokens may have their own.
     return min(found, key=lambda n: bool(_INDEX.search(n)), default=None)
 
 
 def embedding_name(model: Checkpoint) -> str | None:
-    """Name of the token embedding of a model, or None if there is no known one."""
+    """Name of the token embedding of a model, or None if it is not known."""
     return find_embedding(model.tensors)
 
 

@@ -1,4 +1,4 @@
-"""What a folder holds of a tokenizer and of chat templates, and which folder's tokenizer belongs to a model."""
+"""The tokenizer and chat templates in a folder, and which folder's tokenizer belongs to a model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hf_continual.merging.inputs.structure import embedding_name
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-PROCESSOR_TEMPLATE = "chat_template.json"  # where processors kept their template before there was a file for it
-# A folder with one of these knows its tokens. vocab.json does so together with merges.txt, or as the list of characters
+PROCESSOR_TEMPLATE = "chat_template.json"  # where processors kept their template in older versions
+# A folder with one of these has its tokens. vocab.json counts only together with merges.txt, or as the list of characters
 # of a CTC model.
 _VOCABULARIES = (
     "tokenizer.json", "*.model", "*.tiktoken", "*.spm", "vocab.txt", "bpe.codes", "tekken.json", "byte_maps.json",
@@ -46,8 +46,8 @@ def completeness(folder: Path) -> int:
         folder: The folder.
 
     Returns:
-        `WHOLE`, `UNCONFIGURED` (tokens without a configuration, or characters), `ALONE` (a configuration, which is a
-        whole tokenizer only where the tokens are bytes), or `NONE`.
+        `WHOLE`, `UNCONFIGURED` (tokens without a configuration, or characters), `ALONE` (a configuration, which is
+        a whole tokenizer only if the tokens are bytes), or `NONE`.
     """
     names = tokenizer_files(folder).keys()
     configured = TOKENIZER_CONFIG in names
@@ -65,23 +65,23 @@ def places(member: Member) -> list[Path]:
 
 
 def embedding_rows(member: Member) -> int | None:
-    """Rows of a model's token embedding, or None if there is no known one."""
+    """Rows of a model's token embedding, or None if it is not known."""
     name = embedding_name(member.checkpoint)
     view = member.view(name) if name is not None else None
     return None if view is None or not view.source.shape else view.source.shape[0]
 
 
 def fits(folder: Path, rows: int | None) -> bool:
-    """Whether every token of a folder's tokenizer has a row, as far as that is known."""
+    """Whether every token of a folder's tokenizer has a row, as far as this is known."""
     last = extent(folder)[1]
     return rows is None or last is None or last < rows
 
 
 def tokenizer_folder(member: Member) -> Path:
-    """Where a model's tokenizer lies: with an adapter if it brings a whole one for its embedding, else with its base."""
+    """The folder of a model's tokenizer: the adapter's if it has a whole one for its embedding, else the base's."""
     own, rows = member.own.folder, embedding_rows(member)
     base = member.checkpoint.folder
-    # Tokens without a configuration are an adapter's own only if they are more than the base's.
+    # Tokens without a configuration count as an adapter's own only if there are more of them than the base has.
     more = completeness(own) == UNCONFIGURED and (extent(own)[0] or 0) > (extent(base)[0] or 0)
     if fits(own, rows) and (completeness(own) == WHOLE or more):
         return own
@@ -131,7 +131,7 @@ def extent(folder: Path) -> tuple[int | None, int | None]:
 
 @lru_cache(maxsize=64)
 def _extent(folder: Path, _: tuple[tuple[int, int] | None, ...]) -> tuple[int | None, int | None]:
-    """As `extent`; a large vocabulary is read once as long as its files stay as they are."""
+    """Like `extent`; a large vocabulary is read once for as long as its files do not change."""
     found = vocabulary(folder)
     return (None, None) if not found else (len(found), max(found))
 
@@ -144,11 +144,11 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def eos_id(folder: Path, tokenizer: Path) -> int | None:
-    """The id of the token at which a folder says that a text ends.
+    """The id of the token that a folder names as the end of a text.
 
     Args:
         folder: The folder; it need not hold a whole tokenizer.
-        tokenizer: The folder that knows the tokens.
+        tokenizer: The folder that has the tokens.
 
     Returns:
         The id, or None if it is unknown.
@@ -166,13 +166,13 @@ def eos_id(folder: Path, tokenizer: Path) -> int | None:
 
 
 def templates(folder: Path) -> dict[str, Path | str]:
-    """The chat templates of a folder as files of their own: what transformers loads from it, wherever it is written.
+    """The chat templates of a folder as separate files: what transformers loads from it, wherever it is written.
 
     Args:
         folder: The folder.
 
     Returns:
-        Name in an output -> file, or the text where it is part of a configuration.
+        Name in an output -> file, or the text if it is part of a configuration.
     """
     found: dict[str, Path | str] = {}
     if (folder / TEMPLATE).is_file():
@@ -182,7 +182,7 @@ def templates(folder: Path) -> dict[str, Path | str]:
     legacy = folder / PROCESSOR_TEMPLATE
     with as_merge_error():
         inside = [read_object(f) for n in (PROCESSOR_TEMPLATE, "processor_config.json") if (f := folder / n).is_file()]
-    # Files of their own are loaded instead of what a configuration says.
+    # Separate files take precedence over a configuration.
     for config in () if found else (tokenizer_config(folder), *inside):
         for name, text in _named(config).items():
             found.setdefault(TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja", text)
@@ -201,7 +201,7 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def texts(files: Mapping[str, Path | str]) -> str:
-    """What templates say, to be compared."""
+    """The text of templates, for comparison."""
     said = {n: f if isinstance(f, str) else f.read_text(encoding="utf-8") for n, f in files.items()}
     said = {n: t for n, t in said.items() if n != PROCESSOR_TEMPLATE or len(said) == 1}
     return json.dumps(said, sort_keys=True)

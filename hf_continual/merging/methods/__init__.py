@@ -1,1 +1,1 @@
-"""Ways of merging, one file each: what a method asks of the models and the rule it makes one tensor with."""
+"""Merge methods, one file each: what a method needs from the models, and the rule that merges one tensor."""

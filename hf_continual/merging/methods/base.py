@@ -1,4 +1,4 @@
-"""What a method is written against; the protocol itself is `hf_continual.merging.protocol`."""
+"""The names that a method is written with; the protocol itself is `hf_continual.merging.protocol`."""
 
 from hf_continual.merging.engine.rules import Rule, Rules, weights_of
 from hf_continual.merging.protocol import MergeMethod, Models

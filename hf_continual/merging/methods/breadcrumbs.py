@@ -32,7 +32,7 @@ class AddBand:
     """The rule on the values of the base and the tuned models.
 
     Args:
-        bands: Smallest magnitude of each model's change that is kept, and the smallest that is an outlier.
+        bands: For each model, the smallest magnitude of a change that is kept, and the smallest that is an outlier.
         scales: lambda of each model.
     """
 
@@ -41,20 +41,20 @@ class AddBand:
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
-        """Add what is between, overwriting the values.
+        """Add the changes inside the band, overwriting the values.
 
         Args:
             values: Base first, then the models.
-            at: Where they are; of no matter here.
+            at: Their position; unused.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
         for change, (low, high), scale in zip(changes, self.bands, self.scales, strict=True):
             if high < float("inf"):
-                # An outlier less itself; what is smaller less nothing.
+                # Subtract outliers from themselves, and 0 from smaller changes.
                 change.sub_(drop_below(change, high, out=self._room.like(change, "outliers")))
             base.add_(drop_below(change, low, out=change), alpha=scale)
         return base
@@ -62,15 +62,15 @@ class AddBand:
 
 @dataclass
 class Breadcrumbs(MergeMethod):
-    """Add the middle of several models' changes to their base.
+    """Add the changes of medium magnitude of several models to their base.
 
     Args:
-        density: Share of each tensor's changes that is kept.
-        outliers: Share of the largest that are dropped.
-        scale: lambda, one for all models or one each.
+        density: Fraction of each tensor's changes that is kept.
+        outliers: Fraction of the largest changes that is dropped.
+        scale: lambda, one value for all models or one per model.
 
     Raises:
-        ValueError: If the shares are none, or leave nothing.
+        ValueError: If a fraction is out of range, or nothing is left.
     """
 
     density: float = 0.1
@@ -94,15 +94,15 @@ class Breadcrumbs(MergeMethod):
         number(self.name, "outliers", self.outliers)
         if not (0 < self.density and 0 <= self.outliers and self.density + self.outliers <= 1):
             raise ValueError(
-                f"density={self.density} and outliers={self.outliers}: both are shares of the same changes, with a sum of at most 1."
+                f"density={self.density} and outliers={self.outliers}: both are fractions of the same changes, so their sum must be at most 1."
             )
 
     def check(self, models: Models) -> None:
-        """One scale, or one per model."""
+        """Check that there is one scale, or one per model."""
         scales_for(self.scale, len(models.named))
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """Two thresholds for each tensor of each model."""
+        """Find two thresholds for each tensor of each model."""
         self._bands = passes.once("bands", lambda: self._look(models, passes))
         scales = scales_for(self.scale, len(models.named))
         everything = AddBand(((0.0, float("inf")),) * len(scales), scales)
@@ -121,26 +121,26 @@ class Breadcrumbs(MergeMethod):
         return found
 
     def facts(self) -> Mapping[str, Any]:
-        """How many tensors have thresholds; they are many."""
+        """The number of tensors with thresholds; the thresholds themselves are many."""
         return {"tensors_with_bands": len(self._bands)}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """Shares and scales."""
+        """Fractions and scales."""
         scales = list(scales_for(self.scale, len(models.named)))
         return {"density": self.density, "outliers": self.outliers, "scale": scales}
 
 
 def bands(pair: Sequence[Member], density: float, outliers: float, passes: Passes) -> dict[str, Band]:
-    """Between which magnitudes the changes of each tensor are kept.
+    """Find the magnitudes between which the changes of each tensor are kept.
 
     Args:
         pair: Base and model.
-        density: Share that is kept.
-        outliers: Share of the largest that is dropped.
-        passes: Makes the passes.
+        density: Fraction that is kept.
+        outliers: Fraction of the largest that is dropped.
+        passes: Runs the passes.
 
     Returns:
-        By name, of tensors that differ.
+        The bands by name, for tensors that differ.
     """
     tensors = passes.tensors(pair, lambda values, at: values[1].sub_(values[0]).abs_())
     totals = {t.name: passes.elements([t]) for t in tensors}

@@ -4,10 +4,10 @@ r"""Consensus Merging: keep what matters to several models (Wang et al., ICML 20
     m_i = |tau_i| > selectivity |tau - tau_i|               TALL-mask of model i, per element
     theta = theta_base + lambda tau  where  sum_i m_i >= agree,  theta_base elsewhere
 
-Elements that matter to one model only are selfish, those that matter to none are catastrophic: they arise where changes add
-up to what nobody had. Without either, task arithmetic keeps more of its tasks. The paper uses agree = 2, chooses the
-selectivity of each task among 0.2 to 0.6 on validation data and tunes one lambda. A mask for each task, which the paper compresses
-models with, is no merged model and is not made here.
+Elements that matter to only one model are selfish, those that matter to none are catastrophic: they arise where changes add
+up to what no model had. Without both kinds, task arithmetic keeps more of its tasks. The paper uses agree = 2, chooses the
+selectivity of each task among 0.2 to 0.6 on validation data and tunes one lambda. The masks per task, which the paper uses to compress
+models, do not give a merged model and are not made here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class AddConsensus:
 
     Args:
         scale: lambda.
-        selectivity: Of each model's mask.
-        agree: To how many models an element must matter.
+        selectivity: Selectivity of each model's mask.
+        agree: Number of models that an element must matter to.
     """
 
     scale: float
@@ -47,10 +47,10 @@ class AddConsensus:
 
         Args:
             values: Base first, then the models.
-            at: Where they are; of no matter here.
+            at: Their position; unused.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
@@ -67,13 +67,13 @@ class AddConsensus:
 
 @dataclass
 class Consensus(MergeMethod):
-    """Task arithmetic on the elements that matter to several models.
+    """Apply task arithmetic to the elements that matter to several models.
 
     Args:
         scale: lambda, applied to the sum of the changes.
-        selectivity: How much larger a model's change must be than the sum of the others', one number or one per model; larger
-            masks hold fewer elements.
-        agree: To how many models an element must matter; 1 drops only what matters to none.
+        selectivity: How much larger a model's change must be than the sum of the others', one value or one per model; larger
+            values keep fewer elements.
+        agree: Number of models that an element must matter to; 1 drops only elements that matter to none.
 
     Raises:
         ValueError: If a number is out of range.
@@ -99,7 +99,7 @@ class Consensus(MergeMethod):
         whole_number(self.name, "agree", self.agree, unit="models")
 
     def check(self, models: Models) -> None:
-        """A selectivity per model, and not more models that must agree than there are."""
+        """Check that there is one selectivity per model, and no more models that must agree than models."""
         number = len(models.named)
         if min(found := self._selectivity(number)) <= 0:
             raise ValueError(f"selectivity={list(found)}: it must be above 0, and the paper uses 0.2 to 0.6.")
@@ -110,7 +110,7 @@ class Consensus(MergeMethod):
         return scales_for(self.selectivity, number, "selectivity")
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same rule for every tensor."""
+        """Return the same rule for every tensor."""
         rule = AddConsensus(float(self.scale), self._selectivity(len(models.named)), self.agree)
         return lambda _: rule
 

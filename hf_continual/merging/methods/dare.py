@@ -2,11 +2,11 @@ r"""DARE: drop changes at random and rescale the rest (Yu et al., ICML 2024, arX
 
     m ~ Bernoulli(density) per element,    delta' = m * delta / density,    theta = theta_base + sum_i lambda_i delta'_i
 
-Fine-tuned models change most weights by little, so that most changes can go (the paper drops 90 % and more) while their sum
-keeps its expectation; what is left of several models collides less. DARE-TIES puts the drop in place of TIES's trimming.
+Fine-tuning changes most weights only a little, so most changes can be dropped (the paper drops 90 % and more) while their sum
+keeps its expectation; the remaining changes of several models collide less. DARE-TIES replaces TIES's trimming by this drop.
 
 Which elements are kept is a function of the seed, the model's place, the tensor's name and the element's index alone: the same
-merge gives the same bytes whatever it is cut into.
+merge gives the same bytes, however it is split into chunks.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class DropAndAdd:
     """DARE with task arithmetic, a rule on the values of the base and the tuned models.
 
     Args:
-        density: Share of each change that is kept.
+        density: Fraction of each change that is kept.
         scales: lambda of each model.
-        seed: What decides which.
+        seed: Determines which elements are kept.
     """
 
     density: float
@@ -60,14 +60,14 @@ class DropAndAdd:
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Chunk) -> Tensor:
-        """Add what is left of the changes, overwriting the values.
+        """Add the remaining changes, overwriting the values.
 
         Args:
             values: Base first, then the models.
-            at: Where they are.
+            at: Their position.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
@@ -81,9 +81,9 @@ class DropElectMerge:
     """DARE in place of TIES's trimming, a rule on the values of the base and the tuned models.
 
     Args:
-        density: Share of each change that is kept.
+        density: Fraction of each change that is kept.
         scale: lambda.
-        seed: What decides which.
+        seed: Determines which elements are kept.
     """
 
     density: float
@@ -96,10 +96,10 @@ class DropElectMerge:
 
         Args:
             values: Base first, then the models.
-            at: Where they are.
+            at: Their position.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [
@@ -111,15 +111,15 @@ class DropElectMerge:
 
 @dataclass
 class Dare(MergeMethod):
-    """Add what is left of several models' changes to their base.
+    """Drop changes at random, rescale the rest, and add them to the base.
 
     Args:
-        density: Share of each change that is kept; the paper keeps 0.1 and less.
-        scale: lambda, one for all models or one each.
-        seed: Which elements are kept.
+        density: Fraction of each change that is kept; the paper keeps 0.1 and less.
+        scale: lambda, one value for all models or one per model.
+        seed: Seed that determines which elements are kept.
 
     Raises:
-        ValueError: If the density is no share.
+        ValueError: If the density is not a fraction.
     """
 
     density: float = 0.1
@@ -135,11 +135,11 @@ class Dare(MergeMethod):
         whole_number(self.name, "seed", self.seed, least=0)
 
     def check(self, models: Models) -> None:
-        """One scale, or one per model."""
+        """Check that there is one scale, or one per model."""
         scales_for(self.scale, len(models.named))
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same rule for every tensor."""
+        """Return the same rule for every tensor."""
         rule = DropAndAdd(self.density, scales_for(self.scale, len(models.named)), self.seed)
         return lambda _: rule
 
@@ -154,15 +154,15 @@ class Dare(MergeMethod):
 
 @dataclass
 class DareTies(MergeMethod):
-    """Merge models by TIES on changes of which most were dropped at random.
+    """Merge models by TIES, with most changes dropped at random instead of trimmed.
 
     Args:
-        density: Share of each change that is kept.
+        density: Fraction of each change that is kept.
         scale: lambda, applied to the merged change.
-        seed: Which elements are kept.
+        seed: Seed that determines which elements are kept.
 
     Raises:
-        ValueError: If the density is no share.
+        ValueError: If the density is not a fraction.
     """
 
     density: float = 0.1
@@ -179,7 +179,7 @@ class DareTies(MergeMethod):
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same rule for every tensor."""
+        """Return the same rule for every tensor."""
         rule = DropElectMerge(self.density, float(self.scale), self.seed)
         return lambda _: rule
 
@@ -198,26 +198,26 @@ def dare(
     seed: int = 0,
     **output: Unpack[OutputOptions],
 ) -> MergeResult:
-    """Drop most of each model's changes at random, rescale the rest, and add it to the base.
+    """Drop most of each model's changes at random, rescale the rest, and add them to the base.
 
     Example:
         >>> dare(["law", "tax"], "both", base="Qwen/Qwen2.5-0.5B", density=0.1)
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        base: The full model they were tuned from.
-        density: Share of each change that is kept.
-        scale: lambda, one for all models or one each.
-        seed: Which elements are kept; whatever the merge is cut into, it gives the same bytes.
-        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+        output_dir: Output folder; complete or absent.
+        base: The full model that they were fine-tuned from.
+        density: Fraction of each change that is kept.
+        scale: lambda, one value for all models or one per model.
+        seed: Seed that determines which elements are kept; the bytes do not depend on chunking.
+        **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(Dare(density, scale, seed), models, output_dir, base=base, **output)
 
@@ -232,22 +232,22 @@ def dare_ties(
     seed: int = 0,
     **output: Unpack[OutputOptions],
 ) -> MergeResult:
-    """Merge models by TIES on changes of which most were dropped at random, by DARE.
+    """Merge models by TIES, with most changes dropped at random (DARE) instead of trimmed.
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        base: The full model they were tuned from.
-        density: Share of each change that is kept.
+        output_dir: Output folder; complete or absent.
+        base: The full model that they were fine-tuned from.
+        density: Fraction of each change that is kept.
         scale: lambda, applied to the merged change.
-        seed: Which elements are kept; whatever the merge is cut into, it gives the same bytes.
-        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+        seed: Seed that determines which elements are kept; the bytes do not depend on chunking.
+        **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(DareTies(density, scale, seed), models, output_dir, base=base, **output)

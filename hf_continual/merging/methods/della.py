@@ -7,9 +7,9 @@ r"""DELLA: drop small changes more often than large ones, then elect and average
 
 With epsilon = 0 it is DARE-TIES. The paper names the probability to drop, p = 1 - q; epsilon is the width of all
 probabilities (its authors' code calls it the window, mergekit's epsilon is half of it). A row is the last dimension; a vector
-is one row. Of equal magnitudes, which bfloat16 models have many of, the later element has the higher rank.
+is one row. Among equal magnitudes, which are common in bfloat16 models, the later element has the higher rank.
 
-What is kept is a function of the seed, the model's place, the tensor's name and the element's index and rank, as in DARE.
+Which elements are kept is a function of the seed, the model's place, the tensor's name and the element's index and rank, as in DARE.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from hf_continual.paper import Paper
 
 
 def in_order(change: Tensor, columns: int, room: Room) -> np.ndarray:
-    """Places of the elements of each row, the smallest magnitude first.
+    """Sort the elements of each row by magnitude, the smallest first.
 
     Args:
         change: Whole rows, flat.
         columns: Elements of a row.
-        room: Memory for the numbers in between.
+        room: Scratch memory.
 
     Returns:
         int64 of (rows, columns): places in the flat change.
     """
-    # The bits of a magnitude order as it does. With the column below them every key is another one, so that any sort gives the
+    # The bits of a magnitude sort like the magnitude. With the column below them every key is unique, so any sort gives the
     # same order, and the column can be read off the sorted keys: several times faster than sorting indices.
     sizes = torch.abs(change.float(), out=room.take("sizes", change.numel(), torch.float32))
     keys = room.take("keys", change.numel(), torch.int64).numpy().view(np.uint64).reshape(-1, columns)
@@ -57,7 +57,7 @@ def in_order(change: Tensor, columns: int, room: Room) -> np.ndarray:
 
 
 def chances(columns: int, density: float, epsilon: float) -> np.ndarray:
-    """q_r: with which probability the element of each rank is kept.
+    """q_r: the probability to keep the element of each rank.
 
     Args:
         columns: Elements of a row.
@@ -74,16 +74,16 @@ def chances(columns: int, density: float, epsilon: float) -> np.ndarray:
 def pruned(
     change: Tensor, density: float, epsilon: float, seed: int, place: int, at: Chunk, room: Room | None = None
 ) -> Tensor:
-    """MAGPRUNE: a change with most of it dropped and the rest rescaled, overwritten.
+    """MAGPRUNE: drop most of a change and rescale the rest, in place.
 
     Args:
-        change: What a model changed of the base in whole rows, flat.
+        change: A model's change from the base, in whole rows, flat.
         density: Mean probability that an element is kept.
         epsilon: Width of the probabilities.
         seed: The merge's seed.
-        place: Which model.
-        at: Where the range is.
-        room: Memory for the numbers in between.
+        place: Index of the model.
+        at: Position of the range.
+        room: Scratch memory.
 
     Returns:
         The change.
@@ -104,10 +104,10 @@ class PruneElectFuse:
     """The rule on the values of the base and the tuned models.
 
     Args:
-        density: Mean share of each change that is kept.
+        density: Mean fraction of each change that is kept.
         epsilon: Width of the probabilities.
         scale: lambda.
-        seed: What decides which elements are kept.
+        seed: Determines which elements are kept.
     """
 
     density: float
@@ -123,10 +123,10 @@ class PruneElectFuse:
 
         Args:
             values: Base first, then the models.
-            at: Where they are.
+            at: Their position.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
@@ -137,17 +137,17 @@ class PruneElectFuse:
 
 @dataclass
 class Della(MergeMethod):
-    """Merge models by TIES on changes of which the smaller ones were dropped more often.
+    """Merge models by TIES, with smaller changes dropped more often instead of trimming.
 
     Args:
-        density: Mean share of each change that is kept.
+        density: Mean fraction of each change that is kept.
         epsilon: Width of the probabilities: the smallest change of a row is kept with ``density - epsilon / 2``, the largest
             with ``density + epsilon / 2``.
         scale: lambda, applied to the merged change.
-        seed: Which elements are kept.
+        seed: Seed that determines which elements are kept.
 
     Raises:
-        ValueError: If a probability is none.
+        ValueError: If a probability is out of range.
     """
 
     density: float = 0.3
@@ -177,7 +177,7 @@ class Della(MergeMethod):
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same rule for every tensor; it sees whole rows."""
+        """Return the same rule for every tensor; it sees whole rows."""
         rule = PruneElectFuse(self.density, self.epsilon, float(self.scale), self.seed)
         return lambda _: rule
 

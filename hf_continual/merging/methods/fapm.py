@@ -1,11 +1,11 @@
-r"""FAPM: keep the changes that are large, and not large for their weight (Huang et al., EMNLP 2025, arXiv 2509.08255).
+r"""FAPM: keep changes that are large, but not large relative to their weight (Huang et al., EMNLP 2025, arXiv 2509.08255).
 
-    S = |delta| - mean(|theta_base|) |delta| / |theta_base|         per element; the mean is the tensor's
+    S = |delta| - mean(|theta_base|) |delta| / |theta_base|         per element; the mean is over the tensor
     theta = theta_base + sum_i lambda_i delta_i  where S is among the `density` largest of its tensor
 
 A small weight that changed much is forgetting rather than learning: S > 0 only where the weight is larger than the mean of its
 tensor. The paper prunes one fine-tuned model, keeps 10 % of every tensor, and needs neither data nor training. A weight of exactly
-zero is the last to be kept. S is computed in fp32 here; the authors' code has it in bf16, where many scores are equal.
+zero is kept last. S is computed in fp32 here; the authors' code has it in bf16, where many scores are equal.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def scores(change: Tensor, base: Tensor, mean: float, out: Tensor, room: Room) -
     """S of each element.
 
     Args:
-        change: What a model changed.
+        change: A model's change.
         base: Values of the base.
-        mean: Of the magnitudes of the base's tensor.
-        out: Where they go, fp32.
-        room: Memory for the numbers in between.
+        mean: Mean magnitude of the base's tensor.
+        out: Where the scores go, fp32.
+        room: Scratch memory.
 
     Returns:
         The scores, -inf where the base is zero; fp32.
     """
-    # |delta| (1 - mean / |base|). Of a base of zero that is -inf, or no number where nothing changed: no change is worth a place.
+    # |delta| (1 - mean / |base|). For a base of zero this is -inf, or nan if nothing changed: either way it is kept last.
     sizes = torch.abs(change.float(), out=room.take("sizes", change.numel(), torch.float32))
     torch.abs(base.float(), out=out).reciprocal_().mul_(-mean).add_(1.0).mul_(sizes)
     return out.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
@@ -56,7 +56,7 @@ class AddBest:
     """The rule on the values of the base and the tuned models.
 
     Args:
-        mean: Of the magnitudes of the base's tensor.
+        mean: Mean magnitude of the base's tensor.
         thresholds: Smallest score of each model's change that is kept.
         scales: lambda of each model.
     """
@@ -67,14 +67,14 @@ class AddBest:
     _room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
-        """Add what scores best, overwriting the values.
+        """Add the changes with the highest scores, overwriting the values.
 
         Args:
             values: Base first, then the models.
-            at: Where they are; of no matter here.
+            at: Their position; unused.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = [other.sub_(base) for other in others]
@@ -91,14 +91,14 @@ class AddBest:
 
 @dataclass
 class FAPM(MergeMethod):
-    """Prune what was learnt by how much it changes weights for their size.
+    """Keep the changes that are large, but not large relative to their weight.
 
     Args:
-        density: Share of each tensor's changes that is kept. Elements that equal the threshold are kept too.
-        scale: lambda, one for all models or one each.
+        density: Fraction of each tensor's changes that is kept. Elements that equal the threshold are kept too.
+        scale: lambda, one value for all models or one per model.
 
     Raises:
-        ValueError: If the density is no share.
+        ValueError: If the density is not a fraction.
     """
 
     density: float = 0.1
@@ -120,11 +120,11 @@ class FAPM(MergeMethod):
         check_density(self.name, self.density)
 
     def check(self, models: Models) -> None:
-        """One scale, or one per model."""
+        """Check that there is one scale, or one per model."""
         scales_for(self.scale, len(models.named))
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The mean of each tensor of the base, and a threshold for each model's."""
+        """Find the mean of each tensor of the base, and a threshold for each model."""
         self._found = passes.once("scores", lambda: self._look(models, passes))
         scales = scales_for(self.scale, len(models.named))
         everything = AddBest(0.0, (-math.inf,) * len(scales), scales)
@@ -144,25 +144,25 @@ class FAPM(MergeMethod):
         return found
 
     def facts(self) -> Mapping[str, Any]:
-        """How many tensors have thresholds; they are many."""
+        """The number of tensors with thresholds; the thresholds themselves are many."""
         return {"tensors_with_thresholds": len(self._found)}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """Share and scales."""
+        """Fraction and scales."""
         return {"density": self.density, "scale": list(scales_for(self.scale, len(models.named)))}
 
 
 def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> dict[str, tuple[float, float]]:
-    """The mean magnitude of each tensor of the base, and the score that the `density` best changes of it reach.
+    """Find the mean magnitude of each tensor of the base, and the score that the `density` best changes reach.
 
     Args:
         pair: Base and model.
-        density: Share that is kept.
-        passes: Makes the passes: one for the means, two for the scores, and two more over tensors in which fewer than that
-            share score above zero.
+        density: Fraction that is kept.
+        passes: Runs the passes: one for the means, two for the scores, and two more over tensors in which fewer than that
+            fraction scores above zero.
 
     Returns:
-        Mean and threshold by name, of tensors that differ; a threshold of -inf keeps all.
+        Mean and threshold by name, for tensors that differ; a threshold of -inf keeps all.
     """
     means = means_of(passes.tensors(pair, lambda values, at: values[0].abs_()), passes)
     room = Room()
@@ -176,13 +176,13 @@ def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> dict[s
     ranks = {name: max(1, round(density * total)) for name, total in totals.items()}
     found = {name: -math.inf for name in ranks}
     chosen = [t for t in scored if ranks[t.name] < totals[t.name]]
-    # The magnitude of what is clamped: of no change the score is -0, and its sign is a bit too.
+    # The magnitude after clamping: without a change the score is -0, whose sign bit would count.
     above = largest_of_each(
         lambda: ((at.name, s.clamp_(min=0.0).abs_()) for at, s in passes.over(chosen)),
         {t.name: [ranks[t.name]] for t in chosen},
     )
     found |= {name: value for name, (value,) in above.items()}
-    # Where fewer than k are above zero: from below it is the (total - k + 1)-th smallest.
+    # If fewer than k are above zero, it is the (total - k + 1)-th smallest from below.
     lower = [t for t in chosen if not found[t.name] > 0]
     below = largest_of_each(
         lambda: ((at.name, s.clamp_(max=0.0).abs_()) for at, s in passes.over(lower)),
@@ -193,11 +193,11 @@ def thresholds(pair: Sequence[Member], density: float, passes: Passes) -> dict[s
 
 
 def means_of(magnitudes: Sequence[OutputTensor], passes: Passes) -> dict[str, float]:
-    """The mean of each tensor's values; the same numbers whatever the tensors are cut into.
+    """The mean of each tensor's values; it does not depend on chunking.
 
     Args:
         magnitudes: The tensors.
-        passes: Makes the pass.
+        passes: Runs the pass.
 
     Returns:
         The means by name.

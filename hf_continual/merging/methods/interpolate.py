@@ -2,7 +2,7 @@
 
     theta(alpha) = theta_base + alpha (theta_tuned - theta_base)
 
-alpha = 0 is the base, alpha = 1 the tuned model. What was learnt and what was there before change at different speeds
+alpha = 0 is the base, alpha = 1 the tuned model. What was learned and what was there before change at different rates
 along the line, so a scan with a gauge for each shows where to stop.
 """
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from hf_continual.merging.engine.options import OutputOptions
     from hf_continual.merging.engine.result import MergeResult
 
-SCAN = "alpha_scan.json"  # in the output of `scan_alpha`: what was measured where
+SCAN = "alpha_scan.json"  # in the output of `scan_alpha`: the gauge's value at each point
 
 
 @dataclass
 class Interpolate(MergeMethod):
-    """The model at `alpha` of the way from the base to the tuned one.
+    """Take the point at `alpha` of the way from the base to the tuned model.
 
     Args:
-        alpha: Share of the way; beyond 1 exaggerates what was learnt.
+        alpha: Fraction of the way; above 1 amplifies what was learned.
 
     Raises:
-        ValueError: If it is no finite number.
+        ValueError: If it is not a finite number.
     """
 
     alpha: float
@@ -64,7 +64,7 @@ class Interpolate(MergeMethod):
         return lambda _: rule
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """The share of the way."""
+        """The fraction of the way."""
         return {"alpha": float(self.alpha)}
 
 
@@ -82,17 +82,17 @@ def interpolate(
         >>> interpolate("Qwen/Qwen2.5-0.5B", "law", "law-half", alpha=0.5)
 
     Args:
-        base: The full model it was tuned from.
+        base: The full model that it was fine-tuned from.
         tuned: A full model, or a LoRA adapter on the base.
-        output_dir: Where the result goes; complete or absent.
-        alpha: Share of the way; beyond 1 exaggerates what was learnt.
+        output_dir: Output folder; complete or absent.
+        alpha: Fraction of the way; above 1 amplifies what was learned.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
-        ValueError: If `alpha` is no finite number.
+        ValueError: If `alpha` is not a finite number.
         MergeError: If the models do not fit.
     """
     return merge_by(Interpolate(alpha), [tuned], output_dir, base=base, **output)
@@ -108,30 +108,30 @@ def scan_alpha(
     lower_is_better: bool = False,
     **output: Unpack[OutputOptions],
 ) -> tuple[MergeResult, dict[float, float]]:
-    """Try several points of the line with a gauge and keep the best.
+    """Try several points of the line with a gauge, and keep the best.
 
-    One candidate is on the disk at a time. What was measured is kept beside the output while the scan runs, so an
-    interrupted scan resumes. Called again when it is finished, it returns what it found; for another gauge say overwrite=True
+    Only one candidate is on disk at a time. Measurements are kept next to the output while the scan runs, so an
+    interrupted scan resumes. Called again after it has finished, it returns the stored result; for another gauge, give overwrite=True
     and resume=False.
 
     Example:
         >>> best, scores = scan_alpha(base, "law", "law-best", gauge=lambda folder: score(folder))
 
     Args:
-        base: The full model it was tuned from.
+        base: The full model that it was fine-tuned from.
         tuned: A full model, or a LoRA adapter on the base.
-        output_dir: Where the best goes.
+        output_dir: Where the best candidate goes.
         gauge: Measures a candidate, given its folder (a model, or an adapter on the base).
         alphas: The points.
         lower_is_better: Whether the gauge is a loss.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        The best, and the gauge's value by alpha. Of equal values the smaller alpha wins.
+        The best candidate, and the gauge's value by alpha. Among equal values, the smaller alpha wins.
 
     Raises:
-        ValueError: If there is no point, or the gauge gives no number for any.
-        HubPushError: If the best is to be published and that cannot succeed; found before the first candidate.
+        ValueError: If there is no point, or the gauge returns a number for none of them.
+        HubPushError: If the push of the best cannot succeed; this is checked before the first candidate.
     """
     if not alphas:
         raise ValueError("alphas is empty: give the points to try.")
@@ -145,7 +145,7 @@ def scan_alpha(
     found = _measured(base, tuned, target, gauge, points, ready.options.resume, output)
     numbers = {a: found[a] for a in points if found[a] == found[a]}
     if not numbers:
-        raise ValueError(f"the gauge gave no number for any of {list(alphas)}.")
+        raise ValueError(f"the gauge returned no number for any of {list(alphas)}.")
     best = min(numbers, key=lambda a: (numbers[a] if lower_is_better else -numbers[a], a))
     result = interpolate(base, tuned, target, alpha=best, **output)
     write_json(target / SCAN, {"best": best, "lower_is_better": lower_is_better, "found": sorted(found.items())})
@@ -161,7 +161,7 @@ def _measured(
     """The gauge's value at each point."""
     trial, notes = _trial(target), _notes(target)
     found: dict[float, float] = {}
-    # Only the best is published, and candidates are replaced.
+    # Only the best is pushed, and candidates replace each other.
     candidate = output.copy()
     candidate["overwrite"] = True
     for key in ("push_to_hub", "private", "token"):
@@ -170,7 +170,7 @@ def _measured(
         if alpha in found:
             continue
         made = interpolate(base, tuned, trial, alpha=alpha, **candidate)
-        # What an interrupted scan has measured counts only for these very models.
+        # Measurements of an interrupted scan are valid only for exactly these models.
         models = [made.kind, made.report["models"], made.report["output_options"]]
         if not found and resume and notes.is_file() and (old := read_json(notes))["models"] == models:
             found = dict(map(tuple, old["found"]))
@@ -195,7 +195,7 @@ def _finished(
     points: Sequence[float],
     lower_is_better: bool,
 ) -> tuple[float, dict[float, float]] | None:
-    """The best point and all values of a scan of the same models and points that is finished."""
+    """The best point and all values of a finished scan of the same models and points."""
     if not ready.options.resume or not (ready.target / SCAN).is_file():
         return None
     old = read_json(ready.target / SCAN)

@@ -1,8 +1,8 @@
-"""Weighted averages: model soups (Wortsman et al. 2022), the rule that RECALL and WiSE-FT are made of.
+"""Weighted averages: model soups (Wortsman et al. 2022), the rule that RECALL and WiSE-FT build on.
 
     theta = theta_0 + sum_{q >= 1} w_q (theta_q - theta_0),   sum_q w_q = 1
 
-In this form equal models give their own bytes back, the rounding error is relative to what differs, and the weights
+In this form equal models return their own bytes, the rounding error is relative to the differences, and the weights
 need not sum to one exactly in fp32.
 """
 
@@ -44,10 +44,10 @@ def normalised(weights: Sequence[float] | None, number: int) -> tuple[float, ...
         return (1.0 / number,) * number
     if len(weights) != number:
         raise ValueError(
-            f"weights={list(weights)!r} has {len(weights)} numbers for {number} models. Give one for each."
+            f"weights={list(weights)!r} has {len(weights)} numbers for {number} models. Give one per model."
         )
     if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
-        raise TypeError(f"weights={list(weights)!r}: give numbers, one for each model.")
+        raise TypeError(f"weights={list(weights)!r}: give numbers, one per model.")
     total = float(sum(weights))
     if not total > 0 or total == float("inf"):
         raise ValueError(
@@ -62,7 +62,7 @@ class Linear(MergeMethod):
     """Average models.
 
     Args:
-        weights: One number per model, divided by their sum; by default equal ones.
+        weights: One number per model, divided by their sum; by default equal.
     """
 
     weights: Sequence[float] | None = None
@@ -78,11 +78,11 @@ class Linear(MergeMethod):
     linear: ClassVar[bool] = True
 
     def check(self, models: Models) -> None:
-        """One weight per model, with a sum."""
+        """Check that there is one weight per model, with a positive sum."""
         normalised(self.weights, len(models.members))
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same average for every tensor."""
+        """Return the same average for every tensor."""
         rule = Average(normalised(self.weights, len(models.members)))
         return lambda _: rule
 
@@ -107,13 +107,13 @@ def merge_linear(
 
     Args:
         models: Full models and LoRA adapters, in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        weights: One number per model, divided by their sum; by default equal ones.
-        base: The full model that adapters sit on. It is no part of the average.
+        output_dir: Output folder; complete or absent.
+        weights: One number per model, divided by their sum; by default equal.
+        base: The full model that adapters belong to. It is not part of the average.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.

@@ -2,7 +2,7 @@
 
     tau = tau_i with i = argmax_i |tau_i|,  theta = theta_base + lambda tau
 
-Made for models fine-tuned one after the other, whose important changes stay large.
+Made for models fine-tuned one after another, whose important changes stay large.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class LargestChange:
         """Keep the largest change, overwriting the values.
 
         Args:
-            values: Base first, then the models. Of equal magnitudes the earlier model's change is kept.
-            at: Where they are; of no matter here.
+            values: Base first, then the models. Among equal magnitudes, the earlier model's change is kept.
+            at: Their position; unused.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         largest = others[0].sub_(base)
@@ -58,7 +58,7 @@ class LargestChange:
 
 @dataclass
 class MagnitudeMax(MergeMethod):
-    """Merge models by the largest change of each element.
+    """Keep the largest change of each element.
 
     Args:
         scale: lambda, applied to the merged change.
@@ -77,7 +77,7 @@ class MagnitudeMax(MergeMethod):
     from_base: ClassVar[bool] = True
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """The same rule for every tensor."""
+        """Return the same rule for every tensor."""
         rule = LargestChange(scales_for(self.scale, 1)[0])
         return lambda _: rule
 
@@ -94,20 +94,20 @@ def magnitude_max(
     scale: float = 1.0,
     **output: Unpack[OutputOptions],
 ) -> MergeResult:
-    """Merge models by the largest change of each element.
+    """Merge models, keeping the largest change of each element.
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        base: The full model they were tuned from.
+        output_dir: Output folder; complete or absent.
+        base: The full model that they were fine-tuned from.
         scale: lambda, applied to the merged change.
-        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+        **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(MagnitudeMax(scale), models, output_dir, base=base, **output)

@@ -3,8 +3,8 @@ r"""Model Stock: how far from the base the average of fine-tuned models should b
     delta_i = theta_i - theta_base,   cos = mean over pairs of cos(delta_i, delta_j)
     t = N cos / (1 + (N - 1) cos),    theta = t mean_i(theta_i) + (1 - t) theta_base          per tensor
 
-Fine-tuned weights lie on a shell around a centre that does better than they do. The less two of them agree, the nearer the
-centre is to the base. The paper uses two models, and the whole of a layer's weights for its angle, as here each tensor is one.
+Fine-tuned weights lie on a shell around a centre that performs better than they do. The less two of them agree, the nearer the
+centre is to the base. The paper uses two models, and one angle for all weights of a layer; here each tensor has its own angle.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hf_continual.paper import Paper
 
 
 def share(cosines: Sequence[float], number: int) -> float:
-    """t: the share of the average, from the cosines of all pairs.
+    """Compute t, the fraction of the average, from the cosines of all pairs.
 
     Args:
-        cosines: Of each pair of changes.
+        cosines: Cosine of each pair of changes.
         number: How many models there are.
 
     Returns:
-        0 for the base, 1 for the average; the base where changes point away from each other.
+        0 for the base, 1 for the average; the base if changes point away from each other.
     """
     mean = max(sum(cosines) / len(cosines), 0.0)
     return number * mean / (1 + (number - 1) * mean)
@@ -40,7 +40,7 @@ def share(cosines: Sequence[float], number: int) -> float:
 
 @dataclass
 class ModelStock(MergeMethod):
-    """The average of models, as near to their base as their angles say."""
+    """Average models, moved towards their base according to the angles between their changes."""
 
     _shares: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
@@ -58,7 +58,7 @@ class ModelStock(MergeMethod):
     linear: ClassVar[bool] = True
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """One pass for the angles of each tensor."""
+        """Make one pass for the angles of each tensor."""
         number = len(models.named)
         self._shares = passes.once("shares", lambda: shares(models, passes))
 
@@ -69,23 +69,23 @@ class ModelStock(MergeMethod):
         return rule_for
 
     def facts(self) -> Mapping[str, Any]:
-        """The share of the average in each tensor."""
+        """The fraction of the average in each tensor."""
         return {"shares": self._shares}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """It has no hyper-parameter."""
+        """It has no hyper-parameters."""
         return {}
 
 
 def shares(models: Models, passes: Passes) -> dict[str, float]:
-    """t of each tensor that differs, by name; float64 sums.
+    """Compute t of each tensor that differs, by name, with float64 sums.
 
     Args:
         models: Base and models.
-        passes: Makes the pass.
+        passes: Runs the pass.
 
     Returns:
-        The shares.
+        The fractions.
     """
     number = len(models.named)
 

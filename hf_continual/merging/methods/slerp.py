@@ -3,8 +3,8 @@ r"""Spherical interpolation of two models, tensor by tensor (Shoemake, SIGGRAPH 
     cos(omega) = a . b / (|a| |b|),   s_a = sin((1 - t) omega) / sin(omega),   s_b = sin(t omega) / sin(omega)
     theta = s_a a + s_b b
 
-a and b are the whole tensors. Where they point the same way, cos(omega) > 0.9995, it is the straight line. Both norms are kept
-better than by the average, which is shorter than either of two vectors that point apart.
+a and b are the whole tensors. If they point the same way, cos(omega) > 0.9995, the straight line is used. Norms are kept
+better than by the average, which is shorter than either of two diverging vectors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_continual.merging.engine.result import MergeResult
 
 
-STRAIGHT = 0.9995  # cosine from which on the line is straight, as in mergekit
+STRAIGHT = 0.9995  # cosine above which the line is straight, as in mergekit
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class Arc:
     second: float
 
     def __call__(self, values: Sequence[Tensor], at: Any = None) -> Tensor:
-        """The point, overwriting the values.
+        """Compute the point, overwriting the values.
 
         Args:
-            values: The two models'.
-            at: Where they are; of no matter here.
+            values: The two models' values.
+            at: Their position; unused.
 
         Returns:
-            It, in the memory of the first.
+            The point, in the first tensor's memory.
         """
         return values[0].mul_(self.first).add_(values[1], alpha=self.second)
 
 
 def arc(cosine: float, t: float) -> tuple[float, float] | None:
-    """s_a and s_b, or None where the line is straight.
+    """Compute s_a and s_b, or None where the line is straight.
 
     Args:
-        cosine: Of the angle between the tensors.
-        t: Share of the way.
+        cosine: Cosine of the angle between the tensors.
+        t: Fraction of the way.
 
     Returns:
         Both factors.
@@ -79,13 +79,13 @@ def arc(cosine: float, t: float) -> tuple[float, float] | None:
 
 @dataclass
 class Slerp(MergeMethod):
-    """The point at `t` of the arc from the first model to the second.
+    """Take the point at `t` of the arc from the first model to the second.
 
     Args:
-        t: Share of the way, 0 to 1.
+        t: Fraction of the way, 0 to 1.
 
     Raises:
-        ValueError: If it is no share.
+        ValueError: If it is not a fraction.
     """
 
     t: float = 0.5
@@ -97,10 +97,10 @@ class Slerp(MergeMethod):
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
     def __post_init__(self) -> None:
-        between(self.name, "t", self.t, 0, 1, "[]", "It is a share of the way: 0 is the first model, 1 the second.")
+        between(self.name, "t", self.t, 0, 1, "[]", "It is a fraction of the way: 0 is the first model, 1 the second.")
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """One pass for the angle of each tensor."""
+        """Make one pass for the angle of each tensor."""
         self._cosines = passes.once("cosines", lambda: cosines(models, passes))
         line = Average((1.0 - self.t, self.t))
 
@@ -115,19 +115,19 @@ class Slerp(MergeMethod):
         return {"cosines": self._cosines}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """The share of the way."""
+        """The fraction of the way."""
         return {"t": float(self.t)}
 
 
 def cosines(models: Models, passes: Passes) -> dict[str, float]:
-    """The cosine of the angle between the two models' tensors, by name; float64 sums.
+    """Compute the cosine of the angle between the two models' tensors, by name, with float64 sums.
 
     Args:
         models: The two.
-        passes: Makes the pass.
+        passes: Runs the pass.
 
     Returns:
-        Of tensors that differ; 1 where one is zero.
+        The cosines, for tensors that differ; 1 if one is zero.
     """
 
     def products(values: Sequence[Tensor]) -> Tensor:
@@ -155,16 +155,16 @@ def slerp(
     Args:
         first: A full model, or a LoRA adapter on `base`.
         second: Another.
-        output_dir: Where the result goes; complete or absent.
-        t: Share of the way from the first to the second.
-        base: The full model that adapters sit on. It is no part of the merge.
-        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+        output_dir: Output folder; complete or absent.
+        t: Fraction of the way from the first to the second.
+        base: The full model that adapters belong to. It is not part of the merge.
+        **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it is made of; the report holds the angles.
+        The output folder, and the report of what it was made from; the report holds the angles.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(Slerp(t), [first, second], output_dir, base=base, **output)

@@ -1,6 +1,6 @@
-"""The table of merges, and merges built from plain data (YAML, a command line).
+"""The table of merge methods, and methods built from plain data (YAML, a command line).
 
-Importing this module imports no method. A new one is one row here and one file beside this one.
+Importing this module imports no method. A new method is one row here and one file next to this one.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ MERGES: dict[str, str] = {
 
 
 def merge_class(name: str) -> type[MergeMethod]:
-    """Find a way of merging.
+    """Find a merge method.
 
     Args:
-        name: A key of `MERGES`, ``-`` for ``_``, or ``"package.module:Class"`` for one of one's own.
+        name: A key of `MERGES`, with ``-`` or ``_``, or ``"package.module:Class"`` for your own.
 
     Returns:
         The class, imported now.
 
     Raises:
-        ValueError: If there is none, or it is not a `MergeMethod`.
+        ValueError: If it does not exist, or is not a `MergeMethod`.
     """
     target = MERGES.get(name.replace("-", "_"), name if ":" in name else None)
     if target is None:
         raise ValueError(
-            f"there is no merge {name!r}.{did_you_mean(name, MERGES)} There are {', '.join(MERGES)}; one of your own is named "
+            f"there is no merge {name!r}.{did_you_mean(name, MERGES)} The merges are {', '.join(MERGES)}; your own is named "
             f"'package.module:Class'."
         )
     try:
@@ -59,10 +59,10 @@ def merge_class(name: str) -> type[MergeMethod]:
 
 
 def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeMethod:
-    """Build a way of merging.
+    """Build a merge method.
 
     Args:
-        method: A method, which has its options; or a name.
+        method: A method object, which already has its options; or a name.
         options: Its hyper-parameters.
 
     Returns:
@@ -70,7 +70,7 @@ def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeM
 
     Raises:
         TypeError: If it does not take an option, or one has the wrong type.
-        ValueError: If there is none of this name, or an option is out of range.
+        ValueError: If there is no method of this name, or an option is out of range.
     """
     if isinstance(method, MergeMethod):
         return method
@@ -81,6 +81,6 @@ def build_merge(method: MergeMethod | str, options: Mapping[str, Any]) -> MergeM
     if unknown := [k for k in options if k not in known]:
         hint = did_you_mean(unknown[0], known)
         raise TypeError(
-            f"merge {method} has no option {unknown[0]!r}.{hint} It takes {', '.join(known) or 'none of its own'}."
+            f"merge {method} has no option {unknown[0]!r}.{hint} It takes {', '.join(known) or 'no options of its own'}."
         )
     return cls(**options)

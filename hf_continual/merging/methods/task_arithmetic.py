@@ -1,8 +1,8 @@
-"""Adding and subtracting what was learnt (Ilharco et al., ICLR 2023, arXiv 2212.04089).
+"""Add and subtract what was learned (Ilharco et al., ICLR 2023, arXiv 2212.04089).
 
     theta = theta_base + sum_i lambda_i (theta_i - theta_base)
 
-With lambda_i = 1/N it is the uniform average; the paper tunes one lambda for all tasks on validation data (around 0.3 to 0.5
+lambda_i = 1/N gives the uniform average; the paper tunes one lambda for all tasks on validation data (around 0.3 to 0.5
 for eight tasks). A negative lambda unlearns.
 """
 
@@ -32,7 +32,7 @@ class TaskArithmetic(MergeMethod):
     """Add the changes of several models to their base.
 
     Args:
-        scale: lambda, one for all models or one each; negative to unlearn.
+        scale: lambda, one value for all models or one per model; negative to unlearn.
     """
 
     scale: float | Sequence[float] = 0.5
@@ -45,11 +45,11 @@ class TaskArithmetic(MergeMethod):
     linear: ClassVar[bool] = True
 
     def check(self, models: Models) -> None:
-        """One scale, or one per model."""
+        """Check that there is one scale, or one per model."""
         scales_for(self.scale, len(models.named))
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """A weighted sum; the base has what the models leave of one."""
+        """Return a weighted sum; the base's weight is one minus the sum of the others."""
         scales = scales_for(self.scale, len(models.named))
         rule = Average((1.0 - sum(scales), *scales))
         return lambda _: rule
@@ -74,16 +74,16 @@ def task_arithmetic(
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        base: The full model they were tuned from.
-        scale: lambda, one for all models or one each; negative to unlearn.
+        output_dir: Output folder; complete or absent.
+        base: The full model that they were fine-tuned from.
+        scale: lambda, one value for all models or one per model; negative to unlearn.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is and what it is made of.
+        The output folder, and the report of what it was made from.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(TaskArithmetic(scale), models, output_dir, base=base, **output)

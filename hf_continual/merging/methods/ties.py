@@ -52,10 +52,10 @@ class TrimElectMerge:
 
         Args:
             values: Base first, then the models.
-            at: Where they are; of no matter here.
+            at: Their position; unused.
 
         Returns:
-            The result, in the memory of the base.
+            The result, in the base's memory.
         """
         base, *others = values
         changes = []
@@ -68,14 +68,14 @@ class TrimElectMerge:
 
 @dataclass
 class Ties(MergeMethod):
-    """Merge models by TIES.
+    """Trim changes to the largest, elect a sign per element, and average the changes that agree.
 
     Args:
-        density: Share of each task vector that is kept. Elements that equal the threshold are kept too.
+        density: Fraction of each task vector that is kept. Elements that equal the threshold are kept too.
         scale: lambda, applied to the merged change.
 
     Raises:
-        ValueError: If the density is no share.
+        ValueError: If the density is not a fraction.
     """
 
     density: float = 0.2
@@ -94,7 +94,7 @@ class Ties(MergeMethod):
         scales_for(self.scale, 1)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """Thresholds over the whole of each task vector."""
+        """Find thresholds over the whole of each task vector."""
         found = passes.once("thresholds", lambda: list(trim_thresholds(models.members, self.density, passes)))
         self._thresholds = tuple(found)
         rule = TrimElectMerge(self._thresholds, float(self.scale))
@@ -110,15 +110,15 @@ class Ties(MergeMethod):
 
 
 def trim_thresholds(members: Sequence[Member], density: float, passes: Passes | None = None) -> tuple[float, ...]:
-    """The magnitude that the `density` largest changes of each model reach.
+    """Find the magnitude that the `density` largest changes of each model reach.
 
-    A task vector is made of all tensors that are stored anew or adapted; what an adapter shares with its base is none
-    of it.
+    A task vector consists of all tensors that are stored separately or adapted; tensors that an adapter shares with its base
+    are not part of it.
 
     Args:
         members: Base first, then the models.
-        density: Share of elements that is kept.
-        passes: Makes the passes.
+        density: Fraction of elements that is kept.
+        passes: Runs the passes.
 
     Returns:
         One threshold per model; 0 keeps all.
@@ -143,21 +143,21 @@ def ties(
     scale: float = 1.0,
     **output: Unpack[OutputOptions],
 ) -> MergeResult:
-    """Merge models by TIES.
+    """Merge models by TIES: trim changes, elect a sign per element, average the changes that agree.
 
     Args:
         models: Full models and LoRA adapters in any mix: folders or Hub ids (``"id@revision"``).
-        output_dir: Where the result goes; complete or absent.
-        base: The full model they were tuned from.
-        density: Share of each task vector that is kept. Elements that equal the threshold are kept too.
+        output_dir: Output folder; complete or absent.
+        base: The full model that they were fine-tuned from.
+        density: Fraction of each task vector that is kept. Elements that equal the threshold are kept too.
         scale: lambda, applied to the merged change.
-        **output: How it is written, see `OutputOptions`. The result has no low rank, so it is a model.
+        **output: How it is written, see `OutputOptions`. The result is not low-rank, so it is a full model.
 
     Returns:
-        Where the result is and what it is made of; the report holds the thresholds.
+        The output folder, and the report of what it was made from; the report holds the thresholds.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models do not.
+        MergeError: If the models do not fit.
     """
     return merge_by(Ties(density, scale), models, output_dir, base=base, **output)

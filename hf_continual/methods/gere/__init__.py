@@ -1,4 +1,4 @@
-"""GeRe (2025): `method` is the class, `ternary` and `margin` the mathematics, `states` and `base_states` what is recorded."""
+"""GeRe (2025): `method` is the class, `ternary` and `margin` the maths, `states` and `base_states` the recorded states."""
 
 from hf_continual.methods.gere.margin import tm_loss
 from hf_continual.methods.gere.method import GeRe

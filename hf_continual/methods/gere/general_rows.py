@@ -1,4 +1,4 @@
-"""General texts as rows of tokens, cut to what is used of them and to what the model has positions for."""
+"""General texts as rows of tokens, truncated to the requested length and the model's positions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 def general_tokens(texts: Sequence[Any], tokenizer: Any, max_length: int, positions: int | None) -> list[list[int]]:
     """Tokenise general texts.
 
-    A row begins as the tokenizer begins a text, with a token for its beginning where there is one: without it the
-    states of some models are those of noise. It gets no token for its end: it is a piece cut from a longer text.
+    A row begins like any text of the tokenizer, with its beginning-of-text token if there is one: without it the
+    states of some models are noise. It gets no end token, since it is a piece of a longer text.
 
     Args:
         texts: The texts.
         tokenizer: The tokenizer of the run.
-        max_length: Most tokens of a row that are used.
-        positions: Tokens of a row that the model has positions for, or None.
+        max_length: Maximum number of tokens used of a row.
+        positions: Number of positions of the model, or None.
 
     Returns:
         Rows of at least two tokens, in the order of the texts.
@@ -36,14 +36,14 @@ def general_tokens(texts: Sequence[Any], tokenizer: Any, max_length: int, positi
     length = max_length if positions is None else min(max_length, positions)
     if length < max_length and (cut := sum(len(ids) > length for ids in whole)):
         logger.warning(
-            "GeRe: max_length=%d was asked for and the model has positions for %d tokens; %d of %d general rows are "
-            "cut there.", max_length, length, cut, len(whole),
+            "GeRe: max_length=%d was requested, but the model has positions for %d tokens; %d of %d general rows are "
+            "truncated there.", max_length, length, cut, len(whole),
         )  # fmt: skip
     tokens = [ids[:length] for ids in whole if min(len(ids), length) > 1]
     if not tokens:
         raise ValueError(
-            "GeRe: none of the general rows has two tokens, so nothing can be predicted. Give longer texts."
+            "GeRe: none of the general rows has two tokens, so there is nothing to predict. Give longer texts."
         )
     if short := len(whole) - len(tokens):
-        logger.warning("GeRe: %d of %d general rows have fewer than two tokens and are left out.", short, len(whole))
+        logger.warning("GeRe: %d of %d general rows have fewer than two tokens and are skipped.", short, len(whole))
     return tokens

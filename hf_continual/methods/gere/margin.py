@@ -7,8 +7,8 @@ z from its interval,
     TM = sum |d| / number of units                      ("entries")
     TM = sum |d| / number of tokens                     ("tokens")
 
-and dTM/dz = sign(d) over the same number, which carries no gradient. Under "violations" the L1 norm of the gradient is 1
-whenever one unit is violated, however little: `dead_band` lets distances below it count as none.
+and dTM/dz = sign(d) over the same number, through which no gradient flows. Under "violations" the L1 norm of the
+gradient is 1 whenever one unit is violated, however little: distances below `dead_band` count as zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TILE = 1 << 18  # units handled at once: the temporaries stay in the cache
 
 
 class _Margin(torch.autograd.Function):
-    """Sum of distances and number of violated units; the sign of each distance is all that backward needs."""
+    """Sum of distances and number of violated units; backward needs only the sign of each distance."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ def margin(
 
 
 def reduced(total: Tensor, count: Tensor, tokens: Tensor | float, channels: int, reduction: Reduction) -> Tensor:
-    """The sum of distances over what the reduction names; 0 where there is nothing."""
+    """The sum of distances divided as the reduction says; 0 for a zero divisor."""
     if reduction == "violations":
         return total / (count + 1e-8)
     units = tokens if reduction == "tokens" else tokens * channels
@@ -90,8 +90,8 @@ def tm_loss(
         low_D: Lower threshold of each channel.
         high_D: Upper threshold of each channel.
         mask_BS: True where a token counts.
-        reduction: What the sum of distances is divided by.
-        dead_band: Distances below it count as none.
+        reduction: Divisor of the sum of distances.
+        dead_band: Distances below it count as zero.
 
     Returns:
         float32 scalar of at least 0; 0 when no unit is outside its interval.

@@ -1,14 +1,14 @@
-r"""GeRe: general samples replayed, and held to their recorded activation states.
+r"""GeRe: replay general samples, and hold them to their recorded activation states.
 
 Zhang et al., "GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples Replay", 2025,
 https://arxiv.org/abs/2508.04676.
 
 K fixed general texts are passed once through the reference model; the last hidden state h of every token gives, per
 channel d, mean and deviation over all tokens, thresholds low_d, high_d = mu_d -+ sigma_d, and a state s in {-1, 0, +1} per
-unit (`activation_states`). In training the texts are mixed in, and every unit that has left the interval of its state is
+unit (`activation_states`). In training the texts are mixed in, and every unit that left the interval of its state is
 pulled back (`tm_loss`):
 
-    L = 1/2 (CE_general + CE_task) + w TM        in micro-batches that hold both, with the means over each.
+    L = 1/2 (CE_general + CE_task) + w TM        in micro-batches that hold both; CE is the mean over each.
 
 w is fixed ("100" in the paper) or "dynamic": CE / TM of the micro-batch, without gradient.
 """
@@ -44,39 +44,39 @@ from hf_continual.tensors.reference import as_reference, check_head, last_hidden
 
 Constraint = Literal["tm", "none", "l1", "l2", "kl"]
 
-MOST_WEIGHT = 1e4  # of the dynamic weight, which has no limit as TM goes to 0
+MOST_WEIGHT = 1e4  # limit of the dynamic weight, which is unbounded as TM goes to 0
 
 
 @dataclass
 class GeRe(Method):
-    """Replay general samples and keep their hidden units on the side of the thresholds where they were.
+    """Replay general samples and keep their hidden units on the same side of the thresholds.
 
-    Idea: forgetting shows in how a model sees ordinary text. A fixed set of it is replayed, and its last hidden states
+    Idea: forgetting shows in how a model represents ordinary text. A fixed set is replayed, and its last hidden states
     may move freely between thresholds but not across them.
     Hooks: rows, loss terms. Cost: one pass over the samples before the first task, 2 bits per unit on disk (a 16th of
     fp32), and in training one byte per replayed unit until backward.
-    Relations: `constraint="none"` is the paper's BaselineR; `Replay` of general text is the same with another mix of the
-    losses. Composes with everything.
+    Relations: `constraint="none"` is the paper's BaselineR; `Replay` of general text is the same with a different mix
+    of the losses. Composes with everything.
     Differs from the authors' code: one forward pass for task and general rows (equal to 1e-5), stable statistics, states
-    instead of fp32 files, a cache with a key; a channel without deviation counts once.
+    instead of fp32 files, a keyed cache; a channel with zero deviation counts once.
 
     Args:
         rows: General text: a dataset, a list of ``{"text": ...}``, a file or a Hub id; or ``"self"``: the reference
             model writes them. The paper uses 1,000 rows of SlimPajama.
         per_batch: General rows added to each micro-batch of each process.
-        ratio: Instead: share of the tokens of the mix, strictly between 0 and 1.
+        ratio: Instead of `per_batch`: fraction of the tokens of the mix, strictly between 0 and 1.
         weight: w, or ``"dynamic"``: the micro-batch's CE / TM, at most 1e4.
         constraint: ``"tm"``; ``"none"``; ``"l1"``/``"l2"`` imitation of hidden states; ``"kl"`` of the logits.
-        reduction: What TM is divided by: violated units (the paper), all units (``"entries"``) or ``"tokens"``.
-        ce_mix: ``"official"``, or ``"tokens"``: a general token counts `ce_weight` task tokens in one mean, which does
-            not depend on how rows fall into micro-batches.
+        reduction: Divisor of TM: violated units (the paper), all units (``"entries"``) or ``"tokens"``.
+        ce_mix: ``"official"``, or ``"tokens"``: a general token counts as `ce_weight` task tokens in one mean, which
+            does not depend on how rows are split into micro-batches.
         ce_weight: Weight of a general token under ``ce_mix="tokens"``.
-        reference: Model that the states are from: ``"base"``, or the model at ``"task_start"``.
-        num_samples: K, the first rows that are used.
-        max_length: Tokens of a row that are used, from its beginning; fewer where the model or the trainer takes fewer.
+        reference: Model that the states are recorded from: ``"base"``, or the model at ``"task_start"``.
+        num_samples: K, the number of rows to use, the first ones.
+        max_length: Tokens to use of a row, from its beginning; fewer if the model or the trainer takes fewer.
         threshold: Distance of the thresholds from the mean, in standard deviations.
-        dead_band: Distances below it count as no violation: what rounding alone moves.
-        cache_dir: Where recorded states are kept; runs with the same rows and base share them.
+        dead_band: Distances below it, such as from rounding, are not violations.
+        cache_dir: Folder of recorded states; runs with the same rows and base share them.
         name: Prefix of the logged values.
 
     Raises:
@@ -101,6 +101,7 @@ class GeRe(Method):
     name: str = "gere"  # pyrefly: ignore[bad-override]
 
     taps: ClassVar[tuple[str, ...]] = ("last_hidden_state",)
+    general_text: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("rows", "cache_dir")
     state_with_model: ClassVar[bool] = True
     leaves: ClassVar[str] = (
@@ -127,11 +128,11 @@ class GeRe(Method):
             one_of("GeRe", key, getattr(self, key), known)
         if (self.ratio is None) == (self.per_batch is None):
             raise ValueError(
-                f"GeRe needs either per_batch (rows per micro-batch) or ratio (share of tokens), got "
+                f"GeRe needs either per_batch (rows per micro-batch) or ratio (fraction of tokens), got "
                 f"per_batch={self.per_batch!r} and ratio={self.ratio!r}."
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"GeRe(ratio={self.ratio!r}) must lie strictly between 0 and 1: a share of the tokens.")
+            raise ValueError(f"GeRe(ratio={self.ratio!r}) must lie strictly between 0 and 1: a fraction of the tokens.")
         if self.per_batch is not None:
             whole_number("GeRe", "per_batch", self.per_batch)
         if self.weight != "dynamic":
@@ -143,46 +144,46 @@ class GeRe(Method):
         if self.ce_mix == "official" and self.ce_weight != 1:
             raise ValueError('GeRe(ce_weight=...) belongs to ce_mix="tokens"; the official mix has no weights.')
         if self.rows != "self":
-            # Reading now: a wrong path must fail before a model is loaded, not after.
+            # Read now: a wrong path must fail before a model is loaded, not after.
             rows = load_rows(self.rows)
             if "text" not in rows.column_names:
-                raise ValueError(f"GeRe needs rows with a column 'text', these have {rows.column_names}.")
+                raise ValueError(f"GeRe needs rows with a column 'text'; these have {rows.column_names}.")
             self._texts = rows["text"][: self.num_samples]
         self._constrained = self.constraint != "none" and self.weight != 0
 
     def reads_forward(self) -> bool:
-        """Plain mixing by tokens without a constraint needs no term."""
+        """False only for plain mixing by tokens without a constraint, which needs no term."""
         return self.ce_mix == "official" or self._constrained
 
     def reads_reference(self) -> bool:
-        """The states are those of the weights before training; so are texts of its own."""
+        """Always: states, and self-written texts, come from the weights before training."""
         return self.rows == "self" or self._constrained
 
     def added_rows(self) -> AddedRows:
-        """The share or number of general rows."""
+        """The ratio or number of general rows."""
         return AddedRows(self.ratio, self.per_batch, float(self.ce_weight), self.max_length)
 
     def makes_rows(self) -> bool:
-        """Texts of its own are written in `prepare`."""
+        """Self-written texts are generated in `prepare`."""
         return self.rows == "self"
 
     def replay(self, run: Run) -> ReplayRows | None:
-        """The texts as tokens, once there are any."""
+        """The tokenised texts, once they exist."""
         if self._texts is None:
             return None
         self._tokens = general_tokens(self._texts, run.tokenizer, self.max_length, most_tokens(run.model))
-        # States belong to the beginning of a row: cut here, lest the trainer cuts at the other end.
+        # States belong to the beginning of a row: truncate here, or the trainer might cut the other end.
         rows = Dataset.from_list(
             [{"input_ids": ids, "labels": ids} for ids in (t[: run.max_length] for t in self._tokens)]
         )
         return ReplayRows(rows, self.ratio, self.per_batch, float(self.ce_weight), "tokenized")
 
     def load_task_state(self, state: dict[str, Any], run: Run) -> None:
-        """Which base the weights come from, and its states."""
+        """Load which base the weights come from, and its states."""
         self._left = state
 
     def prepare(self, run: Run) -> None:
-        """One pass over the texts: their states are recorded, while the weights are those the task begins with."""
+        """Record the states of the texts in one pass, while the weights are still those the task starts from."""
         if self._recorded is not None:
             return  # a second call of train: the weights have moved since
         if self.rows == "self":
@@ -224,9 +225,9 @@ class GeRe(Method):
             return record(file, facts, tokens, hidden, self.threshold, keep, extra, able)
 
     def task_state(self, run: Run) -> dict[str, Any]:
-        """Which base the weights come from; with full weights also its states, as nobody can record them any more.
+        """The base that the weights come from; with full weights also its states, which can no longer be recorded.
 
-        States take 2 bits per unit. Hidden states, 16 times as large, stay in the cache, and so do texts of its own.
+        States take 2 bits per unit. Hidden states, 16 times as large, stay in the cache, and so do self-written texts.
         """
         if self.reference != "base" or not self.reads_reference():
             return {}
@@ -234,35 +235,35 @@ class GeRe(Method):
         return base_states.left_for(self._base, self._recorded if goes_along else None)
 
     def state_dict(self, run: Run) -> dict[str, Tensor]:
-        """The thresholds: a resumed run must have those of the weights that the run began with."""
+        """The thresholds: a resumed run must use those of the weights that the run began with."""
         return {} if self._recorded is None else {name: self._recorded.tensor(name) for name in ("low", "high")}
 
     def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        """Refuse states that were recorded from other weights."""
+        """Refuse states that were recorded from different weights."""
         if self._recorded is None or not state:
             return
         base_states.check_same_states(self._recorded, state)
 
     def begin_task(self, run: Run) -> None:
-        """What is compared with on the device, and where the head is that the KL needs."""
+        """Move the thresholds to the device; find the LM head that the KL term needs."""
         if self._recorded is not None:
             self._low_D, self._high_D = (t.to(run.device) for t in (self._recorded.low_D, self._recorded.high_D))
         if self.constraint == "kl" and self._recorded is not None:
             self._head, self._reference_head = base_states.heads(run, self._recorded)
 
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """The mix of the losses, and the constraint."""
+        """The terms for the mix of the losses and for the constraint."""
         terms: dict[str, Tensor] = {}
         loss_BS = forward.token_loss_BS
         general, task = forward.label_mask(self.name), forward.label_mask()
         if self.ce_mix == "official":
-            # Other sources keep their place in the token mean; only task and general rows are mixed anew.
+            # Other sources keep their place in the token mean; only task and general rows are reweighted.
             both = general | task
             terms["mix"] = mixed_ce(loss_BS, general, task) - forward.token_mean(loss_BS * both)
         drawn = [(row, length) for source, row, length in forward.drawn if forward.sources[source] == self.name]
         if self._recorded is None:
             return terms
-        if not drawn:  # entered all the same: processes add up their logs name by name
+        if not drawn:  # logged anyway: processes sum their logs name by name
             for name in (self.constraint, "weight", *(["violations"] if self.constraint == "tm" else [])):
                 forward.note(name, loss_BS.new_zeros(()), 0.0)
             return {**terms, "constraint": loss_BS.new_zeros(())}
@@ -272,14 +273,14 @@ class GeRe(Method):
             ce = mixed_ce(loss_BS.detach(), general, task)
             weight = (ce / (value.detach() + 1e-8)).clamp(max=MOST_WEIGHT)
         forward.note(self.constraint, value)
-        # A weight that multiplies nothing is none: CE over no violation would be the largest there is.
+        # Without a violation there is nothing to weigh: CE divided by zero would reach the limit.
         counted = (value.detach() > 0).float() if self.weight == "dynamic" else 1.0
         forward.note("weight", weight * counted, counted)
         terms["constraint"] = weight * value
         return terms
 
     def _constraint(self, forward: Forward, recorded: States, drawn: Sequence[tuple[int, int]]) -> Tensor:
-        """How far the general rows of a micro-batch are from what was recorded of them."""
+        """Distance of a micro-batch's general rows from their recorded values."""
         hidden_TD, kept = base_states.side_by_side(forward, self.name, recorded, drawn, self.constraint == "tm")
         if self.constraint == "kl":
             return logit_divergence(hidden_TD, kept, self._head, self._reference_head)

@@ -1,4 +1,4 @@
-"""What is recorded of the general samples' hidden states: thresholds per channel, and two bits per unit or all of them."""
+"""Recorded hidden states of the general samples: thresholds per channel, and two bits per unit or the full values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class States(Recorded):
 
 
 class Thresholds(Keeping):
-    """Mean and deviation of each channel over all tokens give thresholds; of each row its states are kept, or all of it.
+    """Thresholds from each channel's mean and deviation over all tokens; keeps each row's states or hidden states.
 
     Args:
         threshold: Distance of the thresholds from the mean, in standard deviations.
@@ -53,17 +53,17 @@ class Thresholds(Keeping):
         self.low_D = self.high_D = torch.zeros(())
 
     def see(self, values: Tensor) -> None:
-        """The hidden states of a row."""
+        """See the hidden states of a row."""
         self.statistics.add(values)
 
     def seen(self) -> dict[str, Tensor]:
-        """The thresholds, of all processes' rows."""
+        """The thresholds, over all processes' rows."""
         mean_D, std_D = _merged(self.statistics).result()
         self.low_D = (mean_D - self.threshold * std_D).cpu()
         self.high_D = (mean_D + self.threshold * std_D).cpu()
         if not (torch.isfinite(self.low_D).all() and torch.isfinite(self.high_D).all()):
             raise ValueError(
-                f"The reference model gives hidden states that are not finite ({int((~torch.isfinite(self.low_D)).sum())} of "
+                f"The reference model's hidden states are not finite ({int((~torch.isfinite(self.low_D)).sum())} of "
                 f"{self.low_D.numel()} channels), so they have no thresholds. Load it in bfloat16 or float32."
             )
         return {"low": self.low_D, "high": self.high_D}
@@ -82,7 +82,7 @@ def open_recorded(file: Path, facts: dict[str, Any]) -> States | None:
 
 
 def open_whole(file: Path) -> States:
-    """Open a file that was checked."""
+    """Open a file that was already checked."""
     return States(file, recording.open_whole(file).offsets)
 
 
@@ -99,8 +99,8 @@ def record(
     """Record the states of rows; see `hf_continual.data.recording.record`.
 
     Args:
-        file: Where they go.
-        facts: What they depend on.
+        file: Path to write to.
+        facts: The facts they depend on.
         rows: Tokens of each row.
         hidden: Last hidden states (S, D) of a row's tokens.
         threshold: Distance of the thresholds from the mean, in standard deviations.

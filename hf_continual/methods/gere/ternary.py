@@ -1,4 +1,4 @@
-r"""Activation states: which side of two thresholds a hidden unit is on, at two bits each.
+r"""Activation states: on which side of two thresholds a hidden unit is, in two bits each.
 
 With mean mu_d and standard deviation sigma_d of channel d over all recorded tokens, low_d = mu_d - m sigma_d and
 high_d = mu_d + m sigma_d (GeRe: m = 1). The state of a value h is -1 if h <= low, +1 if h >= high, else 0.
@@ -29,10 +29,10 @@ def activation_states(hidden_BSD: Tensor, low_D: Tensor, high_D: Tensor) -> Tens
 
 
 class RunningStatistics:
-    """Mean and variance of each channel over tokens that come in parts, merged as Chan et al. (1979) do.
+    """Mean and variance of each channel over tokens that arrive in parts, merged as in Chan et al. (1979).
 
-    In float64 and about the mean: the difference of two large sums, E[x^2] - E[x]^2, loses all digits where the mean
-    is large against the deviation.
+    In float64 and about the mean: the difference of two large sums, E[x^2] - E[x]^2, loses all digits if the mean
+    is large compared with the deviation.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class RunningStatistics:
         self.squares_D = torch.zeros(())
 
     def add(self, hidden_SD: Tensor) -> None:
-        """Take in the tokens of one part."""
+        """Add the tokens of one part."""
         part = hidden_SD.double()
         mean_D = part.mean(0)
         self.merge(float(part.shape[0]), mean_D, ((part - mean_D) ** 2).sum(0))
 
     def merge(self, count: float, mean_D: Tensor, squares_D: Tensor) -> None:
-        """Take in what another process counted: tokens, their mean, their squared deviations from it."""
+        """Merge another process's counts: tokens, their mean, their squared deviations from it."""
         if count == 0:
             return
         if self.count == 0:
@@ -73,14 +73,14 @@ def hidden_statistics(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         ``(mean_D, std_D)``, float32.
 
     Raises:
-        ValueError: If there is no token.
+        ValueError: If there are no tokens.
     """
     statistics = RunningStatistics()
     for part in parts:
         if part.shape[0]:
             statistics.add(part)
     if statistics.count == 0:
-        raise ValueError("hidden_statistics was given no token: there is no mean of nothing.")
+        raise ValueError("hidden_statistics was given no tokens, so there is no mean.")
     return statistics.result()
 
 

@@ -1,5 +1,5 @@
-"""Recurrent-KIF (ACL 2025): `method` is the class, `two_sides` what both learners leave and how it is fused, `flat_adam` the
-outer learner's optimizer. Importance and fusion, which merges use too, are in `hf_continual.tensors`.
+"""Recurrent-KIF (ACL 2025): `method` is the class, `two_sides` both learners' state and its fusion, `flat_adam` the
+outer learner's optimizer. Importance and fusion, also used by merges, are in `hf_continual.tensors`.
 """
 
 from hf_continual.methods.kif.method import KIF, PUBLISHED

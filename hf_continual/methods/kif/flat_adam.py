@@ -1,4 +1,4 @@
-"""Adam over all trainable weights with float32 moments, whatever type the weights have."""
+"""Adam over all trainable weights with float32 moments, for weights of any dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_continual.tensors.flat import Flat
 
 
 class FlatAdam:
-    """A second learner of weights that have an optimizer already: two float32 buffers, torch's fused kernel.
+    """A second learner for weights that already have an optimizer: two float32 buffers, torch's fused kernel.
 
     Args:
         flat: Layout of the weights.
@@ -21,7 +21,7 @@ class FlatAdam:
         self.moments = [flat.zeros(), flat.zeros()]
 
     def kept(self) -> list[torch.Tensor]:
-        """Every tensor that is kept."""
+        """All tensors that it keeps."""
         return self.moments
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class FlatAdam:
             lr: Learning rate of this step.
         """
         self.t += 1
-        # The kernel keeps count in float32 on the device; a fresh tensor spares keeping one for each bucket.
+        # The kernel keeps count in float32 on the device; a fresh tensor avoids keeping one per bucket.
         count = torch.full((), float(self.t), device=self.flat.device)
         for bucket in self.flat.buckets:
             if bucket.stop == bucket.start:

@@ -1,16 +1,16 @@
-r"""Recurrent-KIF: an inner learner for the new task, an outer one for old rows, fused by what matters to each.
+r"""Recurrent-KIF: an inner learner for the new task, an outer one for old rows, fused by importance.
 
 Feng et al., "Recurrent Knowledge Identification and Fusion for Language Model Continual Learning", ACL 2025,
 https://arxiv.org/abs/2502.17510.
 
-Every Q = `inner_steps` steps on the new task are followed by M = `outer_steps` steps on a small memory of old rows. Both
-measure the importance of every weight (`hf_continual.tensors.importance`), and their movements are fused element by
-element (`hf_continual.tensors.fusion`):
+Every Q = `inner_steps` steps on the new task are followed by M = `outer_steps` steps on a small buffer of old rows.
+Both measure the importance of every weight (`hf_continual.tensors.importance`), and their movements are fused element
+by element (`hf_continual.tensors.fusion`):
 
     theta_{b+1} = theta_b + w_in tau_in + w_out tau_out,    m = score > its (1 - top_share) quantile
 
-The paper's text and its published code differ; `rule="paper"` and `rule="code"` are the two, and `published` has each
-published setting by name.
+The paper's text and its published code differ; `rule="paper"` and `rule="code"` are the two, and `published` returns
+each published setting by name.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from hf_continual.tensors.importance import Order, Scope
 
 logger = logging.getLogger(__name__)
 
-# What each published setting sets; all share Q = 8, M = 4, the top 20 %, and decays of 0.85.
+# The values of each published setting; all share Q = 8, M = 4, the top 20 %, and decays of 0.85.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # The text of the paper: importance without the uncertainty product, 0/1 masks, a learner of its own.
+    # The text of the paper: importance without the uncertainty product, 0/1 masks, a separate learner.
     "paper": {"rule": "paper", "uncertainty": False, "outer_optimizer": "separate", "outer_learning_rate": 1e-3},
     # The code for T5 (fp32): outer steps use the inner optimizer, and their loss is divided by 4 accumulation steps.
     "t5": {"rule": "code", "uncertainty": True, "outer_optimizer": "shared", "outer_loss_scale": 0.25},
-    # The code for LLaMA (fp16): the outer learning rate is 0 for ever, so memory only steers the masks.
+    # The code for LLaMA (fp16): the outer learning rate is always 0, so the buffer only steers the masks.
     "llama": {"rule": "code", "uncertainty": True, "outer_optimizer": "none", "outer_loss_scale": 0.25},
 }
 
@@ -55,45 +55,45 @@ CHOICES = {
 
 @dataclass
 class KIF(Method):
-    """Alternate between the new task and a memory, and fuse both movements by the importance of each weight.
+    """Alternate between the new task and a buffer of old rows; fuse both movements by each weight's importance.
 
-    Idea: a few steps on old rows tell which weights matter to old tasks *now*; what the new task needs is kept where
-    only it matters, and what memory repaired where only that matters.
-    Hooks: rows (a memory of its own, not mixed into the batches), after step.
-    Cost: M steps on memory for Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more for
-    the moments of a separate outer learner.
-    Relations: `Replay` mixes the same memory into every batch. Composes with everything; edits of gradients by other
+    Idea: a few steps on old rows tell which weights matter to old tasks *now*; the new task's change is kept where
+    only the new task needs a weight, the buffer's repair where only old tasks do.
+    Hooks: rows (a separate buffer, not mixed into the batches), after step.
+    Cost: M steps on the buffer per Q on the task; at most 6 float32 values per trainable weight (5, and masks), 2 more
+    for the moments of a separate outer learner.
+    Relations: `Replay` mixes the same rows into every batch. Composes with everything; edits of gradients by other
     methods do not reach the outer steps.
     Differs from the authors' code: the outer learner learns (theirs for LLaMA has rate 0), steps are counted instead of
-    micro-batches, the loss of memory is its token mean, and a run resumes at any step.
+    micro-batches, the loss on the buffer is its token mean, and a run resumes at any step.
 
     Args:
         memory: Rows of earlier tasks, of the task's type: a dataset, a list, a file or a Hub id; in a plan
             ``kept`` or ``earlier_tasks``. None or empty only for a first task, which is then plain training.
-        inner_steps: Q, optimizer steps on the task in a round.
-        outer_steps: M, optimizer steps on memory in a round.
-        top_share: Share of the weights that matter to a side.
+        inner_steps: Q, optimizer steps on the task per round.
+        outer_steps: M, optimizer steps on the buffer per round.
+        top_share: Fraction of the weights that matter to a side.
         beta1: Decay of the importance.
         beta2: Decay of its uncertainty.
         rule: ``"paper"``, ``"code"``, or an ablation: ``"no_shared"`` (weights that matter to both stay), ``"adaptive"``
             (sigmoid of the score difference), ``"weighted"`` (one weight for all), ``"sum"`` (no identification).
         scope: One threshold over all weights, or one per tensor.
-        outer_optimizer: ``"separate"``: Adam of its own; ``"shared"``: the run's optimizer; ``"none"``: memory is only
+        outer_optimizer: ``"separate"``: its own Adam; ``"shared"``: the run's optimizer; ``"none"``: the buffer is only
             measured.
         outer_learning_rate: Peak rate of a separate outer learner, which follows the run's schedule; None: `Run.learning_rate`.
         order: Taylor terms of the sensitivity.
-        importance_every: Measure every so many steps, the last one of a round always.
+        importance_every: Steps between two measurements; the last step of a round is always measured.
         uncertainty: Whether the score is importance times uncertainty (the code) or importance alone (the paper).
-        old_importance: ``"recurrent"``, or the ablation ``"static"``: of old tasks measured in the first round only.
+        old_importance: ``"recurrent"``, or the ablation ``"static"``: for old tasks, measured in the first round only.
         temperature: Of ``rule="adaptive"``.
-        outer_loss_scale: What the memory's loss is multiplied with.
-        memory_batch: Rows of a micro-batch of memory; None: as many as of the task. See `Run.micro_batches`.
+        outer_loss_scale: Factor of the loss on the buffer.
+        memory_batch: Rows of a micro-batch of the buffer; None: as many as of the task. See `Run.micro_batches`.
         row_type: As in `Replay`.
         name: Prefix of the logged values.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
-        ValueError: If one is out of range, or memory is empty in a later task.
+        ValueError: If one is out of range, or `memory` is empty in a later task.
     """
 
     memory: Dataset | str | list[dict[str, Any]] | None = None
@@ -146,19 +146,19 @@ class KIF(Method):
         if self.outer_learning_rate is not None and self.outer_optimizer != "separate":
             raise ValueError(
                 f"KIF(outer_learning_rate={self.outer_learning_rate!r}) belongs to outer_optimizer='separate'; "
-                f"{self.outer_optimizer!r} has no rate of its own."
+                f"{self.outer_optimizer!r} has no separate rate."
             )
         if self.importance_every > self.inner_steps:
             raise ValueError(
                 f"KIF(importance_every={self.importance_every}) is more than the {self.inner_steps} inner steps of a round."
             )
-        # Reading now: a wrong path must fail before a model is loaded, not after.
+        # Read now: a wrong path must fail before a model is loaded, not after.
         empty = self.memory is None or (not isinstance(self.memory, str) and len(self.memory) == 0)
         self._rows = None if empty else load_rows(self.memory)  # pyrefly: ignore[bad-argument-type]
 
     @classmethod
     def published(cls, setting: str, memory: Any = None, **changes: Any) -> KIF:
-        """A setting of `PUBLISHED` by name, with what differs on purpose."""
+        """A setting of `PUBLISHED` by name, with deliberate changes."""
         if setting not in PUBLISHED:
             raise ValueError(f"KIF.published({setting!r}): there are {', '.join(PUBLISHED)}.")
         return cls(memory, **{**PUBLISHED[setting], **changes})
@@ -172,19 +172,19 @@ class KIF(Method):
         return self.extra_steps(steps) if self.outer_optimizer == "shared" else 0
 
     def replay(self, run: Run) -> None:
-        """Tokenise the memory; nothing is mixed into the batches."""
+        """Tokenise the buffer; nothing is mixed into the batches."""
         if self._rows is not None:
             self._memory = run.prepare(self._rows, self.row_type, self.name)
         elif run.task.index > 0:
             raise ValueError(
-                f"KIF: task {run.task.index} ({run.task.name!r}) has no memory of earlier tasks, and without it nothing "
+                f"KIF: task {run.task.index} ({run.task.name!r}) has no rows of earlier tasks, and without them nothing "
                 f"tells which weights matter to them. Give memory=ROWS (in a plan memory: earlier_tasks), or drop KIF."
             )
         else:
-            logger.info("KIF: the first task has no memory; it is trained plainly.")
+            logger.info("KIF: the first task has no rows of earlier tasks; it is plain training.")
 
     def begin_task(self, run: Run) -> None:
-        """Lay out the buffers, unless a checkpoint has filled them."""
+        """Allocate the buffers, unless a checkpoint has filled them."""
         if self._memory is not None and not self._resumed:
             self._set_up(run)
         self._resumed = False
@@ -206,7 +206,7 @@ class KIF(Method):
         self._sides = None if self.rule == "sum" else TwoSides(flat, Fusion(**own), add_up)
 
     def after_step(self, run: Run) -> None:
-        """An inner step: the new weights and the clipped gradient that moved them."""
+        """Record an inner step: the new weights and the clipped gradient that moved them."""
         if self._memory is None:
             return
         self._done += 1
@@ -214,7 +214,7 @@ class KIF(Method):
             self._sides.record(self._sides.inner)
 
     def end_step(self, run: Run) -> None:
-        """After the last inner step of a round: the outer steps, and the fusion."""
+        """After the last inner step of a round, make the outer steps and fuse."""
         if self._memory is None or self._done < self.inner_steps:
             return
         sides = self._sides
@@ -246,13 +246,13 @@ class KIF(Method):
         self._outer += 1
 
     def end_task(self, run: Run) -> None:
-        """Say what was left out, once."""
+        """Log steps that were not fused or not measured."""
         if self._memory is not None and self._done:
             logger.info(
-                "KIF: the last %d steps are no whole round of %d, so they were not fused.", self._done, self.inner_steps
+                "KIF: the last %d steps do not make a full round of %d: not fused.", self._done, self.inner_steps
             )
         if self._sides is not None and (count := int(self._sides.left_out)):
-            logger.warning("KIF: %d steps had gradients that were not finite; they are in no importance.", count)
+            logger.warning("KIF: %d steps had gradients that were not finite; the importance skips them.", count)
 
     def memory_bytes(self) -> int:
         """Bytes of all buffers on this process, masks and moments of the outer learner included."""
@@ -260,7 +260,7 @@ class KIF(Method):
         return bytes_of([buffer for buffers in owners for buffer in buffers])
 
     def state_dict(self, run: Run) -> State:
-        """Buffers by parameter name, and how far the round is."""
+        """Buffers by parameter name, and the position within the round."""
         if self._flat is None:
             return {}
         state: State = {"done": self._done, "outer": self._outer}
@@ -273,7 +273,7 @@ class KIF(Method):
         return state
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        """What the rest of the run depends on: right after a fusion neither the anchor nor the inner averages."""
+        """The tensors that the rest of the run needs: right after a fusion, not the anchor and the inner averages."""
         kept = {} if self._sides is None else self._sides.buffers()
         if self._done == 0:
             kept = {k: v for k, v in kept.items() if k.startswith("outer")}

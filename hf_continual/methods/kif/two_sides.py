@@ -1,4 +1,4 @@
-"""What an inner and an outer learner did to the same weights: importance on both sides, and their fusion in place."""
+"""State of an inner and an outer learner of the same weights: importance on both sides, and their fusion in place."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Fusion:
 class TwoSides:
     """Five float32 buffers over the trainable weights: the anchor, and two averages for each side.
 
-    Buffers are used twice: once the inner steps are done their averages are only needed as scores, so that the
-    weights reached by then take the place of one and the scores that of the other.
+    Buffers are reused: once the inner steps are done, their averages are only needed as scores, so the
+    weights reached by then replace one of them and the scores the other.
 
     Args:
         flat: Layout of the weights.
         fusion: How to measure and fuse.
-        add_up: Sums over processes where they hold different parts of the weights, else None.
+        add_up: Sums over processes if they hold different shards of the weights, else None.
     """
 
     def __init__(self, flat: Flat, fusion: Fusion, add_up: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -64,12 +64,12 @@ class TwoSides:
         return {"anchor": self.anchor, **kept}
 
     def kept(self) -> list[Tensor]:
-        """Every tensor that is kept now, the mask included."""
+        """All tensors kept now, including the mask."""
         return [*self.buffers().values(), *(() if self.mask_in is None else (self.mask_in,))]
 
     @torch.no_grad()
     def record(self, side: list[Tensor]) -> None:
-        """Take the gradients of a step into the averages of a side; a step that is not finite leaves no trace.
+        """Add a step's gradients to the averages of a side; a step that is not finite changes nothing.
 
         Args:
             side: `inner` or `outer`.
@@ -80,7 +80,7 @@ class TwoSides:
 
     @torch.no_grad()
     def end_inner(self) -> None:
-        """The inner steps are done: select what matters to them, and remember the weights."""
+        """End the inner steps: select the weights that matter to them, and remember the weights."""
         kept = self.inner[-1]
         self._score(self.inner, kept)
         if self.fusion.rule in WEIGHTS:
@@ -92,13 +92,13 @@ class TwoSides:
         self.flat.copy_weights(self.middle)
 
     def _score(self, side: list[Tensor], out: Tensor) -> None:
-        """Scores of a side into a buffer, which may be one of its own; by bucket, since factors are scaled in copies."""
+        """Write a side's scores into a buffer, which may be its own; by bucket, since factors are scaled in copies."""
         for bucket in self.flat.buckets:
             spread = bucket.of(side[1]) if self.fusion.uncertainty else None
             scores(bucket.of(side[0]), spread, out=bucket.of(out))
 
     def _top(self, score: Callable[[Bucket], Tensor]) -> Tensor:
-        """Mask of the top share by the scores of each bucket, which are asked for more than once."""
+        """Mask of the top fraction by the scores of each bucket, which are computed more than once."""
         share, add_up, buckets = self.fusion.top_share, self.add_up, self.flat.buckets
         mask = torch.empty(self.flat.size, dtype=torch.bool, device=self.flat.device)
         if self.fusion.scope == "global":
@@ -125,8 +125,8 @@ class TwoSides:
         """Fuse in place, make the result the new anchor, and forget the inner averages.
 
         Returns:
-            Shares of the elements by side (``both``, ``in_only``, ``out_only``, ``neither``), or the mean weight of the
-            inner side (``inner_weight``) where the rule has no masks.
+            Fractions of the elements by side (``both``, ``in_only``, ``out_only``, ``neither``), or the mean weight of
+            the inner side (``inner_weight``) if the rule has no masks.
         """
         f, totals = self.fusion, torch.zeros(4, device=self.flat.device)
         mask_out = self._mask_out() if f.rule in WEIGHTS else None
@@ -144,7 +144,7 @@ class TwoSides:
                 totals[0] += w_in.sum()
             anchor, middle, now = bucket.of(self.anchor), bucket.of(self.middle), self.flat.weights(bucket)
             self.flat.write(bucket, blend(anchor, middle - anchor, now - middle, w_in, w_out))
-            # What the weights hold, not what was computed: in low precision they were rounded.
+            # Read back from the weights: in low precision they were rounded.
             anchor.copy_(self.flat.weights(bucket))
         for buffer in self.inner:
             buffer.zero_()
@@ -157,13 +157,13 @@ class TwoSides:
     def _mask_out(self) -> Tensor:
         if not self.fusion.uncertainty:
             return self._top(self._score_out)
-        # The inner scores have become a mask, so that their room is free for the outer ones.
+        # The inner scores have become a mask, so their buffer is free for the outer ones.
         values = self.inner[-1]
         self._score(self.outer, values)
         return self._top(lambda bucket: bucket.of(values))
 
     def _soft(self) -> Callable[[Bucket], tuple[Tensor, Tensor]]:
-        """Weights of a bucket where the rule has no masks."""
+        """Weights of a bucket if the rule has no masks."""
         score_in, buckets = self.inner[-1], self.flat.buckets
         if self.fusion.rule == "weighted":
             return self._shares(score_in)
@@ -178,7 +178,7 @@ class TwoSides:
         return adaptive
 
     def _shares(self, score_in: Tensor) -> Callable[[Bucket], tuple[Tensor, Tensor]]:
-        """One weight for all elements, or for each tensor: the inner share of the summed scores."""
+        """One weight for all elements, or for each tensor: the inner fraction of the summed scores."""
         spans = self.flat.spans
         sums = torch.zeros(2, len(spans), device=self.flat.device)
         place = {name: i for i, name in enumerate(spans)}
@@ -192,7 +192,7 @@ class TwoSides:
             sums = self.add_up(sums)
         if self.fusion.scope == "global":
             sums = sums.sum(1, keepdim=True).expand_as(sums)
-        # Where nothing was measured on either side both count alike.
+        # If nothing was measured on either side, both count equally.
         shares = torch.where(sums.sum(0) > 0, sums[0] / sums.sum(0), 0.5)
 
         def given(bucket: Bucket) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class TwoSides:
         return given
 
     def _range(self, parts: Callable[[], object]) -> tuple[Tensor, Tensor]:
-        """Least and largest value of all parts; over processes by the exact selection that is there anyway."""
+        """Smallest and largest value of all parts; over processes with the exact selection."""
         if self.add_up is None:
             ends = [torch.aminmax(p) for p in parts() if p.numel()]  # pyrefly: ignore
             return torch.stack([e.min for e in ends]).min(), torch.stack([e.max for e in ends]).max()

@@ -1,19 +1,20 @@
-"""What RecAdam's weights stay near and how firmly: anchors from a checkpoint, Fisher information, and words about both."""
+"""Set up what RecAdam's weights stay near, and how firmly: anchors, Fisher information, and log messages."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn import Parameter
 
 from hf_continual.methods.fisher import FisherKind, measure_fisher
 from hf_continual.methods.recadam.recall import over_mean, read_fisher
 from hf_continual.methods.recadam.schedule import recall_schedule
-from hf_continual.tensors.anchors import like, read_named
+from hf_continual.tensors.anchors import distance, like, read_named
 from hf_continual.tensors.flat import local
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ logger = logging.getLogger(__name__)
 def read_anchors(
     optimizer: RecAdamOptimizer, run: Run, named: Mapping[str, Parameter], anchor: str, resumed: bool
 ) -> None:
-    """Read the anchors from where the hyper-parameter says; those of a resumed run must be the same.
+    """Read the anchors from the given checkpoint; those of a resumed run must be the same.
 
     Args:
-        optimizer: Gets them.
+        optimizer: The optimizer that gets them.
         run: The run.
         named: The anchored weights by name.
         anchor: Folder or Hub id.
@@ -37,7 +38,7 @@ def read_anchors(
 
     Raises:
         FileNotFoundError: If they are gone and no checkpoint has them.
-        ValueError: If they are others than the resumed run stayed near.
+        ValueError: If they differ from those of the resumed run.
     """
     state = optimizer.state
     resumed = resumed and all("anchor" in state[p] for p in named.values())
@@ -52,8 +53,8 @@ def read_anchors(
         now, before = like(tensor, named[name]), state[named[name]].get("anchor")
         if resumed and not torch.equal(local(now), local(before)):
             raise ValueError(
-                f"RecAdam(anchor={anchor!r}) holds another {name} than the run to be resumed stayed near. Give "
-                f"the checkpoint of then, from wherever it lies now, or start a new run."
+                f"RecAdam(anchor={anchor!r}) holds a different {name} than the run to resume stayed near. Give "
+                f"the original checkpoint, wherever it is now, or start a new run."
             )
         state[named[name]]["anchor"] = now
 
@@ -65,13 +66,13 @@ def weigh(
     file: str,
     rows: tuple[Dataset, FisherKind, int | None] | None,
 ) -> None:
-    """Give the optimizer F over its mean, measured on rows or read from a file.
+    """Give the optimizer F divided by its mean, measured on rows or read from a file.
 
     Args:
-        optimizer: Gets it, beside the anchors.
+        optimizer: The optimizer that gets it, with the anchors.
         run: The run.
         named: The anchored weights by name.
-        file: What EWC left; read where there are no rows.
+        file: The file that EWC left; read if there are no rows.
         rows: Tokenised rows, the kind of F, and how many rows at most; or None.
     """
     if rows is None:
@@ -91,7 +92,7 @@ def say(optimizer: RecAdamOptimizer, named: Mapping[str, Parameter], anchor: str
         if late < 0.5 * group["anneal_w"]:
             logger.warning(
                 "recadam: after all %d steps the task weighs only %.3g of %g (anneal=%r, k=%g, t0=%g): hardly "
-                "anything will be learnt. Give t0 as a share of the run, such as t0=0.2.",
+                "anything will be learned. Give t0 as a fraction of the run, such as t0=0.2.",
                 updates, late, group["anneal_w"], group["anneal"], group["k"], group["t0"],
             )  # fmt: skip
             break
@@ -103,3 +104,10 @@ def say(optimizer: RecAdamOptimizer, named: Mapping[str, Parameter], anchor: str
         " (a new adapter's start is A as drawn and B = 0)" if any("lora_" in name for name in named) else "",
         max(peaks), ", times its F" if any("fisher" in optimizer.state.get(p, {}) for p in named.values()) else "",
     )  # fmt: skip
+
+
+def moved(optimizer: RecAdamOptimizer, params: Iterable[Tensor], run: Run) -> Tensor:
+    """Distance of anchored weights from their anchors, see `hf_continual.tensors.anchors.distance`."""
+    state = optimizer.state
+    pairs = ((p, state[p]["anchor"]) for p in params if "anchor" in state.get(p, {}))
+    return distance(pairs, run.sum if run.is_sharded else None)

@@ -3,7 +3,7 @@ r"""RecAdam: Adam that recalls the pretrained weights.
 Chen et al., "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
 EMNLP 2020, https://arxiv.org/abs/2004.12651.
 
-Learning the task and recalling the pretrained weights theta* are one objective whose weights are annealed:
+Learning the task and recalling the pretrained weights theta* form one objective whose weights are annealed:
 
     Loss(t) = lambda(t) Loss_T + (w - lambda(t)) Loss_S,      Loss_S = gamma / 2 * |theta - theta*|^2
     lambda(t) = w / (1 + exp(-k (t - t0)))                     (sigmoid; or linear, constant)
@@ -15,24 +15,26 @@ Both parts are decoupled from Adam's moments, like the decay of AdamW. One updat
     theta <- theta - r (theta - theta*),                       r = lr (w - lambda) gamma
     theta <- theta - lr wd theta
 
-t counts the updates of the parameter itself. The recall uses the theta that Adam has already moved; it is a
-linear interpolation with share r, so r must lie between 0 and 1. `anneal="none"` is its limit without
+t counts the updates of the parameter itself. The recall uses the theta already moved by Adam; it is a
+linear interpolation with fraction r, so r must lie between 0 and 1. `anneal="none"` is its limit without
 annealing (L2-SP, decoupled): lambda = 1 and r = lr gamma at every step.
 
-`fisher` gives the quadratic term its F_i back, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and its
-optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the scalar form.
+`fisher` restores the F_i of the quadratic term, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and
+its optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the
+scalar form.
 
-Differs from the authors' code: the pretrained weights are no argument but each parameter's value at the first
+Differs from the authors' code: the pretrained weights are not an argument but each parameter's value at the first
 step (or named tensors), an unknown schedule is refused, r outside [0, 1] is refused instead of diverging, and
 `floor` keeps some protection after t0, where the paper's recall vanishes.
 
 Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
-14 bytes (m, v and what rounding took in fp32, theta* in the parameter's dtype), so that the weights are those of an fp32
-run, rounded. `pull_every` adds nothing to this, `fisher` 4 bytes, in checkpoints too.
+14 bytes (m, v and the rounding error in fp32, theta* in the parameter's dtype), so that the weights are those of an
+fp32 run, rounded. `pull_every` adds nothing, `fisher` adds 4 bytes, also in checkpoints.
 
 `pull_every=n` reads theta* at every n-th update only. In between theta moves by Adam alone; the n-th pull then goes the
-compounded share 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
-within the window is pulled by the whole share. What is owed is part of the state, and is applied when training ends.
+compounded fraction 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
+within the window is pulled by the whole fraction. The owed pull is part of the state, and is applied when training
+ends.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from hf_continual.data.replay import RowType
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.methods.fisher import FisherKind
-from hf_continual.methods.recadam.anchored import read_anchors, say, weigh
+from hf_continual.methods.recadam.anchored import moved, read_anchors, say, weigh
 from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
 from hf_continual.methods.recadam.recall import SAVED
 from hf_continual.methods.recadam.schedule import Anneal, check_options
@@ -63,10 +65,10 @@ logger = logging.getLogger(__name__)
 class RecAdam(Method):
     """Adam with an annealed pull to the weights that training started from.
 
-    Idea: every step also goes a small share of the way back to the pretrained weights. The paper lets go
+    Idea: every step also goes a small fraction of the way back to the pretrained weights. The paper lets go
     of them after `t0`; `floor` or `anneal="none"` keep the pull, which is what protects in the long run.
-    Hooks: optimizer. Cost: one more tensor is read per step and kept, see the module's docstring.
-    Relations: `anneal="none"` is decoupled L2-SP. Composes with everything but another optimizer.
+    Hooks: optimizer. Cost: one more tensor is kept, and read per step; see the module's docstring.
+    Relations: `anneal="none"` is decoupled L2-SP. Composes with everything except another optimizer.
 
     With new LoRA adapters there are no pretrained values: the anchor is the fresh adapter (A as drawn,
     B = 0), so the pull shrinks what the adapter adds. An adapter of the previous task is its own anchor.
@@ -74,30 +76,29 @@ class RecAdam(Method):
     Args:
         anneal: ``"sigmoid"`` (paper), ``"linear"``, ``"constant"`` (no recall at all) or ``"none"`` (L2-SP).
         k: Steepness of the sigmoid per optimizer step; the paper searches 0.05 to 1.
-        t0: Update at which task and recall weigh the same; between 0 and 1 exclusive, a share of all updates of the
-            run, those included that another method adds (KIF's outer steps, if they share the optimizer). The paper's
-            250 is 0.4 to 19 % of its runs; before t0 little of the task is learnt.
+        t0: Update at which task and recall have equal weight; if strictly between 0 and 1, a fraction of all updates of
+            the run, including those that another method adds (KIF's outer steps, if they share the optimizer). The
+            paper's 250 is 0.4 to 19 % of its runs; before t0 little of the task is learned.
         anchor_strength: gamma of the paper, for learning rates around 2e-5.
-        pull: Instead of `anchor_strength`: the share r itself at the peak learning rate, such as 0.01, whatever
+        pull: Instead of `anchor_strength`: the fraction r itself at the peak learning rate, such as 0.01, whatever
             learning rate a group has. LoRA's learning rates need it, since r = lr * gamma. It follows the schedule of
             the learning rate, and is 0 in a group whose rate is 0.
-        floor: Least weight of the recall after t0, 0 to 1; 0 is the paper, where protection vanishes.
+        floor: Minimum weight of the recall after t0, 0 to 1; 0 is the paper, where protection vanishes.
         anneal_w: Sum of both weights.
-        correct_bias: Whether Adam's moments are corrected for their start.
+        correct_bias: Whether to apply Adam's bias correction.
         out_of_range: ``"error"`` or ``"clamp"`` for r outside [0, 1].
-        groups: Options of single parameters: regular expression on the name -> options of the
-            optimizer, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a head that is new. First match wins. `t0` may be a
-            share of the run here too.
+        groups: Options of single parameters: regular expression on the name -> optimizer options, such as
+            ``{"lm_head": {"anneal_w": 0.0}}`` for a new head. First match wins. `t0` may be a fraction of the run, too.
         pull_every: Updates between two pulls; 1 pulls at each one. 8 makes a step about as fast as AdamW's.
         anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near; an adapter may have any name.
-            Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside of the run's that
-            is not itself a trainer's checkpoint; those are read again, from where the model then comes from or where it was.
+            Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside the run's that
+            is not a trainer's checkpoint; those are read again, from the model's current or recorded location.
 
-        fisher: The diagonal Fisher information of each weight in place of one scalar for all: general or old rows, measured at
-            the weights that training starts from (in a plan ``earlier_tasks``), or ``continual/ewc.safetensors`` of a model.
-            It is divided by its mean, so that r is the mean share; a weight goes min(1, r F) of the way.
+        fisher: Use the diagonal Fisher information of each weight instead of one scalar: general or old rows, measured
+            at the weights that training starts from (in a plan ``earlier_tasks``), or the ``continual/ewc.safetensors``
+            of a model. It is divided by its mean, so that r is the mean fraction; a weight goes min(1, r F) of the way.
         fisher_kind: ``"batch"`` squares the gradient of batches, ``"sample"`` that of single rows.
-        fisher_rows: Most rows to measure, drawn with the run's seed; None: all.
+        fisher_rows: Maximum number of rows to measure, drawn with the run's seed; None: all.
         fisher_row_type: As in `Replay`.
 
     Raises:
@@ -149,10 +150,10 @@ class RecAdam(Method):
                 f"(r = pull = lr * anchor_strength). Give one."
             )
         if self.pull is not None:
-            between("RecAdam", "pull", self.pull, 0, 1, "[]", "It is a share of the way back.")
+            between("RecAdam", "pull", self.pull, 0, 1, "[]", "It is a fraction of the way back.")
         between("RecAdam", "floor", self.floor, 0, 1, "[]")
         if self.t0 < 0 or (self.t0 == 0 and self.anneal == "linear"):
-            raise ValueError(f"RecAdam(t0={self.t0}) must be steps above 0, or a share of the run between 0 and 1.")
+            raise ValueError(f"RecAdam(t0={self.t0}) must be steps above 0, or a fraction of the run between 0 and 1.")
         options = {"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.9), **self._options(1000, 1.0)}
         check_options(options)
         for pattern, overrides in self.groups.items():
@@ -168,10 +169,10 @@ class RecAdam(Method):
             whole_number("RecAdam", "fisher_rows", self.fisher_rows)
         if self.fisher is not None and self.pull_every > 1:
             raise ValueError(
-                f"RecAdam(pull_every={self.pull_every}) puts off one share for all weights, and with fisher each has its own. "
+                f"RecAdam(pull_every={self.pull_every}) defers one pull for all weights, but with fisher each weight has its own. "
                 f"Use pull_every=1."
             )
-        # Reading now: a wrong path must fail before a model is loaded, not after.
+        # Read now: a wrong path must fail before a model is loaded, not after.
         rows = self.fisher is not None and not str(self.fisher).endswith(SAVED)
         self._rows = load_rows(self.fisher) if rows else None  # pyrefly: ignore[bad-argument-type]
 
@@ -200,7 +201,7 @@ class RecAdam(Method):
         }
 
     def _group_options(self, overrides: dict[str, Any], updates: int) -> dict[str, Any]:
-        """Options of a group; its strength gives the same pull at its own learning rate."""
+        """Options of a group; its strength is scaled to give the same pull at its own learning rate."""
         options = dict(overrides)
         if "t0" in options:
             options["t0"] = _update(options["t0"], updates)
@@ -210,14 +211,14 @@ class RecAdam(Method):
 
     def optimizer(self, run: Run) -> OptimizerChoice:
         """RecAdam with the betas, epsilon and weight decay of the training arguments."""
-        self._record = None  # a method object may serve a second run, whose anchors are others
+        self._record = None  # a method object may serve a second run with other anchors
         defaults = run.optimizer_defaults()
         if self.pull is not None and defaults["lr"] <= 0:
             raise ValueError(f"RecAdam(pull={self.pull}) is relative to the learning rate, which is {defaults['lr']}.")
         shares = [t0 for t0 in (self.t0, *(g.get("t0", 0) for g in self.groups.values())) if 0 < t0 < 1]
         if shares and not run.max_steps:
             raise ValueError(
-                f"RecAdam(t0={shares[0]}) is a share of the run, whose length is not known before train()."
+                f"RecAdam(t0={shares[0]}) is a fraction of the run, whose length is not known before train()."
             )
         updates = run.max_steps + run.extra_updates if shares else 0
         adam = {key: defaults[key] for key in ("lr", "betas", "eps")}
@@ -225,7 +226,7 @@ class RecAdam(Method):
         return OptimizerChoice(RecAdamOptimizer, {**adam, **self._options(updates, defaults["lr"])}, groups)
 
     def begin_task(self, run: Run) -> None:
-        """Check that something is anchored, and say to what and how strongly."""
+        """Check that something is anchored, and log to what and how strongly."""
         named = self._anchored(run)
         if not named:
             raise ValueError(
@@ -241,14 +242,18 @@ class RecAdam(Method):
         say(optimizer, named, self.anchor, run.max_steps + run.extra_updates)
 
     def end_task(self, run: Run) -> None:
-        """Apply what `pull_every` has put off, where training ended before its last step."""
+        """Apply the pull that `pull_every` has deferred, if training ended before its last step."""
         self._optimizer(run).apply_owed_pulls()
 
+    def measure(self, run: Run) -> dict[str, Any]:
+        """How far the weights are from their anchors."""
+        return {"distance": moved(self._optimizer(run), self._anchored(run).values(), run)}
+
     def state_dict(self, run: Run) -> State:
-        """Where the anchors can be read again, or that they are stored with the optimizer."""
+        """Where the anchors can be read again, or a note that they are stored with the optimizer."""
         optimizer = self._optimizer(run)
         if self._record is not None and "base" in self._record and state_of(self._record["base"]) != self._base_state:
-            logger.warning("recadam: %s was written over; the anchors are stored from now on.", self._record["base"])
+            logger.warning("recadam: %s was overwritten; the anchors are stored from now on.", self._record["base"])
             self._record = {"stored": True}
         if self._record is None:
             named = self._anchored(run)
@@ -260,7 +265,7 @@ class RecAdam(Method):
         return self._record
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Read the anchors again where they were not stored: from wherever the very same weights lie now."""
+        """Read the anchors again if they were not stored, from wherever the same weights are now."""
         self._record = state
         optimizer = self._optimizer(run)
         optimizer.store_anchors = "stored" in state
@@ -291,5 +296,5 @@ class RecAdam(Method):
 
 
 def _update(t0: float, updates: int) -> float:
-    """The update that t0 means in a run of so many."""
+    """The update that t0 means in a run of `updates` updates."""
     return t0 * updates if 0 < t0 < 1 else t0

@@ -1,11 +1,11 @@
-r"""The optimizer of RecAdam: Adam whose every step goes a share of the way back to anchors.
+r"""The optimizer of RecAdam: Adam with steps that also go a fraction of the way back to anchors.
 
-Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics stand in `hf_continual.methods.recadam`.
+Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics are in `hf_continual.methods.recadam`.
 
-One fused AdamW kernel does the Adam part: RecAdam's eps lies outside the bias correction, which is AdamW with
+One fused AdamW kernel does the Adam part: RecAdam's eps is outside the bias correction, which is AdamW with
 ``eps / sqrt(1 - b2^t)``; the recall is one interpolation of lists of tensors on top of it.
 
-Of a weight in bf16 or fp16 the optimizer keeps what rounding took, see `hf_continual.tensors.residuals`.
+For a weight in bf16 or fp16 the optimizer keeps the rounding error, see `hf_continual.tensors.residuals`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_continual.tensors.residuals import round_, stamp, to_exact_
 
 __all__ = ["Anneal", "RecAdamOptimizer", "check_options", "recall_schedule", "recall_share"]
 
-CPU_BATCH = 1 << 20  # parameters updated in one call on a CPU: the recall finds part of them still in the cache
+CPU_BATCH = 1 << 20  # parameters updated in one call on a CPU: part of them is still in the cache for the recall
 LOW_BATCH = 1 << 25  # parameters in low precision updated in one call on a device: bounds the fp32 copies
 KEPT_TYPES = ("exp_avg", "exp_avg_sq", "residual", "owed", "fisher")  # state whose dtype is not the parameter's
 
@@ -46,12 +46,12 @@ class RecAdamOptimizer(Optimizer):
         correct_bias: Whether the moments' bias is corrected.
         anneal: Schedule of the task's weight; ``"none"`` pulls with r = lr * anchor_strength at every step.
         k: Steepness of the sigmoid, per update.
-        t0: Updates until the sigmoid is at half, or the linear schedule at its end.
+        t0: Update at which the sigmoid is at half, or the linear schedule at its end.
         anneal_w: Sum of both weights; 0 makes a group plain Adam.
         anchor_strength: gamma.
-        floor: Least weight of the recall, which keeps a pull after t0; 0 is the paper.
+        floor: Minimum weight of the recall, which keeps a pull after t0; 0 is the paper.
         out_of_range: What to do with r outside [0, 1]: ``"error"`` or ``"clamp"``.
-        pull_every: Updates between two pulls, which then go the compounded share 1 - prod(1 - r) at once.
+        pull_every: Updates between two pulls, which then go the compounded fraction 1 - prod(1 - r) at once.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RecAdamOptimizer(Optimizer):
         pull_every: int = 1,
     ) -> None:
         self._written: dict[Tensor, tuple[int, int, int]] = {}
-        self.store_anchors = True  # whether state_dict holds them; not where they can be read again by name
+        self.store_anchors = True  # whether state_dict holds them; False if they can be read again by name
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
             "anneal": anneal, "k": k, "t0": t0, "anneal_w": anneal_w, "anchor_strength": anchor_strength,
@@ -118,7 +118,7 @@ class RecAdamOptimizer(Optimizer):
         return loss
 
     def _alike(self, group: dict[str, Any]) -> dict[tuple[Any, ...], list[Tensor]]:
-        """Parameters with a gradient by update, share that is owed, device and dtype."""
+        """Parameters with a gradient, by update, owed fraction, device and dtype."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for i, p in enumerate(group["params"]):
             if p.grad is not None:
@@ -133,7 +133,7 @@ class RecAdamOptimizer(Optimizer):
         if "anchor" not in state:
             if "exp_avg" in state:
                 raise RuntimeError(
-                    "RecAdam's anchors are not in the loaded optimizer state: it was saved where they can be read from "
+                    "RecAdam's anchors are not in the loaded optimizer state: it was saved while they could be read from "
                     "the base checkpoint. Load it through ContinualTrainer, or set optimizer.state[p]['anchor']."
                 )
             given = group["anchors"][index].to(p) if "anchors" in group else p.detach()
@@ -147,7 +147,7 @@ class RecAdamOptimizer(Optimizer):
                 state[moment] = torch.zeros_like(state["anchor"], dtype=torch.float32 if low else p.dtype)
             if low:
                 state["residual"] = torch.zeros_like(state["anchor"], dtype=torch.float32)
-        for key in ("step", "owed"):  # a sharded checkpoint brings them back on the device
+        for key in ("step", "owed"):  # a sharded checkpoint loads them on the device
             if key in state and state[key].device.type != "cpu":
                 state[key] = state[key].cpu()
         return state
@@ -168,7 +168,8 @@ class RecAdamOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], t: int, weight: float, share: float, members: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], float(group["lr"])
         root = math.sqrt(1 - beta2**t)
-        # Adam in its usual form has eps inside the bias correction; RecAdam's outside is this eps and this rate.
+        # Adam in its usual form has eps inside the bias correction; RecAdam's is outside, which equals this eps and
+        # rate.
         adam = {
             "lr": lr * weight * (1.0 if group["correct_bias"] else (1 - beta1**t) / root),
             "beta1": beta1, "beta2": beta2, "weight_decay": 0.0, "eps": group["eps"] / root,
@@ -212,7 +213,7 @@ class RecAdamOptimizer(Optimizer):
 
     @torch.no_grad()
     def apply_owed_pulls(self) -> None:
-        """Go now what `pull_every` has put off; not for weights that were loaded or edited since the last update."""
+        """Apply the pull deferred by `pull_every`, except to weights loaded or edited since the last update."""
         for p, state in self.state.items():
             share = float(state.get("owed", 0.0))
             if not share or self._edited(p):
@@ -227,7 +228,7 @@ class RecAdamOptimizer(Optimizer):
             self.settle(p)
 
     def _batches(self, members: list[Tensor], low: bool) -> Iterable[tuple[list[Tensor], ...]]:
-        """Local tensors to update in one call: all at once on a device, a few that fit into the cache on a CPU."""
+        """Local tensors to update in one call: all at once on a device, a few that fit in the cache on a CPU."""
         copies = low or "fisher" in self.state[members[0]]
         most = CPU_BATCH if members[0].device.type == "cpu" else (LOW_BATCH if copies else math.inf)
         pending: list[list[Tensor]] = []
@@ -257,7 +258,7 @@ class RecAdamOptimizer(Optimizer):
             yield tuple(list(column) for column in zip(*pending, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """As for every optimizer; without the anchors where `store_anchors` is off."""
+        """As for every optimizer; without the anchors if `store_anchors` is off."""
         for p in self.state:
             self.residual(p)
         saved = super().state_dict()
@@ -269,7 +270,7 @@ class RecAdamOptimizer(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for every optimizer; what is kept in fp32 stays so, and anchors that are not in it stay."""
+        """As for every optimizer; fp32 state stays in fp32, and anchors missing from it are kept."""
         anchors = [group.get("anchors") for group in self.param_groups]
         held = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
         super().load_state_dict(state_dict)
@@ -291,9 +292,9 @@ class RecAdamOptimizer(Optimizer):
                 group["anchors"] = given
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take state that was loaded or copied: weights are taken as they are."""
+        """Restore loaded or copied state; the weights are used as they are."""
         super().__setstate__(state)
         self._written = {}
         self.__dict__.setdefault("store_anchors", True)
         for group in self.param_groups:
-            group.setdefault("pull_every", 1)  # saved before there was the option
+            group.setdefault("pull_every", 1)  # for states saved before this option existed

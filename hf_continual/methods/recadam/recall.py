@@ -1,7 +1,8 @@
-"""The pull of RecAdam towards its anchors: one share for all weights, or for each the share that its Fisher information gives.
+"""The pull of RecAdam towards its anchors: one fraction for all weights, or one per weight from its Fisher information.
 
 With F the diagonal Fisher information over its mean, the quadratic term of the paper (eq. 6) is gamma / 2 sum_i F_i (theta_i -
-theta*_i)^2, of which its optimizer keeps F_i = 1. Decoupled like that one, a weight goes the share min(1, r F_i) of the way.
+theta*_i)^2, which its optimizer simplifies to F_i = 1. Decoupled in the same way, a weight goes min(1, r F_i) of the
+way.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ SAVED = ".safetensors"
 
 @torch.no_grad()
 def recall_(work: Sequence[Tensor], anchors: Sequence[Tensor], share: float, fisher: Sequence[Tensor] | None) -> None:
-    """Go a share of the way to the anchors, in place.
+    """Go a fraction of the way to the anchors, in place.
 
     Args:
         work: Weights.
         anchors: theta*, of the same dtype.
         share: r, in [0, 1].
-        fisher: F over its mean, float32; None where all weights go the same share.
+        fisher: F over its mean, float32; None if all weights go the same fraction.
     """
     if fisher is None:
         torch._foreach_lerp_(list(work), list(anchors), share)
@@ -39,14 +40,14 @@ def recall_(work: Sequence[Tensor], anchors: Sequence[Tensor], share: float, fis
 
 
 def over_mean(fisher: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """F over its mean over all weights, so that the scalar form is F = 1; float32.
+    """F divided by its mean over all weights, so that the scalar form is F = 1; float32.
 
     Args:
-        fisher: F by name, at least 0; parts of it where weights are spread over processes.
-        add_up: Sums over the processes where they are, else None.
+        fisher: F by name, at least 0; its shards if weights are sharded over processes.
+        add_up: Sums over the processes if they are, else None.
 
     Returns:
-        New tensors of the same shapes; exactly 1 where F is constant.
+        New tensors of the same shapes; exactly 1 if F is constant.
 
     Raises:
         ValueError: If F is not finite, or zero everywhere.
@@ -60,31 +61,31 @@ def over_mean(fisher: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor] |
     mean = float(total / count)
     if not 0 < mean < float("inf"):
         raise ValueError(
-            f"RecAdam(fisher=...): the mean of the Fisher information is {mean:g}, so it tells no weight from another. Give "
-            f"rows whose loss depends on the weights that are trained."
+            f"RecAdam(fisher=...): the mean of the Fisher information is {mean:g}, so it cannot rank weights. Give "
+            f"rows whose loss depends on the trained weights."
         )
     return {name: (f.double() / mean).float() for name, f in fisher.items()}
 
 
 def read_fisher(file: str, params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """F as EWC left it (``continual/ewc.safetensors`` beside a model), spread as the weights are.
+    """Read F as EWC left it (``continual/ewc.safetensors`` in a model's folder), sharded like the weights.
 
     Args:
         file: The file.
         params: Weights by name.
-        device: Where they live.
+        device: Their device.
 
     Returns:
         F by name, float32.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or lacks a weight or has another shape of it.
+        ValueError: If it cannot be read, or lacks a weight or has it in another shape.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(
-            f"RecAdam(fisher={file!r}): there is no such file. EWC leaves one in continual/ewc.safetensors beside the model of "
-            f"a task; rows of data are measured instead."
+            f"RecAdam(fisher={file!r}): there is no such file. EWC leaves one as continual/ewc.safetensors in the model folder of "
+            f"a task; or give rows, and F is measured on them."
         )
     found: dict[str, Any] = {}
     try:

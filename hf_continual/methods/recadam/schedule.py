@@ -1,6 +1,6 @@
-"""How RecAdam weighs the task against the anchor at an update, and which options make sense.
+"""RecAdam's weights of task and anchor at an update, and checks of its options.
 
-Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics stand in `hf_continual.methods.recadam`.
+Chen et al., EMNLP 2020, https://arxiv.org/abs/2004.12651; the mathematics are in `hf_continual.methods.recadam`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def recall_schedule(anneal: Anneal, t: int, k: float, t0: float, w: float) -> fl
 
 
 def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
-    """What an update takes from the task and from the anchor.
+    """An update's weights of the task and of the anchor.
 
     Args:
         group: Options of a parameter group.
         t: Update of the parameter, counted from 1.
 
     Returns:
-        lambda, by which the Adam step is multiplied, and r, the share of the way back to the anchor.
+        lambda, the factor of the Adam step, and r, the fraction of the way back to the anchor.
     """
     w, lr = group["anneal_w"], float(group["lr"])
     if w <= 0:
@@ -54,17 +54,17 @@ def recall_share(group: dict[str, Any], t: int) -> tuple[float, float]:
 
 
 def owed_share(owed: float, share: float) -> float:
-    """One share of the way to a fixed point for two in a row: 1 - (1 - owed) (1 - share); `share` itself after 0."""
+    """The fraction of the way to a fixed point after both: 1 - (1 - owed) (1 - share); `share` itself after 0."""
     return owed + share - owed * share
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of a parameter group that make no sense."""
+    """Refuse invalid options of a parameter group."""
     if options["lr"] < 0:  # a number or a tensor
         raise ValueError(f"RecAdam: lr={options['lr']!r} must be 0 or more.")
     one_of("RecAdam", "anneal", options["anneal"], ANNEALS)
     if options["anneal"] == "linear" and options["t0"] <= 0:
-        raise ValueError(f"RecAdam: anneal='linear' reaches its end at t0, so t0={options['t0']!r} must be above 0.")
+        raise ValueError(f"RecAdam: anneal='linear' ends at t0, so t0={options['t0']!r} must be above 0.")
     for name in ("eps", "weight_decay", "anneal_w", "anchor_strength", "floor"):
         at_least("RecAdam", name, options[name], 0)
     for beta in options["betas"]:
@@ -74,5 +74,5 @@ def check_options(options: dict[str, Any]) -> None:
     if "anchors" in options and len(options["anchors"]) != len(options["params"]):
         raise ValueError(
             f"RecAdam: a group has {len(options['params'])} params and {len(options['anchors'])} anchors; the lists are "
-            f"parallel and must be equally long."
+            f"parallel and must have equal length."
         )

@@ -1,4 +1,4 @@
-"""TaSL: `method` is the class, `consolidation` how two models become one by what matters to each. Importance itself is in
+"""TaSL: `method` is the class, `consolidation` mixes two models by importance. Importance itself is in
 `hf_continual.tensors.importance`.
 """
 

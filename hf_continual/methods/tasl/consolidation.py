@@ -1,9 +1,9 @@
 r"""Consolidation of the weights before and after a task, unit by unit (TaSL, ACL 2024; TasLoRA, arXiv 2408.05200).
 
 A unit is a tensor (TaSL) or a rank of an adapter (TasLoRA). Both sides' importance is scaled to [0, 1] over all units. A tensor
-that lies above the (1 - share) quantile of a side matters to that side:
+above the (1 - share) quantile of a side matters to that side:
 
-    both sides: 0.3 present + 0.7 previous;   one side: that side's;   none: half of each
+    both sides: 0.3 present + 0.7 previous;   one side: that side's weights;   none: half of each
 
 A rank is mixed softly, with s the scaled importance of its side: w = 1 / (1 + exp((s_previous - s_present) / tau)).
 """
@@ -21,12 +21,12 @@ from hf_continual.bounds import between
 
 Importance = Mapping[str, Any]  # unit -> a number, or (R,) numbers of its ranks
 
-PREVIOUS = 0.7  # weight of what was there where both sides matter, and in the accumulated importance
+PREVIOUS = 0.7  # weight of the previous side if both matter, and in the accumulated importance
 NEITHER = 0.5
 
 
 def scaled(importance: Importance) -> dict[str, np.ndarray]:
-    """Importance scaled to [0, 1] over all units; all zero where all are equal."""
+    """Importance scaled to [0, 1] over all units; all zero if all are equal."""
     values = {name: np.asarray(v, dtype=np.float64) for name, v in importance.items()}
     if not values:
         return {}
@@ -35,11 +35,11 @@ def scaled(importance: Importance) -> dict[str, np.ndarray]:
 
 
 def accumulate(present: Importance, previous: Importance, previous_weight: float = PREVIOUS) -> dict[str, np.ndarray]:
-    """Importance to hand on: ``scaled((1 - w) scaled(present) + w scaled(previous))``; of a unit on one side, that side's.
+    """Importance to hand on: ``scaled((1 - w) scaled(present) + w scaled(previous))``; for a unit on one side, that side's.
 
     Args:
         present: Importance to the task.
-        previous: Accumulated importance to the tasks before; empty after the first.
+        previous: Accumulated importance to the earlier tasks; empty after the first task.
         previous_weight: w.
 
     Returns:
@@ -56,18 +56,18 @@ def present_shares(
     share: float = 0.2,
     previous_weight: float = PREVIOUS,
 ) -> dict[str, float]:
-    """How much of the present weights goes into each tensor; the rest comes from the previous ones.
+    """The fraction of the present weights in each tensor; the rest comes from the previous ones.
 
     Args:
         importance_present: Importance to the task.
-        importance_previous: Importance to the tasks before, of the same units.
-        share: Share of the units that matter to a side.
-        previous_weight: Weight of the previous side where a unit matters to both.
+        importance_previous: Importance to the earlier tasks, of the same units.
+        share: Fraction of the units that matter to a side.
+        previous_weight: Weight of the previous side if a unit matters to both.
 
     Returns:
         A number in [0, 1] by unit.
     """
-    between("consolidate", "share", share, 0, 1, "]", "It is the share of units that matter to a side.")
+    between("consolidate", "share", share, 0, 1, "]", "It is the fraction of units that matter to a side.")
     sides = [scaled(importance_present), scaled(importance_previous)]
     above = []
     for side in sides:
@@ -80,11 +80,11 @@ def present_shares(
 def present_rank_shares(
     importance_present: Importance, importance_previous: Importance, temperature: float = 0.25
 ) -> dict[str, Tensor]:
-    """How much of the present weights goes into each rank of an adapter; the rest comes from the previous ones.
+    """The fraction of the present weights in each rank of an adapter; the rest comes from the previous ones.
 
     Args:
         importance_present: Importance of the ranks to the task, (R,) by layer.
-        importance_previous: Importance to the tasks before.
+        importance_previous: Importance to the earlier tasks.
         temperature: tau; towards 0 the more important side wins.
 
     Returns:
@@ -102,21 +102,21 @@ def consolidate(
     share: float = 0.2,
     previous_weight: float = PREVIOUS,
 ) -> dict[str, Tensor]:
-    """One model of the weights after and before a task, tensor by tensor (TaSL, sec. 3.3).
+    """Mix the weights after and before a task, tensor by tensor (TaSL, sec. 3.3).
 
     Args:
         present: Weights after the task, by name.
         previous: Weights before it.
         importance_present: Importance of each tensor to the task: numbers by name, or in the order of `present`.
-        importance_previous: Importance to the tasks before, accumulated.
-        share: Share of the tensors that matter to a side.
-        previous_weight: Weight of the previous side where a tensor matters to both.
+        importance_previous: Accumulated importance to the earlier tasks.
+        share: Fraction of the tensors that matter to a side.
+        previous_weight: Weight of the previous side if a tensor matters to both.
 
     Returns:
         New tensors by name; a tensor that one side lacks, or that was not measured on both, is the present one.
 
     Raises:
-        ValueError: If importance is given without names and is of another length than `present`.
+        ValueError: If importance is given without names and its length differs from that of `present`.
     """
     sides = []
     for side in (importance_present, importance_previous):
@@ -124,9 +124,7 @@ def consolidate(
             sides.append({n: side[n] for n in present if n in side})
             continue
         if len(side) != len(present):
-            raise ValueError(
-                f"{len(side)} numbers of importance cannot belong to {len(present)} tensors. Give one for each."
-            )
+            raise ValueError(f"{len(side)} importance values for {len(present)} tensors. Give one per tensor.")
         sides.append(dict(zip(present, side, strict=True)))
     known = [n for n in present if n in previous and all(n in side for side in sides)]
     now, then = ({n: side[n] for n in known} for side in sides)
@@ -158,7 +156,7 @@ def orthonormality_gradient(P_LRD: Tensor) -> Tensor:
     """Gradient of ``sum_l |P P^T - I|_F``, the regulariser of TasLoRA, with respect to P.
 
     Args:
-        P_LRD: Rows that are to be orthonormal, of L layers, (L, R, D).
+        P_LRD: Rows to make orthonormal, for L layers, (L, R, D).
 
     Returns:
         2 (P P^T - I) P / |P P^T - I|_F, of the same shape; zero where they are orthonormal.

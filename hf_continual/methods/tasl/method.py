@@ -1,20 +1,20 @@
-r"""TaSL: after a task, every part of the model takes the weights of whoever needs it.
+r"""TaSL: after a task, every part of the model takes the weights of the side that needs it.
 
 Feng et al., "TaSL: Continual Dialog State Tracking via Task Skill Localization and Consolidation", ACL 2024,
 https://arxiv.org/abs/2408.09857, and its form for LoRA, https://arxiv.org/abs/2408.05200 ("TasLoRA").
 
-While a task is learnt, the importance of every weight is averaged over the steps (`hf_continual.tensors.importance`):
+While a task is learned, the importance of every weight is averaged over the steps (`hf_continual.tensors.importance`):
 
     I <- b1 I + (1 - b1) |w g|,     U <- b2 U + (1 - b2) | |w g| - I |,     score = I U
 
 When it ends, the scores become one number per unit, and the weights are mixed unit by unit with those that the task started
 from (`consolidation`). Importance is accumulated and handed to the next task; no old row is read.
 
-Differs from the published code: every step is measured (theirs leaves the first out), steps with gradients that are not
-finite leave no trace, and the weights before the task are kept by the run itself instead of being read from a folder.
+Differs from the published code: every step is measured (theirs skips the first), steps with gradients that are not
+finite change nothing, and the run itself keeps the weights before the task instead of reading them from a folder.
 
-Memory: 8 bytes per trainable parameter for I and U; from the second task on the weights before it, in main memory. Handed
-over: one number per tensor or rank.
+Memory: 8 bytes per trainable parameter for I and U; from the second task on also the weights before the task, in main
+memory. Handed on: one number per tensor or rank.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TaSL(Method):
-    """Mix the weights after a task with those before it, by what matters to the task and to earlier ones.
+    """Mix the weights after a task with those before it, by their importance to the task and to earlier ones.
 
-    Idea: tensors that only old tasks need go back, those that only the new one needs stay, and what both need is mixed.
+    Idea: tensors that only old tasks need go back, those that only the new one needs stay, and the others are mixed.
     Hooks: after step, task end, gradients for `orthogonality`. Cost: one elementwise pass over the trainable weights per
-    step; nothing but the mixing when the task ends.
-    Relations: KIF does the same for single weights every few steps, and measures old tasks anew on a memory. The first
+    step; when the task ends, only the mixing.
+    Relations: KIF does the same for single weights every few steps, and remeasures old tasks on a buffer. The first
     task is plain fine-tuning. A new adapter (``between_tasks: new_adapter``) has no earlier weights, so nothing is mixed.
-    The mixing is part of the end of a task: methods that come later in the list see the mixed weights. Composes with
+    The mixing happens at the end of a task: methods later in the list see the mixed weights. Composes with
     everything.
 
     Args:
         units: ``"tensor"`` (TaSL: each factor of an adapter, or each weight) or ``"rank"`` (TasLoRA: each rank of each
-            adapter; weights that are no factors stay as trained).
-        share: Share of the tensors that matter to a side.
-        previous_weight: Weight of earlier tasks where a tensor matters to both sides, and in the accumulated importance.
+            adapter; weights that are not factors stay as trained).
+        share: Fraction of the tensors that matter to a side.
+        previous_weight: Weight of earlier tasks if a tensor matters to both sides, and in the accumulated importance.
         temperature: tau of ``units="rank"``.
         beta1: Decay of the importance.
         beta2: Decay of its uncertainty.
         order: Taylor terms of the sensitivity.
-        orthogonality: Weight of the mean of |P P^T - I|_F over all factors (rows of A, columns of B); TasLoRA has 0.1.
-        strength: Share of the way from the trained to the mixed weights; 1 is the paper, 0 only measures.
-        name: Prefix of the logged values, and of the files that are handed over.
+        orthogonality: Weight of the mean of |P P^T - I|_F over all factors (rows of A, columns of B); TasLoRA uses 0.1.
+        strength: Fraction of the way from the trained to the mixed weights; 1 is the paper, 0 only measures.
+        name: Prefix of the logged values, and of the files handed to the next task.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
@@ -117,11 +117,11 @@ class TaSL(Method):
         at_least("TaSL", "orthogonality", self.orthogonality, 0)
 
     def reads_reference(self) -> bool:
-        """The weights before the task, from the second task on."""
+        """True from the second task on: it needs the weights before the task."""
         return True
 
     def prepare_model(self, model: nn.Module, task: Any) -> None:
-        """Refuse what needs the factors of an adapter without one."""
+        """Refuse options that need an adapter's factors on a model without an adapter."""
         asked = "units='rank'" if self.units == "rank" else "orthogonality" if self.orthogonality else ""
         if asked and not factor_pairs(dict(model.named_parameters())):
             raise ValueError(
@@ -130,10 +130,10 @@ class TaSL(Method):
             )
 
     def load_task_state(self, state: State, run: Run) -> None:
-        """Take over the importance to the earlier tasks."""
+        """Load the importance to the earlier tasks."""
         if state["units"] != self.units:
             raise ValueError(
-                f"TaSL: the task before measured importance by {state['units']}, and this run has units={self.units!r}. Use "
+                f"TaSL: the previous task measured importance by {state['units']}, but this run has units={self.units!r}. Use "
                 f"units={state['units']!r}, or start without what was learned: ContinualConfig(fresh_methods=True)."
             )
         params = run.named_parameters()
@@ -142,7 +142,7 @@ class TaSL(Method):
         if wrong := [n for n in held if list(params[n].shape) != state["shapes"][n]]:
             first = wrong[0]
             raise ValueError(
-                f"TaSL: {len(wrong)} weights have another shape than when their importance was measured, such as {first}: "
+                f"TaSL: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(state['shapes'][first])} then, {tuple(params[first].shape)} now. Train with the same model and "
                 f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True)."
             )
@@ -153,18 +153,18 @@ class TaSL(Method):
         params = run.named_parameters()
         if self._old and not self._held:
             logger.warning(
-                "TaSL: none of the %d weights that are trained was trained by an earlier task (a new adapter, or other "
+                "TaSL: none of the %d trained weights was trained by an earlier task (a new adapter, or other "
                 "layers): nothing is mixed. Continue the same weights to mix them.", len(params),
             )  # fmt: skip
         if self.strength:
             self._start = {n: params[n].detach().to("cpu", copy=True) for n in self._held}
 
     def begin_task(self, run: Run) -> None:
-        """Lay out the averages, unless a checkpoint has filled them."""
+        """Allocate the averages, unless a checkpoint has filled them."""
         self._after = {}
         if self.orthogonality and run.is_sharded:
             raise ValueError(
-                "TaSL(orthogonality=...) needs whole factors, and they are spread over processes. Leave it out, or use DDP."
+                "TaSL(orthogonality=...) needs whole factors, and they are sharded over processes. Leave it out, or use DDP."
             )
         if not self._resumed:
             self._set_up(run)
@@ -193,7 +193,7 @@ class TaSL(Method):
                 grad.add_(more.to(grad.dtype))
 
     def after_step(self, run: Run) -> None:
-        """The new weights, and the clipped gradient that moved them."""
+        """Record the new weights and the clipped gradient that moved them."""
         assert self._flat is not None
         record_step_(
             self._flat,
@@ -207,11 +207,11 @@ class TaSL(Method):
 
     @torch.no_grad()
     def end_task(self, run: Run) -> None:
-        """Mix the weights with those before the task, and note what matters by now."""
+        """Mix the weights with those before the task, and accumulate the importance."""
         assert self._flat is not None
         params = run.named_parameters()
         now, then, pairs = self._importance(run), dict(self._old.get("importance", {})), factor_pairs(params)
-        for unit in now:  # what a new adapter learned is of no earlier unit of its name
+        for unit in now:  # a new adapter's units are not the earlier ones of the same name
             if (unit if self.units == "tensor" else pairs[unit][0]) not in self._held:
                 then.pop(unit, None)
         if self._start and self.strength:
@@ -275,7 +275,7 @@ class TaSL(Method):
         return state
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Fill the averages."""
+        """Load the averages."""
         self._set_up(run)
         self._resumed = True
         assert self._flat is not None

@@ -1,4 +1,4 @@
-"""The Hub, emptied before each test; a patience that does not wait; a folder to push."""
+"""The Hub, emptied before each test; retries without waiting; a folder to push."""
 
 from __future__ import annotations
 

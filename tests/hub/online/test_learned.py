@@ -1,4 +1,4 @@
-"""What methods learned goes to the Hub with the model, rows never do, and whoever pulls it trains on as the author would."""
+"""Method state is pushed with the model, rows never are, and whoever downloads it trains on as the author would."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def methods(tmp_path):
 
 
 def task(start, out, index, tmp_path):
-    """One task as a script of its own: a new adapter on top of what is there."""
+    """One task as a separate script: a new adapter on top of the existing ones."""
     trainer = ContinualTrainer(
         start, ContinualConfig(**toy.settings(out, task_name=f"t{index}", task_index=index)),
         train_dataset=toy.rows("prompt_completion", number=8, seed=index), processing_class=toy.tokenizer(),
@@ -51,7 +51,7 @@ def task(start, out, index, tmp_path):
 
 
 def left(folder):
-    """Weights and what was learned."""
+    """Weights and method state."""
     found = {"model": load_file(Path(folder) / "adapter_model.safetensors")}
     for file in sorted((Path(folder) / "continual").glob("*.safetensors")):
         found[file.name] = load_file(file)
@@ -95,7 +95,7 @@ def test_the_card_says_what_and_how_much(base, tmp_path):
     listed = json.loads((there / "continual" / "methods.json").read_text())
     (there / "continual" / "methods.json").unlink()
     (there / "continual" / "methods.json").write_text(json.dumps({**listed, "methods": listed["methods"][:1]}))
-    assert {f.rule for f in lint_folder(there)} == {"numbers"}  # the card promises what is not there
+    assert {f.rule for f in lint_folder(there)} == {"numbers"}  # the card mentions files that are missing
 
 
 def test_it_can_stay_at_home_and_rows_can_be_asked_for(base, tmp_path):
@@ -116,7 +116,7 @@ def test_it_can_stay_at_home_and_rows_can_be_asked_for(base, tmp_path):
 def test_what_cannot_be_asked_for(base, tmp_path, name):
     task(base, tmp_path / "t0", 0, tmp_path)
     (tmp_path / "t0" / "optimizer.pt").write_bytes(b"pickle")
-    with pytest.raises(HubPushError, match="is not a file in|may hold code"):
+    with pytest.raises(HubPushError, match="is not a file in|may contain code"):
         push_to_hub(tmp_path / "t0", "me/m", include=[name])
 
 

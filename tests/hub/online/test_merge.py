@@ -79,7 +79,7 @@ def test_private_license_and_token(experts, monkeypatch):
         merge_linear([law, tax], experts / "out", **call)
     with pytest.raises(ValueError, match="license='none' is not a licence id of the Hub"):
         merge_linear([law, tax], experts / "out", **call, license="none")
-    with pytest.raises(ValueError, match="private=True says how to publish, and there is no push_to_hub="):
+    with pytest.raises(ValueError, match="private=True applies only with push_to_hub="):
         merge_linear([law, tax], experts / "out", private=True)
     assert not (experts / "out").exists()
     token = os.environ["HF_TOKEN"]
@@ -93,7 +93,7 @@ def test_private_license_and_token(experts, monkeypatch):
     assert result.url is not None and result.url.endswith(repo.content_commits()[0].sha)
     assert b"license: apache-2.0" in repo.head().tree["README.md"][0]
     assert not any(token.encode() in data for data, *_ in repo.head().tree.values())
-    with pytest.raises(HubPushError, match="private=False was asked for"):
+    with pytest.raises(HubPushError, match="private=False was requested"):
         merge_linear([law, tax], experts / "other", **call, private=False, token=token, license="mit")
     assert not (experts / "other").exists()
     merge_linear([law, tax], experts / "local", license="mit", progress=False)

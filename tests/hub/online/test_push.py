@@ -131,7 +131,7 @@ def test_faults_that_pass(hub, folder, call, fault, caplog):
     hub.fault(method, path, **PASSING[fault])
     done = push_to_hub(folder, "me/m", tag="task-2")
     assert done.oid == HUB.repos["me/m"].head().sha == HUB.repos["me/m"].tags["task-2"]
-    # The client itself sends a body again when the answer to it was lost: nothing above it can know that it arrived.
+    # The client itself resends a body if its response was lost: no caller can know that it arrived.
     complete(folder, resent=call == "put" and fault == "answer lost")
     assert all(f.times == 0 for f in hub.faults) and TOKEN not in caplog.text
     if call == "commit" and "Retry-After" in fault:
@@ -175,11 +175,11 @@ LASTING = {
     "429 for an hour": (
         ("POST", "/commit/"),
         dict(status=429, headers={"Retry-After": "3600"}),
-        "429.*3600 s.*not sent twice",
+        "429.*3600 s.*not sent again",
     ),
     "429 for ever": (("POST", "/commit/"), dict(status=429), "429.*commits per hour"),
-    "503 for ever": (("POST", "/commit/"), dict(status=503), "503.*not well"),
-    "cut for ever": (("PUT", "/lfs-storage/"), dict(kind="cut"), "not sent twice"),
+    "503 for ever": (("POST", "/commit/"), dict(status=503), "503.*server error"),
+    "cut for ever": (("PUT", "/lfs-storage/"), dict(kind="cut"), "not sent again"),
     "400 secrets": (("POST", "/commit/"), dict(status=400, error="secrets found in files"), "400.*secrets found"),
 }
 
@@ -205,7 +205,7 @@ def test_faults_that_last(hub, folder, fault, caplog, capfd):
 
 
 def test_somebody_commits_meanwhile(hub, folder):
-    """412: the head is read again, and the card is written over what is there now."""
+    """412: the head is read again, and the card is written over the current one."""
     HUB.make("me/m")
     theirs = "---\nnew_version: me/next\n---\n# hand\n\nWritten by hand on the Hub.\n"
     hub.fault("POST", "/commit/", times=1, kind="none", before=lambda: HUB.put("me/m", {"README.md": theirs.encode()}))
@@ -220,10 +220,10 @@ def test_a_private_repository_must_be_as_asked(hub, folder):
     assert HUB.repos["me/p"].private
     HUB.make("me/open")
     with pytest.raises(
-        HubPushError, match=r"private=True was asked for, and the repository is there already and is public"
+        HubPushError, match=r"private=True was requested, but the repository already exists and is public"
     ):
         push_to_hub(folder, "me/open", private=True)
-    with pytest.raises(HubPushError, match="private=False was asked for.*is private"):
+    with pytest.raises(HubPushError, match="private=False was requested.*is private"):
         push_to_hub(folder, "me/p", private=False)
     assert not HUB.repos["me/open"].content_commits()
 
@@ -236,7 +236,7 @@ def test_another_account(hub, folder):
         push_to_hub(folder, "me/new", token=READER)
     with pytest.raises(HubPushError, match="401: the Hub does not accept the token given as an argument"):
         push_to_hub(folder, "me/new", token="hf_" + "x" * 30)
-    with pytest.raises(HubPushError, match="no such repository to open a pull request in"):
+    with pytest.raises(HubPushError, match="the repository does not exist, so no pull request can be opened"):
         push_to_hub(folder, "you/none", create_pr=True)
 
 
@@ -331,7 +331,7 @@ def test_a_folder_that_is_not_whole(hub, folder):
         push_to_hub(folder, "me/m")
     shard.write_bytes(data)
     (folder / "notes.json").write_text(json.dumps({"key": TOKEN}))
-    with pytest.raises(HubPushError, match="notes.json holds an access token") as raised:
+    with pytest.raises(HubPushError, match="notes.json contains an access token") as raised:
         push_to_hub(folder, "me/m")
     assert TOKEN not in str(raised.value) and not HUB.log
 
@@ -341,14 +341,14 @@ def test_findings_stop_a_push(hub, folder):
     (folder / "README.md").write_text(
         card.replace("<!-- hf_continual:keep -->", "<!-- hf_continual:keep -->\n![x](gone.png)")
     )
-    with pytest.raises(HubPushError, match=r"findings, and nothing was sent:\n  \[image\] the picture gone.png"):
+    with pytest.raises(HubPushError, match=r"findings, so nothing was sent:\n  \[image\] the image gone.png"):
         push_to_hub(folder, "me/m")
     assert not HUB.repos["me/m"].content_commits()
 
 
 def test_a_base_that_is_not_there(hub, tmp_path):
     facts = CardFacts("small", base=ModelRef("you/gone"))
-    with pytest.raises(HubPushError, match="you/gone is named as a base of this model, and the Hub does not have it"):
+    with pytest.raises(HubPushError, match="you/gone is named as a base of this model, but the Hub does not have it"):
         push_to_hub(make(tmp_path / "m", facts=facts), "me/m")
 
 
@@ -398,7 +398,7 @@ def test_no_token_and_other_ranks(hub, folder, monkeypatch):
 
 
 def test_xet_is_left_to_the_client(hub, folder, monkeypatch):
-    """Where hf_xet is there and not switched off, uploads go by Xet; this Hub has none, so it ends in one clear error."""
+    """If hf_xet is installed and not switched off, uploads go by Xet; this Hub has none, so it ends in one clear error."""
     from huggingface_hub import constants
     from huggingface_hub.utils._runtime import is_xet_available
 
@@ -419,7 +419,7 @@ def test_xet_is_left_to_the_client(hub, folder, monkeypatch):
 
 
 def test_the_server_is_one(hub, folder, tmp_path):
-    """The loopback Hub and the plain client understand each other without this library."""
+    """The loopback Hub and the plain client work together without this library."""
     api = HfApi()
     api.create_repo("me/plain")
     api.upload_folder(repo_id="me/plain", folder_path=folder, ignore_patterns=["*.bin"])

@@ -210,7 +210,7 @@ def test_refusals_come_before_the_first_step(base, tmp_path):
     with pytest.raises(HubPushError, match="org/gone is named as a base"):
         trainer(local, tmp_path / "b", peft=True, hub_base_model="org/gone")
     HUB.make("me/m")
-    with pytest.raises(HubPushError, match="private=True was asked for"):
+    with pytest.raises(HubPushError, match="private=True was requested"):
         trainer(base, tmp_path / "c", hub_private_repo=True)
     HUB.fault("GET", "/auth-check", status=403, times=10)
     with pytest.raises(HubPushError, match="403"):

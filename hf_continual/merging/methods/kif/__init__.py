@@ -1,1 +1,1 @@
-"""Recurrent-KIF's fusion offline: two models, element by element, by what matters to each."""
+"""Offline fusion by Recurrent-KIF: two models, element by element, by what matters to each."""

@@ -1,7 +1,7 @@
-"""Importance of the weights of a finished model: a gradient per batch of rows, averaged as `KIF` does in training.
+"""Importance of a finished model's weights: one gradient per batch of rows, averaged as `KIF` does in training.
 
-The model is in memory with its gradients and two float32 values per scored weight: this is not bounded as the fusion
-is. It runs in evaluation mode; gradients are clipped to norm 1, as those that the paper's code measures with.
+The model is in memory with its gradients and two float32 values per scored weight: unlike the fusion, this is not memory-bounded.
+It runs in evaluation mode; gradients are clipped to norm 1, like those that the paper's code measures importance with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 MAX_NORM = 1.0
-SEED = 0  # of the order of rows: averages favour the last ones, and files are often sorted by class
+SEED = 0  # for shuffling rows: averages favour the last ones, and files are often sorted by class
 
 Encoded = tuple[list[int], list[int]]
 
@@ -50,29 +50,29 @@ class Measure:
 
 
 def member_to_run(member: Member, base_model: str | os.PathLike[str] | None) -> Member:
-    """A model as it can be loaded: an adapter together with the full model it sits on.
+    """Make a model loadable: an adapter together with the full model that it belongs to.
 
     Args:
         member: A full model or an adapter.
-        base_model: The full model, or None: the one that the adapter's configuration names.
+        base_model: The full model, or None to use the one that the adapter's configuration names.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the full model cannot be found, or is none.
+        ValueError: If the full model cannot be found, or is not a full model.
     """
     adapter = member.checkpoint
     if not adapter.is_adapter:
         return member
     named: Any = base_model or adapter.config.get("base_model_name_or_path")
-    way = "Give base_model=, the full model that the adapters sit on; calibration runs it."
+    way = "Give base_model=, the full model that the adapters were trained on; calibration runs it."
     if not named:
-        raise ValueError(f"{adapter.name} does not say which model it sits on. {way}")
+        raise ValueError(f"{adapter.name} does not say which model it was trained on. {way}")
     try:
         full = open_checkpoint(named)
     except FileNotFoundError as error:
-        raise ValueError(f"the model under {adapter.name} ({named!r}) was not found: {error} {way}") from error
+        raise ValueError(f"the base of {adapter.name} ({named!r}) was not found: {error} {way}") from error
     if full.is_adapter:
         raise ValueError(f"base_model={str(named)!r} is an adapter. {way}")
     return Member(full, Adapter(adapter, {}, {}, {}))
@@ -88,7 +88,7 @@ def calibrated(
     folder: Path,
     uncertainty: bool | None,
 ) -> Scores:
-    """Importance of a model's weights on rows; kept in a file until the fusion is published, so that a kill costs nothing.
+    """Measure the importance of a model's weights on rows; kept in a file until the merge is published, so that a kill loses nothing.
 
     Args:
         side: Which side it is for.
@@ -96,7 +96,7 @@ def calibrated(
         names: Stored names of the weights that get scores.
         rows: Rows with text, messages, prompt and completion, or token ids.
         measure: How it is measured.
-        setting: Where and in which type the model runs.
+        setting: The device and dtype that the model runs in.
         folder: Where the file goes.
         uncertainty: See `read_scores`.
 
@@ -105,7 +105,7 @@ def calibrated(
 
     Raises:
         MergeError: If weights are not found in the loaded model, or no batch has a finite gradient.
-        ValueError: If no row has a token to learn from.
+        ValueError: If no row has a token to train on.
     """
     tokens = encoded_rows(rows, load_tokenizer(member), measure.max_length)
     rows_sha256 = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
@@ -130,25 +130,25 @@ def calibrated(
 
 
 def encoded_rows(rows: Dataset, tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Token ids and labels of rows, as they are trained on: an answer alone where there is a prompt, else all tokens.
+    """Token ids and labels of rows, as in training: only the answer if there is a prompt, else all tokens.
 
     Args:
         rows: Rows with ``prompt`` and ``completion``, ``messages``, ``text``, or ``input_ids`` (and ``labels``).
         tokenizer: The model's.
-        max_length: Tokens; a prompt loses its beginning, a text its end.
+        max_length: Tokens per row; a prompt is cut at its beginning, a text at its end.
 
     Returns:
-        Ids and labels of the rows that have a token to learn from.
+        Ids and labels of the rows that have a token to train on.
 
     Raises:
-        ValueError: If there is none.
-        TypeError: If a row is of no known form.
+        ValueError: If there is no such row.
+        TypeError: If a row has an unknown form.
     """
     found = [_encoded(dict(row), tokenizer, max_length) for row in rows]  # pyrefly: ignore[bad-argument-type]
     kept = [(ids, labels) for ids, labels in found if any(label != IGNORED for label in labels[1:])]
     if not kept:
         raise ValueError(
-            f"none of the {len(found)} calibration rows has a token to learn from. Give whole rows of the task."
+            f"none of the {len(found)} calibration rows has a token to train on. Give whole rows of the task."
         )
     return kept
 
@@ -187,7 +187,7 @@ def _batches(tokens: Sequence[Encoded], size: int, device: torch.device) -> Iter
 
 
 def _trained(model: Any, member: Member, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
-    """The parameters that get scores, by stored names; the others get no gradients."""
+    """The parameters that get scores, by stored names; gradients are switched off for the others."""
     params = {}
     for parameter, p in model.named_parameters():
         name = stored_name(parameter)
@@ -227,7 +227,7 @@ def _measured(
     if left_out == batches:
         raise MergeError(f"{member.name}: the gradients of all {batches} batches are not finite. The model is broken.")
     if left_out:
-        logger.warning("%s: %d batches had gradients that were not finite; they are left out.", member.name, left_out)
+        logger.warning("%s: %d batches had gradients that were not finite; they were skipped.", member.name, left_out)
     written = {}
     for name, (importance, spread) in averages.items():
         written |= {f"importance/{name}": importance.cpu(), f"uncertainty/{name}": spread.cpu()}

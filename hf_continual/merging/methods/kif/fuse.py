@@ -41,9 +41,9 @@ def kif_fuse(
     calibration_dtype: str | None = None,
     **output: Unpack[OutputOptions],
 ) -> MergeResult:
-    """Fuse two full models, or two LoRA adapters, by what matters to each, without loading them.
+    """Fuse two full models, or two LoRA adapters, by what matters to each, without loading either.
 
-    Weights and scores are read in chunks: memory is bounded whatever their size (the plan of ``dry_run=True`` states
+    Weights and scores are read in chunks: memory is bounded, whatever their size (the plan of ``dry_run=True`` states
     it). Scores are read three times, twice to find the exact threshold. Calibration is not bounded: it holds the model,
     its gradients and two float32 values per weight.
 
@@ -52,38 +52,38 @@ def kif_fuse(
         >>> kif_fuse("earlier", "run/checkpoint-20", "fused", importance="run/checkpoint-20")
 
     Args:
-        base: What both movements are counted from: a full model, or the adapter that both adapters went on from.
-        new: What learnt the new task; full models and adapters are not mixed.
-        output_dir: Where the result goes; complete or absent.
-        old: What learnt the old tasks. None: it did not move from the base, so old tasks only steer the masks, as in
+        base: Model that both changes are measured from: a full model, or the adapter that both adapters continued from.
+        new: Model that learned the new task; full models and adapters cannot be mixed.
+        output_dir: Output folder; complete or absent.
+        old: Model that learned the old tasks. None: it equals the base, so old tasks only affect the masks, as in
             the authors' runs with LLaMA.
-        importance: A checkpoint of a run with `KIF` (``checkpoint-N``) for both sides; or per side, as a pair or by
+        importance: A checkpoint of a run with `KIF` (``checkpoint-N``) for both sides; or one per side, as a pair or by
             ``"new"`` and ``"old"``, a checkpoint or a safetensors file of scores.
-        calibration_new: Rows of the new task, in whatever form `KIF` takes its memory. The gradients of `new` on them
-            give the importance; goes before `importance`.
-        calibration_old: Rows of old tasks, for the gradients of `old`, or of the base where there is no `old`.
+        calibration_new: Rows of the new task, in any form that `KIF` accepts for its memory. The gradients of `new` on them
+            give the importance; takes precedence over `importance`.
+        calibration_old: Rows of old tasks, for the gradients of `old`, or of the base if there is no `old`.
         rule: ``"code"``, ``"paper"``, ``"no_shared"``, ``"adaptive"`` or ``"weighted"``, as in `KIF`.
-        top_share: Share of the elements that matter to a side.
+        top_share: Fraction of the elements that count as important to a side.
         scope: One threshold (or weight, for ``"weighted"``) over all scored tensors, or one for each.
-        temperature: Of ``rule="adaptive"``.
-        uncertainty: Whether importance counts times its uncertainty; None: where there is one.
+        temperature: Temperature of ``rule="adaptive"``.
+        uncertainty: Multiply importance by its uncertainty; None: if the scores have one.
         old_from: What `old` was trained from: the base, or `new` (as a round of `KIF`: the task, then the memory).
-        base_model: The full model that adapters sit on, for calibration; None: the one that their configuration names.
+        base_model: The full model that the adapters belong to, for calibration; None: the one that their configuration names.
         beta1: Decay of the importance, over batches of calibration.
         beta2: Decay of its uncertainty.
         order: Taylor terms of the sensitivity.
         batch_size: Rows per batch of calibration.
         max_length: Tokens per row of calibration.
         device: Where models run for calibration; None: the accelerator if there is one.
-        calibration_dtype: Type they run in; None: the checkpoint's, on a CPU never float16.
-        **output: How it is written, see `OutputOptions`. The result is of the inputs' kind.
+        calibration_dtype: dtype they run in; None: the checkpoint's, on a CPU never float16.
+        **output: How it is written, see `OutputOptions`. The result is of the same kind as the inputs.
 
     Returns:
-        Where the result is; the report (``kif_report.json``) says how many elements went to which side.
+        Where the result is; the report (``kif_report.json``) states how many elements went to which side.
 
     Raises:
         ValueError: If an argument does not fit.
-        MergeError: If the models or the scores do not, or a file changes meanwhile.
+        MergeError: If the models or the scores do not fit, or a file changes meanwhile.
         FileExistsError: If the output folder is in use.
         OSError: If the disk is full.
     """

@@ -1,4 +1,4 @@
-"""What each output tensor of a fusion is made of, and what the report says."""
+"""The sources of each output tensor of a fusion, and the entries of its report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layout:
 
     def __init__(self, models: FusedModels, options: Output) -> None:
         self.models, self.notes = models, []
-        # The rule is put in later; here only names, types and shapes count.
+        # The rule is set later; here only names, dtypes and shapes matter.
         self.outputs = model_tensors(
             models.members, lambda _: lambda values, at: values[0], options.dtype, options.vocab, self.notes
         )
@@ -37,12 +37,12 @@ class Layout:
         self.shapes = {t.name: t.shape for t in self.outputs if models.sources(t.name)[0].is_float}
         if not self.changed:
             raise MergeError(
-                f"{' and '.join(m.name for m in models.members)} hold the same weights: nothing moved, so there is nothing to "
+                f"{' and '.join(m.name for m in models.members)} hold the same weights: nothing changed, so there is nothing to "
                 f"fuse."
             )
 
     def tensors(self, weighing: Weighing, sides: Mapping[Side, Scores], old_from: str) -> list[OutputTensor]:
-        """The output's tensors; what has no scores is the same in all models and is copied."""
+        """The output's tensors; tensors without scores are the same in all models and are copied."""
         place = None if self.models.old is None else ("base", "new").index(old_from)
         function = FuseChunk(weighing, sides, place)
         laid_out = []
@@ -60,7 +60,7 @@ class Layout:
 
 
 def told_of(models: FusedModels, layout: Layout, weighing: Weighing, sides: Mapping[Side, Scores]) -> dict[str, Any]:
-    """What the passes over the scores found, for the report.
+    """The results of the passes over the scores, for the report.
 
     Args:
         models: The models.
@@ -69,7 +69,7 @@ def told_of(models: FusedModels, layout: Layout, weighing: Weighing, sides: Mapp
         sides: The scores.
 
     Returns:
-        How many elements went to which side, of all tensors, by layer and by tensor; and what decided it.
+        How many elements went to which side, in total, by layer and by tensor; and what decided it.
     """
     whole = weighing.choice.rule in WEIGHTS
     keys = ("elements", *(GROUPS if whole else ("new_weight",)))
@@ -101,7 +101,7 @@ def described(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def layers_of(names: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The layer of each tensor: as a full model's configuration tells, else by the first number in its name."""
+    """The layer of each tensor: from a full model's configuration, else by the first number in its name."""
     try:
         return groups_of(names, config)
     except MergeError:
@@ -110,13 +110,13 @@ def layers_of(names: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]
 
 
 def _from_the_input(layer: str) -> tuple[int, str, int]:
-    """Sorts embeddings first, blocks by number, and what stands behind them last."""
+    """Sort key: embeddings first, blocks by number, everything after the blocks last."""
     prefix, _, number = layer.rpartition(".")
     return (0 if layer == EMBED else 1 if number.isdigit() else 2, prefix, int(number) if number.isdigit() else 0)
 
 
 def _shown(counts: Mapping[str, float], whole: bool) -> dict[str, Any]:
-    """Counts as they are; a sum of weights as its mean."""
+    """Return counts unchanged; a sum of weights as its mean."""
     if whole:
         return {k: int(v) for k, v in counts.items()}
     return {"elements": int(counts["elements"]), "new_weight": counts["new_weight"] / max(counts["elements"], 1)}

@@ -1,10 +1,10 @@
-r"""Recurrent-KIF's fusion offline: two models trained elsewhere, fused element by element (arXiv 2502.17510).
+r"""Offline fusion by Recurrent-KIF: two models trained elsewhere, fused element by element (arXiv 2502.17510).
 
     theta = theta_b + w_in tau_in + w_out tau_out,      tau_in = new - base,      tau_out = old - base
 
-Each side says which elements matter to it, and the rules of `hf_continual.tensors.fusion` give the weights. Base is the
-model that both were trained from. LoRA adapters are fused factor by factor, as in training; that means something only
-if both went on from one earlier adapter, which is the base then.
+Each side determines which elements matter to it, and the rules of `hf_continual.tensors.fusion` give the weights. Base is the
+model that both were trained from. LoRA adapters are fused factor by factor, as in training; this is meaningful only
+if both continued from one earlier adapter, which is then the base.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hf_continual.tensors.importance import Order, Scope
 
 PathLike = str | os.PathLike[str]
 Importance = PathLike | Mapping[str, PathLike] | tuple[PathLike, PathLike] | None
-# A data set, a file, a Hub id, or rows; no type of its own here, which would import the library of data sets.
+# A data set, a file, a Hub id, or rows; not typed here, since that would import the datasets library.
 Rows = Any
 
 KIF_REPORT, HEAT_MAP = "kif_report.json", "kif_sides.png"
@@ -49,28 +49,28 @@ KIF_REPORT, HEAT_MAP = "kif_report.json", "kif_sides.png"
 
 @dataclass
 class Kif(MergeMethod):
-    """Fuse two full models, or two LoRA adapters, by what matters to each: models are the old one, if it moved, and the new.
+    """Fuse two full models, or two LoRA adapters, by what matters to each. Models: the old one, if it changed, then the new one.
 
     Args:
-        importance: A checkpoint of a run with `KIF` (``checkpoint-N``) for both sides; or per side, as a pair or by
+        importance: A checkpoint of a run with `KIF` (``checkpoint-N``) for both sides; or one per side, as a pair or by
             ``"new"`` and ``"old"``, a checkpoint or a safetensors file of scores.
-        calibration_new: Rows of the new task, in whatever form `KIF` takes its memory. The gradients of `new` on them
-            give the importance; goes before `importance`.
-        calibration_old: Rows of old tasks, for the gradients of `old`, or of the base where there is no `old`.
+        calibration_new: Rows of the new task, in any form that `KIF` accepts for its memory. The gradients of `new` on them
+            give the importance; takes precedence over `importance`.
+        calibration_old: Rows of old tasks, for the gradients of `old`, or of the base if there is no `old`.
         rule: ``"code"``, ``"paper"``, ``"no_shared"``, ``"adaptive"`` or ``"weighted"``, as in `KIF`.
-        top_share: Share of the elements that matter to a side.
+        top_share: Fraction of the elements that count as important to a side.
         scope: One threshold (or weight, for ``"weighted"``) over all scored tensors, or one for each.
-        temperature: Of ``rule="adaptive"``.
-        uncertainty: Whether importance counts times its uncertainty; None: where there is one.
+        temperature: Temperature of ``rule="adaptive"``.
+        uncertainty: Multiply importance by its uncertainty; None: if the scores have one.
         old_from: What `old` was trained from: the base, or `new` (as a round of `KIF`: the task, then the memory).
-        base_model: The full model that adapters sit on, for calibration; None: the one that their configuration names.
+        base_model: The full model that the adapters belong to, for calibration; None: the one that their configuration names.
         beta1: Decay of the importance, over batches of calibration.
         beta2: Decay of its uncertainty.
         order: Taylor terms of the sensitivity.
         batch_size: Rows per batch of calibration.
         max_length: Tokens per row of calibration.
         device: Where models run for calibration; None: the accelerator if there is one.
-        calibration_dtype: Type they run in; None: the checkpoint's, on a CPU never float16.
+        calibration_dtype: dtype they run in; None: the checkpoint's, on a CPU never float16.
 
     Raises:
         ValueError: If an option is not known, out of range, or a side has no importance.
@@ -132,11 +132,11 @@ class Kif(MergeMethod):
     def open(
         self, models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] | None, output: Output
     ) -> FusedModels:
-        """The models and the scores of both sides; of a side that is yet to be measured, what they will look like."""
+        """Open the models and the scores of both sides; a side still to be measured gets placeholder scores."""
         assert base is not None
         if self.old_from == "new" and len(models) == 1:
             raise ValueError(
-                "old_from='new' says what old was trained from, and there is no old=. Give it, or leave both out."
+                "old_from='new' describes what old was trained from, but old= was not given. Give it, or leave both out."
             )
         files, rows = given_sources(self.importance, self.calibration_new, self.calibration_old)
         fused = open_fused(base, models[-1], models[0] if len(models) == 2 else None)
@@ -151,7 +151,7 @@ class Kif(MergeMethod):
             check_scores(found, side, self._layout.shapes, self._layout.changed, fused.of(side).name)
         _check_same_tensors(given)
         self._scored = {side: [dict(found.facts), _state(found)] for side, found in given.items()}
-        # What is calibrated is what the other side has scores for, else what changed.
+        # Calibrate the tensors that the other side has scores for, or else the tensors that changed.
         names = list(next(iter(given.values())).tensors) if given else self._layout.changed
         wanted = {n: self._layout.shapes[n] for n in names}
         self._sides = {**given, **{s: expected_scores(wanted, 1 + (self.uncertainty is not False)) for s in self._rows}}
@@ -162,7 +162,7 @@ class Kif(MergeMethod):
         return Choice(self.rule, self.top_share, self.scope, self.temperature)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """Measure the importance that is to be measured, then find thresholds and count the elements of each side."""
+        """Measure missing importance, then find thresholds and count the elements of each side."""
         assert isinstance(models, FusedModels)
         if self._rows:
             from hf_continual.merging.inputs.run_model import Setting
@@ -184,11 +184,11 @@ class Kif(MergeMethod):
         return self._told
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """The choices, and where the importance is from."""
+        """The choices, and where the importance comes from."""
         return {**self._said(models), **{f"importance_{side}": dict(self._sides[side].facts) for side in SIDES}}
 
     def asked(self, models: Models) -> Mapping[str, Any]:
-        """The choices, the scores that were given, and the rows that others are measured on."""
+        """The choices, the scores that were given, and the rows that other scores are measured on."""
         how = [self.beta1, self.beta2, self.order, self.batch_size, self.max_length, self.calibration_dtype]
         rows = {side: digest_of(found) for side, found in self._rows.items()}
         return {
@@ -200,32 +200,32 @@ class Kif(MergeMethod):
         return {**asdict(self._choice), "uncertainty": self.uncertainty, **moved}
 
     def known(self, models: Models) -> Mapping[str, Any]:
-        """The models by what they are to the fusion."""
+        """The models by their role in the fusion."""
         assert isinstance(models, FusedModels)
         return {"models": [described(role, m.checkpoint) for role, m in models.roles]}
 
     def outputs(self, output: Output, notes: list[str]) -> list[OutputTensor]:
-        """Each tensor of the models' values and of the scores; adapters are fused factor by factor."""
+        """Make each tensor from the models' values and the scores; adapters are fused factor by factor."""
         notes.extend(self._layout.notes)
         return self._layout.tensors(self._weighing, self._sides, self.old_from)
 
     def evidence(self, out: Path) -> None:
-        """Draw how many elements of each layer went to which side."""
+        """Plot how many elements of each layer went to which side."""
         if layers := self._told["layers"]:
-            # matplotlib is imported when the buffers are gone, so that the two do not add up.
+            # matplotlib is imported after the buffers are freed, so that the two do not add up.
             from hf_continual.plots import plot_sides
 
             plot_sides(layers).savefig(out / HEAT_MAP, dpi=120)
 
     def result(self, done: MergeResult, models: Models) -> MergeResult:
-        """With the bytes that the passes over the scores read."""
+        """Add the bytes that the passes over the scores read."""
         streamed = sum(t.read_bytes for t in self._layout.tensors(self._weighing, self._sides, self.old_from))
         of_scores = sum(t.nbytes for s in self._sides.values() for both in s.tensors.values() for t in both)
         return replace(done, bytes_read=streamed + of_scores * (3 if self.rule in WEIGHTS else 2))
 
 
 def _state(scores: Scores) -> list[Any]:
-    """What tells files of scores apart, also where their headers are the same."""
+    """Facts that identify files of scores, even if their headers are the same."""
     files = {t.file for both in scores.tensors.values() for t in both}
     return sorted([f.header_sha256, f.size, f.mtime_ns] for f in files)
 
@@ -238,11 +238,11 @@ def _check_output(options: Output, adapters: bool) -> None:
     kind = "adapter" if adapters else "model"
     if options.output not in (None, kind):
         raise ValueError(
-            f"output={options.output!r}: what is fused element by element stays what it was, here {kind!r}. Leave it out."
+            f"output={options.output!r}: a fusion element by element keeps the kind of its inputs, here {kind!r}. Leave it out."
         )
     if options.quantized_base != "original":
         raise ValueError(
-            f"quantized_base={options.quantized_base!r}: adapters are fused as they are and put onto no base. Leave it out."
+            f"quantized_base={options.quantized_base!r}: adapters are fused directly, without a base. Leave it out."
         )
     if options.adapter_rank is not None:
         raise ValueError(
@@ -253,6 +253,6 @@ def _check_output(options: Output, adapters: bool) -> None:
 def _check_same_tensors(sides: Mapping[Side, Scores]) -> None:
     if len(sides) == 2 and (apart := sides["new"].tensors.keys() ^ sides["old"].tensors.keys()):
         raise MergeError(
-            f"importance of the new and the old side is of different tensors: {len(apart)} are on one side only "
+            f"importance of the new and the old side covers different tensors: {len(apart)} are on one side only "
             f"({some(apart)}). Measure both sides of the same trainable weights."
         )

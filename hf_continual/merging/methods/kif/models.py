@@ -1,4 +1,4 @@
-"""What is fused: base, new and old, opened and compared; and which tensors changed."""
+"""The models of a fusion: base, new and old, opened and compared; and which tensors changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_continual.merging.inputs.pieces import pieces_of
 from hf_continual.merging.inputs.safetensors_file import Files, StoredTensor
 from hf_continual.merging.methods.base import Models
 
-# Settings of an adapter that change nothing about what its factors mean.
+# Settings of an adapter that do not affect what its factors mean.
 _HARMLESS = (
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "lora_dropout",
     "peft_version", "task_type", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
@@ -34,31 +34,31 @@ FAR = 1.0  # of a factor A's own norm; two independent initialisations are 1.4 a
 
 @dataclass(frozen=True)
 class FusedModels(Models):
-    """The models of a fusion, all full or all adapters: what both movements are counted from, what learnt the new task, and
-    what repaired the old ones, unless that did not move."""
+    """The models of a fusion, all full or all adapters: the base of both changes, the model that learned the new task, and the
+    model that learned the old ones, unless it equals the base."""
 
     @property
     def start(self) -> Member:
-        """What both movements are counted from."""
+        """The model that both changes are measured from."""
         return self.members[0]
 
     @property
     def new(self) -> Member:
-        """What learnt the new task."""
+        """The model that learned the new task."""
         return self.members[1]
 
     @property
     def old(self) -> Member | None:
-        """What repaired the old ones, or None: it did not move."""
+        """The model that learned the old tasks, or None if it equals the base."""
         return self.members[2] if len(self.members) > 2 else None
 
     @property
     def roles(self) -> list[tuple[str, Member]]:
-        """The models with what they are called in reports."""
+        """The models with their names in reports."""
         return list(zip(("base", "new", "old"), self.members, strict=False))
 
     def of(self, side: str) -> Member:
-        """What a side's importance is measured on: the model of that side, or the base where the old one did not move."""
+        """The model that a side's importance is measured on: that side's, or the base if there is no old model."""
         return self.new if side == "new" else self.old or self.start
 
     @property
@@ -67,7 +67,7 @@ class FusedModels(Models):
         return self.start.checkpoint.is_adapter
 
     def sources(self, name: str) -> list[StoredTensor]:
-        """What a tensor is in each model."""
+        """A tensor's stored values in each model."""
         views = [m.view(name) for m in self.members]
         return [v.source for v in views if v is not None]
 
@@ -91,7 +91,7 @@ def open_fused(
     """
     found = [open_checkpoint(m) for m in (base, new, *([] if old is None else [old]))]
     if len(found) == 3 and found[2].folder.resolve() == found[0].folder.resolve():
-        found.pop()  # it did not move, which is said by its absence
+        found.pop()  # it equals the base, which its absence expresses
     _check_kinds(found)
     models = FusedModels(tuple(map(Member, found)), None, from_base=True, newest=1)
     _check_shapes(models)
@@ -116,9 +116,9 @@ def _check_kinds(found: Sequence[Checkpoint]) -> None:
     )
     if not kinds[0]:
         raise ValueError(
-            f"{told}. Factors can be fused element by element only if they went on from the same factors, and a full model "
-            f"does not say which those were: LoRA draws them at random. Give base=, the adapter that the others went on from "
-            f"(of the earlier task, or the untrained one, saved before the first step); or put each adapter into the model "
+            f"{told}. Factors can be fused element by element only if they continued from the same factors, and a full model "
+            f"does not say which those were: LoRA draws them at random. Give base=, the adapter that the others continued from "
+            f"(of the earlier task, or the untrained one, saved before the first step); or merge each adapter into the model "
             f"(merge_and_unload, save_pretrained) and fuse the full models."
         )
     raise ValueError(f"{told}. Give adapters only, or full models only.")
@@ -146,7 +146,7 @@ def _check_shapes(models: FusedModels) -> None:
         kind, way = (
             ("rank mismatch", "Train the adapters with one rank; base, new and old share their factors' shapes.")
             if ranks
-            else ("shape mismatch", "Fuse models that were trained from one base.")
+            else ("shape mismatch", "Fuse models that were trained from the same base.")
         )
         raise MergeError(
             f"{kind}: {len(wrong)} of {len(names)} tensors differ. {some([w[0] for w in wrong.values()])}. {way}"
@@ -176,7 +176,7 @@ def _check_bases(found: Sequence[Checkpoint]) -> None:
         if one.fingerprint != two.fingerprint:
             raise MergeError(
                 f"{first.name} was trained on {one.name} and {other.name} on {two.name}, which are different weights: "
-                f"their factors cannot be fused. Put each into its own base (merge_and_unload) and fuse the full models."
+                f"their factors cannot be fused. Merge each into its own base (merge_and_unload) and fuse the full models."
             )
 
 
@@ -192,15 +192,15 @@ def _warn_far(models: FusedModels) -> None:
             if size and (distance := (moved / size) ** 0.5) > FAR:
                 warnings.warn(
                     f"The factors A of {role} ({member.name}) are {distance:.1f} times their norm away from those of base "
-                    f"({models.start.name}): it probably did not go on from that adapter, and then elements have nothing to do "
-                    f"with each other. Give base=, the adapter that both were trained from.",
+                    f"({models.start.name}): it probably did not continue from that adapter, in which case elements do not correspond "
+                    f"to each other. Give base=, the adapter that both were trained from.",
                     UserWarning,
                     stacklevel=4,
                 )
 
 
 def changed_tensors(models: FusedModels, outputs: Sequence[OutputTensor]) -> list[str]:
-    """Tensors that are not the same in all models; of one that changed, little is read.
+    """Find tensors that are not the same in all models; for a changed one, little is read.
 
     Args:
         models: The models.
@@ -219,7 +219,7 @@ def changed_tensors(models: FusedModels, outputs: Sequence[OutputTensor]) -> lis
 
 
 def _differ(one: StoredTensor, two: StoredTensor, files: Files) -> bool:
-    """Whether two stored tensors differ in value; values of different types are compared in the wider one."""
+    """Whether two stored tensors differ in value; values of different dtypes are compared in the wider one."""
     for values in pieces_of([one, two], files):
         if not torch.equal(*(values if one.dtype == two.dtype else [v.double() for v in values])):
             return True

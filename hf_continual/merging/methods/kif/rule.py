@@ -1,7 +1,7 @@
-"""Recurrent-KIF's fusion on stored weights: passes over the scores that find thresholds, then a rule for chunks.
+"""Recurrent-KIF's fusion on stored weights: passes over the scores find thresholds, then a rule fuses chunks.
 
-The maths are those of `hf_continual.tensors.fusion` and `hf_continual.tensors.importance`. A global threshold is exact
-without all scores in memory: two passes that count, see `hf_continual.tensors.selection`.
+The maths is in `hf_continual.tensors.fusion` and `hf_continual.tensors.importance`. A global threshold is exact
+without all scores in memory: two counting passes, see `hf_continual.tensors.selection`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FuseRule = Literal["code", "paper", "no_shared", "adaptive", "weighted"]
 FUSE_RULES = (*WEIGHTS, "adaptive", "weighted")
 GROUPS = ("both", "new_only", "old_only", "neither")
 
-# Bytes: a counting pass takes six int64 of a piece, its stored scores and its counters, and is over before anything is
+# Bytes: a counting pass takes six int64 of a piece, its stored scores and its counters, and ends before anything is
 # written; fusing takes sixteen float32 and the masks.
 SCRATCH = PIECE * 96 + 4 * 2**20
 
@@ -43,14 +43,14 @@ class Choice:
 
 @dataclass
 class Weighing:
-    """What the passes over the scores found, and the weights that follow from it.
+    """The results of the passes over the scores, and the weights that follow from them.
 
     Args:
         choice: The rule.
-        thresholds: Tensor -> what the top share of the new and the old side lies strictly above.
+        thresholds: Tensor -> values that the top fraction of the new and the old side is strictly above.
         ranges: Smallest and largest score of each side, for ``"adaptive"``.
-        shares: Tensor -> weight of the new side, for ``"weighted"``; the same everywhere, or with scope "tensor" each its own.
-        counts: Tensor -> elements by `GROUPS`, or the mean weight of the new side where the rule has no masks.
+        shares: Tensor -> weight of the new side, for ``"weighted"``; the same everywhere, or one per tensor with scope "tensor".
+        counts: Tensor -> elements by `GROUPS`, or the mean weight of the new side if the rule has no masks.
     """
 
     choice: Choice
@@ -89,12 +89,12 @@ class Weighing:
 
 
 class FuseChunk:
-    """The chunk function: values of base, new, old if there is one, then the scores of both sides.
+    """The chunk function: values of base, new and (if given) old, then the scores of both sides.
 
     Args:
         weighing: Gives the weights.
         sides: Scores of both sides.
-        old_from: Place of the model that old was trained from, 0 (base) or 1 (new); None where there is no old.
+        old_from: Index of the model that old was trained from, 0 (base) or 1 (new); None if there is no old.
     """
 
     def __init__(self, weighing: Weighing, sides: Mapping[Side, Scores], old_from: int | None) -> None:
@@ -114,7 +114,7 @@ class FuseChunk:
 
 
 def scores_of(values: Sequence[Tensor], sides: Mapping[Side, Scores]) -> list[Tensor]:
-    """Scores of the sides from what is stored of them, in order."""
+    """The scores of the sides, in order, from their stored tensors."""
     found, at = [], 0
     for side in SIDES:
         if side in sides:
@@ -147,8 +147,8 @@ def pieces(sides: Mapping[Side, Scores], names: Sequence[str]) -> Iterator[tuple
                 for side, score in zip(here, found, strict=True):
                     if not bool(torch.isfinite(score).all()):
                         raise MergeError(
-                            f"importance of the {side} side is not finite in {name!r}; its order means nothing there. "
-                            f"Measure it again, or leave the broken step out."
+                            f"importance of the {side} side is not finite in {name!r}; such scores cannot be ranked. "
+                            f"Measure it again, or leave out the broken step."
                         )
                 yield name, found
 
@@ -203,11 +203,11 @@ def _range(sides: Mapping[Side, Scores], side: Side, names: Sequence[str]) -> tu
 
 
 def _shares(sides: Mapping[Side, Scores], names: Sequence[str], scope: Scope) -> dict[str, Tensor]:
-    """Share of the new side in the summed scores, of all tensors together or of each."""
+    """The new side's fraction of the summed scores, over all tensors together or over each."""
     forms = [(s.averages, s.number) for s in sides.values()]
     if forms[0] != forms[1]:
         raise MergeError(
-            f"rule='weighted' compares the sums of both sides, and their scores are of two kinds: "
+            f"rule='weighted' compares the sums of both sides, but their scores are of two kinds: "
             f"{' and '.join(str(dict(s.facts).get('score')) for s in sides.values())}. Give both as states, or both as scores."
         )
     sums = {n: torch.zeros(2, dtype=torch.float64) for n in names}
@@ -215,5 +215,5 @@ def _shares(sides: Mapping[Side, Scores], names: Sequence[str], scope: Scope) ->
         sums[name] += torch.stack([score.double().sum() for score in both])
     if scope == "global":
         sums = dict.fromkeys(names, torch.stack(list(sums.values())).sum(0))
-    # Where nothing was measured on either side both count alike.
+    # If nothing was measured on either side, both count equally.
     return {n: (s[0] / s.sum() if float(s.sum()) > 0 else torch.tensor(0.5)).float() for n, s in sums.items()}

@@ -1,4 +1,4 @@
-"""Where the importance of single weights is stored, and under which names: states of `KIF`, or files of scores.
+"""Where the importance of single weights is stored, and under which names: `KIF` states, or files of scores.
 
 ``checkpoint-N/continual/kif.safetensors`` holds ``inner.importance/NAME`` and ``inner.uncertainty/NAME`` of the new
 task, ``outer. ...`` of the old ones, by the names of parameters in memory. A file of scores holds NAME -> score, or
@@ -23,7 +23,7 @@ SIDES: tuple[Side, Side] = ("new", "old")
 _LEARNER = {"new": "inner", "old": "outer"}
 _STATE = "kif.safetensors"
 _IMPORTANCE, _UNCERTAINTY = "importance/", "uncertainty/"
-# PEFT puts the adapter's name behind these in memory, and leaves it away in files.
+# PEFT appends the adapter's name to these in memory, and omits it in files.
 _IN_MEMORY = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save)\.(?!weight$|bias$)[^.]+"
 )
@@ -42,8 +42,8 @@ class Scores:
 
     Args:
         tensors: Name of a weight -> its score, or its importance and uncertainty, as stored.
-        averages: Whether the first is an importance, which counts times the uncertainty, or a score already.
-        facts: What a report says about them.
+        averages: Whether the first is an importance, to be multiplied by the uncertainty, or already a score.
+        facts: Their entries in a report.
     """
 
     tensors: Mapping[str, tuple[StoredTensor, ...]]
@@ -59,7 +59,7 @@ class Scores:
 def given_sources(
     importance: Any, calibration_new: Any, calibration_old: Any
 ) -> tuple[dict[str, str | os.PathLike[str]], dict[str, Any]]:
-    """Where the importance of each side comes from; rows go before a file.
+    """Where the importance of each side comes from; rows take precedence over a file.
 
     Args:
         importance: A file or checkpoint for both sides, a mapping with ``"new"`` and ``"old"``, or a pair.
@@ -79,12 +79,12 @@ def given_sources(
     elif isinstance(importance, Mapping):
         files = dict(importance)
         if unknown := [k for k in files if k not in ("new", "old")]:
-            raise ValueError(f"importance has the key {unknown[0]!r}; it can have 'new' and 'old'.")
+            raise ValueError(f"importance has the key {unknown[0]!r}; it can only have 'new' and 'old'.")
     else:
         files = dict(zip(("new", "old"), importance, strict=False))
         if len(list(importance)) != 2:
             raise ValueError(
-                f"importance={importance!r} is no pair: give (of new, of old), or one checkpoint for both."
+                f"importance={importance!r} is not a pair: give (of new, of old), or one checkpoint for both."
             )
     rows = {k: v for k, v in (("new", calibration_new), ("old", calibration_old)) if v is not None}
     if files and not (files := {k: v for k, v in files.items() if k not in rows and v is not None}):
@@ -104,14 +104,14 @@ def read_scores(source: str | os.PathLike[str], side: Side, uncertainty: bool | 
     Args:
         source: A checkpoint of a run with `KIF`, its state file, or a file of scores.
         side: ``"new"`` or ``"old"``.
-        uncertainty: Whether importance counts times its uncertainty; None: where there is one.
+        uncertainty: Multiply importance by its uncertainty; None: if the scores have one.
 
     Returns:
         The scores.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MergeError: If the file holds nothing of this side, or no uncertainty where it is asked for.
+        MergeError: If the file holds nothing of this side, or no uncertainty if that is requested.
     """
     file = _find(Path(source))
     header = read_header(file)
@@ -122,18 +122,18 @@ def read_scores(source: str | os.PathLike[str], side: Side, uncertainty: bool | 
     if is_state and not first:
         raise MergeError(
             f"{_short(file)} holds no importance of the {side} side ({of_state}{_IMPORTANCE}...): right after a fusion the "
-            f"inner averages begin anew. Give a checkpoint from the middle of a round (save_steps that is no multiple of "
+            f"inner averages start over. Give a checkpoint from the middle of a round (save_steps that is not a multiple of "
             f"inner_steps), or calibration_{side}=ROWS."
         )
     averages = bool(first)
     first = first or _named(header, "")
     second = _named(header, prefix + _UNCERTAINTY) if averages else {}
     if not first:
-        raise MergeError(f"{_short(file)} holds no tensor, so there are no scores of the {side} side in it.")
+        raise MergeError(f"{_short(file)} holds no tensors, so it has no scores of the {side} side.")
     if uncertainty and second.keys() != first.keys():
         raise MergeError(
-            f"uncertainty=True, and {_short(file)} holds none for {some(first.keys() - second.keys())}. Give "
-            f"uncertainty=False to take the importance alone."
+            f"uncertainty=True, but {_short(file)} holds none for {some(first.keys() - second.keys())}. Give "
+            f"uncertainty=False to use the importance alone."
         )
     both = second.keys() == first.keys() and uncertainty is not False
     tensors = {n: (t, second[n]) if both else (t,) for n, t in first.items()}
@@ -146,7 +146,7 @@ def read_scores(source: str | os.PathLike[str], side: Side, uncertainty: bool | 
 
 
 def expected_scores(shapes: Mapping[str, tuple[int, ...]], number: int) -> Scores:
-    """Scores as a calibration will write them, for a plan that is made before it runs."""
+    """Placeholder for the scores that a calibration will write, for a plan that is made before it runs."""
     nowhere = StoredFile(Path(), 0, 0, "")
     made = {n: tuple(StoredTensor(n, nowhere, "F32", shape, 0) for _ in range(number)) for n, shape in shapes.items()}
     return Scores(made, True, {"from": "calibration"})
@@ -155,7 +155,7 @@ def expected_scores(shapes: Mapping[str, tuple[int, ...]], number: int) -> Score
 def check_scores(
     found: Scores, side: Side, shapes: Mapping[str, tuple[int, ...]], changed: Sequence[str], who: str
 ) -> None:
-    """Compare scores with the weights they are for.
+    """Compare scores with the weights they belong to.
 
     Args:
         found: The scores.
@@ -170,7 +170,7 @@ def check_scores(
     if missing := set(changed) - found.tensors.keys():
         raise MergeError(
             f"importance of the {side} side is missing for {len(missing)} of {len(changed)} tensors that changed "
-            f"({some(missing)}); there is some for {len(found.tensors)} ({some(list(found.tensors), 2)}). Give the state of "
+            f"({some(missing)}); it covers {len(found.tensors)} ({some(list(found.tensors), 2)}). Give the state of "
             f"the run that trained {who}, or calibration_{side}=ROWS."
         )
     if unknown := found.tensors.keys() - shapes.keys():
@@ -204,13 +204,13 @@ def _named(header: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredT
             name = stored_name(key.removeprefix(prefix))
             if name in found:
                 raise MergeError(
-                    f"{_short(tensor.file.path)} holds {name!r} for two adapters. Keep the one that is fused."
+                    f"{_short(tensor.file.path)} holds {name!r} for two adapters. Keep only the one to be fused."
                 )
             found[name] = tensor
     return found
 
 
 def _short(file: Path) -> str:
-    """The end of a path: enough to recognise a checkpoint, nothing of where it lies."""
+    """The end of a path: enough to recognise a checkpoint, without its location."""
     parts = file.parts
     return "/".join(parts[-3:] if len(parts) > 2 and parts[-2] == "continual" else parts[-1:])

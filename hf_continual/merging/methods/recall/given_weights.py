@@ -1,4 +1,4 @@
-"""Weights that a user sets by hand, or repeats from a report."""
+"""Weights that a user sets, or reuses from a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_weights(
         number: How many models there are.
         names: The tensors' names.
         config: The models' configuration.
-        models: What they are called, for messages.
+        models: Their names, for messages.
 
     Returns:
         Name of a tensor -> its group, and group -> weights that sum to one.
@@ -48,11 +48,11 @@ def read_weights(
         groups = dict.fromkeys(names, DEFAULT)
     wanted = ordered(groups.values())
     if unknown := [g for g in given if g not in wanted and g != DEFAULT]:
-        raise ValueError(f"weights name the groups {', '.join(unknown)}; the model has {', '.join(wanted)}.")
+        raise ValueError(f"weights name the groups {', '.join(unknown)}; the model has only {', '.join(wanted)}.")
     found = {}
     for group in wanted:
         if group not in given and DEFAULT not in given:
-            raise ValueError(f"weights have no entry for {group!r} and none for {DEFAULT!r}. Give either.")
+            raise ValueError(f"weights have no entry for {group!r} and none for {DEFAULT!r}. Give one of them.")
         row = [float(w) for w in given.get(group, given.get(DEFAULT, ()))]
         if len(row) != number:
             raise ValueError(f"weights[{group!r}] has {len(row)} numbers for {number} models ({', '.join(models)}).")
@@ -63,7 +63,7 @@ def read_weights(
 
 
 def warn_other_base(weights: Mapping[str, Any] | str | os.PathLike[str], full: Checkpoint | None) -> None:
-    """Warn if a report's weights were used with a base that was read in another way: the bytes will be others.
+    """Warn if a report's weights are used with a base that was read differently: the output bytes will differ.
 
     Args:
         weights: What the user gave.
@@ -75,12 +75,12 @@ def warn_other_base(weights: Mapping[str, Any] | str | os.PathLike[str], full: C
     now = None if full is None or full.seen_as is None else json.loads(json.dumps(full.seen_as))
     if (then[0] if then else None) != now:
         warnings.warn(
-            f"the merge of {os.fspath(weights)} put its adapters onto {_told(then[0] if then else None)}, and this one onto "
-            f"{_told(now)}: the result has other bytes. Give the same quantized_base= to repeat it.",
+            f"the merge of {os.fspath(weights)} applied its adapters to {_told(then[0] if then else None)}, this one to "
+            f"{_told(now)}: the result has different bytes. Give the same quantized_base= to reproduce it.",
             UserWarning,
             stacklevel=4,
         )
 
 
 def _told(seen_as: Mapping[str, Any] | None) -> str:
-    return "the base as it is" if seen_as is None else f"the base as quantised by {dict(seen_as)}"
+    return "the base as stored" if seen_as is None else f"the base as quantised by {dict(seen_as)}"

@@ -1,6 +1,6 @@
-"""The picture of a merge's weights, drawn by a process of its own.
+"""The plot of a merge's weights, drawn in a separate process.
 
-matplotlib takes about 30 MB, several times what a merge takes; so the merge does not import it.
+matplotlib takes about 30 MB, several times what a merge takes; so the merge itself does not import it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The same search path as here, whatever folder this is run from.
+# The same search path as here, whatever the working directory.
 _CODE = (
     "import json, sys\n"
     "data = json.load(sys.stdin)\n"
@@ -23,7 +23,7 @@ _CODE = (
 
 
 def save_heat_map(weights: Mapping[str, Sequence[float]], models: Sequence[str], file: Path) -> None:
-    """Draw how much of each layer comes from which model.
+    """Plot how much of each layer comes from which model.
 
     Args:
         weights: Layer group -> one weight per model.
@@ -31,7 +31,7 @@ def save_heat_map(weights: Mapping[str, Sequence[float]], models: Sequence[str],
         file: The PNG to write.
 
     Raises:
-        RuntimeError: If it cannot be drawn.
+        RuntimeError: If drawing fails.
     """
     data = {
         "path": sys.path,
@@ -45,7 +45,7 @@ def save_heat_map(weights: Mapping[str, Sequence[float]], models: Sequence[str],
 
 
 def draw(data: Mapping[str, Any]) -> None:
-    """What the other process does.
+    """Draw the plot; runs in the other process.
 
     Args:
         data: What `save_heat_map` sends.

@@ -48,7 +48,7 @@ def merge_with_recall(
     """Merge models of a sequence of tasks with one weight per model and layer, found from representations.
 
     No data of earlier tasks is needed: texts of the newest task, or none at all with ``calibration_mode="self"``.
-    Several experts at once (joint), or the merge so far and the newest (running). The weights are never in memory.
+    Several experts at once (joint), or the merge so far and the newest (running). The weights are never loaded whole.
 
     Example:
         >>> merge_with_recall(["law", "tax", "tickets"], "merged", base="Qwen/Qwen2.5-0.5B", calibration=ticket_rows)
@@ -56,34 +56,34 @@ def merge_with_recall(
 
     Args:
         models: Full models and LoRA adapters in any mix, oldest first, newest last: folders or ``"id@revision"``.
-        output_dir: Where the result goes; complete or absent.
-        base: The full model that adapters sit on; a single model is merged with it.
+        output_dir: Output folder; complete or absent.
+        base: The full model that adapters belong to; a single model is merged with it.
         calibration: Texts of the newest task, or rows with text, messages, or prompt and completion.
         calibration_mode: ``"self"`` lets the newest model write the texts.
-        anchor: The newest model, by place or name.
+        anchor: The newest model, by index or name.
         include_base: Whether the base is one of the models; ``"auto"``: with a single expert only.
-        num_typical: Texts that all models see, one per cluster.
-        pool_size: Texts that are clustered, evenly spaced in `calibration`.
+        num_typical: Number of texts that all models see, one per cluster.
+        pool_size: Number of texts that are clustered, evenly spaced in `calibration`.
         max_length: Tokens per text.
         seed: Seed of the clustering, and of the texts of ``"self"``.
         bandwidth: sigma of the similarity, see `layer_weights`.
-        temperature: Of the softmax over models.
-        reference: Whether models are compared with the anchor or with all.
+        temperature: Temperature of the softmax over models.
+        reference: What models are compared with: the anchor, or all models.
         nonblock: Weights of embeddings, final norm and head: from their representations, equal, the anchor alone, or
             the base alone.
-        weights: A ``recall_report.json`` to repeat, or one list per group (``"embed"``, ``"layer.0"``, ..., ``"final"``;
+        weights: A ``recall_report.json`` to reuse, or one list per group (``"embed"``, ``"layer.0"``, ..., ``"final"``;
             ``"default"`` for those not named); skips calibration.
         device: Where models run for calibration; None: the accelerator if there is one.
-        calibration_dtype: Type they run in; None: the checkpoint's, on a CPU never float16.
-        low_memory: Whether their blocks are read from the disk as needed.
+        calibration_dtype: dtype they run in; None: the checkpoint's, on a CPU never float16.
+        low_memory: Whether to read their blocks from disk as needed.
         **output: Form of the output and how it is written, see `OutputOptions`.
 
     Returns:
-        Where the result is, the weights and how they came about.
+        Where the result is, the weights and how they were found.
 
     Raises:
         ValueError: If an argument does not fit.
-        RecallMergeError: If the models do not, or a file changes meanwhile.
+        RecallMergeError: If the models do not fit, or a file changes meanwhile.
         FileExistsError: If the output folder is in use.
         OSError: If the disk is full.
     """

@@ -1,4 +1,4 @@
-"""RECALL as a way of merging: one weight per model and layer, found from representations or given.
+"""RECALL as a merge method: one weight per model and layer, found from representations or given.
 
 See `hf_continual.merging.methods.recall.similarity` for the formulas.
 """
@@ -29,7 +29,7 @@ from hf_continual.merging.methods.recall.weights import calibrated, check_choice
 from hf_continual.paper import Paper
 
 RECALL_REPORT, HEAT_MAP = "recall_report.json", "recall_weights.png"
-REPORTS = (RECALL_REPORT, MergeMethod.report)  # of a merge that goes on
+REPORTS = (RECALL_REPORT, MergeMethod.report)  # reports that name a previous merge
 CHOICES = (
     "include_base", "num_typical", "pool_size", "max_length", "seed", "bandwidth", "temperature", "reference", "nonblock",
     "calibration_mode",
@@ -38,15 +38,15 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class RecallMergeResult(MergeResult):
-    """The outcome of a merge by RECALL; beside `MergeResult`:
+    """The result of a merge by RECALL. On top of `MergeResult`:
 
     Args:
-        groups: ``embed``, ``layer.0`` ..., ``final``; or what given weights name.
+        groups: ``embed``, ``layer.0`` ..., ``final``; or the groups that given weights name.
         weights: ``[N, G]``, float64.
         similarity: ``[N, G]``, or None for given weights.
         sigma2: ``[G]``, or None for given weights.
         model_names: The models in the order of the weights.
-        anchor: Place of the newest model among them.
+        anchor: Index of the newest model among them.
     """
 
     groups: tuple[str, ...] = ()
@@ -64,22 +64,22 @@ class Recall(MergeMethod):
     Args:
         calibration: Texts of the newest task, or rows with text, messages, or prompt and completion.
         calibration_mode: ``"self"`` lets the newest model write the texts.
-        anchor: The newest model, by place or name.
+        anchor: The newest model, by index or name.
         include_base: Whether the base is one of the models; ``"auto"``: with a single expert only.
-        num_typical: Texts that all models see, one per cluster.
-        pool_size: Texts that are clustered, evenly spaced in `calibration`.
+        num_typical: Number of texts that all models see, one per cluster.
+        pool_size: Number of texts that are clustered, evenly spaced in `calibration`.
         max_length: Tokens per text.
         seed: Seed of the clustering, and of the texts of ``"self"``.
         bandwidth: sigma of the similarity, see `layer_weights`.
-        temperature: Of the softmax over models.
-        reference: Whether models are compared with the anchor or with all.
+        temperature: Temperature of the softmax over models.
+        reference: What models are compared with: the anchor, or all models.
         nonblock: Weights of embeddings, final norm and head: from their representations, equal, the anchor alone, or
             the base alone.
-        weights: A ``recall_report.json`` to repeat, or one list per group (``"embed"``, ``"layer.0"``, ..., ``"final"``;
+        weights: A ``recall_report.json`` to reuse, or one list per group (``"embed"``, ``"layer.0"``, ..., ``"final"``;
             ``"default"`` for those not named); skips calibration.
         device: Where models run for calibration; None: the accelerator if there is one.
-        calibration_dtype: Type they run in; None: the checkpoint's, on a CPU never float16.
-        low_memory: Whether their blocks are read from the disk as needed.
+        calibration_dtype: dtype they run in; None: the checkpoint's, on a CPU never float16.
+        low_memory: Whether to read their blocks from disk as needed.
     """
 
     calibration: Any = field(default=None, repr=False, metadata={"rows": True})
@@ -113,26 +113,26 @@ class Recall(MergeMethod):
 
     @property
     def looks(self) -> bool:  # pyrefly: ignore[bad-override]
-        """Whether the weights are to be found."""
+        """Whether the weights have to be found."""
         return self.weights is None
 
     def open(
         self, models: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] | None, output: Output
     ) -> Models:
-        """The models, before them the base if it is one of them; then the choices, which may need it."""
+        """Open the models, with the base first if it is one of them; then check the choices, which may need it."""
         experts, full = open_members(models, base, output.quantized_base)
         place, with_base = self._place(experts), self._with_base(experts, full)
         if not self.looks:
             return _models(experts, full, place, with_base)
         if full is not None and full.seen_as is not None and self.low_memory:
             raise ValueError(
-                "low_memory=True reads blocks from the disk as they are, and quantized_base asks for other values. Leave one out."
+                "low_memory=True reads blocks from disk unchanged, but quantized_base changes their values. Leave one out."
             )
         check_choices(self.calibration, self._choices(), with_base, output.dry_run)
         return _models(experts, full, place, with_base)
 
     def check(self, models: Models) -> None:
-        """Find the group of each tensor, and the weights of each where they are given; equal ones stand for those to be found."""
+        """Find the group of each tensor, and the weights of each if they are given; equal weights stand in for those to be found."""
         names = list(dict.fromkeys(n for m in models.members for n in m.names))
         config, self._names = models.members[0].checkpoint.config, [m.name for m in models.members]
         if self.weights is None:
@@ -144,7 +144,7 @@ class Recall(MergeMethod):
         warn_other_base(self.weights, models.base)
 
     def prepare(self, models: Models, passes: Passes) -> Rules:
-        """Show the texts to the models, one after the other, unless the weights are given."""
+        """Run the texts through the models, one after another, unless the weights are given."""
         if self.looks:
             run = (self.device, self.calibration_dtype, self.low_memory)
             self._weights, self._found = calibrated(
@@ -154,11 +154,11 @@ class Recall(MergeMethod):
         return lambda name: rules[self._groups[name]]
 
     def facts(self) -> Mapping[str, Any]:
-        """The weights and what they follow from."""
+        """The weights, and what they follow from."""
         return {"weights": {g: list(w) for g, w in self._weights.items()}, **self._found}
 
     def describe(self, models: Models) -> dict[str, Any]:
-        """The choices; given weights skip them."""
+        """The choices; they do not apply to given weights."""
         return self._choices() if self.looks else {}
 
     def asked(self, models: Models) -> Mapping[str, Any]:
@@ -168,7 +168,7 @@ class Recall(MergeMethod):
         return {**self._choices(), "anchor": models.newest, "calibration": digest_of(self.calibration)}
 
     def known(self, models: Models) -> Mapping[str, Any]:
-        """Groups, the newest model, and whether one of the models is a merge itself."""
+        """Groups, the newest model, and whether one of the models is itself a merge."""
         before = any((m.own.folder / name).is_file() for m in models.members for name in REPORTS)
         return {
             "groups": list(self._weights),
@@ -178,11 +178,11 @@ class Recall(MergeMethod):
         }
 
     def evidence(self, out: Path) -> None:
-        """Draw the weights."""
+        """Plot the weights."""
         save_heat_map(self._weights, self._names, out / HEAT_MAP)
 
     def result(self, done: MergeResult, models: Models) -> RecallMergeResult:
-        """With the weights, as arrays."""
+        """Add the weights, as arrays."""
         order = tuple(done.report["weights"])
         return RecallMergeResult(
             **{name: getattr(done, name) for name in MergeResult.__dataclass_fields__},
@@ -198,11 +198,11 @@ class Recall(MergeMethod):
         return {name: getattr(self, name) for name in CHOICES}
 
     def _place(self, experts: Sequence[Member]) -> int:
-        """Place of the newest model among those that were named."""
+        """Index of the newest model among those that were named."""
         called, anchor = [m.name for m in experts], self.anchor
         if isinstance(anchor, str):
             if anchor not in called:
-                raise ValueError(f"anchor={anchor!r} is none of the models: {', '.join(called)}.")
+                raise ValueError(f"anchor={anchor!r} is not one of the models: {', '.join(called)}.")
             anchor = called.index(anchor)
         if not -len(experts) <= anchor < len(experts):
             raise ValueError(f"anchor={anchor} is out of range: there are {len(experts)} models.")

@@ -1,4 +1,4 @@
-"""Which texts all models see: one per cluster of the new task, the one nearest to the centre, or written by the newest model."""
+"""The texts that all models see: per cluster of the new task, the one nearest to the centre; or written by the newest model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def first_centres(points_ND: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Centres by k-means++: each is drawn in proportion to its squared distance from those before.
+    """Choose centres by k-means++: each is drawn in proportion to its squared distance from those before.
 
-    Drawn here and not by scikit-learn, whose draws may change with its versions; a seed must keep its meaning.
+    Drawn here rather than by scikit-learn, whose draws may change between versions; a seed must keep its meaning.
 
     Args:
         points_ND: The points, float64.
-        number: Centres wanted.
+        number: Number of centres.
         seed: Seed of numpy's PCG64.
 
     Returns:
@@ -39,11 +39,11 @@ def first_centres(points_ND: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 
 def typical_samples(points_ND: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
-    """Rows of the points that stand for the clusters, in ascending order.
+    """Choose the rows that represent the clusters, in ascending order.
 
     Args:
         points_ND: One representation per text.
-        number: Clusters, and so the most rows that are returned.
+        number: Number of clusters, and so the most rows that are returned.
         seed: Seed of the first centres.
 
     Returns:
@@ -67,18 +67,18 @@ def typical_samples(points_ND: np.ndarray, number: int, seed: int = 0) -> np.nda
 def typical_texts(
     anchor: Member, tokenizer: Any, calibration: Any, choices: Mapping[str, Any], setting: Setting, cache: Path
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of the typical texts, and their places in the calibration.
+    """Token ids of the typical texts, and their positions in the calibration.
 
     Args:
         anchor: The newest model.
         tokenizer: Its tokenizer.
-        calibration: Texts or rows; not looked at where the model writes them.
+        calibration: Texts or rows; ignored if the model writes them.
         choices: The options of `merge_with_recall`.
         setting: How models are run.
-        cache: Where representations are kept.
+        cache: Where representations are cached.
 
     Returns:
-        Ids and places.
+        Ids and positions.
     """
     from hf_continual.data.self_generated import own_words
     from hf_continual.merging.inputs.run_model import cached_representations, loaded, token_ids

@@ -1,4 +1,4 @@
-"""RECALL's weights of opened models: texts chosen, models shown them one after the other, similarities, softmax."""
+"""RECALL's weights for opened models: choose texts, run models on them one after another, compare, softmax."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def calibrated(
 
     Args:
         members: The models.
-        anchor: Place of the newest.
+        anchor: Index of the newest.
         with_base: Whether the base is the first of the models.
         calibration: Texts or rows of its task.
         choices: The options of `merge_with_recall`.
-        cache: Where representations are kept until the merge is published.
-        run: Device, type and whether memory is low, see `calibration.Setting`.
+        cache: Where representations are cached until the merge is published.
+        run: Device, dtype and whether memory is low, see `calibration.Setting`.
 
     Returns:
-        Group -> weights, and what else the report says about them.
+        Group -> weights, and their other entries in the report.
     """
     # transformers, peft and scikit-learn come with these; a merge with given weights never gets here.
     from hf_continual.merging.inputs.run_model import Setting, cached_representations, load_tokenizer
@@ -82,7 +82,7 @@ def calibrated(
     texts, places = typical_texts(members[anchor], tokenizer, calibration, choices, setting, cache)
     if len(texts) == 1:
         warnings.warn(
-            "There is one calibration text only: the bandwidth falls back to sqrt(D / 2).", UserWarning, stacklevel=4
+            "There is only one calibration text: the bandwidth falls back to sqrt(D / 2).", UserWarning, stacklevel=4
         )
     reps_NGKD = np.stack([cached_representations(m, texts, setting, cache) for m in members])
     found = layer_weights(reps_NGKD, anchor, choices["bandwidth"], choices["temperature"], choices["reference"])
@@ -111,7 +111,7 @@ def _nonblock(rule: str, found: list[float], anchor: int, with_base: bool) -> li
     if rule == "anchor":
         return [float(i == anchor) for i in range(len(found))]
     if rule != "base":
-        raise ValueError(f"nonblock={rule!r}: it can be 'representation', 'uniform', 'anchor' or 'base'.")
+        raise ValueError(f"nonblock={rule!r}: it must be 'representation', 'uniform', 'anchor' or 'base'.")
     if not with_base:
         raise ValueError("nonblock='base' needs the base among the models: give include_base=True.")
     return [float(i == 0) for i in range(len(found))]
