@@ -165,7 +165,7 @@ def test_a_damaged_header_is_refused_with_file_and_tensor(three, tmp_path, how):
     [
         (b"[1, 2]", "holds no tensors by name"),
         (b'{"a": ' + b"[" * 100_000, "cannot be read"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "it names 'a' twice"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "it lists 'a' twice"),
         (b'{"__metadata__": {"n": 1}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "by safetensors"),
     ],
 )
