@@ -116,7 +116,7 @@ def _check_own_modules(plan: Plan, where: Where) -> None:
             if plan.merge is not None:
                 raise where.error(
                     ("between_tasks",),
-                    f"{said}, which choose anew for each row and cannot be merged. Say between_tasks: continue.",
+                    f"{said}, which choose for each row and cannot be merged. Say between_tasks: continue.",
                 )
 
 
