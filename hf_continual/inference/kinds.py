@@ -4,8 +4,8 @@ Its folder is that of a PEFT adapter, ``adapter_config.json`` (kind, configurati
 from another) and ``adapter_model.safetensors`` (only what was trained). A kind is registered with PEFT when this module is
 imported, so `PeftModel` saves, resumes, loads and generates it, and everything that knows adapters knows it.
 
-To add a kind, name it in `names.py` (title, method, loader, sizes), write two classes in a module of this package, and list them
-in `_KINDS` below:
+To add a kind, name it in `names.py` (title, method, loader, sizes), write two classes in a module of this package, and
+list them in `_KINDS` below:
 
 1. A configuration, a dataclass below `KindConfig` (and below `LoraConfig` where the layers are LoRA's) that sets
    `peft_type` to the kind's name and answers `tokens_in_front` where it is not 0.

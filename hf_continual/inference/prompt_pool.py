@@ -1,7 +1,7 @@
 """A pool of prompts with keys; each row takes the nearest ones (L2P, Wang et al., CVPR 2022, section 4.2).
 
-The prompts are prepended to a row's embeddings inside the model; callers see an unchanged model: states, logits and labels
-have the width of their input. They take `tokens_in_front` positions, and as many entries of the cache.
+The prompts are prepended to a row's embeddings inside the model; callers see an unchanged model: states, logits and
+labels have the width of their input. They take `tokens_in_front` positions, and as many entries of the cache.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class PromptPoolConfig(KindConfig):
         top: N, prompts that a row takes.
         batchwise: In training all rows of a micro-batch take the same prompts; see `select`. At inference each row
             takes its own, so that its answer does not depend on the batch.
-        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1) as in the authors' code.
+        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1) as in the
+            authors' code.
     """
 
     pool: int = 10

@@ -1,7 +1,7 @@
 """Learning to prompt for continual learning (L2P), Wang et al., CVPR 2022, arXiv:2112.08654.
 
-A pool of M prompts with keys; a row's query q(x) selects the N prompts whose keys are nearest by cosine, and they are put in
-front of its embeddings. The model is frozen; with S_x the selected prompts (section 4.2, equation 5)
+A pool of M prompts with keys; a row's query q(x) selects the N prompts whose keys are nearest by cosine, and they are
+put in front of its embeddings. The model is frozen; with S_x the selected prompts (section 4.2, equation 5)
 
     loss = task loss + lambda * sum_{n in S_x} distance(q(x), k_n),
 
@@ -45,8 +45,8 @@ class L2P(Method):
     """Train a pool of prompts and their keys on a frozen model; each row chooses its prompts.
 
     Idea: rows of different tasks choose different prompts, so that a new task moves the prompts of an old one little, and no
-    task has to be given at inference. Hooks: own modules, loss terms. Cost: N * L more tokens in each row, M * (L + 1) * D
-    trainable parameters; no second forward pass, as the query comes from the embeddings.
+    task has to be given at inference. Hooks: own modules, loss terms. Cost: N * L more tokens in each row, M * (L + 1)
+    * D trainable parameters; no second forward pass, as the query comes from the embeddings.
     Relations: soft prompts as in prompt tuning, with a choice; `batchwise` is the authors' vote of a batch.
     Inference: the choice is made there too, so the result is a folder for `load_prompt_pool` and not a plain checkpoint; it
     cannot be merged. Needs no `peft_config`; rows may not be packed. Composes with methods for any trainable weights; one
@@ -59,7 +59,8 @@ class L2P(Method):
         weight: lambda of the key term; the authors' is 0.1. 0 keeps the keys at their initial values.
         batchwise: In training all rows of a micro-batch take the prompts that most of them choose, as the authors do; at
             inference a row chooses alone, so that its answer does not depend on the batch.
-        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1), the authors' for images.
+        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1), the authors'
+            for images.
         name: Prefix of the logged values.
 
     Raises:
