@@ -21,7 +21,7 @@ SUFFIXES = (".py", ".md", ".yaml", ".ipynb")
 # Pattern -> what to write instead.
 WORDS = {
     r"(?<!here )(?<!that )\b(?:is|are|was|were|be) no (?!longer\b|limit\b|more\b|better\b|worse\b)(?=[a-z`])": "is not a",
-    r"\bbehind (?:the|it|its|them|each|this|that|a)\b": "after (order), or behind only for a cause",
+    r"\bbehind (?:the|it|its|them|each|this|that)\b": "after (order), or behind only for a cause",
     r"\bbeside\b": "next to, on top of, as well as",
     r"\b(?:go|goes|going|gone|went) on(?! top\b)\b": "resume, continue",
     r"\blearnt\b": "learned",

@@ -69,7 +69,7 @@ class NameRows:
 
 @dataclass(frozen=True)
 class PairRows:
-    """A collator that puts beside each of the task's rows those that methods pair with it; a packed row has several.
+    """A collator that puts next to each of the task's rows those that methods pair with it; a packed row has several.
 
     Args:
         collate: The collator that does the work.

@@ -1,4 +1,4 @@
-"""What is known of a task's rows, and what became of the samples that a model wrote of them: kept, malformed, invented."""
+"""Hashes of a task's rows, and counts of the samples that a model wrote of them: kept, malformed, invented."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def merged(one: Known, other: Known) -> Known:
 
 @dataclass
 class Counts:
-    """What became of the samples that a model wrote.
+    """Counts of the samples that a model wrote.
 
     Attributes:
         written: How many it wrote.

@@ -41,7 +41,7 @@ def question_and_answer(tokens: Tokens, labels: Tokens) -> tuple[list[int], list
 
     Args:
         tokens: Tokens of the row.
-        labels: Its labels, -100 where nothing is trained.
+        labels: Its labels, -100 for tokens that are not trained.
 
     Returns:
         Question, empty where every token is trained, and answer; None where none is.
@@ -154,7 +154,7 @@ def format_of(
         The format.
 
     Raises:
-        ValueError: If a marker has no tokens of its own.
+        ValueError: If a marker does not have its own tokens.
     """
     ids = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (generate, answer)}
     unknown = tokenizer.unk_token_id

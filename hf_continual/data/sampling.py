@@ -16,11 +16,11 @@ from hf_continual.tensors.reference import most_tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn.
+    """Options for drawing samples.
 
     Args:
-        max_new_tokens: Most tokens of a sample.
-        top_k: Tokens that are drawn from, the likeliest; 0 draws from all.
+        max_new_tokens: Maximum number of tokens of a sample.
+        top_k: Number of likeliest tokens to draw from; 0 draws from all.
         repetition_penalty: Above 1 makes tokens that were written less likely.
     """
 
@@ -40,19 +40,19 @@ def sample(
 ) -> list[list[int]]:
     """Let a model continue an opening several times, as one batch: a pure function of weights, arguments and seed.
 
-    The random numbers of the run are not touched, and the training mode is restored.
+    The random states of the run are not touched, and the training mode is restored.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         opening: Sequence[int] to continue.
-        number: How many continuations.
+        number: Number of continuations.
         seed: Numbers that seed the draws.
         how: How they are drawn.
         ends: Tokens that end one.
 
     Returns:
-        The new tokens of each, up to and with its end where it has one.
+        The new tokens of each, up to and including its end, if it has one.
     """
     device, training = model.get_input_embeddings().weight.device, model.training
     room, pad = most_tokens(model), padding_token(tokenizer)
@@ -61,7 +61,7 @@ def sample(
     model.eval()
     try:
         with torch.random.fork_rng(), torch.inference_mode(), warnings.catch_warnings():
-            # PEFT says so for each token behind a soft prompt; without padding positions are what they would be anyway.
+            # PEFT says so for each token after a soft prompt; without padding, positions are the same anyway.
             warnings.filterwarnings("ignore", message="Position ids are not supported")
             torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
             written = model.generate(
@@ -75,6 +75,6 @@ def sample(
 
 
 def up_to_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """Tokens up to and with the first end; all of them where there is none."""
+    """Tokens up to and including the first end; all of them if there is no end."""
     end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tokens[: end + 1]

@@ -1,4 +1,4 @@
-"""What the kinds of modules that change inference have in common; see `kinds.py` for how one is added."""
+"""Base classes of the kinds of modules that change inference; see `kinds.py` for how to add one."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class KindConfig(PeftConfig):
 
     @property
     def named(self) -> KindName:
-        """What the kind is called elsewhere."""
+        """The kind's names elsewhere."""
         return NAMES[str(self.peft_type)]
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What another configuration must say too, if training is to go on from modules that have this one."""
+        """Entries that another configuration must share to continue training modules with this one."""
         return {key: getattr(self, key) for key in self.named.sizes}
 
     @property
@@ -49,15 +49,15 @@ class KindConfig(PeftConfig):
 
     @property
     def tokens_in_front(self) -> int:
-        """Positions that it takes in front of each row, beyond the row's own."""
+        """Number of positions it adds in front of each row."""
         return 0
 
 
 class KindTuner:
-    """What hangs the modules of a kind on a model; goes in front of one of PEFT's tuners.
+    """Mixin that puts the modules of a kind on a model; to be listed before one of PEFT's tuners.
 
     The modules must not see the answer when they choose: at inference there is none yet. In training, the question is
-    what comes before the first label; elsewhere `asked` says it, and without that all tokens are the question.
+    everything before the first label; elsewhere `asked` marks it, and without that all tokens are the question.
     """
 
     prefix: str = ""
@@ -67,12 +67,12 @@ class KindTuner:
 
     @property
     def active_config(self) -> KindConfig:
-        """The configuration of the modules that act."""
+        """The configuration of the active modules."""
         name = self.active_adapter if isinstance(self.active_adapter, str) else self.active_adapter[0]
         return self.peft_config[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, with the question told from the labels."""
+        """The model's forward pass, with the question derived from the labels."""
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if labels is None or self.asked_BS is not None:
             return super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
@@ -81,7 +81,7 @@ class KindTuner:
 
     @contextmanager
     def asked(self, mask_BS: Tensor) -> Iterator[None]:
-        """Tokens of the question, for the forward passes inside that begin without a cache."""
+        """Mark the tokens of the question for forward passes inside the context that start without a cache."""
         before, self.asked_BS = self.asked_BS, mask_BS
         try:
             yield
@@ -89,7 +89,7 @@ class KindTuner:
             self.asked_BS = before
 
     def keep_rows(self, index_N: Tensor) -> None:
-        """Rows of the batch that go on; a kind that keeps something per row from the first pass on picks it here."""
+        """Keep some rows of the batch; a kind that stores something per row since the first pass selects it here."""
 
     @contextmanager
     def for_task(self, name: str) -> Iterator[None]:
@@ -104,14 +104,14 @@ class KindTuner:
         yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, from an empty cache and with one: what a row chose at its first token holds to its last.
+        """Generate as the model does, from an empty cache and with one: a row's first choice holds to its last token.
 
         Args:
-            *args: As the model takes them.
-            **kwargs: As the model takes them.
+            *args: The model's arguments.
+            **kwargs: The model's arguments.
 
         Returns:
-            What the model returns.
+            The model's output.
 
         Raises:
             ValueError: If a cache with tokens in it is given.
@@ -125,7 +125,7 @@ class KindTuner:
         return self.model.generate(*args, **{**kwargs, "use_cache": True})  # pyrefly: ignore[missing-attribute]
 
     def check_base(self, config: KindConfig, model: nn.Module) -> None:
-        """Note which base the modules belong to, or refuse another; call it before they are put onto it.
+        """Record the base that the modules belong to, or refuse another; call it before they are added to the model.
 
         Args:
             config: The configuration.
@@ -140,14 +140,14 @@ class KindTuner:
         elif now is not None and now != config.base_sample:
             raise ValueError(
                 f"the {config.peft_type} modules were trained on {config.base_model_name_or_path or 'another base'}, and the model "
-                f"they are put onto ({getattr(model, 'name_or_path', '') or type(model).__name__}) has other weights: they mean "
-                f"nothing there. Load the base that adapter_config.json names (base_model_name_or_path)."
+                f"they are put onto ({getattr(model, 'name_or_path', '') or type(model).__name__}) has different weights: the modules are "
+                f"useless there. Load the base that adapter_config.json names (base_model_name_or_path)."
             )
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            f"{self.active_config.peft_type} modules choose anew for each row, so they cannot be merged into weights. Keep them "
-            f"beside their base."
+            f"{self.active_config.peft_type} modules choose for each row, so they cannot be merged into weights. Keep them "
+            f"next to their base."
         )
 
 

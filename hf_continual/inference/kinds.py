@@ -1,18 +1,18 @@
-"""Kinds of trained modules that change inference: a result of such a method is more than weights of a known architecture.
+"""Kinds of trained modules that change inference: the result of such a method is more than weights of a known architecture.
 
 Its folder is that of a PEFT adapter, ``adapter_config.json`` (kind, configuration, base model and a hash that tells the base
 from another) and ``adapter_model.safetensors`` (only what was trained). A kind is registered with PEFT when this module is
 imported, so `PeftModel` saves, resumes, loads and generates it, and everything that knows adapters knows it.
 
-To add a kind, name it in `names.py` (title, method, loader, sizes), write two classes in a module of this package, and name them
-in `_KINDS` below:
+To add a kind, name it in `names.py` (title, method, loader, sizes), write two classes in a module of this package, and
+list them in `_KINDS` below:
 
 1. A configuration, a dataclass below `KindConfig` (and below `LoraConfig` where the layers are LoRA's) that sets
    `peft_type` to the kind's name and answers `tokens_in_front` where it is not 0.
 2. A tuner below `KindTuner` and one of PEFT's (`BaseTuner`, `LoraModel`): `prefix`, and `inject_adapter`, which puts the
    modules onto the model and calls `check_base`. What acts at inference hangs on the modules themselves as hooks, since
    `generate()` and `evaluation/` call the parts of a model and not the tuner. `asked` says which tokens may choose
-   (never the answer), `keep_rows` which rows of a batch go on, `for_task` which task is scored; see `KindTuner`.
+   (never the answer), `keep_rows` which rows of a batch continue, `for_task` which task is scored; see `KindTuner`.
 
 The method that trains it returns the configuration from `Method.adapter`; a public loader is a line of `loading.py`.
 """
@@ -53,16 +53,16 @@ def kind_of(model: Any) -> str | None:
 
 
 def tuner_of(model: Any) -> KindTuner | None:
-    """What such modules hang on, without the wrappers of DDP and the like; None where there are none."""
+    """The tuner of such modules, without wrappers such as DDP's; None if the model has none."""
     found = model.base_model if isinstance(model, PeftModel) else None
     return found if isinstance(found, KindTuner) else None
 
 
 def asked(model: Any, mask_BS: Tensor) -> AbstractContextManager[Any]:
-    """Say which tokens belong to the question, for forward passes that are also fed the answer.
+    """Mark the tokens of the question, for forward passes that also get the answer.
 
     Args:
-        model: A causal language model of whatever kind.
+        model: A causal language model of any kind.
         mask_BS: True for tokens of the question.
 
     Returns:
@@ -87,11 +87,11 @@ def for_task(model: Any, name: str) -> AbstractContextManager[Any]:
 
 
 def keep_rows(model: Any, index_N: Tensor) -> None:
-    """Say which rows of a batch go on, after their cache was cut down to them.
+    """Keep some rows of a batch, after their cache was reduced to them.
 
     Args:
-        model: A causal language model of whatever kind.
-        index_N: Indices of the rows, in the batch as it was; one may occur several times.
+        model: A causal language model of any kind.
+        index_N: Indices of the rows, in the previous batch; an index may occur several times.
     """
     if (tuner := tuner_of(model)) is not None:
         tuner.keep_rows(index_N)

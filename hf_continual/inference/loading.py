@@ -21,13 +21,13 @@ def load_kind(folder: str | Path, model: Any = None, kind: str | None = None, tr
         folder: Folder, or Hub id.
         model: The base model; None loads the one that the folder names.
         kind: One of `KINDS` that it must be; None takes any.
-        trainable: Whether it is to be trained further.
+        trainable: Whether it will be trained further.
 
     Returns:
         A `PeftModel` whose forward pass and `generate()` are used as those of transformers.
 
     Raises:
-        ValueError: If the folder holds something else, or the base has other weights.
+        ValueError: If the folder holds something else, or the base has different weights.
     """
     check_is_there(str(folder), "the model")
     path = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
@@ -60,7 +60,7 @@ def load_prompt_pool(folder: str | Path, model: Any = None) -> PeftModel:
         and sampling, as of any model.
 
     Raises:
-        ValueError: If the folder holds something else, or the base has other weights.
+        ValueError: If the folder holds something else, or the base has different weights.
     """
     return load_kind(folder, model, PROMPT_POOL)
 

@@ -1,4 +1,4 @@
-"""The kinds of modules that change inference, by name, for those who need no torch: cards, checks of plans, merging."""
+"""The kinds of modules that change inference, by name, for code that needs no torch: cards, checks of plans, merging."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROMPT_POOL, MOE_LORA, SAPT_LORA = "PROMPT_POOL", "MOE_LORA", "SAPT_LORA"
 
 @dataclass(frozen=True)
 class KindName:
-    """What a kind is called elsewhere.
+    """The names of a kind elsewhere.
 
     Args:
-        title: In words, with its article.
-        method: The method that trains it, as the table of methods has it.
+        title: Its name as text, with an article.
+        method: The method that trains it, as in the table of methods.
         loader: The function of `hf_continual` that loads it.
         sizes: Entries of its configuration that hold for all tasks, and that a card shows.
     """
@@ -46,7 +46,7 @@ METHODS = tuple(named.method for named in NAMES.values())
 
 
 def sizes_in(folder: str | Path) -> dict[str, Any]:
-    """The kind that a folder holds and its configuration, as a card has it; empty for what is none."""
+    """The kind in a folder and its configuration, in the format of a card; empty if there is none."""
     if (kind := kind_in(folder)) is None:
         return {}
     config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def sizes_in(folder: str | Path) -> dict[str, Any]:
 
 
 def kind_in(folder: str | Path) -> str | None:
-    """The kind that a folder holds; None for a plain adapter, a whole model and what cannot be read."""
+    """The kind that a folder holds; None for a plain adapter, a full model, or an unreadable folder."""
     try:
         found = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError):

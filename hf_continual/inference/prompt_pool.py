@@ -1,7 +1,7 @@
-"""A pool of prompts with keys, of which each row takes the nearest (L2P, Wang et al., CVPR 2022, section 4.2).
+"""A pool of prompts with keys; each row takes the nearest ones (L2P, Wang et al., CVPR 2022, section 4.2).
 
-The prompts stand in front of a row's embeddings inside the model; callers see a model as it was: states, logits and labels
-have the width of their input. They take `tokens_in_front` positions and so many entries of the cache.
+The prompts are prepended to a row's embeddings inside the model; callers see an unchanged model: states, logits and
+labels have the width of their input. They take `tokens_in_front` positions, and as many entries of the cache.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def similarities(query_BD: Tensor, keys_MD: Tensor) -> Tensor:
 
 
 def select(similarity_BM: Tensor, top: int, batchwise: bool = False) -> Tensor:
-    """Which prompts each row takes.
+    """Select the prompts of each row.
 
     Args:
         similarity_BM: See `similarities`.
         top: N, prompts per row.
-        batchwise: All rows take the N prompts that the rows on their own would take most often (the authors'
-            ``batchwise_prompt``); ties are broken as there, without a look at the device.
+        batchwise: All rows take the N prompts that the rows would most often take alone (the authors'
+            ``batchwise_prompt``); ties are broken in the same way, without waiting for the device.
 
     Returns:
         Indices of shape (B, N).
@@ -72,7 +72,7 @@ def select(similarity_BM: Tensor, top: int, batchwise: bool = False) -> Tensor:
 
 
 def pull(query_BD: Tensor, keys_MD: Tensor, index_BN: Tensor) -> Tensor:
-    """``sum_bn cos(q_b, k_n) / B`` over the selected keys, a scalar; the loss has it with a minus sign."""
+    """``sum_bn cos(q_b, k_n) / B`` over the selected keys, a scalar; the loss subtracts it."""
     chosen_BND = normalised(keys_MD)[index_BN]
     return (chosen_BND * normalised(query_BD)[:, None]).sum() / len(query_BD)
 
@@ -92,8 +92,9 @@ class PromptPoolConfig(KindConfig):
         length: L, tokens of a prompt.
         top: N, prompts that a row takes.
         batchwise: In training all rows of a micro-batch take the same prompts; see `select`. At inference each row
-            takes its own, so that it gets the answer that it would get alone.
-        init: What prompts begin as: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1) as in the authors' code.
+            takes its own, so that its answer does not depend on the batch.
+        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1) as in the
+            authors' code.
     """
 
     pool: int = 10
@@ -116,7 +117,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
     """The prompts (M, L, D) and keys (M, D), and the hooks of the model's body that use them.
 
     Args:
-        tuner: What it hangs on.
+        tuner: The tuner it belongs to.
     """
 
     adapter_layer_names = ("prompts", "keys")
@@ -135,7 +136,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
         """Draw prompts and keys, from torch's generator.
 
         Args:
-            name: Of the adapter.
+            name: Name of the adapter.
             config: Sizes.
             embeddings_VD: The model's input embeddings.
         """
@@ -148,7 +149,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
         self.keys[name] = nn.Parameter(torch.empty(config.pool, width).uniform_(-1, 1).to(device))
 
     def before(self, body: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the body: put prompts in front of a new row, and count them where one is continued."""
+        """Forward pre-hook of the body: put prompts in front of a new row, and count them if one is continued."""
         self._in_front = 0
         if self.disable_adapters:
             return None
@@ -158,7 +159,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
             raise ValueError(
-                "a prompt pool widens the attention mask, and this one was made for a cache of fixed size. Generate with "
+                "a prompt pool widens the attention mask, but this one was made for a cache of fixed size. Generate with "
                 "the default cache (cache_implementation='dynamic')."
             )
         cache = given.get("past_key_values")
@@ -196,7 +197,7 @@ class PromptPool(nn.Module, BaseTunerLayer):
         return prompted(prompts_MLD, self.chosen_BN, embeds_BSD)
 
     def after(self, body: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook of the body: leave the states of the prompts out."""
+        """Forward hook of the body: drop the states of the prompts."""
         front = self._in_front
         if not front:
             return None
@@ -209,23 +210,23 @@ class PromptPool(nn.Module, BaseTunerLayer):
 
 
 class PromptPoolTuner(KindTuner, BaseTuner):
-    """Hangs a prompt pool on a causal language model."""
+    """Adds a prompt pool to a causal language model."""
 
     prefix: str = "prompt_pool"
     tuner_layer_cls = PromptPool
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the pool onto the model, and freeze everything else.
+        """Add the pool to the model, and freeze everything else.
 
         Args:
             model: The base model.
-            adapter_name: Under which PEFT keeps the pool.
+            adapter_name: PEFT's name of the pool.
             *args: PEFT's, not used.
             **kwargs: PEFT's, not used.
 
         Raises:
-            ValueError: If the model cannot carry one, or carries one.
+            ValueError: If the model cannot have one, or already has one.
         """
         config, plain = self.peft_config[adapter_name], model
         body: Any = getattr(plain, "base_model", None)
@@ -237,12 +238,12 @@ class PromptPoolTuner(KindTuner, BaseTuner):
             )
         if hasattr(model, self.prefix):
             raise ValueError(
-                "the model carries a prompt pool, and can carry one. Train that further, or load the base."
+                "the model already has a prompt pool, and can have only one. Train that further, or load the base."
             )
         embeddings_VD = body.get_input_embeddings().weight
         if embeddings_VD.dim() != 2:
             raise ValueError(
-                "a prompt pool under ZeRO-3: it reads the embeddings before training, and ZeRO-3 has spread them over the processes by "
+                "a prompt pool under ZeRO-3: it reads the embeddings before training, and ZeRO-3 has sharded them over the processes by "
                 "then. Use ZeRO-2, DDP or FSDP2."
             )
         self.check_base(config, plain)

@@ -219,7 +219,7 @@ class SaptLoraTuner(KindTuner, LoraModel):
         if name in self.tasks[:-1]:
             raise ValueError(
                 f"SAPTLoRA learned the task {name!r} before {self.tasks[-1]!r}, and its pair is frozen. Give the task another "
-                f"name (ContinualConfig(task_name=...)), and it gets a pair of its own."
+                f"name (ContinualConfig(task_name=...)), and it gets its own pair."
             )
         if self.tasks and name != self.tasks[-1]:
             for pairs in self.pairs.values():
@@ -281,12 +281,12 @@ class SaptLoraTuner(KindTuner, LoraModel):
         if found is None or (x.dim() == 3 and len(found) != len(x)):
             raise ValueError(
                 f"SAPT-LoRA weighed {0 if found is None else len(found)} rows in the first pass over their questions, and {len(x)} are "
-                f"continued. Give whole rows (without past_key_values), or say which go on: "
+                f"continued. Give whole rows (without past_key_values), or say which rows continue: "
                 f"hf_continual.inference.kinds.keep_rows."
             )
         return found
 
     def keep_rows(self, index_N: Tensor) -> None:
-        """Rows of the batch that go on keep their weights."""
+        """Keep the weights of the rows of the batch that continue."""
         if self._weights_BT is not None:
             self._weights_BT = self._weights_BT[index_N]

@@ -1,4 +1,4 @@
-"""What a method sees of a forward pass, and the rows that it adds to one."""
+"""A method's view of a forward pass, and the rows that it adds to one."""
 
 from __future__ import annotations
 

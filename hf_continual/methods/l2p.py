@@ -1,12 +1,12 @@
 """Learning to prompt for continual learning (L2P), Wang et al., CVPR 2022, arXiv:2112.08654.
 
-A pool of M prompts with keys; a row's query q(x) selects the N prompts whose keys are nearest by cosine, and they stand in
-front of its embeddings. The model is frozen; with S_x the selected prompts (section 4.2, equation 5)
+A pool of M prompts with keys; a row's query q(x) selects the N prompts whose keys are nearest by cosine, and they are
+put in front of its embeddings. The model is frozen; with S_x the selected prompts (section 4.2, equation 5)
 
     loss = task loss + lambda * sum_{n in S_x} distance(q(x), k_n),
 
-in the authors' code ``- lambda * sum_{b,n} cos(q_b, k_n) / B`` with lambda = 0.1, which is used here. Here q(x) is the mean of
-the input embeddings of the question, as language-model ports have it; the original takes the [CLS] state of the frozen
+in the authors' code ``- lambda * sum_{b,n} cos(q_b, k_n) / B`` with lambda = 0.1, as here. Here q(x) is the mean of
+the input embeddings of the question, as in language-model ports; the original uses the [CLS] state of the frozen
 image model.
 """
 
@@ -42,11 +42,11 @@ __all__ = ["L2P", "mean_query", "prompted", "pull", "select", "similarities"]
 
 @dataclass
 class L2P(Method):
-    """Train a pool of prompts and their keys on a frozen model; each row chooses the prompts that it is read with.
+    """Train a pool of prompts and their keys on a frozen model; each row chooses its prompts.
 
     Idea: rows of different tasks choose different prompts, so that a new task moves the prompts of an old one little, and no
-    task has to be named at inference. Hooks: own modules, loss terms. Cost: N * L more tokens in each row, M * (L + 1) * D
-    trainable parameters; no second forward pass, as the query is read off the embeddings.
+    task has to be given at inference. Hooks: own modules, loss terms. Cost: N * L more tokens in each row, M * (L + 1)
+    * D trainable parameters; no second forward pass, as the query comes from the embeddings.
     Relations: soft prompts as in prompt tuning, with a choice; `batchwise` is the authors' vote of a batch.
     Inference: the choice is made there too, so the result is a folder for `load_prompt_pool` and not a plain checkpoint; it
     cannot be merged. Needs no `peft_config`; rows may not be packed. Composes with methods for any trainable weights; one
@@ -56,10 +56,11 @@ class L2P(Method):
         pool: M, prompts in the pool; 10 in the authors' code. Fixed by the first task, as are `length` and `top`.
         length: L, tokens of a prompt; the authors' is 5.
         top: N, prompts of a row; the authors' is 5.
-        weight: lambda of the key term; the authors' is 0.1. 0 leaves the keys as they were drawn.
+        weight: lambda of the key term; the authors' is 0.1. 0 keeps the keys at their initial values.
         batchwise: In training all rows of a micro-batch take the prompts that most of them choose, as the authors do; at
             inference a row chooses alone, so that its answer does not depend on the batch.
-        init: What prompts begin as: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1), the authors' for images.
+        init: Initial values of prompts: embeddings of random ``"tokens"``, or ``"uniform"`` in (-1, 1), the authors'
+            for images.
         name: Prefix of the logged values.
 
     Raises:
@@ -101,19 +102,19 @@ class L2P(Method):
         )
 
     def reads_forward(self) -> bool:
-        """Whether there is a key term."""
+        """True if there is a key term."""
         return self.weight > 0
 
     def reads_reference(self) -> bool:
-        """The embeddings, and a few values of every weight, when the pool is made."""
+        """Always: it reads the embeddings, and a few values of every weight, to make the pool."""
         return True
 
     def prepare_model(self, model: nn.Module, task: Task) -> None:
-        """Find the pool, which a task before may have trained, and train its keys if there is a term for them."""
+        """Find the pool, which an earlier task may have trained, and train its keys if there is a term for them."""
         tuner = tuner_of(model)
         if not isinstance(tuner, PromptPoolTuner):
             raise ValueError(
-                f"L2P trains a prompt pool, and the model is a {type(model).__name__} without one. Give L2P to ContinualTrainer "
+                f"L2P trains a prompt pool, but the model is a {type(model).__name__} without one. Give L2P to ContinualTrainer "
                 f"with the base model, or with the folder that L2P left."
             )
         self._tuner = tuner

@@ -36,22 +36,22 @@ class LAMOL(PseudoRehearsal):
     activations of a step), gamma more rows from the second task on, and gamma N samples to write before it.
     Relations: `Replay` mixes in rows that were kept; `LFPT5` adds a soft prompt and distillation. Composes with everything.
     Needs rows with one question and one answer each, or without a question (text). Under FSDP2 and ZeRO-1/2 samples are
-    written where the model was loaded, before its weights are spread; ZeRO-3 is refused.
+    written where the model was loaded, before its weights are sharded; ZeRO-3 is refused.
 
     Args:
-        gamma: Samples that are written, as a share of the task's rows; the paper uses 0.05 and 0.2. 0: none.
+        gamma: Samples to write, as a fraction of the task's rows; the paper uses 0.05 and 0.2. 0: none.
         lm_weight: lambda, weight of the text format; the paper uses 0.25. 0: rows are trained as without the method.
-        top_k: Likeliest tokens that are drawn from, 20 in the paper; 0: all.
+        top_k: Number of likeliest tokens to draw from, 20 in the paper; 0: all.
         repetition_penalty: Above 1, tokens that were written are less likely to be written again.
-        tries: The missing number of well-formed samples is written so many times at most; 1 as published.
-        max_new_tokens: Most tokens of a sample; None: of the longest row of the earlier tasks.
+        tries: Maximum number of times that missing well-formed samples are written; 1 as published.
+        max_new_tokens: Maximum number of tokens of a sample; None: of the longest row of the earlier tasks.
         batch_rows: Samples written at once on each process. Other numbers draw other samples.
         gen_marker: Text that begins a sample. No row may hold its tokens.
         answer_marker: Text between question and answer.
         task_markers: Whether the name of the task is part of the first marker (the paper's task-specific tokens).
         count_invented: Whether hashes of the rows (16 bytes each) are handed over, so that questions that no earlier row
-            asked can be counted. Who has a row can tell from its hash that it was trained on.
-        name: Prefix of the logged values, and of the files that are handed over.
+            asked can be counted. Anyone who has a row can tell from its hash that it was trained on.
+        name: Prefix of the logged values, and of the files handed to the next task.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.

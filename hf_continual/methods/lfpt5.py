@@ -1,4 +1,4 @@
-r"""LFPT5: a soft prompt that rehearses with samples of its own and is held to what it said before.
+r"""LFPT5: a soft prompt that rehearses with its own samples and is distilled from its earlier predictions.
 
 Qin and Joty, "LFPT5: A Unified Framework for Lifelong Few-shot Language Learning Based on Prompt Tuning of T5", ICLR 2022,
 https://arxiv.org/abs/2110.07298.
@@ -64,19 +64,19 @@ class LFPT5(PseudoRehearsal):
     published method; a head that is trained itself is then copied. Composes with everything. FSDP and ZeRO-3 are refused.
 
     Args:
-        gamma: Samples that are written, as a share of the task's rows. 0: none, and nothing is distilled.
+        gamma: Samples to write, as a fraction of the task's rows. 0: none, and nothing is distilled.
         lm_weight: lambda, weight of the text format; 0.25 in the published code.
-        top_k: Likeliest tokens that are drawn from, 64 in the published code; 0: all.
+        top_k: Number of likeliest tokens to draw from, 64 in the published code; 0: all.
         repetition_penalty: Above 1, tokens that were written are less likely to be written again; 2.5 in the published code.
-        tries: The missing number of well-formed samples is written so many times at most.
-        max_new_tokens: Most tokens of a sample; None: of the longest row of the earlier tasks.
+        tries: Maximum number of times that missing well-formed samples are written.
+        max_new_tokens: Maximum number of tokens of a sample; None: of the longest row of the earlier tasks.
         batch_rows: Samples written at once on each process. Other numbers draw other samples.
         gen_marker: Text that begins a sample. No row may hold its tokens.
         answer_marker: Text between question and answer.
         task_markers: Whether the name of the task is part of the first marker.
         count_invented: Whether hashes of the rows are handed over, see `LAMOL`.
-        distill: kd, share of the distillation in the loss, from 0 to below 1; 0.01 in the published code.
-        name: Prefix of the logged values, and of the files that are handed over.
+        distill: kd, fraction of the distillation in the loss, from 0 to below 1; 0.01 in the published code.
+        name: Prefix of the logged values, and of the files handed to the next task.
 
     Raises:
         TypeError: If a hyper-parameter has the wrong type.
@@ -108,10 +108,10 @@ class LFPT5(PseudoRehearsal):
         return self.gamma != 0 and self.distill != 0
 
     def prepare_model(self, model: nn.Module, task: Task) -> None:
-        """Say where something else than a soft prompt is trained."""
+        """Warn if something other than a soft prompt is trained."""
         if self.lm_weight and not virtual_tokens(model):
             logger.warning(
-                "LFPT5 trains a soft prompt, and here %s is trained: the loss is the same, the method is not the published one. "
+                "LFPT5 trains a soft prompt, but here %s is trained: the loss is the same, the method is not the published one. "
                 "Give peft_config=PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=100).",
                 f"an adapter ({type(model.active_peft_config).__name__})" if hasattr(model, "active_peft_config") else "the model",
             )  # fmt: skip
@@ -163,7 +163,7 @@ class LFPT5(PseudoRehearsal):
         }
 
     def _divergence(self, forward: Forward, head: Logits, head_before: Logits) -> Tensor:
-        """KL from what the model said before, mean over the answer tokens of a micro-batch's samples."""
+        """KL from the model's earlier predictions, mean over the answer tokens of a micro-batch's samples."""
         mine = forward.sources.index(self.name)
         places = [place - self._first for source, place, _ in forward.drawn if source == mine]
         before = [self._before[i] for i in places if 0 <= i < len(self._before)]

@@ -1,6 +1,6 @@
-"""What methods share that rehearse earlier tasks with samples which the model writes itself: LAMOL and LFPT5.
+"""Shared code of methods that rehearse earlier tasks with samples written by the model itself: LAMOL and LFPT5.
 
-Before a later task the model, as it is then, writes samples of the earlier ones; they join the task's rows. Each row is
+Before a later task the current model writes samples of the earlier ones; they join the task's rows. Each row is
 trained twice in one micro-batch: as usual, and in the format in which samples are written (`data/sample_format.py`).
 """
 
@@ -38,14 +38,14 @@ class Pairs:
     earlier: dict[int, SampleFormat]
 
     def __call__(self, tokens: Any, labels: Any) -> dict[str, list[int]] | None:
-        """The row in the format in which it is to be written."""
+        """The row in the format in which samples are written."""
         how = self.earlier.get(digest(tokens), self.how) if self.earlier else self.how
         return how.written(tokens, labels)
 
 
 @dataclass
 class PseudoRehearsal(Method):
-    """Rows and state of a method that rehearses with samples of its own; `LAMOL` documents the hyper-parameters."""
+    """Rows and state of a method that rehearses with self-written samples; `LAMOL` documents the hyper-parameters."""
 
     gamma: float = 0.2
     lm_weight: float = 0.25
@@ -91,15 +91,15 @@ class PseudoRehearsal(Method):
         plain_name(title, self.name)
 
     def reads_forward(self) -> bool:
-        """The second row of each pair is weighed by itself."""
+        """Always: the second row of each pair has its own weight."""
         return self.lm_weight != 0
 
     def reads_reference(self) -> bool:
-        """Samples are written by the weights before training."""
+        """Always: the weights before training write the samples."""
         return self.gamma != 0
 
     def added_rows(self) -> AddedRows | None:
-        """One row beside each of the task's."""
+        """One row next to each of the task's."""
         return AddedRows(weight=0.0, paired=1) if self.lm_weight else None
 
     @classmethod
@@ -108,7 +108,7 @@ class PseudoRehearsal(Method):
         return ()
 
     def replay(self, run: Run) -> ReplayRows | None:
-        """The second row of each pair; weighed by `loss_terms` and not as a token of the mean."""
+        """The second row of each pair; weighted by `loss_terms`, not as tokens of the mean."""
         if not self.lm_weight:
             return None
         if self._pairs is None:
@@ -135,11 +135,11 @@ class PseudoRehearsal(Method):
         )
 
     def load_task_state(self, state: State, run: Run) -> None:
-        """Take over which tasks can be written, and refuse markers that they were not learned with."""
+        """Load which tasks can be written, and refuse markers that they were not learned with."""
         now = self._markers(run)
         if self.lm_weight and state["markers"] != now:
             raise ValueError(
-                f"{type(self).__name__}: the earlier tasks were learned with the markers {state['markers']}, and this run has "
+                f"{type(self).__name__}: the earlier tasks were learned with the markers {state['markers']}, but this run has "
                 f"{now} (texts, their tokens, task_markers), from which the model writes nothing that it learned. Give the "
                 f"same markers and tokenizer, or start without what was learned: ContinualConfig(fresh_methods=True)."
             )
@@ -171,7 +171,7 @@ class PseudoRehearsal(Method):
         return concatenate_datasets([kept, Dataset.from_dict(columns, features=kept.features)])
 
     def _write(self, run: Run) -> list[dict[str, list[int]]]:
-        """Write samples of the earlier tasks, evenly, and count what came out."""
+        """Write samples of the earlier tasks, evenly, and count the results."""
         assert self._pairs is not None
         past, tasks = self._past, list(self._past["tasks"])
         formats = [self._format(run, task) for task in tasks]
@@ -224,7 +224,7 @@ class PseudoRehearsal(Method):
         return (forward.token_loss_BS * mask).sum() / mask.sum().clamp(min=1)
 
     def end_task(self, run: Run) -> None:
-        """The samples are not needed any more."""
+        """The samples are no longer needed."""
         if self._unfinished is not None:
             self._unfinished.clear()
 
@@ -249,16 +249,16 @@ class PseudoRehearsal(Method):
         return state
 
     def state_dict(self, run: Run) -> State:
-        """What tells the samples apart that the run was trained with."""
+        """A fingerprint of the samples that the run was trained with."""
         return {} if self._pseudo is None else {"samples": checksum(self._pseudo)}
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Refuse other samples than the run began with."""
+        """Refuse samples that differ from those the run started with."""
         now = None if self._pseudo is None else checksum(self._pseudo)
         if state.get("samples") != now:
             raise ValueError(
-                f"{type(self).__name__}: the samples of earlier tasks are not those that the run to be resumed began with. Build "
-                f"the trainer with the same model as then, not with a checkpoint of it, and keep the file "
+                f"{type(self).__name__}: the samples of earlier tasks are not the ones that the run to resume started with. Build "
+                f"the trainer with the same model as before, not with a checkpoint of it, and keep the file "
                 f"continual-{self.name}.unfinished in output_dir, as another machine may draw others."
             )
 

@@ -28,21 +28,21 @@ def write_samples(
 ) -> list[Texts]:
     """Let the model write samples from several openings.
 
-    Each batch has a seed of its own and is written by one process, so the samples do not depend on how many there are.
-    What is finished is kept after each batch of every process.
+    Each batch has its own seed and is written by one process, so samples do not depend on the number of processes.
+    Finished batches are kept after each batch of every process.
 
     Args:
         run: The run, before its model is wrapped.
-        unfinished: Where finished batches are kept.
+        unfinished: Storage of finished batches.
         openings: Tokens to continue and those that end a sample, one pair for each earlier task.
-        number: Good samples that are wanted from each.
+        number: Number of good samples to get from each.
         how: How tokens are drawn.
-        batch_rows: Samples that are written at once.
-        tries: At most so many times the missing number is written.
+        batch_rows: Samples written at once.
+        tries: Maximum number of times that the missing samples are written.
         good: Whether what was written from an opening counts.
 
     Returns:
-        All that was written from each opening, good or not.
+        All samples written from each opening, good or not.
     """
     done, kept = unfinished.read()
     finished = _unpacked(kept) if done else []

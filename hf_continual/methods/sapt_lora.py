@@ -58,7 +58,7 @@ TASK_COLUMN = ORIGIN[0]
 
 @dataclass
 class SAPTLoRA(Method):
-    """Learn each task with a LoRA pair of its own, and mix all pairs for each row by attention over their keys.
+    """Learn each task with its own LoRA pair, and mix all pairs for each row by attention over their keys.
 
     Idea: which pairs a row needs is learned with the pairs, and rows of earlier tasks are held to the pairs they had.
     Hooks: own modules, loss terms, task end. Cost: a step of LoRA of the summed rank (earlier pairs forward only), and the

@@ -113,10 +113,10 @@ def _check_own_modules(plan: Plan, where: Where) -> None:
     """Refuse what cannot go with a method that supplies its own modules."""
     for path, methods in described_methods(plan):
         for name in sorted(set(_names_in(methods)) & set(METHODS)):
-            said = f"the method {name!r} brings the modules that it trains"
+            said = f"the method {name!r} supplies the modules that it trains"
             if plan.peft is not None:
                 raise where.error(
-                    ("peft",), f"{said}, and peft asks for others. Leave peft out, or {name} ({where.of(path)})."
+                    ("peft",), f"{said}, but peft asks for others. Leave peft out, or {name} ({where.of(path)})."
                 )
             if plan.between_tasks == "new_adapter":
                 raise where.error(
@@ -125,7 +125,7 @@ def _check_own_modules(plan: Plan, where: Where) -> None:
             if plan.merge is not None:
                 raise where.error(
                     ("between_tasks",),
-                    f"{said}, which choose anew for each row and cannot be merged. Say between_tasks: continue.",
+                    f"{said}, which choose for each row and cannot be merged. Say between_tasks: continue.",
                 )
 
 

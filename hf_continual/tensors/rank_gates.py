@@ -111,7 +111,7 @@ def gated_layers(model: nn.Module, adapter: str, owner: str) -> dict[str, Any]:
 
 
 def is_reentrant(model: nn.Module) -> bool:
-    """Whether layers are checkpointed in the old way, which keeps no gradient of what goes in or out beside their tensors."""
+    """Whether layers are checkpointed in the old way, which keeps only the gradients of tensors among their inputs and outputs."""
     used = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     functions = [getattr(m, "_gradient_checkpointing_func", None) for m in used]
     return any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)

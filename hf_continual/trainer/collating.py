@@ -130,7 +130,7 @@ def rows_named(trainer: LiveTrainer) -> Iterator[None]:
 
 @contextmanager
 def rows_paired(trainer: LiveTrainer) -> Iterator[None]:
-    """A data loader that is made inside puts beside the task's rows those that methods pair with them.
+    """Make a data loader created inside the context put rows that methods pair with the task's rows next to them.
 
     Args:
         trainer: The trainer.

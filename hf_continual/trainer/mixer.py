@@ -137,7 +137,7 @@ class ReplayMixer:
         ):
             share = replayed / max(mix, 1)
             if source.pair is not None:
-                logger.info("%s: %d rows with %d tokens were trained beside the task's.", name, rows, replayed)
+                logger.info("%s: %d rows with %d tokens were trained next to the task's.", name, rows, replayed)
                 continue
             logger.info(
                 "%s: %d rows with %d tokens were replayed, %.2f %% of %d tokens; each of its %d rows was seen %.1f "

@@ -1,4 +1,4 @@
-"""Training with a method that supplies its own modules (`Method.adapter`): which are put onto the model, or trained further."""
+"""Training with a method that supplies its own modules (`Method.adapter`): they are added to the model, or trained further."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 
-from hf_continual.inference.kinds import KindConfig  # which makes them known to PEFT
+from hf_continual.inference.kinds import KindConfig  # registers the kinds with PEFT
 from hf_continual.trainer.adapters import CONTINUE, MERGE
 
 if TYPE_CHECKING:
@@ -18,29 +18,29 @@ def config_to_add(method: Method | None, held: PeftConfig | None, where: str, as
     """The adapter that the trainer has to add.
 
     Args:
-        method: The method of the run that brings modules, or None.
+        method: The method of the run that supplies modules, or None.
         held: The configuration of the adapter that the model comes with, or None.
-        where: The model, in words.
+        where: The model, for messages.
         asked: `from_adapter` of the training arguments.
         given: `peft_config` as given to the trainer.
 
     Returns:
-        The configuration of the method's modules, None where the model has them; without such a method what was given.
+        The configuration of the method's modules, None if the model has them; without such a method, `given`.
 
     Raises:
-        ValueError: If something else is to be trained too, or what the model has does not fit.
+        ValueError: If something else should be trained too, or the model's modules do not fit.
     """
     if method is None:
         if isinstance(held, KindConfig):
             raise ValueError(
-                f"{where} holds {held.peft_type} modules, which the method {held.named.method!r} trains, and this run is without it. Give "
+                f"{where} holds {held.peft_type} modules, which the method {held.named.method!r} trains, but this run is without it. Give "
                 f"it that method, with the same sizes: {_described(held)}."
             )
         return given
     name, config = type(method).__name__, method.adapter()
     if given is not None:
         raise ValueError(
-            f"{name} brings the modules that it trains, and peft_config={type(given).__name__}(...) asks for others. Drop peft_config (in "
+            f"{name} supplies the modules that it trains, but peft_config={type(given).__name__}(...) asks for others. Drop peft_config (in "
             f"a plan: peft), or {name}."
         )
     if isinstance(held, KindConfig) and isinstance(config, KindConfig) and held.peft_type == config.peft_type:
@@ -55,7 +55,7 @@ def config_to_add(method: Method | None, held: PeftConfig | None, where: str, as
             else f", or merge the adapter into its base first: from_adapter={MERGE!r}"
         )
         raise ValueError(
-            f"{name} puts its own modules onto a base model, and {where} is an adapter ({held.peft_type}). Start from its base"
+            f"{name} puts its own modules onto a base model, but {where} is an adapter ({held.peft_type}). Start from its base"
             f"{way}."
         )
     return config
@@ -65,7 +65,7 @@ def check_layout(trainer: LiveTrainer) -> None:
     """Refuse rows that share a sequence: modules that choose for a row could not tell them apart.
 
     Args:
-        trainer: The trainer, set up but for its methods.
+        trainer: The trainer, set up except for its methods.
 
     Raises:
         ValueError: If rows are packed, or laid end to end without padding.
@@ -75,7 +75,7 @@ def check_layout(trainer: LiveTrainer) -> None:
     config = None if method is None else method.adapter()
     if packs and getattr(config, "chooses_by_row", False):
         raise ValueError(
-            f"{type(method).__name__} chooses for each row, and with {packs[0]}=True several rows are one sequence. Set "
+            f"{type(method).__name__} chooses for each row, but with {packs[0]}=True several rows are one sequence. Set "
             f"{packs[0]}=False."
         )
 
@@ -83,7 +83,9 @@ def check_layout(trainer: LiveTrainer) -> None:
 def _check_same(name: str, held: KindConfig, config: KindConfig, where: str) -> None:
     then, now = held.sizes, config.sizes
     if lines := [f"{key} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]:
-        raise ValueError(f"{name}: {where} was trained with other sizes ({'; '.join(lines)}). Give {_described(held)}.")
+        raise ValueError(
+            f"{name}: {where} was trained with different sizes ({'; '.join(lines)}). Give {_described(held)}."
+        )
 
 
 def _described(held: KindConfig) -> str:

@@ -151,7 +151,7 @@ def test_sentences(made, tmp_path):
     kind, folder, _ = made
     model = loaded(made)
     ids = torch.tensor([[5, 9, 12]])
-    with pytest.raises(ValueError, match="has other weights: they mean nothing there"):
+    with pytest.raises(ValueError, match="has different weights: the modules are useless there"):
         load_kind(folder / "out", toy.model(seed=5))
     with pytest.raises(ValueError, match="does not hold .*its adapter_config.json says None"):
         load_kind(folder / "base", kind=kind)
@@ -242,7 +242,7 @@ def test_what_a_plan_cannot_combine_with_it(made, tmp_path):
     kind, _, _ = made
     name = NAMES[kind].method
     for changes, said in (
-        ({"peft": {"r": 2}}, f"the method '{name}' brings the modules that it trains, and peft asks for others"),
+        ({"peft": {"r": 2}}, f"the method '{name}' supplies the modules that it trains, but peft asks for others"),
         ({"between_tasks": "new_adapter"}, "trains them further in each task. Say between_tasks: continue"),
         ({"between_tasks": {"merge": "linear"}}, "cannot be merged. Say between_tasks: continue"),
     ):

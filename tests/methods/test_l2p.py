@@ -189,12 +189,12 @@ def test_sentences_for_models_and_rows(base, tmp_path):
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     train(base, tmp_path / "lora", [], peft=lora).save_model()
     for start, method, changes, said in (
-        (base, None, {"peft": lora}, "L2P brings the modules that it trains, and peft_config=LoraConfig"),
+        (base, None, {"peft": lora}, "L2P supplies the modules that it trains, but peft_config=LoraConfig"),
         (base, None, {"packing": True, "max_length": 32}, "several rows are one sequence. Set packing=False"),
         (base, None, {"padding_free": True, "max_length": None}, "Set padding_free=False"),
         (base, [L2P(), L2P(name="other")], {}, "both supply their own modules"),
-        (pool, L2P(), {}, r"trained with other sizes \(pool was 4, is 10; length was 2"),
-        (pool, [EWC(rows=4)], {}, "method 'l2p' trains, and this run is without it"),
+        (pool, L2P(), {}, r"trained with different sizes \(pool was 4, is 10; length was 2"),
+        (pool, [EWC(rows=4)], {}, "method 'l2p' trains, but this run is without it"),
         (pool, [], {}, r"methods: \{l2p: \{pool: 4, length: 2, top: 2\}\}"),
         (pool, None, {"from_adapter": "stack"}, "can only be trained further"),
         (str(tmp_path / "lora"), None, {}, "from_adapter='merge_then_new'"),

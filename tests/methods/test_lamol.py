@@ -328,7 +328,7 @@ def test_other_samples_than_the_run_began_with_are_refused(tmp_path, first):
     file = tmp_path / "checkpoint-1" / "continual" / "lamol.json"
     assert json.loads(file.read_text())["samples"]
     (method,) = build(first, tmp_path / "other", pairs(30), lamol(gamma=1.0), **settings).methods
-    with pytest.raises(ValueError, match="the samples of earlier tasks are not those.*continual-lamol.unfinished"):
+    with pytest.raises(ValueError, match="the samples of earlier tasks are not the ones.*continual-lamol.unfinished"):
         method.load_state_dict({"samples": "0"}, None)
 
 

@@ -232,7 +232,7 @@ def test_sentences(tmp_path, base):
     with pytest.raises(ValueError, match="more than B A x"):
         train(toy.model(), tmp_path, by_task(target_modules="embed_tokens,q_proj"))
     train(base, tmp_path / "0", example(None))
-    with pytest.raises(ValueError, match="trained with other sizes"):
+    with pytest.raises(ValueError, match="trained with different sizes"):
         train(str(tmp_path / "0"), tmp_path / "1", MoELoRA(experts=4, gate="token", r=4, top_k=1))
     with pytest.raises(ValueError, match="The gate sees the token, and needs no task"):
         load_moe_lora(tmp_path / "0", task="law")

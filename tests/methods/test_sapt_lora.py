@@ -258,7 +258,7 @@ def test_sentences(three, tmp_path, caplog):
         example(None).prepare_model(nn.Linear(2, 2), None)
     with pytest.raises(ValueError, match="learned the task 'law' before 'fun', and its pair is frozen"):
         train(str(tmp_path / "fun"), tmp_path / "x", task_name="law")
-    with pytest.raises(ValueError, match="trained with other sizes"):
+    with pytest.raises(ValueError, match="trained with different sizes"):
         train(str(tmp_path / "fun"), tmp_path / "x", SAPTLoRA(r=4), task_name="more")
     with pytest.raises(ValueError, match="several rows are one sequence"):
         train(str(tmp_path / "fun"), tmp_path / "x", packing=True, max_length=32, task_name="more")

@@ -127,7 +127,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         paths = [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder)
     if (kind := config.get("peft_type")) in NAMES:
         raise MergeError(
-            f"{name} is {NAMES[kind].title} ({kind}), whose modules choose anew for each row: it cannot be merged, and nothing can be "
+            f"{name} is {NAMES[kind].title} ({kind}), whose modules choose for each row: it cannot be merged, and nothing can be "
             f"merged on top of it. Merge full models or LoRA adapters; this one loads with hf_continual.{NAMES[kind].loader}."
         )
     if missing := [p.name for p in paths if not p.is_file()]:
