@@ -1,5 +1,4 @@
-"""ContinualTrainer: TRL's SFTTrainer with methods. With its base in `saving_trainer.py` the only
-file that overrides HF's trainers.
+"""ContinualTrainer: TRL's SFTTrainer with methods. Only this file and `saving_trainer.py` override HF's trainers.
 
 Each override first delegates to SFTTrainer if no method needs it, so that a trainer without
 methods is SFTTrainer bit for bit: no hook, no wrapped collator, no extra draw, term, log key or file.
