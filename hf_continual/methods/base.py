@@ -154,9 +154,9 @@ class Method:
     def begin_step(self, run: Run, batches: Sequence[Batch]) -> None:
         """Hook 3b: the micro-batches of an optimizer step are there, and nothing was computed from them.
 
-        Passes of one's own are made here with `Run.gradients` and `Run.update`. A method may leave the weights elsewhere for
-        the step's own passes, and puts them back in `edit_gradients`, which is called before that of methods without this
-        hook; at most one method of a run has it.
+        Make extra passes here, with `Run.gradients` and `Run.update`. A method may move the weights for the step's
+        passes and put them back in `edit_gradients`, which is called before that of methods without this
+        hook; at most one method of a run may have it.
 
         Args:
             run: The run.

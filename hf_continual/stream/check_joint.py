@@ -29,8 +29,8 @@ def check_joint(plan: Plan, where: Where) -> None:
         if task.parent not in (None, BASE if i == 0 else plan.tasks[i - 1].name):
             raise where.error(
                 ("tasks", i, "parent"),
-                f"task {task.name!r} goes on from {task.parent!r}, and between_tasks: joint trains all tasks in one run from the "
-                f"plan's model, without branches. Take the parent out, or give the branches plans of their own.",
+                f"task {task.name!r} continues from {task.parent!r}, and between_tasks: joint trains all tasks in one run from the "
+                f"plan's model, without branches. Take the parent out, or give each branch its own plan.",
             )
         _check_same(plan, where, i)
 

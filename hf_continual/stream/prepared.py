@@ -1,4 +1,4 @@
-"""A plan made ready, as everything after reads it."""
+"""A prepared plan: what all later modules read."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Prepared:
         stream: The tasks with their rows.
         tokenizer: The model's.
         scorers: Scorer of each scored task and gauge by name.
-        gauges: Rows of each gauge by name; None where its metric brings its own.
-        memory: What is kept for later tasks, None where nothing is.
-        joint: All tasks' training rows as the one task of a joint run; None where tasks are learned one after the other.
+        gauges: Rows of each gauge by name; None if its metric has its own.
+        memory: Rows kept for later tasks, None if none are.
+        joint: All tasks' training rows as the one task of a joint run; None if tasks are learned one after another.
     """
 
     plan: Plan

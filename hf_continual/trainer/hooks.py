@@ -29,7 +29,7 @@ class MethodHooks(TrainerCallback):
     def __init__(self, trainer: LiveTrainer) -> None:
         self.trainer = trainer
         self.leading = trainer.methods.at("begin_step")
-        # Whoever moved the weights for the step's passes puts them back before others read them.
+        # A method that moved the weights for the step's passes puts them back before others read them.
         editing = trainer.methods.at("edit_gradients")
         self.editing = sorted(editing, key=lambda method: not overrides(type(method), "begin_step"))
         self.after = trainer.methods.at("after_step")
