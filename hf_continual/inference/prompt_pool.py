@@ -242,7 +242,7 @@ class PromptPoolTuner(KindTuner, BaseTuner):
         embeddings_VD = body.get_input_embeddings().weight
         if embeddings_VD.dim() != 2:
             raise ValueError(
-                "a prompt pool under ZeRO-3: it reads the embeddings before training, and ZeRO-3 has spread them over the processes by "
+                "a prompt pool under ZeRO-3: it reads the embeddings before training, and ZeRO-3 has sharded them over the processes by "
                 "then. Use ZeRO-2, DDP or FSDP2."
             )
         self.check_base(config, plain)
