@@ -13,7 +13,7 @@ from hf_continual.hub.card_yaml import dump_metadata
 from hf_continual.hub.facts import CONFIG, CardFacts
 from hf_continual.hub.folder_facts import read_facts
 from hf_continual.hub.metadata import card_metadata
-from hf_continual.hub.summary import summary
+from hf_continual.hub.summary import kind_title, summary
 from hf_continual.hub.text import GENERATED, KEEP, KEEP_END, foreign_metadata, kept_text, safe
 from hf_continual.inference.names import NAMES
 from hf_continual.versions import VERSION
@@ -178,12 +178,6 @@ def _method_text(facts: CardFacts) -> str:
     lines += [f"\nA rule ended or changed it: {safe(reason).replace('|', '/')}." for reason in facts.ended]
     lines.append(f"{chr(10) if lines else ''}All settings are in [{CONFIG}]({CONFIG}).")
     return "\n".join(lines)
-
-
-def kind_title(facts: CardFacts) -> str | None:
-    """What an adapter that changes inference is called; None for LoRA and full models."""
-    kind = facts.adapter.get("kind")
-    return None if kind is None else NAMES[kind].title.split(" ", 1)[1]
 
 
 def _settings_table(facts: CardFacts) -> str:

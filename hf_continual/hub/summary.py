@@ -67,3 +67,9 @@ def _abilities(evaluation: Evaluation) -> str:
 def _by(facts: CardFacts) -> str:
     methods = [m.name for m in facts.methods]
     return f", with {', '.join(methods)} against forgetting" if methods else ", without a method against forgetting"
+
+
+def kind_title(facts: CardFacts) -> str | None:
+    """What an adapter that changes inference is called; None for LoRA and full models."""
+    kind = facts.adapter.get("kind")
+    return None if kind is None else NAMES[kind].title.split(" ", 1)[1]

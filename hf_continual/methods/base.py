@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 
-from hf_continual.methods.run import Batch, Run
+from hf_continual.methods.run import AddedRows, Batch, Run
 from hf_continual.paper import Paper
 from hf_continual.plain import as_plain, hyper_parameters
 from hf_continual.private import fingerprint_of
@@ -105,23 +105,6 @@ class Forward:
             Scalar whose contribution to the step's loss is ``values.sum() / tokens``.
         """
         return values_BS.sum() / self.tokens * self.scale
-
-
-@dataclass(frozen=True)
-class AddedRows:
-    """Rows that a method mixes into each micro-batch, as given by its hyper-parameters.
-
-    Args:
-        ratio: Their fraction of the tokens of the mix, or None.
-        per_batch: Their number in each micro-batch of each process, or None.
-        weight: Weight of each of their tokens in the loss.
-        max_length: Number of tokens to which the method truncates such a row, or None.
-    """
-
-    ratio: float | None = None
-    per_batch: int | None = None
-    weight: float = 1.0
-    max_length: int | None = None
 
 
 class Method:

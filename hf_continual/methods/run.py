@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,6 +20,23 @@ if TYPE_CHECKING:
     from hf_continual.tasks import Task
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AddedRows:
+    """Rows that a method mixes into each micro-batch, as given by its hyper-parameters.
+
+    Args:
+        ratio: Their fraction of the tokens of the mix, or None.
+        per_batch: Their number in each micro-batch of each process, or None.
+        weight: Weight of each of their tokens in the loss.
+        max_length: Number of tokens to which the method truncates such a row, or None.
+    """
+
+    ratio: float | None = None
+    per_batch: int | None = None
+    weight: float = 1.0
+    max_length: int | None = None
 
 
 class Named(Protocol):
