@@ -34,6 +34,7 @@ from hf_continual import (
     L2P,
     LAMOL,
     MIGU,
+    VRMCL,
     ContinualConfig,
     ContinualTrainer,
     GradientProjection,
@@ -61,22 +62,26 @@ MAKE: dict[str, Any] = {
     "moe_lora, by token": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8, gate="token"),
     "sapt_lora": lambda rows: SAPTLoRA(lora_alpha=8),
     "lamol": lambda rows: LAMOL(gamma=0, gen_marker="w57", answer_marker="w58"),
+    "vrmcl": lambda rows: VRMCL(),
+    "vrmcl, momentum 0": lambda rows: VRMCL(momentum=0.0),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }
 
 
 class Clock(TrainerCallback):
-    """Processor seconds of each step."""
+    """Processor seconds of each step, from the end of the one before: with the passes that methods make before it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.begin = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.process_time() - self.begin)
+        now = time.process_time()
+        self.times.append(now - self.begin)
+        self.begin = now
 
 
 def kept(thing: Any, seen: set[int], found: dict[int, int]) -> None:
