@@ -279,7 +279,7 @@ def test_the_question_of_every_method():
     rows = toy.rows("prompt_completion", number=2)
     general = [
         Replay(rows=rows, ratio=0.1),
-        GeRe(rows=rows, per_batch=1),
+        GeRe(rows=toy.rows("text", number=2), per_batch=1),
         MIGU(first_task=True),
         RecAdam(),
         TaskVector(),
