@@ -15,6 +15,7 @@ class Paper:
         year: Year of publication.
         arxiv: arXiv identifier such as ``"2004.12651"``, without a version.
         venue: Place of publication, such as ``"EMNLP 2020"``.
+        link: Address of the abstract page, for a paper without an arXiv entry.
     """
 
     title: str
@@ -22,11 +23,12 @@ class Paper:
     year: int
     arxiv: str | None = None
     venue: str | None = None
+    link: str | None = None
 
     @property
     def url(self) -> str | None:
-        """Address of the paper's abstract page, or None if it has no arXiv entry."""
-        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+        """Address of the paper's abstract page, or None if it is not known."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else self.link
 
     @property
     def bibtex(self) -> str:
@@ -38,5 +40,7 @@ class Paper:
             fields["booktitle"] = self.venue
         if self.arxiv:
             fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        elif self.link:
+            fields["url"] = self.link
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
         return f"@misc{{{author}{self.year}{word},\n{body}\n}}"

@@ -117,6 +117,7 @@ class VRMCL(Method):
         "Wu et al.",
         2024,
         venue="ICLR 2024",
+        link="https://openreview.net/forum?id=TpD2aG1h0D",
     )
     _flat: Flat | None = field(default=None, init=False, repr=False, compare=False)
     _weights: Tensor | None = field(default=None, init=False, repr=False, compare=False)
