@@ -23,6 +23,7 @@ from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
 from hf_continual.commands.methods import methods
+from hf_continual.commands.report import EXAMPLE, report
 from hf_continual.commands.run import run
 from hf_continual.commands.score import score
 from hf_continual.commands.train import train
@@ -44,6 +45,7 @@ for verb in (train, run, score, chat, methods):
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 for verb in (push, demo):
     app.command()(verb)
+app.command(epilog=EXAMPLE)(report)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}
 
