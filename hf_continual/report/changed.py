@@ -86,7 +86,9 @@ def _same_rows(run: Run, task: str, stages: Sequence[tuple[Stage, Path]]) -> lis
 
 
 def _path(lines: Sequence[tuple[Stage, list[Any]]], row: int) -> tuple[tuple[str, bool], ...]:
-    return tuple((stage.label, rows[row]["score"] >= (1 if rows[row]["score"] in (0, 1) else 0.5)) for stage, rows in lines)
+    return tuple(
+        (stage.label, rows[row]["score"] >= (1 if rows[row]["score"] in (0, 1) else 0.5)) for stage, rows in lines
+    )
 
 
 def _kind(rights: Sequence[bool]) -> str:

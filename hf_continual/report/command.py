@@ -13,7 +13,14 @@ from rich.console import Console
 
 
 def report_from_command(
-    folders: Sequence[Path], out: Path, *, figures: Path | None, predictions: int, title: str | None, as_json: bool, quiet: bool
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    figures: Path | None,
+    predictions: int,
+    title: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write the report and say where it is.
 
@@ -32,7 +39,9 @@ def report_from_command(
     if out.is_dir():
         raise ValueError(f"out={out} is a folder. Name the page itself, such as {out / 'report.html'}.")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"out={out} does not end in .html, so that a browser would not show it. Say {out.with_suffix('.html')}.")
+        raise ValueError(
+            f"out={out} does not end in .html, so that a browser would not show it. Say {out.with_suffix('.html')}."
+        )
     # What does not belong together is said in the page.
     logging.getLogger("hf_continual").setLevel(logging.ERROR)
     status = None if quiet else Console(stderr=True).status("starting")

@@ -23,7 +23,9 @@ def arms_of(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> dict[str, dict[str,
     Returns:
         By name ``runs`` and ``figures``: ``{figure: {"mean", "interval", "each"}}``; changes of general benchmarks too.
     """
-    known = {(folder.resolve().name, arm): entry for folder, data in sweeps for arm, entry in data.get("arms", {}).items()}
+    known = {
+        (folder.resolve().name, arm): entry for folder, data in sweeps for arm, entry in data.get("arms", {}).items()
+    }
     found: dict[str, dict[str, Any]] = {}
     for group in dict.fromkeys(run.group for run in runs):
         own = [run for run in runs if run.group == group]
@@ -89,7 +91,9 @@ def comparisons(runs: Sequence[Run], sweeps: Sequence[Sweep], missing: list[str]
         except ValueError as error:
             missing.append(f"{names[0]} and {second} are not compared: {error}")
             continue
-        found += [{"first": names[0], "second": second, "task": task, **t.to_dict(), "scope": ""} for task, t in tests.items()]
+        found += [
+            {"first": names[0], "second": second, "task": task, **t.to_dict(), "scope": ""} for task, t in tests.items()
+        ]
     return found
 
 

@@ -98,7 +98,9 @@ def _of_merge(data: Mapping[str, Any], source: str) -> Iterator[Layers]:
         yield Layers(f"{method}: weight of each model by layer", source, "weights", shares, "weight")
     sides = data.get("layers")
     if isinstance(sides, Mapping) and sides:
-        yield Layers(f"{method}: which side the elements of each layer went to", source, "sides", sides, "% of the layer")
+        yield Layers(
+            f"{method}: which side the elements of each layer went to", source, "sides", sides, "% of the layer"
+        )
     cosines = data.get("cosines")
     if isinstance(cosines, Mapping) and cosines:
         angles: dict[str, list[float]] = {}

@@ -32,14 +32,22 @@ def matrix_picture(run: Run, key: str) -> Picture:
         values[i, : len(row)] = [np.nan if v is None else factor * v for v in row]
     many = len(run.tasks) > 12
     cell = 0.44 if many else 0.72
-    figure = Figure(figsize=(2.3 + cell * max(len(run.tasks), 3), 1.5 + (0.27 if many else 0.36) * len(rows)), layout="constrained")
+    figure = Figure(
+        figsize=(2.3 + cell * max(len(run.tasks), 3), 1.5 + (0.27 if many else 0.36) * len(rows)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     found = values[np.isfinite(values)]
     share = not run.lower and bool(len(found)) and 0 <= found.min() and found.max() <= 100
     low, high = (0.0, 100.0) if share or not len(found) else (float(found.min()), float(found.max()))
     heat(axis, values, low, high, run.lower, ".2f" if run.lower else ".0f", 7.5 if many else 9)
-    axis.set_xticks(np.arange(len(run.tasks)) + 0.5, [short(t, 22) for t in run.tasks], rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(
+        np.arange(len(run.tasks)) + 0.5,
+        [short(t, 22) for t in run.tasks],
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axis.set_yticks(np.arange(len(rows)) + 0.5, [short(name, 22) for name, _ in rows])
     axis.set_xlabel("scored on")
     axis.set_ylabel("after learning")
@@ -70,13 +78,20 @@ def forgetting_picture(runs: Sequence[Run], key: str) -> Picture:
         learned = [run.tasks.index(task) + 1 for run in runs if task in run.tasks]
         for at in sorted(set(learned)):
             axis.axvline(at, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
-        axis.set_title(short(task, 24))
+        axis.set_title(short(task, 20 if columns == 5 else 30))
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=2))
     percent(axes[0], every, runs[0].lower)
-    figure.supxlabel("tasks learned (0: base model)", fontsize=9)
-    figure.supylabel(unit, fontsize=9)
+    for i, axis in enumerate(axes):
+        if i % columns == 0:
+            axis.set_ylabel(unit)
+        if i + columns >= len(axes):  # the last of its column
+            axis.set_xlabel("tasks learned")
+            axis.tick_params(labelbottom=True)
     legend(figure, [(name, own[name]) for name in own])
-    caption = "A panel per task. The dotted line marks when the task was learned; what falls to the right of it was forgotten."
+    caption = (
+        "A panel per task, over the number of tasks learned (0: base model). The dotted line marks when the task itself was "
+        "learned; what falls to the right of it was forgotten."
+    )
     if any(sum(r.group == g for r in runs) > 1 for g in own):
         caption += " Bold: mean over seeds."
     return Picture(key, "forgetting", "Forgetting curves", caption, figure)
@@ -130,7 +145,9 @@ def _line(axis: Any, points: Sequence[tuple[float, float]], own: Look, factor: f
         )  # fmt: skip
 
 
-def comparison_picture(arms: Mapping[str, Mapping[str, Any]], key: str, lower: bool, own: Mapping[str, Look]) -> Picture:
+def comparison_picture(
+    arms: Mapping[str, Mapping[str, Any]], key: str, lower: bool, own: Mapping[str, Look]
+) -> Picture:
     """The arms side by side with 95 % intervals.
 
     Args:
@@ -151,8 +168,12 @@ def comparison_picture(arms: Mapping[str, Mapping[str, Any]], key: str, lower: b
         scale = factor if panel in TITLES else 1.0
         for i, (name, arm) in enumerate(arms.items()):
             _dot(axis, i, arm["figures"].get(panel), own[name], scale)
-        axis.set_title(f"{TITLES[panel]} ({unit})" if panel in TITLES else f"{short(panel)}: change from the base model")
+        axis.set_title(
+            f"{TITLES[panel]} ({unit})" if panel in TITLES else f"{short(panel)}: change from the base model"
+        )
         axis.grid(axis="y", visible=False)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.margins(x=0.08)
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
         if panel not in ("overall_performance", "learning_accuracy"):
@@ -173,7 +194,14 @@ def _dot(axis: Any, place: int, figure: Mapping[str, Any] | None, own: Look, sca
         low, high = figure["interval"]
         axis.plot([scale * low, scale * high], [place, place], color=own.colour, linewidth=2.2, solid_capstyle="round")
     if len(figure.get("each", ())) > 1:
-        axis.plot([scale * v for v in figure["each"]], [place] * len(figure["each"]), "o", color=own.colour, markersize=4, alpha=0.5)
+        axis.plot(
+            [scale * v for v in figure["each"]],
+            [place] * len(figure["each"]),
+            "o",
+            color=own.colour,
+            markersize=4,
+            alpha=0.5,
+        )
     axis.plot([scale * figure["mean"]], [place], own.marker, color=own.colour, markersize=7.5)
 
 
@@ -194,8 +222,11 @@ def frontier_picture(arms: Mapping[str, Mapping[str, Any]], key: str, lower: boo
             points.append((factor * x["mean"], scale * y["mean"]))
         _front(axis, points, lower, name == "backward_transfer" or not _is_loss(arms, name))
         axis.set_xlabel(f"right after learning ({unit}{', lower is better' if lower else ''})")
-        axis.set_ylabel(f"backward transfer ({'loss' if lower else 'points'})" if name in TITLES else f"{short(name)}: change")
+        axis.set_ylabel(
+            f"backward transfer ({'loss' if lower else 'points'})" if name in TITLES else f"{short(name)}: change"
+        )
         axis.axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.margins(0.12)
         if lower:
             axis.invert_xaxis()

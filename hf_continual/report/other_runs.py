@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.atomic_files import DamagedFile, read_lines, read_object
+from hf_continual.hub.facts import CONFIG, RESULTS
 from hf_continual.hub.text import safe
-from hf_continual.metrics import AccuracyMatrix
+from hf_continual.metrics import AccuracyMatrix, difference
 from hf_continual.report.changed import find_changes
 from hf_continual.report.evidence import number, read_layers
-from hf_continual.report.plan_runs import RESULTS, read_cost, task_folders
+from hf_continual.report.plan_runs import read_cost, task_folders
 from hf_continual.report.run import Point, Run, Stage, Timeline
 
-DEMO_RESULTS, CONFIG, CURVES = "results.json", "continual_config.json", "curves.jsonl"
-FIGURES = {"op": "overall_performance", "bwt": "backward_transfer", "fwt": "forward_transfer", "forgetting": "forgetting"}
+DEMO_RESULTS, CURVES = "results.json", "curves.jsonl"
+FIGURES = {
+    "op": "overall_performance",
+    "bwt": "backward_transfer",
+    "fwt": "forward_transfer",
+    "forgetting": "forgetting",
+}
 
 
 def is_demo_arm(folder: Path) -> bool:
@@ -62,11 +68,11 @@ def _curves(run: Run, steps: int, before: Mapping[str, Any] | None) -> None:
     timeline = Timeline(boundaries=[(i * steps, task) for i, task in enumerate(run.tasks)])
     if before:
         timeline.points.append(Point("general text", 0, before["value"], number(before.get("standard_error"))))
-    for at, point in sorted((at, p) for at, p in points.items() if number(at) is not None):
-        place = min(max(int(at) - 1, 0) // steps, len(run.tasks) - 1)
+    for at, point in sorted((int(at), p) for at, p in points.items() if isinstance(at, int)):
+        place = min(max(at - 1, 0) // steps, len(run.tasks) - 1)
         losses = point.get("nll", {})
         cells = {t: {"value": v, "nll": losses.get(t)} for t, v in point.get("exact", {}).items()}
-        run.curves[run.tasks[place]][str(int(at) - place * steps)] = cells
+        run.curves[run.tasks[place]][str(at - place * steps)] = cells
         if (value := number(point.get("general"))) is not None:
             timeline.points.append(Point("general text", at, value))
     run.timeline = timeline
@@ -95,9 +101,9 @@ def read_model(folder: Path, name: str, limit: int) -> Run:
 
 
 def _gauge(run: Run, gauge: Mapping[str, Any]) -> None:
-    kept = {"lower_is_better": bool(gauge.get("lower_is_better")), "n": gauge.get("n")}
-    before, now = ({"value": number(gauge.get(when)), **kept} for when in ("base", "value"))
-    change = None if None in (before["value"], now["value"]) else now["value"] - before["value"]
+    kept: dict[str, Any] = {"lower_is_better": bool(gauge.get("lower_is_better")), "n": gauge.get("n")}
+    before, now = ({**kept, "value": number(gauge.get(when))} for when in ("base", "value"))
+    change = difference(now["value"], before["value"])
     after = {run.tasks[-1]: now} if run.tasks and now["value"] is not None else {}
     run.gauges[str(gauge.get("name"))] = {"base": before, "after": after, "change": change}
 

@@ -65,9 +65,7 @@ def render(title: str, runs: Sequence[Run], sections: Sequence[Section], missing
     )  # fmt: skip
     script, style = _file("page.js"), _file("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return environment.get_template("page.html.jinja").render(
         title=title, runs=runs, sections=sections, missing=missing, version=VERSION, policy=policy,
         style=Markup(style), script=Markup(script), configurations=[(run, configuration(run)) for run in runs],
@@ -87,7 +85,9 @@ def _file(name: str) -> str:
 def configuration(run: Run) -> str:
     """A run's configuration and versions as YAML; a very long one is cut."""
     data = {**run.config, **({"versions": run.versions} if run.versions else {})}
-    text = yaml.safe_dump(json.loads(json.dumps(data, default=str)), sort_keys=False, allow_unicode=True) if data else ""
+    text = (
+        yaml.safe_dump(json.loads(json.dumps(data, default=str)), sort_keys=False, allow_unicode=True) if data else ""
+    )
     return text if len(text) <= LONGEST_CONFIG else f"{text[:LONGEST_CONFIG]}\n# cut here: {len(text):,} characters"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_continual.atomic_files import DamagedFile, read_object
 from hf_continual.evaluation.files import PREDICTIONS, file_name
+from hf_continual.hub.facts import CONFIG, RESULTS
 from hf_continual.hub.text import safe
 from hf_continual.metrics import AccuracyMatrix
 from hf_continual.report.changed import find_changes
@@ -15,7 +16,7 @@ from hf_continual.report.evidence import number, read_layers, read_timeline
 from hf_continual.report.run import Run, Stage
 from hf_continual.stream.scores import PARTIAL, read_stage
 
-RESULTS, TRAIN_RESULTS, PLAN = "continual_results.json", "train_results.json", "plan.json"
+TRAIN_RESULTS, PLAN = "train_results.json", "plan.json"
 TRAINED, COST = Path("continual") / "trained.json", Path("continual") / "cost.json"
 
 
@@ -135,8 +136,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_cost(task: str, folder: Path) -> dict[str, Any]:
     """What a task took, as far as its folder says: steps, seconds, tokens, memory."""
-    entry: dict[str, Any] = {"task": task, "steps": None, "seconds": None, "tokens": None, "memory_bytes": None, "device": None}
-    for file in (folder / "continual_config.json", folder / TRAINED, folder / COST):
+    entry: dict[str, Any] = {
+        "task": task,
+        "steps": None,
+        "seconds": None,
+        "tokens": None,
+        "memory_bytes": None,
+        "device": None,
+    }
+    for file in (folder / CONFIG, folder / TRAINED, folder / COST):
         try:
             data = read_object(file) if file.is_file() else {}
         except DamagedFile:

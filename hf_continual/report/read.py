@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.atomic_files import read_object
+from hf_continual.hub.facts import RESULTS
 from hf_continual.report.evidence import DIAGNOSIS
 from hf_continual.report.other_runs import is_demo_arm, read_demo_arm, read_evidence, read_model
-from hf_continual.report.plan_runs import PLAN, RESULTS, TRAIN_RESULTS, read_run, read_single, take_results
+from hf_continual.report.plan_runs import PLAN, TRAIN_RESULTS, read_run, read_single, take_results
 from hf_continual.report.run import Run
 
 Sweep = tuple[Path, dict[str, Any]]
@@ -90,7 +91,9 @@ def _sweep(folder: Path, results: Mapping[str, Any], limit: int) -> list[Run]:
             run = Run(name, folder / name, "sweep")
             take_results(run, entry)
             run.lower = bool(results.get("lower_is_better"))
-            run.gauges = {g: {"base": None, "after": {}, "change": c} for g, c in entry.get("gauge_changes", {}).items()}
+            run.gauges = {
+                g: {"base": None, "after": {}, "change": c} for g, c in entry.get("gauge_changes", {}).items()
+            }
             run.missing.append(f"The folder {name} of the sweep is gone: its predictions and settings cannot be shown.")
         else:
             run = Run(name, folder / name, "sweep", missing=["This run of the sweep was not made yet (NOT_RUN)."])

@@ -10,8 +10,9 @@ from typing import Any
 
 Cell = float | None
 
-# Characters that XML does not allow, and halves of surrogate pairs, which UTF-8 does not.
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Characters that XML does not allow, halves of surrogate pairs, which UTF-8 does not, and marks that turn the direction of
+# what follows, by which a text can be made to read as another.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: Any) -> str:
@@ -21,7 +22,7 @@ def clean(text: Any) -> str:
         text: Any value.
 
     Returns:
-        Its text; characters that XML or UTF-8 do not allow became U+FFFD.
+        Its text; characters that XML or UTF-8 do not allow, and overrides of the direction of text, became U+FFFD.
     """
     return _UNFIT.sub("\ufffd", str(text))
 

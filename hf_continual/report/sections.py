@@ -17,7 +17,9 @@ MOST_LAYERS = 24
 Arms = Mapping[str, Mapping[str, Any]]
 
 
-def sections_of(runs: Sequence[Run], alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, Any]]) -> list[Section]:
+def sections_of(
+    runs: Sequence[Run], alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, Any]]
+) -> list[Section]:
     """The parts of the page.
 
     Args:
@@ -61,9 +63,13 @@ def _matrices(runs: Sequence[Run]) -> Section:
             section.pending.append(matrix_picture(run, f"matrix-{i + 1}"))
             section.folded.append(tables.matrix_table(run))
     if not section.pending:
-        section.missing.append("No accuracy matrix: no task was scored after training. Give the plan's tasks `test` rows.")
+        section.missing.append(
+            "No accuracy matrix: no task was scored after training. Give the plan's tasks `test` rows."
+        )
     elif bare := [run.name for run in runs if run.scores and run.base is None]:
-        section.missing.append(f"No base row: the base model of {', '.join(bare)} was not scored (evaluation: {{base: true}}).")
+        section.missing.append(
+            f"No base row: the base model of {', '.join(bare)} was not scored (evaluation: {{base: true}})."
+        )
     return section
 
 
@@ -73,7 +79,9 @@ def _forgetting(runs: Sequence[Run], alike: Sequence[Run]) -> Section:
     if curved:
         section.pending.append(forgetting_picture(curved, "forgetting"))
     else:
-        section.missing.append("No forgetting curves: they need scores at two stages, such as the base model's and a task's.")
+        section.missing.append(
+            "No forgetting curves: they need scores at two stages, such as the base model's and a task's."
+        )
     section.pending += training_pictures(runs, "training")
     return section
 
@@ -83,7 +91,9 @@ def _gauges(runs: Sequence[Run]) -> Section:
     after, during = benchmarks_picture(runs, "benchmarks"), gauges_picture(runs, "gauges")
     section.pending += [picture for picture in (after, during) if picture is not None]
     if after is None:
-        section.missing.append("No general benchmarks after each task: none were measured. A plan names them in evaluation: {gauges: ...}.")
+        section.missing.append(
+            "No general benchmarks after each task: none were measured. A plan names them in evaluation: {gauges: ...}."
+        )
     if during is None:
         section.missing.append("No gauges during training: no task's folder holds continual/gauges.jsonl.")
     if (events := tables.events_table(runs)) is not None:
@@ -100,7 +110,9 @@ def _comparison(alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, A
     else:
         section.missing.append("Nothing to compare: there is one run. Name several folders, or a sweep.")
     if tests:
-        section.tables.append(tables.tests_table(tests, lower))
+        overall, by_task = ([t for t in tests if (t["task"] == "overall") == all_tasks] for all_tasks in (True, False))
+        section.tables.append(tables.tests_table(overall, lower))
+        section.folded += [tables.tests_table(by_task, lower, "Task by task")] * bool(by_task)
     elif len(arms) > 1:
         section.missing.append("No paired tests: no two runs have predictions on the same rows.")
     return section
@@ -124,7 +136,9 @@ def _layers(runs: Sequence[Run]) -> Section:
     for i, (run, layers) in enumerate(every[:MOST_LAYERS]):
         section.pending.append(layer_picture(layers, run, f"layers-{i + 1}"))
     if len(every) > MOST_LAYERS:
-        section.missing.append(f"The first {MOST_LAYERS} of {len(every)} pictures by layer are shown. Name fewer folders to see the others.")
+        section.missing.append(
+            f"The first {MOST_LAYERS} of {len(every)} pictures by layer are shown. Name fewer folders to see the others."
+        )
     if not every and not any(run.diagnoses for run in runs):
         section.missing.append("No evidence by layer: the folders hold neither a merge report nor a diagnosis.json.")
     elif not any(run.diagnoses for run in runs):
@@ -142,6 +156,7 @@ def _answers(runs: Sequence[Run]) -> Section:
         )
         return section
     section.tables.append(tables.changes_table(counted))
+    section.folded.append(tables.changes_table(counted, by_task=True))
     for run in counted:
         changed = run.changes.total("lost") + run.changes.total("regained")
         if changed > len(run.changes.shown):
@@ -153,7 +168,9 @@ def _answers(runs: Sequence[Run]) -> Section:
             section.missing.append(f"{run.name}: no answer that was once right became wrong.")
         if run.changes.graded:
             names = ", ".join(run.changes.graded)
-            section.missing.append(f"{run.name}: rows of {names} have graded scores; there a row counts as right from 0.5 on.")
+            section.missing.append(
+                f"{run.name}: rows of {names} have graded scores; there a row counts as right from 0.5 on."
+            )
     return section
 
 

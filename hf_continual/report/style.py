@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from hf_continual.plots import COLOURS, MARKERS
@@ -108,7 +109,7 @@ def grid(panels: int, columns: int, width: float, height: float, **options: Any)
     across = min(columns, panels)
     down = math.ceil(panels / across)
     size = (max(across * width, 3.6), down * height + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06, wspace=0.03, hspace=0.03))
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False, **options).ravel()
     for axis in axes[panels:]:
@@ -152,7 +153,9 @@ def scale_of(lower: bool) -> tuple[float, str]:
 def heat(axis: Any, values: np.ndarray, low: float, high: float, lower: bool, text: str, size: float) -> Any:
     """A heat map of vector cells with their numbers; empty where there is none (NaN)."""
     colours = matplotlib.colormaps["viridis_r" if lower else "viridis"]
-    mesh = axis.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, linewidth=0.6, edgecolor="face")
+    mesh = axis.pcolormesh(
+        np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, linewidth=0.6, edgecolor="face"
+    )
     for i, j in np.argwhere(np.isfinite(values)):
         share = (values[i, j] - low) / max(high - low, 1e-12)
         bright = (1 - share if lower else share) > 0.58

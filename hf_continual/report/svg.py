@@ -14,7 +14,13 @@ from hf_continual.report.run import clean
 from hf_continual.report.style import GRID, INK, MUTED, PALETTE
 
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", "#999999": "var(--muted)", "#595959": "var(--muted)"}
+THEMED = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    "#999999": "var(--muted)",
+    "#595959": "var(--muted)",
+}
 THEMED |= {colour.lower(): f"var(--c{i})" for i, colour in enumerate(PALETTE[:-1])}
 _COLOUR = re.compile(r"#[0-9a-f]{6}", re.IGNORECASE)
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
@@ -56,8 +62,12 @@ def inline_svg(text: str, prefix: str, title: str, themed: Mapping[str, str] | N
     width, height = (float(root.attrib[side].removesuffix("pt")) * 4 / 3 for side in ("width", "height"))
     box = root.attrib["viewBox"]
     root.attrib.clear()
-    root.attrib |= {"viewBox": box, "width": f"{width:.0f}", "height": f"{height:.0f}", "role": "img", "aria-label": clean(title)}
-    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704
+    root.attrib |= {
+        "viewBox": box, "width": f"{width:.0f}", "height": f"{height:.0f}", "role": "img", "aria-label": clean(title),
+        # On a narrow screen it shrinks as long as its text can be read; after that its box scrolls.
+        "style": f"min-width:{0.72 * width:.0f}px",
+    }  # fmt: skip
+    return Markup(ET.tostring(root, encoding="unicode"))
 
 
 def _rewrite(element: ET.Element, prefix: str, themed: Mapping[str, str]) -> None:

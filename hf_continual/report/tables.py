@@ -9,7 +9,7 @@ from typing import Any
 from hf_continual.disk import size
 from hf_continual.metrics import SUMMARY
 from hf_continual.report.changed import counts_summary
-from hf_continual.report.run import Run
+from hf_continual.report.run import Run, short
 
 NAMES = {
     "overall_performance": "overall performance",
@@ -31,11 +31,13 @@ class Value:
         text: What is read.
         key: What is sorted by, a number with all its digits; None sorts by the text.
         shade: Share of the scale, 0 to 1, that colours the cell; None: no colour.
+        below: Small print under the text, such as an interval.
     """
 
     text: str
     key: float | None = None
     shade: float | None = None
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,8 @@ def shown(value: Any, lower: bool, signed: bool = False) -> str:
 
 
 def _score(value: Any, lower: bool, signed: bool = False, interval: Any = None) -> Value:
-    text = shown(value, lower, signed)
-    if interval:
-        text += f" ({shown(interval[0], lower, signed)} to {shown(interval[1], lower, signed)})"
-    return Value(text, value)
+    below = f"{shown(interval[0], lower, signed)} to {shown(interval[1], lower, signed)}" if interval else ""
+    return Value(shown(value, lower, signed), value, None, below)
 
 
 def matrix_table(run: Run) -> Table:
@@ -94,18 +94,28 @@ def summary_table(runs: Sequence[Run]) -> Table:
     keys = [name for name in SUMMARY if any(run.summary.get(name) is not None for run in runs)]
     losses = any((run.losses.get("summary") or {}).get("overall_performance") is not None for run in runs)
     gauges = list(dict.fromkeys(name for run in runs for name in run.gauges))[:6]
-    head = ["run", "arm", "tasks", *(NAMES[key] for key in keys), *["answers' loss"] * losses, *(f"{g}, change" for g in gauges)]
+    grouped = any(run.group != run.name for run in runs)
+    head = [
+        "run",
+        *["arm"] * grouped,
+        "tasks",
+        *(NAMES[key] for key in keys),
+        *["answers' loss"] * losses,
+        *(f"{short(g, 40).strip()}, change" for g in gauges),
+    ]
     rows = []
     for run in runs:
-        line = [Value(run.name), Value(run.group if run.group != run.name else ""), Value(str(len(run.scores)), len(run.scores))]
+        line = [Value(run.name), *[Value(run.group)] * grouped, Value(str(len(run.scores)), len(run.scores))]
         line += [_score(run.summary.get(key), run.lower, key in SIGNED, run.intervals.get(key)) for key in keys]
         if losses:
             line.append(_score((run.losses.get("summary") or {}).get("overall_performance"), True))
         line += [_score((run.gauges.get(g) or {}).get("change"), True, signed=True) for g in gauges]
         rows.append(line)
     unit = "Scores in %" if not any(run.lower for run in runs) else "Losses as they are, other scores in %"
-    note = f"{unit}; in brackets 95 % intervals over the scored rows. Answers' loss: nats per token, all tasks at the end."
-    return Table("Every run", head, rows, note, words=2)
+    note = (
+        f"{unit}; below them 95 % intervals over the scored rows. Answers' loss: nats per token, all tasks at the end."
+    )
+    return Table("Every run", head, rows, note, words=1 + grouped)
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Any]], lower: bool) -> Table:
@@ -116,13 +126,27 @@ def arms_table(arms: Mapping[str, Mapping[str, Any]], lower: bool) -> Table:
         line = [Value(name), Value(str(len(arm["runs"])), len(arm["runs"]))]
         for key in keys:
             figure = arm["figures"].get(key) or {}
-            line.append(_score(figure.get("mean"), lower or key not in NAMES, key not in NAMES or key in SIGNED, figure.get("interval")))
+            line.append(
+                _score(
+                    figure.get("mean"),
+                    lower or key not in NAMES,
+                    key not in NAMES or key in SIGNED,
+                    figure.get("interval"),
+                )
+            )
         rows.append(line)
-    head = ["arm", "runs", *(NAMES.get(key, f"{key}, change") for key in keys)]
-    return Table("Arms", head, rows, "Means over the runs of an arm, with 95 % intervals over rows, and over seeds where there are several.")
+    head = ["arm", "runs", *(NAMES.get(key, f"{short(key, 40).strip()}, change") for key in keys)]
+    return Table(
+        "Arms",
+        head,
+        rows,
+        "Means over the runs of an arm, with 95 % intervals over rows, and over seeds where there are several.",
+    )
 
 
-def tests_table(tests: Sequence[Mapping[str, Any]], lower: bool) -> Table:
+def tests_table(
+    tests: Sequence[Mapping[str, Any]], lower: bool, title: str = "Is the difference more than chance?"
+) -> Table:
     """Paired tests on the same rows."""
     rows = []
     for test in tests:
@@ -135,31 +159,48 @@ def tests_table(tests: Sequence[Mapping[str, Any]], lower: bool) -> Table:
     names = "; ".join(dict.fromkeys(test["test"] for test in tests))
     head = ["run", "against", "rows of", "gain", "p", "rows better", "rows worse", "rows"]
     note = f"After the last task, on the same rows; above 0: the run is better. p: {names}. It is about other rows, not about other seeds."
-    return Table("Is the difference more than chance?", head, rows, note, words=3)
+    return Table(title, head, rows, note, words=3)
 
 
 def events_table(runs: Sequence[Run]) -> Table | None:
     """What rules did during training; None where they did nothing."""
     rows = [
-        [Value(run.name), Value(e.task), Value(f"{e.step:.0f}", e.step), Value(e.kind.replace("_", " ")), Value(e.rule), Value(e.reason)]
+        [
+            Value(run.name),
+            Value(e.task),
+            Value(e.kind.replace("_", " ")),
+            Value(e.rule),
+            Value(e.reason),
+            Value(f"{e.step:.0f}", e.step),
+        ]
         for run in runs
         for e in run.timeline.events
     ]
-    return Table("What rules did", ["run", "task", "step", "event", "rule", "reason"], rows, words=2) if rows else None
+    return (
+        Table("What rules did", ["run", "task", "event", "rule", "reason", "step of the task"], rows, words=5)
+        if rows
+        else None
+    )
 
 
-def changes_table(runs: Sequence[Run]) -> Table:
-    """How many rows changed, by run and task."""
+def changes_table(runs: Sequence[Run], by_task: bool = False) -> Table:
+    """How many rows changed, by run, or by run and task."""
     rows = []
     for run in runs:
-        counts = dict(run.changes.counts)
-        if len(counts) > 1:
-            counts = {"all tasks": dict(counts_summary(run.changes)), **counts}
-        for task, count in counts.items():
+        for task, count in (run.changes.counts if by_task else {"": counts_summary(run.changes)}).items():
             numbers = [count[k] for k in ("rows", "kept", "lost", "regained", "never")]
-            rows.append([Value(run.name), Value(task), *(Value(f"{n:,}", n) for n in numbers)])
-    head = ["run", "task", "rows", "right and kept", "right, then wrong", "wrong, then right again", "never right"]
-    return Table("How many answers changed", head, rows, "From the first stage at which a row was scored to the last.", words=2)
+            rows.append([Value(run.name), *[Value(task)] * by_task, *(Value(f"{n:,}", n) for n in numbers)])
+    head = [
+        "run",
+        *["task"] * by_task,
+        "rows",
+        "right and kept",
+        "right, then wrong",
+        "wrong, then right again",
+        "never right",
+    ]
+    title = "Task by task" if by_task else "How many answers changed"
+    return Table(title, head, rows, "From the first stage at which a row was scored to the last.", words=1 + by_task)
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:
@@ -175,10 +216,20 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
         line = [Value(run.name), Value(entry["task"])]
         for key in known:
             value = entry[key]
-            text = "" if value is None else size(int(value)) if key == "memory_bytes" else f"{value:,.1f}" if key == "seconds" else f"{value:,.0f}"
+            text = (
+                ""
+                if value is None
+                else size(int(value))
+                if key == "memory_bytes"
+                else f"{value:,.1f}"
+                if key == "seconds"
+                else f"{value:,.0f}"
+            )
             line.append(Value(text, value))
         rows.append([*line, *[Value(str(entry["device"] or ""))] * devices])
-    return Table("What each task took", ["run", "task", *(keys[key] for key in known), *["device"] * devices], rows, words=2)
+    return Table(
+        "What each task took", ["run", "task", *(keys[key] for key in known), *["device"] * devices], rows, words=2
+    )
 
 
 def flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -197,7 +248,11 @@ def flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def settings_table(runs: Sequence[Run], most: int = 80) -> Table | None:
     """Settings in which the runs differ; of one run all but hashes. None where no run has any."""
     each = [dict(flat(run.config)) for run in runs]
-    keys = [k for k in dict.fromkeys(k for one in each for k in one) if not k.endswith((".sha256", ".vocabulary")) and ".files." not in k]
+    keys = [
+        k
+        for k in dict.fromkeys(k for one in each for k in one)
+        if not k.endswith((".sha256", ".vocabulary")) and ".files." not in k
+    ]
     if not keys:
         return None
     several = len(runs) > 1

@@ -32,7 +32,9 @@ def benchmarks_picture(runs: Sequence[Run], key: str) -> Picture | None:
             x, y = [p + aside for p, _, _ in series], [v for _, v, _ in series]
             bars = [e or 0.0 for _, _, e in series]
             style = own[run.group]
-            axis.errorbar(x, y, bars, color=style.colour, marker=style.marker, linestyle=style.dash, markersize=4, linewidth=1.5)
+            axis.errorbar(
+                x, y, bars, color=style.colour, marker=style.marker, linestyle=style.dash, markersize=4, linewidth=1.5
+            )
         axis.set_title(short(name, 34))
         axis.set_ylabel(_unit(runs, name))
         axis.set_xlabel("tasks learned (0: base model)")

@@ -50,10 +50,7 @@ def write_report(
         FileNotFoundError: If a folder is not there.
         ValueError: If a folder holds nothing that can be shown, or there is none.
     """
-    if not folders:
-        raise ValueError("no folder is named. Name the folder of a run, such as the output_dir of its plan.")
-    if predictions < 0:
-        raise ValueError(f"predictions={predictions} must be 0 or more: it is the most answers of a run that are shown.")
+    _check(folders, predictions)
     said("reading folders")
     runs, sweeps = read_folders(folders, predictions)
     missing: list[str] = []
@@ -81,6 +78,15 @@ def write_report(
         "comparisons": tests,
         "missing": missing,
     }
+
+
+def _check(folders: Sequence[Any], predictions: int) -> None:
+    if not folders:
+        raise ValueError("no folder is named. Name the folder of a run, such as the output_dir of its plan.")
+    if predictions < 0:
+        raise ValueError(
+            f"predictions={predictions} must be 0 or more: it is the most answers of a run that are shown."
+        )
 
 
 def _put_in(sections: Sequence[Section], named: Sequence[tuple[Picture, str]]) -> None:
@@ -121,7 +127,10 @@ def _of_run(run: Run) -> dict[str, Any]:
         "summary": run.summary,
         "intervals": run.intervals,
         "gauge_changes": {name: gauge.get("change") for name, gauge in run.gauges.items()},
-        "events": [{"task": e.task, "step": e.step, "event": e.kind, "rule": e.rule, "reason": e.reason} for e in run.timeline.events],
+        "events": [
+            {"task": e.task, "step": e.step, "event": e.kind, "rule": e.rule, "reason": e.reason}
+            for e in run.timeline.events
+        ],
         "predictions": dict(counts_summary(run.changes)),
         "diagnoses": {source: data.get("verdict") for source, data in run.diagnoses},
         "cost": run.cost,

@@ -10,9 +10,9 @@ from typing import Any
 
 from hf_continual.atomic_files import read_lines, read_object
 from hf_continual.evaluation.files import file_name, predictions_file
+from hf_continual.hub.facts import RESULTS
 from hf_continual.paired import PairedTest, paired_test
-from hf_continual.stream.results import RESULTS, row_values
-from hf_continual.stream.scores import read_stage
+from hf_continual.stream.scores import read_stage, row_values
 
 
 def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, PairedTest]:

@@ -47,12 +47,17 @@ def run(
         ``continual_results.json``.
     """
     draw, base_dir = random.Random(seed), base_dir or folder
-    tests = {n: Dataset.from_list([{"prompt": f"{n} {i}? {text}", "completion": f" a{i} {text}"} for i in range(rows)]) for n in names}
+    tests = {
+        n: Dataset.from_list([{"prompt": f"{n} {i}? {text}", "completion": f" a{i} {text}"} for i in range(rows)])
+        for n in names
+    }
     stream = TaskStream([Task(n, i, None, tests[n]) for i, n in enumerate(names)])
     right: dict[str, list[bool]] = {}
     (base_dir / "base").mkdir(parents=True, exist_ok=True)
     for task in stream:
-        keep_score(base_dir / "base", "base", base_dir, task, _scored([draw.random() < 0.05 for _ in range(rows)], task, text))
+        keep_score(
+            base_dir / "base", "base", base_dir, task, _scored([draw.random() < 0.05 for _ in range(rows)], task, text)
+        )
     for task in stream:
         place = folder / task.folder
         (place / "continual").mkdir(parents=True, exist_ok=True)
@@ -61,22 +66,38 @@ def run(
         right[task.name] = [draw.random() < learn for _ in range(rows)]
         for seen in list(stream)[: task.index + 1]:
             keep_score(place, task.folder, folder, seen, _scored(right[seen.name], seen, text))
-        write_checked(place / "continual" / "trained.json", {"name": task.name, "index": task.index, "parent": None, "steps": 40, "methods": []})
+        write_checked(
+            place / "continual" / "trained.json",
+            {"name": task.name, "index": task.index, "parent": None, "steps": 40, "methods": []},
+        )
     results = _results(stream, folder, base_dir, model, _gauge(stream, keep, text) if gauges else {})
     write_json(folder / "continual_results.json", results)
     plan = {"model": {"path": f"/home/me/{model}"}, "seed": seed, "sft": {"learning_rate": 2e-4, **(settings or {})}}
-    write_checked(folder / "plan.json", {**plan, "tasks": [{"name": n, "train": {"source": f"{n}.jsonl", "rows": 99}} for n in names]})
+    write_checked(
+        folder / "plan.json",
+        {**plan, "tasks": [{"name": n, "train": {"source": f"{n}.jsonl", "rows": 99}} for n in names]},
+    )
     return results
 
 
 def _scored(right: Sequence[bool], task: Task, text: str) -> Scored:
-    rows = [RowScore(float(r), 1.0, f"a{i} {text}" if r else f"no {text}", f" a{i} {text}", {"nll": 0.1 if r else 2.5}) for i, r in enumerate(right)]
+    rows = [
+        RowScore(float(r), 1.0, f"a{i} {text}" if r else f"no {text}", f" a{i} {text}", {"nll": 0.1 if r else 2.5})
+        for i, r in enumerate(right)
+    ]
     return Scored(rows, EXACT)
 
 
 def _gauge(stream: TaskStream, keep: float, text: str) -> dict[str, Any]:
     def cell(value: float) -> dict[str, Any]:
-        return {"value": value, "n": 900, "protocol": f"nats per token {text}", "standard_error": 0.02, "status": "MEASURED", "lower_is_better": True}
+        return {
+            "value": value,
+            "n": 900,
+            "protocol": f"nats per token {text}",
+            "standard_error": 0.02,
+            "status": "MEASURED",
+            "lower_is_better": True,
+        }
 
     after = {task.name: cell(3.1 + (1 - keep) * 0.1 * (task.index + 1)) for task in stream}
     last = list(after.values())[-1]["value"]
@@ -102,7 +123,13 @@ def _results(stream: TaskStream, folder: Path, base_dir: Path, model: str, gauge
     }  # fmt: skip
 
 
-def sweep(folder: Path, arms: Mapping[str, float], seeds: Sequence[int] = (0, 1), names: Sequence[str] = ("law", "tickets", "recipes"), rows: int = 12) -> dict[str, Any]:
+def sweep(
+    folder: Path,
+    arms: Mapping[str, float],
+    seeds: Sequence[int] = (0, 1),
+    names: Sequence[str] = ("law", "tickets", "recipes"),
+    rows: int = 12,
+) -> dict[str, Any]:
     """Write the folder of a sweep; `arms` by name with what they keep."""
     runs, table = {}, {}
     for arm, keep in arms.items():
@@ -142,23 +169,62 @@ def gauges_during(folder: Path, text: str = "") -> None:
         task = place.name.split("-", 2)[2]
         lines: list[dict[str, Any]] = []
         for step in range(0, 41, 8):
-            lines.append({"step": step, "task": task, "gauge": "general/loss", "value": 3 + 0.1 * index + 0.004 * step, "se": 0.03})
-            lines.append({"step": step, "task": task, "gauge": f"general/forward_kl{text}", "value": 0.002 * step * (index + 1), "se": None})
-        lines.append({"step": 32, "event": ("keep_best", "rollback", "stop")[index % 3], "rule": f"general/loss > +0.1 {text}", "reason": f"0.16 above the base for two evaluations {text}"})
+            lines.append(
+                {
+                    "step": step,
+                    "task": task,
+                    "gauge": "general/loss",
+                    "value": 3 + 0.1 * index + 0.004 * step,
+                    "se": 0.03,
+                }
+            )
+            lines.append(
+                {
+                    "step": step,
+                    "task": task,
+                    "gauge": f"general/forward_kl{text}",
+                    "value": 0.002 * step * (index + 1),
+                    "se": None,
+                }
+            )
+        lines.append(
+            {
+                "step": 32,
+                "event": ("keep_best", "rollback", "stop")[index % 3],
+                "rule": f"general/loss > +0.1 {text}",
+                "reason": f"0.16 above the base for two evaluations {text}",
+            }
+        )
         write_lines(place / "continual" / "gauges.jsonl", lines)
 
 
 def merged(folder: Path, layers: int = 12, text: str = "") -> None:
     """Write the reports of three merges and a diagnosis."""
     names = ["embed", *(f"layer.{i}" for i in range(layers)), "final"]
-    models = [{"name": "base", "role": "base"}, {"name": f"law{text}", "role": "model 1"}, {"name": f"tax{text}", "role": "model 2"}]
+    models = [
+        {"name": "base", "role": "base"},
+        {"name": f"law{text}", "role": "model 1"},
+        {"name": f"tax{text}", "role": "model 2"},
+    ]
     weights = {name: [0.3 + 0.03 * i, 0.7 - 0.03 * i] for i, name in enumerate(names)}
-    write_json(folder / "recall_report.json", {"schema": 1, "method": "recall", "models": models, "groups": names, "weights": weights})
-    sides = {n: {"elements": 100, "both": 10, "new_only": 20 + i, "old_only": 15, "neither": 55 - i} for i, n in enumerate(names)}
+    write_json(
+        folder / "recall_report.json",
+        {"schema": 1, "method": "recall", "models": models, "groups": names, "weights": weights},
+    )
+    sides = {
+        n: {"elements": 100, "both": 10, "new_only": 20 + i, "old_only": 15, "neither": 55 - i}
+        for i, n in enumerate(names)
+    }
     write_json(folder / "kif_report.json", {"schema": 1, "method": "kif", "models": models, "layers": sides})
     cosines = {f"model.layers.{i}.mlp.{p}.weight": 0.99 - 0.01 * i for i in range(layers) for p in ("up", "down")}
     write_json(folder / "merge_report.json", {"schema": 1, "method": "slerp", "models": models, "cosines": cosines})
-    diagnosis = {"verdict": "spurious", "confidence": 0.8, "angles": {n: 20.0 + 4 * i for i, n in enumerate(names)}, "reasons": [f"the half never shown recovers{text}", "the control does not"], "layers": [{"layer": n, "cka": 1 - 0.02 * i} for i, n in enumerate(names)]}
+    diagnosis = {
+        "verdict": "spurious",
+        "confidence": 0.8,
+        "angles": {n: 20.0 + 4 * i for i, n in enumerate(names)},
+        "reasons": [f"the half never shown recovers{text}", "the control does not"],
+        "layers": [{"layer": n, "cka": 1 - 0.02 * i} for i, n in enumerate(names)],
+    }
     write_json(folder / "diagnosis.json", diagnosis)
 
 
@@ -170,10 +236,24 @@ def demo(folder: Path) -> None:
         found = run(own, names, keep=keep)
         settings = {"model": "/home/me/smollm2", "steps": 40, "seed": 0, "learning_rate": 1e-3}
         general = {"value": 3.0, "n": 90, "standard_error": 0.05}
-        base = {"exact": found["cells"]["base"], "nll": {n: c["nll"] for n, c in found["cells"]["base"].items()}, "general": general}
+        base = {
+            "exact": found["cells"]["base"],
+            "nll": {n: c["nll"] for n, c in found["cells"]["base"].items()},
+            "general": general,
+        }
         nll = {n: c["nll"] for n, c in found["cells"][names[-1]].items()}
         after = {**general, "value": 3.0 + (1 - keep)}
-        write_json(own / "results.json", {"arm": arm, "settings": settings, "base": base, "matrix": found["matrix"]["scores"], "nll": nll, "general": after})
+        write_json(
+            own / "results.json",
+            {
+                "arm": arm,
+                "settings": settings,
+                "base": base,
+                "matrix": found["matrix"]["scores"],
+                "nll": nll,
+                "general": after,
+            },
+        )
         points = [
             {"at": 40 * i + s, "general": 3 + 0.01 * s, "exact": {n: min(1.0, s / 40) for n in names[: i + 1]}, "nll": {}}
             for i in range(3) for s in (20, 40)
@@ -193,7 +273,14 @@ def trained(folder: Path, test_rows: bool = True) -> dict[str, Any]:
         if test_rows:
             keep_score(folder / stage, stage, folder, task, _scored(right, task, ""))
             cells[stage] = read_stage(folder / stage)["new"]
-    result = {"output_dir": "out", "kind": "model", "steps": 4, "methods": [], "before": cells.get("base"), "after": cells.get("after")}
+    result = {
+        "output_dir": "out",
+        "kind": "model",
+        "steps": 4,
+        "methods": [],
+        "before": cells.get("base"),
+        "after": cells.get("after"),
+    }
     write_json(folder / "train_results.json", result)
     write_checked(folder / "plan.json", {"model": {"path": "/home/me/tiny"}, "tasks": [{"name": "new"}]})
     write_json(folder / "continual_config.json", {"format": 1, "seconds": 12.5, "hardware": "CPU", "steps": 4})
