@@ -112,28 +112,49 @@ def _of_merge(data: Mapping[str, Any], source: str) -> Iterator[Layers]:
         yield Layers(f"{method}: angle between the two models' weights", source, "lines", means, "degrees")
 
 
+# Pictures of a diagnosis: title, what its lines are called there and here, unit.
+_BY_LAYER = (
+    ("angle between the new update and the old one", {"angle": "angle", "chance": "by chance"}, "degrees"),
+    ("size of the updates", {"size": "new update", "old_size": "old update"}, "share of the weights' norm"),
+    ("likeness of the hidden states before and after", {"cka": "linear CKA"}, "linear CKA"),
+)
+
+
 def _of_diagnosis(data: Mapping[str, Any], source: str) -> Iterator[Layers]:
-    """Every series over layers that a diagnosis holds, wherever it stands in it: angles in degrees, CKA from 0 to 1."""
-    for name, series in _series(data):
-        unit = "degrees" if "angle" in name else "CKA" if "cka" in name else ""
-        key = name.replace("_", " ")
-        values = {layer: {key: value} for layer, value in series.items()}
-        yield Layers(f"diagnosis: {key} by layer", source, "lines", values, unit)
+    """What `hf_continual.diagnosis` found by layer, by step of the recovery, and along the line between the checkpoints."""
+    rows = [row for row in data.get("layers") or () if isinstance(row, Mapping)]
+    for title, names, unit in _BY_LAYER:
+        values = {str(row.get("layer")): _named(row, names) for row in rows}
+        if any(values.values()):
+            yield Layers(f"diagnosis: {title}", source, "lines", values, unit)
+    arms = {"after": "AFTER", "control": "control: the base"}
+    curves = {arms.get(arm, arm): curve for arm, curve in (data.get("recovery") or {}).items()}
+    steps = sorted({int(step) for curve in curves.values() for step in curve})
+    if steps:
+        by_step = {str(step): {arm: curve.get(str(step)) for arm, curve in curves.items()} for step in steps}
+        values = {step: _named(row, {arm: arm for arm in curves}) for step, row in by_step.items()}
+        yield Layers(
+            "diagnosis: recovery of rows that are never shown",
+            source,
+            "lines",
+            values,
+            "score",
+            "steps of the short training",
+        )
+    points = [point for point in data.get("line") or () if isinstance(point, Mapping)]
+    for key, unit in (("score", "score"), ("nll", "loss (nats per token)")):
+        values = {f"{point.get('share')}": _named(point, {key: "old rows"}) for point in points}
+        if any(values.values()):
+            yield Layers(
+                f"diagnosis: {key} along the line",
+                source,
+                "lines",
+                values,
+                unit,
+                "share of the way from BEFORE to AFTER",
+            )
 
 
-def _series(data: Any, name: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """Names and numbers by layer: ``{"layer.0": 12.5}``, or ``[{"layer": "layer.0", "angle": 12.5}]``."""
-    if isinstance(data, Mapping):
-        if name and len(data) > 1 and all(number(v) is not None and _is_layer(k) for k, v in data.items()):
-            yield name, {str(k): float(v) for k, v in data.items()}
-            return
-        for key, value in data.items():
-            yield from _series(value, str(key))
-    elif isinstance(data, list) and data and all(isinstance(row, Mapping) and "layer" in row for row in data):
-        keys = dict.fromkeys(k for row in data for k, v in row.items() if k != "layer" and number(v) is not None)
-        for key in keys:
-            yield key, {str(row["layer"]): float(row[key]) for row in data if number(row.get(key)) is not None}
-
-
-def _is_layer(key: Any) -> bool:
-    return bool(re.fullmatch(r"(?:.*layers?[. ]?|.*blocks?[. ]?)?\d+|embed\w*|final\w*|head|lm_head|norm", str(key)))
+def _named(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, float]:
+    """The numbers that a row has, under the names they are shown with."""
+    return {shown: value for key, shown in names.items() if (value := number(row.get(key))) is not None}

@@ -92,11 +92,29 @@ def configuration(run: Run) -> str:
 
 
 def diagnosis(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a diagnosis says in words and single numbers; series over layers are pictures."""
+    """What a diagnosis says in words and single numbers; series are pictures."""
     found = []
     for key, value in data.items():
-        if isinstance(value, str | int | float | bool):
+        if isinstance(value, str | int | float | bool) and key != "format":
             found.append((key.replace("_", " "), str(value)))
+        elif key == "remedies" and isinstance(value, list):
+            lines = [_remedy(part) for part in value if isinstance(part, dict)]
+            found.append(("what to do", "\n".join(lines)))
+        elif key == "scores" and isinstance(value, dict):
+            found += [(f"held rows, {when}", _held(score)) for when, score in value.items() if _held(score)]
         elif isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             found.append((key.replace("_", " "), "\n".join(value)))
     return found
+
+
+def _remedy(part: dict[str, Any]) -> str:
+    return f"{part.get('what')}: {part.get('why')}\n    {part.get('command')}"
+
+
+def _held(score: Any) -> str:
+    """The score of the rows that were never shown, with its interval."""
+    cell = score.get("held") if isinstance(score, dict) else None
+    if not isinstance(cell, dict) or not isinstance(cell.get("value"), int | float):
+        return ""
+    span = cell.get("interval")
+    return f"{cell['value']:.3f}" + (f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else "")

@@ -101,13 +101,17 @@ def _check_cells(run: Run) -> None:
             continue
         for task, cell in (told or {}).items():
             if cell.get("status") == "ERROR":
-                run.missing.append(f"{task!r} after {stage.label!r} was not measured: {cell.get('error')}")
+                run.missing.append(f"{task!r} {_when(stage)} was not measured: {cell.get('error')}")
             if cell.get("status") == "MEASURED" and believed.get(task, {}).get("value") != cell.get("value"):
                 found = believed.get(task, {}).get("value", "no score that its predictions vouch for")
                 run.missing.append(
-                    f"{RESULTS} gives {cell.get('value')} for {task!r} after {stage.label!r}, and {stage.folder.name} holds "
+                    f"{RESULTS} gives {cell.get('value')} for {task!r} {_when(stage)}, and {stage.folder.name} holds "
                     f"{found}. Run the plan again to measure it again."
                 )
+
+
+def _when(stage: Stage) -> str:
+    return f"after {stage.label!r}" if stage.index else "of the base model"
 
 
 def _from_cells(run: Run) -> None:

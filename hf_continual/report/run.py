@@ -107,6 +107,7 @@ class Layers:
         kind: ``"weights"`` (share of each model), ``"sides"`` (KIF's counts) or ``"lines"`` (one number per layer and name).
         values: By layer; ``{name: number}`` each.
         unit: Of the numbers.
+        across: What it is over, where that is not the layers.
     """
 
     title: str
@@ -114,6 +115,7 @@ class Layers:
     kind: str
     values: Mapping[str, Mapping[str, float]]
     unit: str = ""
+    across: str = "layer, from the input upwards"
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,9 @@ def layer_picture(layers: Layers, run: Run, key: str) -> Picture:
             own, points = look(i), [layers.values[layer].get(name, np.nan) for layer in names]
             axis.plot(range(len(names)), points, color=own.colour, marker=own.marker, linestyle=own.dash, markersize=4)
         step = -(-len(names) // 36)
-        axis.set_xticks(range(0, len(names), step), [short(n, 24) for n in names[::step]], rotation=90, fontsize=7.5)
-        axis.set_xlabel("layer, from the input upwards")
+        turned = {"rotation": 90, "fontsize": 7.5} if len(names) > 8 or max(map(len, names)) > 8 else {}
+        axis.set_xticks(range(0, len(names), step), [short(n, 24) for n in names[::step]], **turned)
+        axis.set_xlabel(layers.across)
         axis.set_ylabel(layers.unit or "value")
         legend(figure, [(name, look(i)) for i, name in enumerate(series)] if len(series) > 1 else [])
     return Picture(key, "layers", f"{run.name}: {layers.title}", f"From {layers.source}.", figure)
