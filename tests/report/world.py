@@ -56,7 +56,7 @@ def run(
     (base_dir / "base").mkdir(parents=True, exist_ok=True)
     for task in stream:
         keep_score(
-            base_dir / "base", "base", base_dir, task, _scored([draw.random() < 0.05 for _ in range(rows)], task, text)
+            base_dir / "base", "base", base_dir, task, _scored([i % 16 == task.index for i in range(rows)], task, text)
         )
     for task in stream:
         place = folder / task.folder
@@ -218,13 +218,21 @@ def merged(folder: Path, layers: int = 12, text: str = "") -> None:
     write_json(folder / "kif_report.json", {"schema": 1, "method": "kif", "models": models, "layers": sides})
     cosines = {f"model.layers.{i}.mlp.{p}.weight": 0.99 - 0.01 * i for i in range(layers) for p in ("up", "down")}
     write_json(folder / "merge_report.json", {"schema": 1, "method": "slerp", "models": models, "cosines": cosines})
+    held = {"held": {"value": 0.62, "interval": [0.5, 0.72]}, "shown": {"value": 0.97}}
+    by_layer = [
+        {
+            "layer": n, "size": 0.01 * i, "old_size": 0.02, "angle": 20.0 + 4 * i if i else None, "chance": 80.0,
+            "cka": 1 - 0.02 * i, "moved": 0.1,
+        }
+        for i, n in enumerate(names)
+    ]  # fmt: skip
     diagnosis = {
-        "verdict": "spurious",
-        "confidence": 0.8,
-        "angles": {n: 20.0 + 4 * i for i, n in enumerate(names)},
-        "reasons": [f"the half never shown recovers{text}", "the control does not"],
-        "layers": [{"layer": n, "cka": 1 - 0.02 * i} for i, n in enumerate(names)],
-    }
+        "format": 1, "verdict": "spurious", "reason": f"the half never shown recovers{text}", "confidence": 0.8,
+        "scores": {"recovered": held}, "layers": by_layer, "notes": [],
+        "recovery": {"after": {"0": 0.2, "10": 0.6, "30": 0.9}, "control": {"0": 0.0, "10": 0.2, "30": 0.3}},
+        "line": [{"share": s, "score": 0.9 - s / 2, "nll": 0.2 + s} for s in (0.0, 0.5, 1.0)],
+        "remedies": [{"what": "freeze", "why": f"the bottom moved{text}", "command": "hf-continual train"}],
+    }  # fmt: skip
     write_json(folder / "diagnosis.json", diagnosis)
 
 
