@@ -96,8 +96,7 @@ def _of_merge(data: Mapping[str, Any], source: str) -> Iterator[Layers]:
         names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
         shares = {layer: dict(zip(names, map(float, row), strict=True)) for layer, row in weights.items()}
         yield Layers(f"{method}: weight of each model by layer", source, "weights", shares, "weight")
-    sides = data.get("layers")
-    if isinstance(sides, Mapping) and sides:
+    if sides := {str(layer): _sides(row) for layer, row in (data.get("layers") or {}).items()}:
         yield Layers(
             f"{method}: which side the elements of each layer went to", source, "sides", sides, "% of the layer"
         )
@@ -110,6 +109,12 @@ def _of_merge(data: Mapping[str, Any], source: str) -> Iterator[Layers]:
             angles.setdefault(f"layer {at[1]}" if at else str(name), []).append(angle)
         means = {layer: {"mean over tensors": sum(row) / len(row)} for layer, row in angles.items()}
         yield Layers(f"{method}: angle between the two models' weights", source, "lines", means, "degrees")
+
+
+def _sides(row: Mapping[str, Any]) -> dict[str, float]:
+    """The counts of a layer that was fused, or the weight of its new side."""
+    keys = ("new_weight",) if "new_weight" in row else ("elements", "both", "new_only", "old_only", "neither")
+    return {key: float(row[key]) for key in keys}
 
 
 # Pictures of a diagnosis: title, what its lines are called there and here, unit.
