@@ -114,7 +114,7 @@ def _comparison(alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, A
         section.tables.append(tables.tests_table(overall, lower))
         section.folded += [tables.tests_table(by_task, lower, "Task by task")] * bool(by_task)
     elif len(arms) > 1:
-        section.missing.append("No paired tests: no two runs have predictions on the same rows.")
+        section.missing.append("No paired tests: they need two runs of plans with predictions on the same test rows.")
     return section
 
 

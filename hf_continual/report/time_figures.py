@@ -81,7 +81,7 @@ def gauges_picture(runs: Sequence[Run], key: str) -> Picture | None:
             axis.set_ylabel("nats per token")
         axis.set_xlabel("optimizer steps, all tasks in a row")
     legend(figure, [(run.group, own[run.group]) for run in with_points] if len(with_points) > 1 else [])
-    caption = "Band: standard error. Dashed: the next task begins."
+    caption = "Band or bar: standard error. Dashed: the next task begins."
     if any(run.timeline.events for run in with_points):
         caption += " Cross: a rule stopped the run; triangle: it rolled back; star: the best so far was kept."
     return Picture(key, "gauges", "Gauges during training", caption, figure)
@@ -94,8 +94,10 @@ def _band(axis: Any, run: Run, name: str, own: Look) -> None:
     x, y = [p.step for p in points], np.array([p.value for p in points])
     axis.plot(x, y, color=own.colour, linestyle=own.dash, marker=own.marker, markersize=3.5, linewidth=1.5)
     if any(p.error is not None for p in points):
-        error = np.array([p.error or 0.0 for p in points])
+        error = np.array([np.nan if p.error is None else p.error for p in points])
         axis.fill_between(x, y - error, y + error, color=own.colour, alpha=0.22, linewidth=0)
+        if np.isnan(error).any():  # a band needs neighbours; a value that stands alone has a bar
+            axis.errorbar(x, y, error, color=own.colour, linestyle="none", linewidth=1.2)
     for event in run.timeline.events:
         at = float(np.interp(event.at, x, y))
         axis.axvline(event.at, color=own.colour, linewidth=0.8, alpha=0.6)

@@ -243,7 +243,7 @@ def demo(folder: Path) -> None:
         own = folder / arm
         found = run(own, names, keep=keep)
         settings = {"model": "/home/me/smollm2", "steps": 40, "seed": 0, "learning_rate": 1e-3}
-        general = {"value": 3.0, "n": 90, "standard_error": 0.05}
+        general = {"value": 3.0, "n": 90, "standard_error": 0.05, "protocol": "loss per token", "lower_is_better": True}
         base = {
             "exact": found["cells"]["base"],
             "nll": {n: c["nll"] for n, c in found["cells"]["base"].items()},
