@@ -24,6 +24,7 @@ from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
 from hf_continual.commands.examples import example
 from hf_continual.commands.methods import methods
+from hf_continual.commands.report import report
 from hf_continual.commands.run import run
 from hf_continual.commands.score import score
 from hf_continual.commands.train import train
@@ -43,7 +44,7 @@ for verb in (train, run, score, chat, methods):
     app.command(epilog=example(verb.__name__))(verb)
 # Its options depend on the method, so it parses its arguments itself, including --help.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
-for verb in (push, demo):
+for verb in (report, push, demo):
     app.command(epilog=example(verb.__name__))(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}

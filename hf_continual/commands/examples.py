@@ -7,6 +7,7 @@ EXAMPLES: dict[str, str] = {
     "run": "hf-continual run plan.yaml --dry-run",
     "score": "hf-continual score out/law --test law.test.jsonl --metric exact_match",
     "chat": "hf-continual chat out/law --prompt 'What is a lien?'",
+    "report": "hf-continual report out/plain out/replay --out report.html",
     "methods": "hf-continual methods --json",
     "push": "hf-continual push out/law me/law --dry-run",
     "demo": "hf-continual demo --out demo-out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 from hf_continual.atomic_files import read_lines, read_object
 from hf_continual.evaluation.files import file_name, predictions_file
+from hf_continual.hub.facts import RESULTS
 from hf_continual.paired import PairedTest, paired_test
 from hf_continual.stream.plan import JOINT
-from hf_continual.stream.results import RESULTS, row_values
-from hf_continual.stream.scores import read_stage
+from hf_continual.stream.scores import read_stage, row_values
 
 
 def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, PairedTest]:
@@ -32,7 +33,24 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
         FileNotFoundError: If a folder is not the folder of a finished run.
         ValueError: If tasks, rows or metrics differ.
     """
-    a, b = _last_rows(Path(first)), _last_rows(Path(second))
+    return compare_rows(last_rows(Path(first)), last_rows(Path(second)), first, second)
+
+
+def compare_rows(a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second: Any) -> dict[str, PairedTest]:
+    """As `compare_runs`, of rows that were read already.
+
+    Args:
+        a: What `last_rows` gives of the first run.
+        b: The same of the second.
+        first: Name of the first run, for messages.
+        second: Name of the second.
+
+    Returns:
+        By task, and over all tasks as ``"overall"``.
+
+    Raises:
+        ValueError: If tasks, rows or metrics differ.
+    """
     if not set(a) & set(b):
         raise ValueError(
             f"{first} and {second} have no scored task in common ({', '.join(a)} and {', '.join(b)}). Compare runs of "
@@ -46,18 +64,25 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
     return {**by_task, "overall": paired_test(scores[0], scores[1])}
 
 
-def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
-    """Each task's row scores after the last task: values (higher is better), prompts and protocol."""
-    if not (run / RESULTS).is_file():
-        raise FileNotFoundError(
-            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or give another folder."
-        )
-    results = read_object(run / RESULTS)
-    tasks = results.get("tasks")
-    if not tasks:
-        raise ValueError(f"{run / RESULTS} lists no scored tasks. Give the folder of a single run, not of a sweep.")
-    last = JOINT if results.get("between_tasks") == JOINT else tasks[-1]
-    stages = sorted(run.glob(f"task-*-{file_name(last)}"))
+def last_rows(run: Path, tasks: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Each task's row scores after the last task.
+
+    Args:
+        run: The run's folder.
+        tasks: Its scored tasks in order; by default those of its results.
+
+    Returns:
+        By task ``values`` (higher is better), ``rows`` (what they are told apart by) and ``protocol`` (how they were scored).
+
+    Raises:
+        FileNotFoundError: If it is not the folder of a finished run.
+        ValueError: If it names no tasks.
+    """
+    if tasks is None:
+        tasks = _tasks_of(run)
+    joint = (run / RESULTS).is_file() and read_object(run / RESULTS).get("between_tasks") == JOINT
+    last = JOINT if joint else tasks[-1]
+    stages = sorted(run.glob(f"task-*-{glob.escape(file_name(last))}"))
     if not stages:
         raise FileNotFoundError(
             f"{run} has no folder of its last task {last!r}: the run is not finished. Run it again."
@@ -72,6 +97,18 @@ def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
             "protocol": cells[task]["protocol"],
         }
     return found
+
+
+def _tasks_of(run: Path) -> list[str]:
+    """The scored tasks of a run, from its results."""
+    if not (run / RESULTS).is_file():
+        raise FileNotFoundError(
+            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or name another."
+        )
+    tasks = read_object(run / RESULTS).get("tasks")
+    if not tasks:
+        raise ValueError(f"{run / RESULTS} names no scored tasks. Name the folder of one run, not that of a sweep.")
+    return tasks
 
 
 def _check_same_rows(task: str, a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second: Any) -> None:

@@ -16,7 +16,7 @@ from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.prepared import Prepared
-from hf_continual.stream.scores import read_stage
+from hf_continual.stream.scores import read_stage, row_values
 from hf_continual.tasks import Task
 
 RESULTS = "continual_results.json"
@@ -133,23 +133,6 @@ def row_scores(prepared: Prepared, output_dir: Path, base_dir: Path) -> dict[tup
             if column.name in believed:
                 rows[i, j] = row_values(read_lines(predictions_file(folder, stage, column.name)))
     return rows
-
-
-def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
-    """One value per row whose plain mean is the cell, and whose spread is the cell's.
-
-    Args:
-        lines: Predictions, with a score and, if rows have different weights, a weight.
-
-    Returns:
-        The scores; with weights w, c + w (s - c) / mean(w) around the weighted mean c.
-    """
-    scores, weights = [row["score"] for row in lines], [row.get("weight", 1.0) for row in lines]
-    total = sum(weights)
-    if len(set(weights)) < 2 or not total:
-        return scores
-    centre = sum(s * w for s, w in zip(scores, weights, strict=True)) / total
-    return [centre + w * len(lines) / total * (s - centre) for s, w in zip(scores, weights, strict=True)]
 
 
 def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_continual.atomic_files import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
 from hf_continual.evaluation.files import SCORES, predictions_file
-from hf_continual.evaluation.prompts import prompt_hash, prompt_text
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.tasks import Task, TaskStream
 
@@ -43,6 +42,9 @@ def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]
     Returns:
         A line per row.
     """
+    # Not above: it imports trl, and whoever reads scores, as a report does, needs no model.
+    from hf_continual.evaluation.prompts import prompt_hash
+
     return [
         {
             "row_id": i, "prompt_hash": prompt_hash(dict(row)), **_shown_prompt(dict(row)), "prediction": r.prediction,
@@ -61,6 +63,8 @@ def score_entry(scored: Scored) -> dict[str, Any]:
 
 def _shown_prompt(row: dict[str, Any]) -> dict[str, str]:
     """The prompt's text, so that a prediction can be read without the rows; omitted if a row has none."""
+    from hf_continual.evaluation.prompts import prompt_text
+
     text = prompt_text(row)
     return {"prompt": text} if text else {}
 
@@ -137,3 +141,20 @@ def read_scores(stream: TaskStream, output_dir: Path) -> list[list[float | None]
             break
         rows.append([scores.get(t.name, {}).get("value") for t in stream])
     return rows
+
+
+def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """One value per row whose plain mean is the cell, and whose spread is that of the cell.
+
+    Args:
+        lines: Predictions, with a score and, where rows count differently, a weight.
+
+    Returns:
+        The scores; with weights w, c + w (s - c) / mean(w) around the weighted mean c.
+    """
+    scores, weights = [row["score"] for row in lines], [row.get("weight", 1.0) for row in lines]
+    total = sum(weights)
+    if len(set(weights)) < 2 or not total:
+        return scores
+    centre = sum(s * w for s, w in zip(scores, weights, strict=True)) / total
+    return [centre + w * len(lines) / total * (s - centre) for s, w in zip(scores, weights, strict=True)]
