@@ -90,7 +90,7 @@ def test_types_may_differ_and_the_first_decides(tmp_path):
     a, b = save(tuned(base, 1).to(torch.bfloat16), tmp_path / "a"), save(tuned(base, 2), tmp_path / "b")
     result = merge_linear([a, b], tmp_path / "out")
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
-    assert any("different types" in note for note in result.report["notes"])
+    assert any("different dtypes" in note for note in result.report["notes"])
     merge_linear([a, b], tmp_path / "wide", dtype="float32")
     assert {t.dtype for t in tensors(tmp_path / "wide").values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").config.dtype == torch.float32

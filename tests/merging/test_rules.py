@@ -235,7 +235,7 @@ def test_a_rule_of_ones_own(tmp_path):
         ("model_stock", {"_shares": {}}, "merge model_stock has no option '_shares'. It takes no options of its own"),
         ("ties", {"density": 0}, r"ties\(density=0\) must lie between 0 and 1, 0 excluded"),
         ("dare", {"density": 1.5}, r"dare\(density=1.5\) must lie between 0 and 1"),
-        ("slerp", {"t": 2}, r"slerp\(t=2\) must lie between 0 and 1. It is a share of the way"),
+        ("slerp", {"t": 2}, r"slerp\(t=2\) must lie between 0 and 1. It is a fraction of the way"),
         ("breadcrumbs", {"density": 0.9, "outliers": 0.2}, "density=0.9 and outliers=0.2"),
         ("dare", {"scale": [1.0]}, r"scale=\[1.0\] has 1 numbers for 2 models"),
         ("ties", {"density": "0.2"}, r"ties\(density='0.2'\) must be a number, got str"),
