@@ -1,4 +1,4 @@
-r"""VR-MCL: meta-learned steps whose gradient is variance-reduced with the step before, on the same batch.
+r"""VR-MCL: meta-learned steps with a gradient variance-reduced against the previous step, on the same batch.
 
 Wu et al., "Meta Continual Learning Revisited: Implicitly Enhancing Online Hessian Approximation via Variance Reduction",
 ICLR 2024, https://openreview.net/forum?id=TpD2aG1h0D.
@@ -48,7 +48,7 @@ def inner_step(weight: Tensor, grad: Tensor, rate: float, bound: float | None = 
         weight: theta', any shape.
         grad: Its gradient, of the same shape.
         rate: alpha.
-        bound: c; None bounds nothing.
+        bound: c; None: no bound.
 
     Returns:
         theta' - alpha clamp(grad, -c, c), a new tensor.
@@ -73,10 +73,10 @@ def variance_reduced(grad: Tensor, last: Tensor, grad_before: Tensor, momentum: 
 
 @dataclass
 class VRMCL(Method):
-    """Step along the gradient that is left after a few steps on the new task, variance-reduced over time.
+    """Step along the gradient after a few steps on the new task, variance-reduced over time.
 
     Idea: a gradient taken after inner steps on the new task, of the loss on new and old rows, favours directions in which both
-    agree; it is noisy, since few rows are replayed, and STORM's correction takes that noise out.
+    agree; it is noisy, since few rows are replayed, and STORM's correction removes that noise.
     Hooks: rows, before a step, gradients, after step. Cost: see the module; 2 (n + 1) times a plain step.
     Relations: KIF alternates between both kinds of rows and fuses the movements. Composes with everything: loss terms of
     other methods are taken after the inner steps and are not in the correction; methods that edit gradients edit m_t.
@@ -85,13 +85,13 @@ class VRMCL(Method):
     inner step instead of their mean, first order, the trainer's clipping of g, and the run's optimizer and schedule.
 
     Args:
-        memory: Rows of earlier tasks that are mixed into the batches, as `Replay.rows`; in a plan ``kept`` or
-            ``earlier_tasks``. None: another method brings them, or there are none yet.
-        ratio: Their share of the tokens, strictly between 0 and 1; the paper replays as many rows as it sees new ones.
-        inner_steps: n, steps on the new task's rows before the gradient is taken; 0 takes it where the weights are.
+        memory: Rows of earlier tasks to mix into the batches, as `Replay.rows`; in a plan ``kept`` or
+            ``earlier_tasks``. None: another method adds them, or there are none yet.
+        ratio: Their fraction of the tokens, strictly between 0 and 1; the paper replays as many rows as it sees new ones.
+        inner_steps: n, steps on the new task's rows before the gradient is taken; 0 takes it at the current weights.
         inner_learning_rate: alpha.
         inner_clip: c, bound of each element of an inner gradient; None: none.
-        momentum: s in [0, 1); 0 leaves the correction out.
+        momentum: s in [0, 1); 0 disables the correction.
         row_type: As in `Replay`.
         name: Prefix of the logged values, and name of the replay source.
 
@@ -133,27 +133,33 @@ class VRMCL(Method):
         if self.inner_clip is not None:
             between("VRMCL", "inner_clip", self.inner_clip, 0, float("inf"))
         between(
-            "VRMCL", "momentum", self.momentum, 0, 1, "[", "It is 1 - a of STORM; 1 would never let go of the first."
+            "VRMCL",
+            "momentum",
+            self.momentum,
+            0,
+            1,
+            "[",
+            "It is 1 - a of STORM; 1 would never forget the first gradient.",
         )
         plain_name("VRMCL", self.name)
-        # Reading now: a wrong path must fail before a model is loaded, not after.
+        # Read now: a wrong path must fail before a model is loaded, not after.
         self._rows = None if self.memory is None else load_rows(self.memory, checked=TEXTUAL)
 
     def added_rows(self) -> AddedRows | None:
-        """The memory's share of the tokens."""
+        """The ratio of the buffer's rows."""
         return None if self._rows is None else AddedRows(self.ratio)
 
     def extra_steps(self, steps: int) -> int:
-        """The inner steps, and all passes at the weights before, which the first step does not have."""
+        """The inner steps, and all passes at the previous weights, which the first step does not have."""
         before = (self.inner_steps + 1) * max(steps - 1, 0) if self.momentum else 0
         return self.inner_steps * steps + before
 
     def replay(self, run: Run) -> ReplayRows | None:
-        """The memory's rows, for the batches."""
+        """The buffer's rows, for the batches."""
         return None if self._rows is None else ReplayRows(self._rows, self.ratio, row_type=self.row_type)
 
     def begin_task(self, run: Run) -> None:
-        """Lay out the buffers, and fill them from a checkpoint."""
+        """Allocate the tensors, and fill them from a checkpoint."""
         self.release()
         if not (self.inner_steps or self.momentum):
             return
@@ -167,7 +173,7 @@ class VRMCL(Method):
         self._loaded = {}
 
     def begin_step(self, run: Run, batches: Sequence[Batch]) -> None:
-        """Correct m for the step before, and make the inner steps; the trainer's passes then are those after them."""
+        """Correct m for the previous step, and make the inner steps; the trainer's own passes come after them."""
         if self._flat is None or self._weights is None:
             return
         if self._direction is not None:
@@ -199,12 +205,12 @@ class VRMCL(Method):
                 bucket.of(direction).sub_(flat.gradients(bucket), alpha=self.momentum)
 
         if not run.update(subtract):
-            direction.zero_()  # an overflow: this step starts as the first did
+            direction.zero_()  # an overflow: this step starts like the first
         run.zero_grad()
         self._put_back()
 
     def _go_inside(self, run: Run, batches: Sequence[Batch]) -> Tensor | None:
-        """The inner steps from the weights that are there; the loss before the first, None without one."""
+        """Make the inner steps from the current weights; return the loss before the first, or None without one."""
         flat, first = self._flat, None
         assert flat is not None
 
@@ -226,7 +232,7 @@ class VRMCL(Method):
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        """The weights that the step started from, where they are not."""
+        """Restore the weights that the step started from, if they were moved."""
         if self._flat is None or self._weights is None or not self._inside:
             return
         for bucket in self._flat.buckets:
@@ -235,7 +241,7 @@ class VRMCL(Method):
 
     @torch.no_grad()
     def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
-        """Put the weights back, and m_t in place of the gradient."""
+        """Restore the weights, and replace the gradient with m_t."""
         if self._flat is None:
             return
         self._put_back()
@@ -249,11 +255,11 @@ class VRMCL(Method):
         self._follows = False
 
     def after_step(self, run: Run) -> None:
-        """A step that was made: the next one corrects for it."""
+        """Note that a step was made: the next one corrects for it."""
         self._follows = self._direction is not None
 
     def _buffers(self) -> dict[str, Tensor]:
-        """What the next step needs."""
+        """The tensors that the next step needs."""
         found = {"before": self._weights, "direction": self._direction}
         return {} if self._direction is None else {k: v for k, v in found.items() if v is not None}
 
@@ -267,11 +273,11 @@ class VRMCL(Method):
         return state
 
     def load_state_dict(self, state: State, run: Run) -> None:
-        """Take them back; the buffers are laid out when training begins."""
+        """Load them; the tensors are allocated when training starts."""
         self._loaded = dict(state)
 
     def release(self) -> None:
-        """Put the weights back where training ended within a step, and free the buffers."""
+        """Restore the weights if training ended within a step, and free the tensors."""
         self._put_back()
         self._flat = self._weights = self._direction = None
 
@@ -286,7 +292,7 @@ def task_only(batch: Batch) -> Batch:
 
 @contextmanager
 def same_noise(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn inside are drawn again afterwards: dropout is that of the passes that follow."""
+    """Restore random states on exit, so that the following passes draw the same dropout."""
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices=devices, device_type=kind):
         yield

@@ -333,7 +333,7 @@ def test_sentences(tmp_path):
         ({"inner_steps": 1.5}, TypeError, "must be a whole number"),
         ({"inner_learning_rate": 0.0}, ValueError, "must be above 0"),
         ({"inner_clip": "x"}, TypeError, "must be a number"),
-        ({"momentum": 1.0}, ValueError, "would never let go"),
+        ({"momentum": 1.0}, ValueError, "would never forget"),
         ({"name": "a/b"}, ValueError, "a name is a word"),
         ({"memory": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
         ({"memory": []}, ValueError, "no rows|nothing"),

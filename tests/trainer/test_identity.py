@@ -86,7 +86,8 @@ def test_the_configuration_changes_nothing_either(tmp_path):
     settings = toy.settings(tmp_path)
     extra = ContinualConfig(**settings).to_dict().keys() - SFTConfig(**settings).to_dict().keys()
     own = {"methods", "task_name", "task_index", "predecessor", "from_adapter", "fresh_methods", "max_minutes"}
-    assert extra == own | {"hub_base_model", "hub_license"}
+    gauges = {"gauges", "stop_if", "rollback_if", "keep_best", "stop_when"}
+    assert extra == own | gauges | {"hub_base_model", "hub_license"}
 
 
 def test_nothing_is_attached_without_methods(tmp_path):
