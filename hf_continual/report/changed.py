@@ -92,7 +92,7 @@ def _path(lines: Sequence[tuple[Stage, list[Any]]], row: int) -> tuple[tuple[str
 
 
 def _kind(rights: Sequence[bool]) -> str:
-    """What became of a row."""
+    """The change of a row."""
     if True not in rights:
         return "never"
     since = rights[rights.index(True) :]

@@ -28,7 +28,7 @@ def report_from_command(
         folders: Folders of runs.
         out: The page.
         figures: Folder for the pictures, or None.
-        predictions: At most so many changed answers of each run.
+        predictions: Maximum number of changed answers of each run.
         title: Heading of the page.
         as_json: Whether to print what the page shows as JSON.
         quiet: Whether to print nothing.
@@ -42,7 +42,7 @@ def report_from_command(
         raise ValueError(
             f"out={out} does not end in .html, so that a browser would not show it. Say {out.with_suffix('.html')}."
         )
-    # What does not belong together is said in the page.
+    # The page reports what does not belong together.
     logging.getLogger("hf_continual").setLevel(logging.ERROR)
     status = None if quiet else Console(stderr=True).status("starting")
     with status or contextlib.nullcontext():

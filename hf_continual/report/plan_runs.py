@@ -26,7 +26,7 @@ def read_run(folder: Path, name: str, limit: int, base_dir: Path | None = None) 
     Args:
         folder: The folder.
         name: Name of the run in the report.
-        limit: At most so many changed predictions with their text.
+        limit: Maximum number of changed predictions with their text.
         base_dir: The folder with the base model's scores, where that is a sweep's.
 
     Returns:
@@ -130,7 +130,7 @@ def _from_cells(run: Run) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The plan that a folder was begun with, without this machine's paths and without tokens; empty where there is none."""
+    """The plan that a folder was started with, without local paths and tokens; empty if there is no plan."""
     try:
         data = read_object(folder / PLAN) if (folder / PLAN).is_file() else {}
     except DamagedFile:

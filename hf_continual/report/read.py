@@ -22,10 +22,10 @@ def read_folders(folders: Sequence[str | os.PathLike[str]], limit: int) -> tuple
 
     Args:
         folders: Folders of runs, sweeps, the demo, `hf-continual train`, or models.
-        limit: At most so many changed predictions of each run are kept with their text.
+        limit: Maximum number of changed predictions of each run that are kept with their text.
 
     Returns:
-        The runs, each with a name of its own; and the sweeps among the folders, with their results.
+        The runs, each with a unique name; and the sweeps among the folders, with their results.
 
     Raises:
         FileNotFoundError: If a folder is not there.

@@ -151,7 +151,7 @@ def scale_of(lower: bool) -> tuple[float, str]:
 
 
 def heat(axis: Any, values: np.ndarray, low: float, high: float, lower: bool, text: str, size: float) -> Any:
-    """A heat map of vector cells with their numbers; empty where there is none (NaN)."""
+    """A heat map of vector cells with their numbers; empty for NaN."""
     colours = matplotlib.colormaps["viridis_r" if lower else "viridis"]
     mesh = axis.pcolormesh(
         np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, linewidth=0.6, edgecolor="face"

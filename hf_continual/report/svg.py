@@ -1,4 +1,4 @@
-"""A figure as SVG that can stand in a page: ids of its own, colours of the page's theme, no address, no style sheet."""
+"""A figure as SVG that can stand in a page: unique ids, colours of the page's theme, no address, no style sheet."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def arms_table(arms: Mapping[str, Mapping[str, Any]], lower: bool) -> Table:
         "Arms",
         head,
         rows,
-        "Means over the runs of an arm, with 95 % intervals over rows, and over seeds where there are several.",
+        "Means over the runs of an arm, with 95 % intervals over rows, and over seeds if an arm has more than one.",
     )
 
 
@@ -204,7 +204,7 @@ def changes_table(runs: Sequence[Run], by_task: bool = False) -> Table:
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:
-    """Steps, time, tokens and memory of each task; None where nothing is known."""
+    """Steps, time, tokens and memory of each task; None if nothing is known."""
     keys = {"steps": "steps", "seconds": "training, seconds", "tokens": "tokens", "memory_bytes": "peak memory"}
     entries = [(run, entry) for run in runs for entry in run.cost if any(entry[key] is not None for key in keys)]
     known = [key for key in keys if any(entry[key] is not None for _, entry in entries)]

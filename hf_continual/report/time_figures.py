@@ -63,7 +63,7 @@ def _unit(runs: Sequence[Run], name: str) -> str:
 
 
 def gauges_picture(runs: Sequence[Run], key: str) -> Picture | None:
-    """Gauges during training, with standard errors, the tasks' boundaries, and what rules did; None where there are none."""
+    """Gauges during training, with standard errors, the tasks' boundaries, and what rules did; None without any."""
     with_points = [run for run in runs if run.timeline.points or run.timeline.events]
     names = list(dict.fromkeys(p.gauge for run in with_points for p in run.timeline.points))
     if not names:

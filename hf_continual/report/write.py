@@ -39,7 +39,7 @@ def write_report(
         folders: Folders of runs, sweeps, the demo, `hf-continual train`, merges or models.
         out: The page.
         figures: Folder for the pictures; None: none are written.
-        predictions: At most so many changed predictions of each run are shown with their text.
+        predictions: Maximum number of changed predictions of each run that are shown with their text.
         title: Heading of the page.
         said: Is told what is being done.
 

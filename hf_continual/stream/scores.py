@@ -42,7 +42,7 @@ def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]
     Returns:
         A line per row.
     """
-    # Not above: it imports trl, and whoever reads scores, as a report does, needs no model.
+    # Imported here: it imports trl, and a report, which only reads scores, needs no model.
     from hf_continual.evaluation.prompts import prompt_hash
 
     return [
