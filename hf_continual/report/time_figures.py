@@ -160,7 +160,8 @@ def layer_picture(layers: Layers, run: Run, key: str) -> Picture:
         figure.axes[0].set_xlabel("layer, from the input upwards")
     else:
         figure, (axis,) = grid(1, 1, min(10.0, max(5.0, 0.24 * len(names) + 2)), 2.8)
-        series = list(dict.fromkeys(key for values in layers.values.values() for key in values))
+        rows = sorted(layers.values.values(), key=len, reverse=True)  # a layer that has all of them gives the order
+        series = list(dict.fromkeys(key for values in rows for key in values))
         for i, name in enumerate(series):
             own, points = look(i), [layers.values[layer].get(name, np.nan) for layer in names]
             axis.plot(range(len(names)), points, color=own.colour, marker=own.marker, linestyle=own.dash, markersize=4)
