@@ -228,6 +228,10 @@ class PseudoRehearsal(Method):
         if self._unfinished is not None:
             self._unfinished.clear()
 
+    def needs_earlier_task(self) -> bool:
+        """The model learns to generate questions on a first task too."""
+        return False
+
     def task_state(self, run: Run) -> State:
         """Which tasks can be written, in which format, the counts so far, and hashes of their rows."""
         if not self.lm_weight:

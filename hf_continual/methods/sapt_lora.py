@@ -220,6 +220,10 @@ class SAPTLoRA(Method):
         self._labels[name] = self._tuner.shared(inputs_MD).mean(0).cpu()
         self._inputs[name] = inputs_MD[: self.kept].cpu()
 
+    def needs_earlier_task(self) -> bool:
+        """Its pair of factors and its attention are trained on a first task too."""
+        return False
+
     def task_state(self, run: Run) -> State:
         """Labels and pooled rows of all tasks so far."""
         names = [name for name in self._tuner.tasks if name in self._labels]
