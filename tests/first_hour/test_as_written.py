@@ -23,7 +23,7 @@ RECIPES = [
         marks=pytest.mark.exhaustive if p.parent.name == "gradient_projection" else [],
     )
     for p in sorted((ROOT / "recipes").glob("*/*.yaml"))
-    if p.parent.name not in ("accelerate", "sequence")
+    if p.parent.name not in ("accelerate", "baselines", "sequence")
 ]
 LORA = "--peft '{r: 2, target_modules: all-linear}'"
 
@@ -98,6 +98,22 @@ def test_a_plan(plan, here, tmp_path, capsys):
         code, out, err = typed(f"{line} {extra}", capsys)
         assert code == 0, err
         assert json.loads(out)
+
+
+SWEEP = ROOT / "recipes" / "baselines" / "sweep.yaml"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arm", yaml.safe_load(SWEEP.read_text(encoding="utf-8"))["sweep"]["arms"])
+def test_a_system_of_the_papers(arm, here, tmp_path, capsys):
+    line = (
+        f"run ../baselines/sweep.yaml --only {arm}-seed0 --set model.path={here / 'model'} --set data=longseq --set output={tmp_path / 'out'} "
+        f"--set evaluation.gauges.general.rows=longseq/general.heldout.jsonl --set steps=2 --json --quiet "
+        f"--set sft.save_strategy=no --set sft.dataloader_pin_memory=false"
+    )
+    code, out, err = typed(line, capsys)
+    assert code == 0, err
+    assert json.loads(out)["runs"][f"{arm}-seed0"]["status"] == "MEASURED"
 
 
 @pytest.mark.exhaustive
