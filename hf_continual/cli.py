@@ -22,6 +22,7 @@ import hf_continual
 from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
+from hf_continual.commands.gate import GateCommand, exit_code_of, gate
 from hf_continual.commands.methods import methods
 from hf_continual.commands.run import run
 from hf_continual.commands.score import score
@@ -42,6 +43,7 @@ for verb in (train, run, score, chat, methods):
     app.command()(verb)
 # Its options depend on the method, so it reads its arguments itself, --help among them.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
+app.command(cls=GateCommand)(gate)
 for verb in (push, demo):
     app.command()(verb)
 app.add_typer(card, name="card")
@@ -74,6 +76,14 @@ def _said(error: Exception) -> str:
     return f"{error}{place}. This error was not foreseen; hf-continual --debug ... shows where it happened."
 
 
+def _exit_code(error: Exception) -> int:
+    """Of an error that ends the program."""
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if verb == "gate":
+        return exit_code_of(error)
+    return PUSH_FAILED if isinstance(error, HubPushError) else 2
+
+
 def _warned(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
@@ -94,7 +104,7 @@ def main() -> None:
     """Run the command line.
 
     Exit code 0: done. 2: an error, printed as one message. 3: a push that failed. 75: stopped by SIGTERM, SIGINT or SIGUSR1
-    or a time limit; the same command resumes.
+    or a time limit; the same command resumes. `gate` has codes of its own.
     """
     warnings.formatwarning = _warned
     # As with `python -m`: methods and metrics of one's own are found in the current folder.
@@ -113,7 +123,7 @@ def main() -> None:
         Console(stderr=True).print(
             Text.assemble((type(error).__name__, "bold red"), f": {_said(error)}"), highlight=False, soft_wrap=True
         )
-        sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)
+        sys.exit(_exit_code(error))
     finally:
         # The system frees the memory of a process that ends; looking for cycles among torch's objects first takes 0.4 s.
         gc.freeze()

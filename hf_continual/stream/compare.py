@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.atomic_files import read_lines, read_object
-from hf_continual.evaluation.files import file_name, predictions_file
 from hf_continual.paired import PairedTest, paired_test
-from hf_continual.stream.results import RESULTS, row_values
-from hf_continual.stream.scores import read_stage
+from hf_continual.stream.stored_run import StoredRun, check_same_rows
 
 
 def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, PairedTest]:
@@ -31,7 +28,8 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
         FileNotFoundError: If a folder is not that of a finished run.
         ValueError: If tasks, rows or metrics differ.
     """
-    a, b = _last_rows(Path(first)), _last_rows(Path(second))
+    one, other = StoredRun(Path(first)), StoredRun(Path(second))
+    a, b = ({t: score for t in run.tasks if (score := run.last(t)) is not None} for run in (one, other))
     if not set(a) & set(b):
         raise ValueError(
             f"{first} and {second} have no scored task in common ({', '.join(a)} and {', '.join(b)}). Compare runs of "
@@ -39,51 +37,10 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
         )
     shared = [task for task in a if task in b]
     for task in shared:
-        _check_same_rows(task, a[task], b[task], first, second)
-    scores = [{t: run[t]["values"] for t in shared} for run in (a, b)]
+        check_same_rows(task, a[task], b[task], first, second)
+    scores = [{t: run[t].better for t in shared} for run in (a, b)]
     by_task = {t: paired_test({t: scores[0][t]}, {t: scores[1][t]}) for t in shared}
     return {**by_task, "overall": paired_test(scores[0], scores[1])}
-
-
-def _last_rows(run: Path) -> dict[str, dict[str, Any]]:
-    """The rows of each task as they were scored after the last one: values (higher is better), prompts, how."""
-    if not (run / RESULTS).is_file():
-        raise FileNotFoundError(
-            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or name another."
-        )
-    tasks = read_object(run / RESULTS).get("tasks")
-    if not tasks:
-        raise ValueError(f"{run / RESULTS} names no scored tasks. Name the folder of one run, not that of a sweep.")
-    stages = sorted(run.glob(f"task-*-{file_name(tasks[-1])}"))
-    if not stages:
-        raise FileNotFoundError(
-            f"{run} has no folder of its last task {tasks[-1]!r}: the run is not finished. Run it again."
-        )
-    cells, found = read_stage(stages[-1]), {}
-    for task in (t for t in tasks if cells.get(t, {}).get("status") == "MEASURED"):
-        lines = read_lines(predictions_file(run, stages[-1].name, task))
-        sign = -1.0 if cells[task].get("lower_is_better") else 1.0
-        found[task] = {
-            "values": [sign * value for value in row_values(lines)],
-            "rows": [(line["prompt_hash"], line["reference"]) for line in lines],
-            "protocol": cells[task]["protocol"],
-        }
-    return found
-
-
-def _check_same_rows(task: str, a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second: Any) -> None:
-    if a["protocol"] != b["protocol"]:
-        raise ValueError(
-            f"task {task!r} was scored in other ways: {a['protocol']!r} in {first}, {b['protocol']!r} in {second}. Score both "
-            f"with one metric."
-        )
-    if a["rows"] != b["rows"]:
-        at = next((i for i, pair in enumerate(zip(a["rows"], b["rows"], strict=False)) if pair[0] != pair[1]), None)
-        what = f"row {at + 1} differs" if at is not None else f"{len(a['rows'])} and {len(b['rows'])} rows"
-        raise ValueError(
-            f"task {task!r} was scored on other rows in {first} than in {second} ({what}). Only the same rows can be paired: "
-            f"give both runs one test file, the same test_rows and the same data_seed."
-        )
 
 
 def compare_arms(

@@ -17,10 +17,9 @@ from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.prepare import Prepared
 from hf_continual.stream.scores import read_stage
+from hf_continual.stream.stored_run import BASE_FOLDER, row_values
 from hf_continual.tasks import Task
 
-RESULTS = "continual_results.json"
-BASE_FOLDER = "base"
 PACKAGES = ("hf-continual", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -123,23 +122,6 @@ def row_scores(line: Sequence[Task], output_dir: Path, base_dir: Path) -> dict[t
             if column.name in believed:
                 rows[i, j] = row_values(read_lines(predictions_file(*place, column.name)))
     return rows
-
-
-def row_values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
-    """One value per row whose plain mean is the cell, and whose spread is that of the cell.
-
-    Args:
-        lines: Predictions, with a score and, where rows count differently, a weight.
-
-    Returns:
-        The scores; with weights w, c + w (s - c) / mean(w) around the weighted mean c.
-    """
-    scores, weights = [row["score"] for row in lines], [row.get("weight", 1.0) for row in lines]
-    total = sum(weights)
-    if len(set(weights)) < 2 or not total:
-        return scores
-    centre = sum(s * w for s, w in zip(scores, weights, strict=True)) / total
-    return [centre + w * len(lines) / total * (s - centre) for s, w in zip(scores, weights, strict=True)]
 
 
 def _gauges(prepared: Prepared, stages: dict, base: dict, matrix: AccuracyMatrix) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from hf_continual.atomic_files import CHECKSUM, DamagedFile, checksum, read_json, write_json, write_lines
 from hf_continual.evaluation.files import SCORES, predictions_file
-from hf_continual.evaluation.prompts import prompt_hash, prompt_text
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.tasks import Task, TaskStream
 
@@ -43,6 +42,8 @@ def prediction_lines(rows: Iterable[Any], scored: Scored) -> list[dict[str, Any]
     Returns:
         A line per row.
     """
+    from hf_continual.evaluation.prompts import prompt_hash  # imports torch, which reading scores does not need
+
     return [
         {
             "row_id": i, "prompt_hash": prompt_hash(dict(row)), **_shown_prompt(dict(row)), "prediction": r.prediction,
@@ -61,6 +62,8 @@ def score_entry(scored: Scored) -> dict[str, Any]:
 
 def _shown_prompt(row: dict[str, Any]) -> dict[str, str]:
     """The prompt's text, so that a prediction can be read without the rows; left out where a row has none."""
+    from hf_continual.evaluation.prompts import prompt_text
+
     text = prompt_text(row)
     return {"prompt": text} if text else {}
 

@@ -13,8 +13,8 @@ from hf_continual.atomic_files import write_json, write_lines
 from hf_continual.metrics import SUMMARY
 from hf_continual.stream.compare import compare_arms, compare_runs
 from hf_continual.stream.report import matrix_table, p_text, results_report
-from hf_continual.stream.results import row_values
 from hf_continual.stream.scores import keep_score
+from hf_continual.stream.stored_run import row_values
 from hf_continual.stream.sweep_files import write_sweep
 
 ARMS = [
