@@ -22,6 +22,7 @@ import hf_continual
 from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
+from hf_continual.commands.diagnose import diagnose
 from hf_continual.commands.gate import GateCommand, exit_code_of, gate
 from hf_continual.commands.methods import methods
 from hf_continual.commands.run import run
@@ -44,7 +45,7 @@ for verb in (train, run, score, chat, methods):
 # Its options depend on the method, so it reads its arguments itself, --help among them.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 app.command(cls=GateCommand)(gate)
-for verb in (push, demo):
+for verb in (diagnose, push, demo):
     app.command()(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}
