@@ -28,7 +28,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hf_continual.diagnosis.result import Judgement, Verdict
+from hf_continual.diagnosis.result import Difference, Judgement, Verdict
+from hf_continual.intervals import combined_interval
 from hf_continual.paired import paired_test
 
 MARGIN, ALPHA = 0.05, 0.05

@@ -5,11 +5,11 @@
 The world of run.py: a tiny Llama reads biographies of 120 invented people (`read`) and learns to answer questions about
 them (`old`). From there it goes on in five ways:
 
-    early     20 steps of questions about 60 new people: the old answers collapse within a few steps (the paper's spurious forgetting)
-    frozen    300 steps of them with the embeddings and the two bottom blocks frozen
-    plain     300 steps of them
-    rewritten 300 steps of questions about the same 120 people with other answers: the facts are overwritten
-    replayed  300 steps of questions about the new people with half of the tokens replayed: nothing is forgotten
+    early     20 steps of questions about 60 new people: the old answers collapse in a few steps (the paper's spurious forgetting)
+    rewritten 200 steps of questions about the same 120 people with other answers: the facts are overwritten
+    replayed  200 steps of questions about the new people with half of the tokens replayed: nothing is forgotten
+    frozen    300 steps about the new people with the embeddings and the two bottom blocks frozen
+    plain     300 steps about the new people; what this is is not known beforehand
 
 Each is diagnosed against `old`, with `read` as the base of the control. Finished parts are not repeated.
 """
@@ -24,7 +24,8 @@ from datasets import Dataset
 from run import NEW, OLD, make_model
 
 from hf_continual import train_stream
-from hf_continual.data.biography import Person, biography_rows, people, questions
+from hf_continual.data.biography import ATTRIBUTES, Person, biography_rows, people, questions
+from hf_continual.diagnosis import diagnose
 
 CASES = ("early", "rewritten", "replayed", "frozen", "plain")
 
@@ -72,18 +73,53 @@ def plan(seed: int, folder: Path) -> dict:
     }  # fmt: skip
 
 
+def examined(seed: int, folder: Path, case: str) -> dict:
+    """The diagnosis of one case; one that is there is not made again."""
+    file = folder / f"diagnosis-{case}.json"
+    if not file.is_file():
+        run = folder / "run"
+        read, old, after = (next(run.glob(f"task-*-{name}")) for name in ("read", "old", case))
+        diagnose(old, after, old_rows(seed), read, steps=30, learning_rate=5e-4, batch_size=48, group="who").write(file)
+    return json.loads(file.read_text())
+
+
+def old_rows(seed: int) -> list[dict]:
+    """The old questions, each with the person that it is about: all questions about one are in one half."""
+    asked = [person.name for person in people(OLD, seed) for _ in ATTRIBUTES]
+    return [{**row, "who": who} for row, who in zip(biography_rows(OLD, seed=seed), asked, strict=True)]
+
+
+def line(seed: int, case: str, found: dict) -> str:
+    """A row of the README's table."""
+    held = {moment: 100 * score["held"]["value"] for moment, score in found["scores"].items()}
+    over = [100 * x for x in found["tests"]["over the control"]["interval"]]
+    shown = [f"{held[m]:.0f}" for m in ("before", "after", "recovered", "control")]
+    blocks = [e for e in found["layers"] if e["layer"].startswith("layer.")]
+    angles = " ".join(f"{e['angle']:.0f}" for e in blocks)
+    alike = " ".join(f"{e['cka']:.2f}" for e in blocks)
+    verdict = f"{found['verdict']} ({found['confidence']:.2f})"
+    return (
+        f"| {case} | {seed} | {' | '.join(shown)} | {over[0]:+.0f} to {over[1]:+.0f} | {verdict} | {angles} | {alike} |"
+    )
+
+
 def main() -> None:
     """Train the cases of every seed, diagnose each, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("diagnose-out"))
     args = parser.parse_args()
+    lines = []
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
         if not (folder / "model" / "config.json").is_file():
             make_model(folder / "model", seed)
-        found = train_stream(plan(seed, folder)).results
-        print(seed, json.dumps({k: v.get("old", {}).get("value") for k, v in found["cells"].items()}), flush=True)
+        whole = plan(seed, folder)
+        last = max(i for i, task in enumerate(whole["tasks"]) if task["name"] in args.cases)
+        train_stream({**whole, "tasks": whole["tasks"][: last + 1]})  # more cases later go on from there
+        lines += [line(seed, case, examined(seed, folder, case)) for case in CASES if case in args.cases]
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests import toy
 from tests.first_hour.typed import typed
 
 KEYS = 48
-OPTIONS = dict(steps=12, learning_rate=1e-3, batch_size=16)
+OPTIONS = dict(steps=10, learning_rate=1e-3, batch_size=16)
 
 
 def facts(shift: int = 0) -> Dataset:
@@ -27,32 +27,23 @@ def facts(shift: int = 0) -> Dataset:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base: knows nothing; before: the table; other: another table; hidden: the table behind a shifted final state."""
+    """base: knows nothing; before: the table; other: another table in its place; hidden: a few steps of something new."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), toy.tokenizer()
 
-    def keep(model, name):
+    def keep(name, start, rows, steps, rate, batch):
+        model = AutoModelForCausalLM.from_pretrained(folder / start)
+        teach(model, tokenizer, rows, steps, rate, batch)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
-    model = toy.model()
-    keep(model, "base")
-    teach(model, tokenizer, facts(), 150, 5e-3, 48)
-    keep(model, "before")
-    with torch.no_grad():
-        # Every state is moved towards one word's output: nothing is lost, and one common direction undoes it.
-        model.lm_head.weight[10] += 3 * model.lm_head.weight.mean(0) + 0.5 * torch.sign(_mean_state(model, tokenizer))
-    keep(model, "hidden")
-    model = AutoModelForCausalLM.from_pretrained(folder / "before")
-    teach(model, tokenizer, facts(1), 150, 5e-3, 48)
-    keep(model, "other")
+    toy.model(hidden_size=128, intermediate_size=256, num_hidden_layers=2).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    keep("before", "base", facts(), 60, 3e-3, KEYS)
+    new = Dataset.from_list([{"prompt": f"w{i}", "completion": " w59"} for i in range(48, 58)])
+    keep("hidden", "before", new, 3, 2e-3, 10)
+    keep("other", "before", facts(1), 60, 3e-3, KEYS)
     facts().to_json(folder / "old.jsonl")
     return folder
-
-
-def _mean_state(model, tokenizer):
-    ids = torch.tensor([tokenizer(row["prompt"])["input_ids"] for row in facts()])
-    with torch.no_grad():
-        return model.model(ids).last_hidden_state.mean((0, 1))
 
 
 def test_nothing_was_forgotten(folder):
@@ -65,16 +56,15 @@ def test_nothing_was_forgotten(folder):
 
 def test_what_is_hidden_is_told_from_what_is_gone(folder, tmp_path):
     hidden = diagnose(folder / "before", folder / "hidden", facts(), folder / "base", **OPTIONS)
-    assert hidden.scores["after"]["held"]["value"] < 0.5, "the model made for it remembers"
+    assert hidden.scores["after"]["held"]["value"] < 0.5
     assert hidden.verdict == "spurious", hidden.reason
-    assert hidden.scores["recovered"]["held"]["value"] > 0.9 and hidden.scores["control"]["held"]["value"] < 0.2
+    assert hidden.scores["recovered"]["held"]["value"] > 0.7 and hidden.scores["control"]["held"]["value"] < 0.2
     assert "train --model" in hidden.remedies[0].command and any("freeze" in r.command for r in hidden.remedies)
-    gone = diagnose(
-        folder / "before", folder / "other", facts(), folder / "base", **{**OPTIONS, "steps": 60, "learning_rate": 5e-3}
-    )
+    options = {**OPTIONS, "steps": 30, "margin": 0.2}  # 24 rows exclude no less
+    gone = diagnose(folder / "before", folder / "other", facts(), folder / "base", **options)
     assert gone.verdict == "real", gone.reason
     assert gone.scores["recovered"]["shown"]["value"] > 0.8 and "replay" in gone.remedies[-1].command
-    assert [e["layer"] for e in gone.layers] == ["embed", *(f"layer.{i}" for i in range(4)), "final"]
+    assert [e["layer"] for e in gone.layers] == ["embed", *(f"layer.{i}" for i in range(2)), "final"]
     assert all(0 < e["angle"] <= 90 for e in gone.layers if e["layer"].startswith("layer."))
     assert [p["share"] for p in gone.line] == [0, 0.25, 0.5, 0.75, 1]
     assert gone.line[0]["nll"] == pytest.approx(gone.scores["before"]["held_nll"], abs=1e-5)
@@ -96,18 +86,18 @@ def test_without_a_control_or_teaching_it_stays_undecided(folder):
 
 def test_adapters(folder, tmp_path):
     tokenizer = toy.tokenizer()
-    for name, shift, steps in (("first", 0, 200), ("second", 1, 200)):
+    for name, shift, steps in (("first", 0, 100), ("second", 1, 100)):
         model = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder / "base"),
             LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         )
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-        teach(model, tokenizer, facts(shift), steps, 1e-2, 48)
+        teach(model, tokenizer, facts(shift), steps, 5e-3, 48)
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    found = diagnose(tmp_path / "first", tmp_path / "second", facts(), steps=5, learning_rate=1e-2)
+    found = diagnose(tmp_path / "first", tmp_path / "second", facts(), steps=5, learning_rate=5e-3)
     # The base is found in the adapter, so that there is a control and there are angles.
-    assert "control" in found.scores and found.scores["before"]["held"]["value"] > 0.9
+    assert "control" in found.scores and found.scores["before"]["held"]["value"] > 0.8
     assert all(e["angle"] is not None for e in found.layers if e["layer"].startswith("layer."))
     assert next(e for e in found.layers if e["layer"] == "embed")["size"] == 0
     assert found.line[-1]["nll"] == pytest.approx(found.scores["after"]["held_nll"], rel=1e-4)
@@ -119,7 +109,7 @@ def test_adapters(folder, tmp_path):
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     line = (
-        f"diagnose before hidden --rows old.jsonl --base base --steps 12 --learning-rate 1e-3 --out {tmp_path}/d.json"
+        f"diagnose before hidden --rows old.jsonl --base base --steps 10 --learning-rate 1e-3 --out {tmp_path}/d.json"
     )
     code, out, err = typed(f"{line} --quiet", capsys)
     assert code == 0, err
