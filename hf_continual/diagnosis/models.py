@@ -13,9 +13,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_continual.merging.inputs.checkpoint import open_checkpoint
+from hf_continual.hub.damaged import not_found
+from hf_continual.merging.inputs.checkpoint import Checkpoint, open_checkpoint
 from hf_continual.merging.inputs.members import Member, open_members
 from hf_continual.merging.inputs.run_model import load_tokenizer
+from hf_continual.paths import check_is_there
 
 Source = str | os.PathLike[str]
 
@@ -53,15 +55,28 @@ def open_patients(before: Source, after: Source, base: Source | None = None) -> 
 
     Raises:
         ValueError: If the base is an adapter.
+        FileNotFoundError: If one is neither a folder here nor a name that the Hub or its cache knows.
     """
-    first, last = open_checkpoint(before), open_checkpoint(after)
+    first, last = _opened(before, "the model before"), _opened(after, "the model after")
     below = None if base is None else str(base)
+    if base is not None:
+        _opened(base, "the base")
     if below is None and first.is_adapter:
         below = first.config.get("base_model_name_or_path")
     opened_before, full = open_members([before], below)
     under = below if first.is_adapter else str(before)
     opened_after, _ = open_members([after], under if last.is_adapter else None)
     return Patients(opened_before[0], opened_after[0], None if full is None else Member(full))
+
+
+def _opened(source: Source, what: str) -> Checkpoint:
+    check_is_there(source, what)
+    try:
+        return open_checkpoint(source)
+    except OSError as error:
+        if missing := not_found(source, what, error):
+            raise FileNotFoundError(missing) from error
+        raise
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
         "diagnose before hidden --rows gone.jsonl": "gone.jsonl",
         "diagnose before hidden --rows old.jsonl --base gone/x/y": "--base",
         "diagnose before hidden --rows old.jsonl --metric exact": "exact",
-        "diagnose before hidden --rows old.jsonl --group who": "--group",
+        "diagnose before hidden --rows old.jsonl --group who": "no such column",
         "diagnose before hidden --rows old.jsonl --limit 16 --margin 0": "margin",
     }.items():
         code, _, err = typed(wrong, capsys)
