@@ -54,7 +54,8 @@ def test_what_cannot_be_concluded_is_undecided_and_says_why():
     # Without a control it can still be shown that nothing comes back.
     gone = judge(scores(n=400, before=0.98, after=0.02, recovered=0.02), taught=1.0)
     assert gone.verdict == "real"
-    small = judge(scores(n=60, before=0.9, after=0.9, recovered=0.9, control=0.2), taught=1.0)
+    known, lost = [1.0] * 54 + [0.0] * 6, [0.0] * 2 + [1.0] * 52 + [0.0] * 6
+    small = judge({"before": known, "after": lost, "recovered": known, "control": [0.0] * 60}, taught=1.0)
     assert small.verdict == "undecided" and "More rows would tell" in small.reason
 
 
