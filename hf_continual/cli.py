@@ -22,7 +22,9 @@ import hf_continual
 from hf_continual import stopping
 from hf_continual.commands.chat import chat
 from hf_continual.commands.demo import demo
+from hf_continual.commands.diagnose import diagnose
 from hf_continual.commands.examples import example
+from hf_continual.commands.gate import GateCommand, exit_code_of, gate
 from hf_continual.commands.methods import methods
 from hf_continual.commands.report import report
 from hf_continual.commands.run import run
@@ -44,7 +46,8 @@ for verb in (train, run, score, chat, methods):
     app.command(epilog=example(verb.__name__))(verb)
 # Its options depend on the method, so it parses its arguments itself, including --help.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
-for verb in (report, push, demo):
+app.command(cls=GateCommand, epilog=example("gate"))(gate)
+for verb in (diagnose, report, push, demo):
     app.command(epilog=example(verb.__name__))(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}
@@ -76,6 +79,14 @@ def _said(error: Exception) -> str:
     return f"{error}{place}. This error is unexpected; hf-continual --debug ... shows where it happened."
 
 
+def _exit_code(error: Exception) -> int:
+    """Of an error that ends the program."""
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if verb == "gate":
+        return exit_code_of(error)
+    return PUSH_FAILED if isinstance(error, HubPushError) else 2
+
+
 def _warned(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
@@ -96,7 +107,7 @@ def main() -> None:
     """Run the command line.
 
     Exit code 0: done. 2: an error, printed as one message. 3: a push that failed. 75: stopped by SIGTERM, SIGINT or SIGUSR1
-    or a time limit; the same command resumes.
+    or a time limit; the same command resumes. `gate` has its own codes.
     """
     warnings.formatwarning = _warned
     # As with `python -m`: your own methods and metrics are found in the current folder.
@@ -115,7 +126,7 @@ def main() -> None:
         Console(stderr=True).print(
             Text.assemble((type(error).__name__, "bold red"), f": {_said(error)}"), highlight=False, soft_wrap=True
         )
-        sys.exit(PUSH_FAILED if isinstance(error, HubPushError) else 2)
+        sys.exit(_exit_code(error))
     finally:
         # The system frees a process's memory at exit; collecting cycles among torch's objects first would take 0.4 s.
         gc.freeze()

@@ -158,9 +158,14 @@ def _correlations(rows: Sequence[Sequence[float]], weights: np.ndarray) -> np.nd
 
 
 def figure_intervals(
-    runs: Sequence[Rows], tasks: int, draws: int = 1000, seed: int = 0, lower_is_better: bool = False
+    runs: Sequence[Rows],
+    tasks: int,
+    draws: int = 1000,
+    seed: int = 0,
+    lower_is_better: bool = False,
+    confidence: float = 0.95,
 ) -> dict[str, Interval | None]:
-    """95 % intervals of a matrix' figures over the scored rows, and over runs if there are several.
+    """Intervals of a matrix' figures over the scored rows, and over runs if there are several.
 
     Args:
         runs: For each run the score of every row in every cell, ``{(after, task): scores}``; `after` = -1 is the base
@@ -169,6 +174,7 @@ def figure_intervals(
         draws: Draws of the bootstrap, if one is needed.
         seed: Seed of the draws.
         lower_is_better: Whether the scores are losses.
+        confidence: Probability that such intervals hold the true figure.
 
     Returns:
         Lower and upper bound by figure; None if a figure cannot be computed. For one run whose rows are all right or
@@ -177,11 +183,11 @@ def figure_intervals(
     """
     shares = [is_share(scores) for run in runs for scores in run.values()]
     if all(shares) and len(runs) == 1:
-        return _from_cells(runs, tasks, lower_is_better)
-    drawn = bootstrap_intervals(runs, tasks, draws, seed=seed, lower_is_better=lower_is_better)
+        return _from_cells(runs, tasks, lower_is_better, confidence)
+    drawn = bootstrap_intervals(runs, tasks, draws, confidence, seed, lower_is_better=lower_is_better)
     if not any(shares):
         return drawn
-    combined = _from_cells(runs, tasks, lower_is_better)
+    combined = _from_cells(runs, tasks, lower_is_better, confidence)
     return {name: _hull(bounds, combined.get(name)) for name, bounds in drawn.items()}
 
 
@@ -191,7 +197,9 @@ def _hull(one: Interval | None, two: Interval | None) -> Interval | None:
     return min(one[0], two[0]), max(one[1], two[1])
 
 
-def _from_cells(runs: Sequence[Rows], tasks: int, lower_is_better: bool) -> dict[str, Interval | None]:
+def _from_cells(
+    runs: Sequence[Rows], tasks: int, lower_is_better: bool, confidence: float
+) -> dict[str, Interval | None]:
     """Intervals of the mean over runs of each figure, combined from those of the cells."""
     found: dict[str, Interval | None] = {}
     matrices = [
@@ -207,5 +215,5 @@ def _from_cells(runs: Sequence[Rows], tasks: int, lower_is_better: bool) -> dict
             for place, value in coefficients(name, matrix).items():
                 parts.append((value / len(runs), run[place]))
                 groups.append(place[1])
-        found[name] = combined_interval(parts, groups=groups)
+        found[name] = combined_interval(parts, confidence, groups)
     return found

@@ -17,7 +17,7 @@ class PairedTest:
 
     Args:
         difference: Mean score of the second minus that of the first; for several tasks the mean over tasks.
-        interval: 95 % interval of the difference; None if the rows say nothing about it.
+        interval: Interval of the difference, 95 % by default; None if the rows say nothing about it.
         p_value: Probability of a difference at least as large, in either direction, if both were equally good.
         n: Number of rows.
         better: Rows on which the second scored higher.
@@ -39,7 +39,11 @@ class PairedTest:
 
 
 def paired_test(
-    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], draws: int = 9999, seed: int = 0
+    first: Mapping[str, Sequence[float]],
+    second: Mapping[str, Sequence[float]],
+    draws: int = 9999,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> PairedTest:
     """Compare two runs by their scores of the same rows.
 
@@ -48,6 +52,7 @@ def paired_test(
         second: The same tasks and rows, in the same order.
         draws: Draws of the sign-flip test and of the bootstrap, if scores are not 0 or 1.
         seed: Seed of the draws.
+        confidence: Probability that such intervals hold the true difference.
 
     Returns:
         McNemar's exact test over all rows if every row is right or wrong, with Newcombe's interval; otherwise a test
@@ -71,13 +76,13 @@ def paired_test(
         from scipy import stats
 
         parts = [(sign / len(first), run[t]) for t in first for sign, run in ((1.0, second), (-1.0, first))]
-        interval = combined_interval(parts, groups=[i for i in range(len(first)) for _ in range(2)])
+        interval = combined_interval(parts, confidence, [i for i in range(len(first)) for _ in range(2)])
         p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
         return PairedTest(difference, interval, p_value, len(every), better, worse, "McNemar, exact")
     # Each row has the weight it has in its task's mean.
     scaled = np.concatenate([c / len(c) / len(changes) for c in changes.values()])
     return PairedTest(
-        difference, _drawn(changes, draws, seed), _by_signs(scaled, draws, seed), len(every), better, worse, "signs of the rows' differences"
+        difference, _drawn(changes, draws, seed, confidence), _by_signs(scaled, draws, seed), len(every), better, worse, "signs of the rows' differences"
     )  # fmt: skip
 
 
@@ -92,7 +97,7 @@ def _by_signs(scaled: np.ndarray, draws: int, seed: int) -> float:
     return float(found.pvalue)
 
 
-def _drawn(changes: Mapping[str, np.ndarray], draws: int, seed: int) -> Interval | None:
+def _drawn(changes: Mapping[str, np.ndarray], draws: int, seed: int, confidence: float) -> Interval | None:
     """Percentiles of the mean over tasks of differences, with rows resampled within each task."""
     if all(len(set(c.tolist())) < 2 for c in changes.values()):
         return None
@@ -101,5 +106,6 @@ def _drawn(changes: Mapping[str, np.ndarray], draws: int, seed: int) -> Interval
     for change in changes.values():
         counts = rng.multinomial(len(change), np.full(len(change), 1 / len(change)), size=draws)
         total += counts @ change / len(change) / len(changes)
-    low, high = np.percentile(total, [2.5, 97.5])
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(total, [tail, 100 - tail])
     return float(low), float(high)

@@ -7,6 +7,8 @@ EXAMPLES: dict[str, str] = {
     "run": "hf-continual run plan.yaml --dry-run",
     "score": "hf-continual score out/law --test law.test.jsonl --metric exact_match",
     "chat": "hf-continual chat out/law --prompt 'What is a lien?'",
+    "gate": "hf-continual gate out/new --against out/released",
+    "diagnose": "hf-continual diagnose out/task-00-old out/task-01-new --rows old.jsonl --base Qwen/Qwen2.5-0.5B",
     "report": "hf-continual report out/plain out/replay --out report.html",
     "methods": "hf-continual methods --json",
     "push": "hf-continual push out/law me/law --dry-run",

@@ -48,7 +48,7 @@ def run_plan(
         if is_main():
             show_dry_run(described, console, as_json)
         return
-    from hf_continual.stream.results import RESULTS
+    from hf_continual.stream.stored_run import RESULTS
     from hf_continual.stream.train import run_read
 
     if quiet:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.atomic_files import read_lines, read_object
-from hf_continual.evaluation.files import file_name, predictions_file
-from hf_continual.hub.facts import RESULTS
 from hf_continual.paired import PairedTest, paired_test
-from hf_continual.stream.plan import JOINT
-from hf_continual.stream.scores import read_stage, row_values
+from hf_continual.stream.stored_run import StoredRun, StoredScore, check_same_rows
 
 
 def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, PairedTest]:
@@ -58,72 +53,28 @@ def compare_rows(a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second:
         )
     shared = [task for task in a if task in b]
     for task in shared:
-        _check_same_rows(task, a[task], b[task], first, second)
-    scores = [{t: run[t]["values"] for t in shared} for run in (a, b)]
+        check_same_rows(task, a[task], b[task], first, second)
+    scores = [{t: run[t].better for t in shared} for run in (a, b)]
     by_task = {t: paired_test({t: scores[0][t]}, {t: scores[1][t]}) for t in shared}
     return {**by_task, "overall": paired_test(scores[0], scores[1])}
 
 
-def last_rows(run: Path, tasks: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Each task's row scores after the last task.
+def last_rows(run: Path, tasks: Sequence[str] | None = None) -> dict[str, StoredScore]:
+    """Each task's score of the last model, row by row.
 
     Args:
         run: The run's folder.
         tasks: Its scored tasks in order; by default those of its results.
 
     Returns:
-        By task ``values`` (higher is better), ``rows`` (what they are told apart by) and ``protocol`` (how they were scored).
+        The scores by task; tasks that were not measured are left out.
 
     Raises:
         FileNotFoundError: If it is not the folder of a finished run.
         ValueError: If it names no tasks.
     """
-    if tasks is None:
-        tasks = _tasks_of(run)
-    joint = (run / RESULTS).is_file() and read_object(run / RESULTS).get("between_tasks") == JOINT
-    last = JOINT if joint else tasks[-1]
-    stages = sorted(run.glob(f"task-*-{glob.escape(file_name(last))}"))
-    if not stages:
-        raise FileNotFoundError(
-            f"{run} has no folder of its last task {last!r}: the run is not finished. Run it again."
-        )
-    cells, found = read_stage(stages[-1]), {}
-    for task in (t for t in tasks if cells.get(t, {}).get("status") == "MEASURED"):
-        lines = read_lines(predictions_file(run, stages[-1].name, task))
-        sign = -1.0 if cells[task].get("lower_is_better") else 1.0
-        found[task] = {
-            "values": [sign * value for value in row_values(lines)],
-            "rows": [(line["prompt_hash"], line["reference"]) for line in lines],
-            "protocol": cells[task]["protocol"],
-        }
-    return found
-
-
-def _tasks_of(run: Path) -> list[str]:
-    """The scored tasks of a run, from its results."""
-    if not (run / RESULTS).is_file():
-        raise FileNotFoundError(
-            f"{run} has no {RESULTS}: it is not the folder of a run. Run its plan, or name another."
-        )
-    tasks = read_object(run / RESULTS).get("tasks")
-    if not tasks:
-        raise ValueError(f"{run / RESULTS} names no scored tasks. Name the folder of one run, not that of a sweep.")
-    return tasks
-
-
-def _check_same_rows(task: str, a: Mapping[str, Any], b: Mapping[str, Any], first: Any, second: Any) -> None:
-    if a["protocol"] != b["protocol"]:
-        raise ValueError(
-            f"task {task!r} was scored in different ways: {a['protocol']!r} in {first}, {b['protocol']!r} in {second}. Score both "
-            f"with the same metric."
-        )
-    if a["rows"] != b["rows"]:
-        at = next((i for i, pair in enumerate(zip(a["rows"], b["rows"], strict=False)) if pair[0] != pair[1]), None)
-        what = f"row {at + 1} differs" if at is not None else f"{len(a['rows'])} and {len(b['rows'])} rows"
-        raise ValueError(
-            f"task {task!r} was scored on different rows in {first} and in {second} ({what}). Only the same rows can be paired: "
-            f"give both runs the same test file, the same test_rows and the same data_seed."
-        )
+    stored = StoredRun(run, tasks)
+    return {task: score for task in stored.tasks if (score := stored.last(task)) is not None}
 
 
 def compare_arms(

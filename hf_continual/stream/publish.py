@@ -13,8 +13,9 @@ from hf_continual.inference.names import sizes_in
 from hf_continual.stream.folders import read_trained
 from hf_continual.stream.models import is_adapter
 from hf_continual.stream.plan import ALL_TASKS
-from hf_continual.stream.results import BASE_FOLDER, protocols
+from hf_continual.stream.results import protocols
 from hf_continual.stream.scores import read_stage
+from hf_continual.stream.stored_run import BASE_FOLDER
 from hf_continual.tasks import Task
 from hf_continual.trainer.facts import method_facts, settings_of, trl_tags
 

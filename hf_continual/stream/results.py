@@ -17,10 +17,9 @@ from hf_continual.metrics import AccuracyMatrix, harmonic_mean
 from hf_continual.stream.curve import read_curve
 from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.scores import read_stage, row_values
+from hf_continual.stream.stored_run import BASE_FOLDER
 from hf_continual.tasks import Task
 
-RESULTS = "continual_results.json"
-BASE_FOLDER = "base"
 PACKAGES = ("hf-continual", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 

@@ -23,9 +23,10 @@ from hf_continual.stream.plan_lines import PlanError, Where
 from hf_continual.stream.plan_record import keep_plan, only_one, plain_plan
 from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.publish import write_stage_card
-from hf_continual.stream.results import BASE_FOLDER, RESULTS, StreamResult, collect
+from hf_continual.stream.results import StreamResult, collect
 from hf_continual.stream.scores import read_stage
 from hf_continual.stream.start import from_merged
+from hf_continual.stream.stored_run import BASE_FOLDER, RESULTS
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)

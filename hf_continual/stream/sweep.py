@@ -23,8 +23,9 @@ from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.stream.plan_record import keep_plan, plain_plan
 from hf_continual.stream.prepare import prepare
 from hf_continual.stream.prepared import Prepared
-from hf_continual.stream.results import RESULTS, StreamResult, row_scores
+from hf_continual.stream.results import StreamResult, row_scores
 from hf_continual.stream.run_plan import check_merge, refuse_on_all, run_prepared
+from hf_continual.stream.stored_run import RESULTS
 from hf_continual.stream.sweep_files import write_sweep
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from hf_continual.stream.learner import PlanLearner
 from hf_continual.stream.models import is_adapter
 from hf_continual.stream.plan_record import keep_plan, plain_plan
 from hf_continual.stream.prepared import Prepared
-from hf_continual.stream.results import BASE_FOLDER
 from hf_continual.stream.run_plan import refuse_on_all, with_start
 from hf_continual.stream.scores import keep_score, read_stage
+from hf_continual.stream.stored_run import BASE_FOLDER
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ ERRORS = {
     "torch": (RuntimeError("[enforce fail at inline_container.cc:783] . unexpected pos 64 vs 0"), "the disk is full"),
     "numpy": (OSError("1536 requested and 992 written"), "the disk is full"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "out/x.json"), "the file system is read-only"),
-    "rights": (PermissionError(errno.EACCES, "Permission denied", "out/x.json"), "may not write there"),
+    "rights": (PermissionError(errno.EACCES, "Permission denied", "out/x.json"), "no permission to write there"),
 }
 
 
