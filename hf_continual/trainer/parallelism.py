@@ -77,7 +77,8 @@ def refusal(method: Method, mode: str) -> tuple[str, str] | None:
         Reason and remedy, as parts of a sentence.
     """
     found = _by_what_it_does(type(method), mode)
-    if found is None and method.reads_reference():
+    # Modules that a method supplies are put onto whole weights, before they are sharded.
+    if found is None and (method.reads_reference() or overrides(type(method), "adapter")):
         found = READS_WEIGHTS.get(kind_of(type(method)), {}).get(mode)
         if found is None and mode == "ZeRO-3":
             return _SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method."

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
@@ -113,7 +114,8 @@ def _results(stream: TaskStream, folder: Path, base_dir: Path, model: str, gauge
         scores = [[value(stages[a].get(b, {})) for b in names] for a in names]
         matrices[kind] = AccuracyMatrix(scores, [value(base[n]) for n in names], kind == "nll")
     matrix, loss = matrices["matrix"], matrices["nll"]
-    intervals = figure_intervals([row_scores(list(stream), folder, base_dir)], len(names), 100)
+    prepared = SimpleNamespace(joint=None, line=list(stream))
+    intervals = figure_intervals([row_scores(prepared, folder, base_dir)], len(names), 100)
     return {
         "format": 1, "model": f"/home/me/{model}", "complete": True, "tasks": names, "metric": EXACT,
         "matrix": {"scores": matrix.scores, "base": matrix.base, "lower_is_better": False},
