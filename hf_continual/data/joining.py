@@ -51,7 +51,7 @@ def _of_columns(rows: Dataset, columns: Sequence[str], name: str) -> Dataset:
     """Rows with these columns; rows without tools are given none."""
     if "chat_template_kwargs" in columns and "chat_template_kwargs" not in rows.column_names:
         raise ValueError(
-            f"the rows of task {name!r} have no chat_template_kwargs, and those of another have. Give them to all tasks, or "
+            f"the rows of task {name!r} have no chat_template_kwargs, but those of another have. Give them to all tasks, or "
             f"to none."
         )
     if "tools" in columns and "tools" not in rows.column_names:

@@ -307,9 +307,7 @@ def test_tools_go_along_with_replayed_rows(tmp_path):
     assert kept[0]["tools"][0]["function"]["name"] == "sum"
     told = Dataset.from_list([{"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}])
     stream = TaskStream([Task("a", train=told), Task("b", train=second), Task("c", train=third)])
-    with pytest.raises(
-        ValueError, match="the earlier task 'b' have no chat_template_kwargs, but those of another have"
-    ):
+    with pytest.raises(ValueError, match="task 'b' have no chat_template_kwargs, but those of another have"):
         with_earlier(asked, stream[2], stream, None)
 
 
