@@ -242,7 +242,8 @@ def _plan(job: Job, options: Output) -> MergePlan:
     """Compare the models and lay the output out."""
     notes: list[str] = [] if job.members[0].checkpoint.is_adapter else check_configs(job.members)
     notes += check_tokenizers(job.members, options.vocab)
-    warn_alone(job.members)
+    if options.dtype is None:  # another dtype is a reason to merge one model
+        warn_alone(job.members)
     warn_identical(job.members)
     notes += dict.fromkeys(n for m in job.members if m.own is not job.base for n in m.own.notes)
     layout = lay_out(job, options, notes)

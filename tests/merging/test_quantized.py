@@ -106,7 +106,8 @@ def test_the_original_is_the_default_and_the_card_says_so(tmp_path):
     )
     with pytest.raises(MergeError, match="a was trained on a base in 4 bits .*, and quantized_base='error'"):
         merge_linear([a], tmp_path / "no", base=folder, output="model", quantized_base="error")
-    merge_linear([folder], tmp_path / "copy", base=folder, quantized_base="error")
+    with pytest.warns(UserWarning, match="is the only model"):
+        merge_linear([folder], tmp_path / "copy", base=folder, quantized_base="error")
 
 
 def note(folder, scheme):
