@@ -56,7 +56,8 @@ def general_loss(
             width = max(map(len, batch))
             ids = torch.tensor([x + [pad] * (width - len(x)) for x in batch], device=device)
             mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in batch], device=device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = logits[:, -width:][:, :-1].float()  # a soft prompt comes before the text
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             sums = torch.where(mask[:, 1:].bool(), nll.view(len(batch), -1), 0.0).sum(1).tolist()
             if any(math.isnan(total) for total in sums):

@@ -415,7 +415,8 @@ def test_two_trainers_one_after_another_on_a_model(tmp_path):
         )  # fmt: skip
         trainer.train()
         assert not hooks(model)
-        assert trainer.state.log_history[0]["gere/violations"] == 0
+        logged = [e["gere/violations"] for e in trainer.state.log_history if "gere/violations" in e]
+        assert logged[0] == 0
 
 
 def test_retries_with_smaller_batches_hook_once(tmp_path):

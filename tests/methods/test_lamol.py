@@ -393,7 +393,7 @@ def test_rows_and_runs_that_cannot_work(tmp_path, first):
         build(toy.model(), tmp_path, several_turns(), lamol(), assistant_only_loss=True)
     with pytest.raises(ValueError, match="none of the 6 rows has room.*Raise max_length"):
         build(toy.model(), tmp_path, pairs(0), lamol(), max_length=5)
-    with pytest.raises(ValueError, match="rows, and they are a stream"):
+    with pytest.raises(ValueError, match="rows, but they are a stream"):
         build(toy.model(), tmp_path, pairs(0).to_iterable_dataset(), lamol())
     with pytest.raises(ValueError, match="learned with the markers.*'w57'.*Give the same markers.*fresh_methods=True"):
         build(first, tmp_path, pairs(30), LAMOL(gen_marker="w56", answer_marker="w58"), task_index=1).train()

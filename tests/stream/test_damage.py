@@ -159,7 +159,11 @@ def test_kept_rows_are_written_again(runs, tmp_path, caplog, harm):
     else:
         harm(file)
     assert measured(train_stream(plan).results) == measured(results)
-    assert read_lines(file) == rows and str(file) in caplog.text and "written again" in caplog.text
+    assert (
+        read_lines(file) == rows
+        and str(file) in caplog.text
+        and "is rewritten from the rows of the plan" in caplog.text
+    )
 
 
 def test_scores_taken_in_training_cannot_be_taken_again(runs, tmp_path):

@@ -98,7 +98,7 @@ def test_the_tables_and_the_card_say_what_it_is(trained):
     assert "t2 " not in text.split("all tasks at once")[1].split("\n")[0]
     folder = out / "task-00-joint"
     card = render_card(folder)
-    assert "learnt 3 tasks in one run over all their rows (t0, t1, t2)" in card and "one after the other (" not in card
+    assert "learned 3 tasks in one run over all their rows (t0, t1, t2)" in card and "one after another (" not in card
     assert "Joint training: the rows of all tasks in one run" in card and "plain sequential" not in card
     assert "| all tasks at once | " in card and "After the last task" not in card
     assert card.count("this model |") >= 3, "every task was learned by this model"
@@ -168,7 +168,7 @@ def test_tasks_in_memory_and_one_task(tmp_path):
 
 REFUSED = {
     "memory": ({"memory": {"rows": 2}}, r"memory: memory keeps rows for later tasks.*memory: null"),
-    "parent": ({"tasks.2.parent": "t0"}, r"tasks\[2\].parent: task 't2' goes on from 't0'"),
+    "parent": ({"tasks.2.parent": "t0"}, r"tasks\[2\].parent: task 't2' continues from 't0'"),
     "base for all": ({"tasks.1.parent": "base"}, r"tasks\[1\].parent: .*without branches"),
     "sft": ({"tasks.1.sft": {"max_steps": 9}}, r"tasks\[1\].sft.max_steps: max_steps is 6 for task 't0' and 9 for 't1'"),
     "sft of the first": ({"tasks.0.sft": {"warmup_steps": 2}}, r"tasks\[0\].sft.warmup_steps: .* is 2 .* and not set for 't1'"),
