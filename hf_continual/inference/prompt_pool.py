@@ -254,7 +254,7 @@ class PromptPoolTuner(KindTuner, BaseTuner):
             body.register_forward_hook(pool.after, with_kwargs=True),
         ]
         model.add_module(self.prefix, pool)
-        self._mark_only_adapters_as_trainable(model)
+        model.requires_grad_(False)
         pool.requires_grad_(not config.inference_mode)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:

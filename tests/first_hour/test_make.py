@@ -80,6 +80,7 @@ def test_every_benchmark_compiles():
         compile(script.read_text(encoding="utf-8"), str(script), "exec")
 
 
+@pytest.mark.exhaustive  # .ci/run calls make docs itself, which checks this
 def test_the_reference_holds_every_public_name(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc is installed by make docs")
     done = subprocess.run(
