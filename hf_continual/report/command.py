@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -42,10 +42,8 @@ def report_from_command(
         raise ValueError(
             f"out={out} does not end in .html, so that a browser would not show it. Say {out.with_suffix('.html')}."
         )
-    # The page reports what does not belong together.
-    logging.getLogger("hf_continual").setLevel(logging.ERROR)
     status = None if quiet else Console(stderr=True).status("starting")
-    with status or contextlib.nullcontext():
+    with _errors_only(), status or contextlib.nullcontext():
         from hf_continual.report.write import write_report
 
         found = write_report(
@@ -61,3 +59,15 @@ def report_from_command(
             shown.print(f"pictures  {figures} ({len(found['figures'])} files)", soft_wrap=True, highlight=False)
         if found["missing"]:
             shown.print(f"{len(found['missing'])} things are missing; the page says which.", highlight=False)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Log no warnings inside: the page reports what does not belong together."""
+    logger = logging.getLogger("hf_continual")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

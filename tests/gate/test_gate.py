@@ -184,7 +184,7 @@ def test_what_was_not_measured_is_an_error(here, tmp_path):
     with pytest.raises(ValueError, match="single was not scored on t1, general, on which released was"):
         gate(tmp_path / "single", "released")
     runs.write_run(tmp_path / "short", [{"t0": runs.shares(0.5, 20)}])
-    with pytest.raises(ValueError, match=r"scored on other rows .*\(20 and 400 rows\)"):
+    with pytest.raises(ValueError, match=r"scored on different rows .*\(20 and 400 rows\)"):
         gate(tmp_path / "single", tmp_path / "short")
     # The same run passes against itself, and a baseline in the file is a comparison as on the command line.
     assert held("baseline: released\nmargin: 0.02").to_dict() == gate("better", "released").to_dict()
