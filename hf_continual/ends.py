@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,12 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     configured = configured.tolist() if hasattr(configured, "tolist") else configured  # a tensor after `generate`
     several = list(configured) if isinstance(configured, Iterable) else [configured]
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *several] if i is not None)
+
+
+def up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
+    """An answer up to and including its first end, whole without one: a template may add a line break, which nobody generates."""
+    stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: stop + 1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_continual.ends import padding_token
+from hf_continual.ends import padding_token, up_to_end
+from hf_continual.tensors.modes import evaluation_mode
 from hf_continual.tensors.reference import most_tokens
 
 
@@ -54,27 +55,17 @@ def sample(
     Returns:
         The new tokens of each, up to and including its end, if it has one.
     """
-    device, training = model.get_input_embeddings().weight.device, model.training
+    device = model.get_input_embeddings().weight.device
     room, pad = most_tokens(model), padding_token(tokenizer)
     most = how.max_new_tokens if room is None else max(min(how.max_new_tokens, room - len(opening)), 1)
     ids = torch.tensor([list(opening)] * number, device=device)
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.inference_mode(), warnings.catch_warnings():
-            # PEFT says so for each token after a soft prompt; without padding, positions are the same anyway.
-            warnings.filterwarnings("ignore", message="Position ids are not supported")
-            torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
-            written = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=how.top_k,
-                top_p=1.0, repetition_penalty=how.repetition_penalty, max_new_tokens=most, pad_token_id=pad,
-                eos_token_id=sorted(ends) or None,
-            )  # fmt: skip
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.random.fork_rng(), torch.inference_mode(), warnings.catch_warnings():
+        # PEFT says so for each token after a soft prompt; without padding, positions are the same anyway.
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+        written = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=how.top_k,
+            top_p=1.0, repetition_penalty=how.repetition_penalty, max_new_tokens=most, pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
+        )  # fmt: skip
     return [up_to_end(tokens, ends) for tokens in written[:, len(opening) :].tolist()]
-
-
-def up_to_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """Tokens up to and including the first end; all of them if there is no end."""
-    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tokens[: end + 1]

@@ -13,6 +13,7 @@ from hf_continual.atomic_files import read_lines, write_lines
 from hf_continual.data.cache import cannot_write, locked
 from hf_continual.data.distributed import from_first
 from hf_continual.ends import added_tokens, end_tokens, padding_token
+from hf_continual.tensors.modes import evaluation_mode
 from hf_continual.tensors.reference import most_tokens
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,12 @@ def own_words(
     Raises:
         ValueError: If the model writes too few usable texts.
     """
-    device, training = model.get_input_embeddings().weight.device, model.training
-    model.eval()
+    device = model.get_input_embeddings().weight.device
     ends, hidden = end_tokens(model, tokenizer), added_tokens(tokenizer).special
     texts: list[str] = []
     tried = 0
     room = most_tokens(model)
-    with torch.random.fork_rng(), torch.inference_mode():
+    with evaluation_mode(model), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         while len(texts) < number and tried < MOST_TRIES * number + batch_size:
             first = [_opening(OPENINGS[(tried + i) % len(OPENINGS)], tokenizer, ends) for i in range(batch_size)]
@@ -80,7 +80,6 @@ def own_words(
                 said = [token for token in tokens[:end] if token not in hidden]
                 if not degenerate(said):
                     texts.append(tokenizer.decode(said))
-    model.train(training)
     if len(texts) < number:
         raise ValueError(
             f'rows="self": of {tried} texts that the model wrote, only {len(texts)} were longer than {SHORTEST} tokens and did '

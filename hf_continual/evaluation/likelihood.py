@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trl.data_utils import common_prefix_length
 
+from hf_continual.ends import up_to_end
 from hf_continual.evaluation.choices import Pair, log_likelihoods
 from hf_continual.evaluation.exact_match import teacher_forced
-from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.questions import check_lengths, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.evaluation.trained import Row, trained_tokens, with_answer

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_continual.ends import added_tokens, end_tokens
+from hf_continual.ends import added_tokens, end_tokens, up_to_end
 from hf_continual.evaluation.frame import frame_of
 from hf_continual.evaluation.trained import as_pair, message_text, trained_tokens
 from hf_continual.progress import counting
 from hf_continual.tensors.head import logits_function, plain_model
+from hf_continual.tensors.modes import evaluation_mode
 from hf_continual.tensors.reference import virtual_tokens
 
 Item = TypeVar("Item")
@@ -49,12 +50,6 @@ def encode(row: dict[str, Any], tokenizer: Any, ends: Collection[int] = ()) -> t
     known = {*ends, *end_tokens(None, tokenizer)}
     end = frame_of(row, tokenizer, known, added_tokens(tokenizer)).end
     return prompt, up_to_end(answer, known if end is None else known | {end})
-
-
-def up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
-    """An answer up to and including its first end: a template may add a line break after it, which is never generated."""
-    stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
-    return answer[: stop + 1]
 
 
 def prompt_hash(row: dict[str, Any]) -> str:
@@ -110,14 +105,9 @@ def batches_by_length(items: Sequence[Item], lengths: Sequence[int], size: int) 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; the training mode is restored. Yields the device of the inputs."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield model.get_input_embeddings().weight.device
-    finally:
-        model.train(training)
+    """Evaluation mode without gradients; every module's mode is restored. Yields the device of the inputs."""
+    with evaluation_mode(model), torch.inference_mode():
+        yield model.get_input_embeddings().weight.device
 
 
 def decoder(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:

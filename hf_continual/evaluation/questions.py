@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_continual.ends import AddedTokens, added_tokens, end_tokens
+from hf_continual.ends import AddedTokens, added_tokens, end_tokens, up_to_end
 from hf_continual.evaluation.frame import Frame, answer_text, frame_of
-from hf_continual.evaluation.prompts import up_to_end
 from hf_continual.evaluation.trained import Row, has_thoughts, reference, trained_tokens
 from hf_continual.tensors.reference import tokens_in_front
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.functional import linear
 
 from hf_continual.gauges.probe import ProbeRow
 from hf_continual.tensors.head import finish_of, plain_model
+from hf_continual.tensors.reference import as_reference
 
 # Tokens whose logits are converted to float32 at the same time.
 CHUNK = 64
@@ -46,24 +46,6 @@ class Base:
             weights = [p.to(device) for p in self.head]
             return self.finish(linear(hidden_ND.to(device, weights[0].dtype), *weights))
         return self.finish(self.head(hidden_ND.to(device)))
-
-
-def switched_off(model: Any) -> AbstractContextManager[Any]:
-    """Use the base model inside the context: adapters are disabled."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-
-
-@contextmanager
-def quiet(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training mode of every module is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def chosen(
@@ -113,7 +95,7 @@ def record(
     model: Any, rows: Sequence[ProbeRow], batch: Sequence[int], base: Base, device: torch.device, pad: int
 ) -> None:
     """Keep the base's hidden states of a batch."""
-    with switched_off(model):
+    with as_reference(model, "base"):
         _, hidden_ND, _, _ = chosen(model, [rows[i] for i in batch], device, pad)
     base.hidden[tuple(batch)] = hidden_ND.cpu()
 

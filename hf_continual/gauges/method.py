@@ -15,12 +15,13 @@ from torch import Tensor
 from hf_continual.atomic_files import write_lines
 from hf_continual.bounds import whole_number
 from hf_continual.ends import padding_token
-from hf_continual.gauges.measure import Base, measured, quiet, record
+from hf_continual.gauges.measure import Base, measured, record
 from hf_continual.gauges.probe import ProbeRow, are_texts, batches, probe_rows
 from hf_continual.gauges.rules import Rule, Saturated
 from hf_continual.gauges.spec import Gauge
 from hf_continual.gauges.values import Value, values_of
 from hf_continual.methods.base import Method, Run, State
+from hf_continual.tensors.reference import as_reference
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +121,18 @@ class Gauges(Method):
         self._rows[name] = probe_rows(rows, run.tokenizer, gauge.max_length, name)
         if gauge.kl:
             self._base[name] = Base(run.model)
-            with quiet(run.model), run.autocast():
+            with run.autocast():
                 for batch in self._batches(run, name):
                     record(
                         run.model, self._rows[name], batch, self._base[name], run.device, padding_token(run.tokenizer)
                     )
         if name not in self._start:
+            if run.step > 0:
+                logger.warning(
+                    "The gauge %r was not measured before the first step: its changes are those since step %d.",
+                    name,
+                    run.step,
+                )
             self._start[name] = self._measured(run, name)
 
     def begin_task(self, run: Run) -> None:
@@ -161,7 +168,7 @@ class Gauges(Method):
         """Each row's current values, the same on all processes; shape (R, 4)."""
         found = torch.zeros(len(self._rows[name]), 4, dtype=torch.float64, device=run.device)
         pad, base = padding_token(run.tokenizer), self._base.get(name)
-        with quiet(run.model), run.autocast():
+        with as_reference(run.model, "task_start"), run.autocast():
             for batch in self._batches(run, name):
                 found[batch] = measured(run.model, self._rows[name], batch, base, run.device, pad)
         return (found if run.is_sharded else run.sum(found)).cpu().numpy()

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from hf_continual.atomic_files import read_json
 from hf_continual.hub.folder_facts import is_adapter
 from hf_continual.inference.names import NAMES
+from hf_continual.tensors.modes import evaluation_mode
 
 
 class WrongModel(ValueError):
@@ -87,14 +88,9 @@ def check_same(folder: Path, live: Any) -> None:
     for name in right:
         if name not in left or not torch.equal(left[name], right[name]):
             raise WrongModel(f"{name} on disk differs from the live model. Save it again.")
-    was = live.training
-    live.eval()
-    try:
-        with torch.no_grad():
-            ids = some_ids(again)
-            worst = (type(live).forward(live, input_ids=ids).logits - again(input_ids=ids).logits).abs().max().item()
-    finally:
-        live.train(was)
+    with evaluation_mode(live), torch.no_grad():
+        ids = some_ids(again)
+        worst = (type(live).forward(live, input_ids=ids).logits - again(input_ids=ids).logits).abs().max().item()
     if worst != 0:
         raise WrongModel(f"the model on disk answers differently from the live one (logits differ by up to {worst:g}).")
 

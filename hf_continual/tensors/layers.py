@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_continual.tensors.modes import evaluation_mode
 from hf_continual.tensors.whole import elements
 
 
@@ -124,11 +125,9 @@ def modules_below(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name not in above and not name.startswith(blocks.path + ".") and _has_parameters(module)
     ]
-    training = [(module, module.training) for module in model.modules()]
     try:
         hooks.append(blocks.modules[0].register_forward_pre_hook(_stop))
-        model.eval()  # dropout of embeddings must not draw
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():  # dropout of embeddings must not draw
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=_device(model)), use_cache=False)
     except _FirstBlock:
         outermost = {n: m for n, m in ran.items() if not any(n.startswith(outer + ".") for outer in ran)}
@@ -138,8 +137,6 @@ def modules_below(model: nn.Module) -> dict[str, nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training:
-            module.training = flag
     return embedding_modules(model)
 
 

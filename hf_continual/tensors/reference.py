@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_continual.private import attention_of
 from hf_continual.tensors.anchors import fingerprint
 from hf_continual.tensors.head import head_differs, plain_model
+from hf_continual.tensors.modes import evaluation_mode
 
 Reference = Literal["base", "task_start"]
 
@@ -36,18 +37,14 @@ def as_reference(model: nn.Module, reference: Reference) -> Iterator[None]:
     Yields:
         None: While the model is the reference.
     """
-    training = {name: module.training for name, module in model.named_modules()}
     # PEFT makes all active adapters trainable when they are switched on again, including those that were frozen.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     try:
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with evaluation_mode(model), torch.no_grad(), contextlib.ExitStack() as stack:
             if reference == "base" and isinstance(model, PeftModel):
                 stack.enter_context(model.disable_adapter())
             yield
     finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
         for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
 

@@ -10,7 +10,8 @@ from tokenizers import processors
 
 from hf_continual.data.sample_counts import count, merged, survey
 from hf_continual.data.sample_format import SampleFormat, documents, format_of, places_of, question_and_answer
-from hf_continual.data.sampling import Sampling, sample, up_to_end
+from hf_continual.data.sampling import Sampling, sample
+from hf_continual.ends import up_to_end
 from tests import toy
 
 HOW = SampleFormat(generate=(90, 91), answer=(95,), ends=frozenset({1}), most=12)

@@ -12,9 +12,10 @@ from hf_continual.evaluation.exact_match import teacher_forced
 from hf_continual.evaluation.general import general_loss
 from hf_continual.evaluation.likelihood import answer_nll
 from hf_continual.gauges import measure, probe
-from hf_continual.gauges.measure import Base, divergence, measured, quiet, record
+from hf_continual.gauges.measure import Base, divergence, measured, record
 from hf_continual.gauges.probe import ProbeRow, batches, probe_rows
 from hf_continual.gauges.values import ratio, values_of
+from hf_continual.tensors.reference import as_reference
 from tests import toy
 
 
@@ -36,7 +37,7 @@ def gauge(model, rows, base=None, size=3):
     """All batches of a gauge, in the order of the rows."""
     device, pad = torch.device("cpu"), padding_token(toy.tokenizer())
     found = torch.zeros(len(rows), 4, dtype=torch.float64)
-    with quiet(model):
+    with as_reference(model, "task_start"):
         for batch in batches(rows, range(len(rows)), size):
             found[batch] = measured(model, rows, batch, base, device, pad)
     return found.numpy()
@@ -44,7 +45,7 @@ def gauge(model, rows, base=None, size=3):
 
 def recorded(model, rows, size=3):
     base = Base(model)
-    with quiet(model):
+    with as_reference(model, "task_start"):
         for batch in batches(rows, range(len(rows)), size):
             record(model, rows, batch, base, torch.device("cpu"), padding_token(toy.tokenizer()))
     return base
@@ -75,7 +76,7 @@ def test_loss_and_kl_are_those_of_the_full_logits(kind, chunk, monkeypatch):
     model.train()
     rows = probe_rows(toy.rows("prompt_completion", number=7, seed=4), toy.tokenizer(), 64, "task")
     base = recorded(model, rows)
-    with torch.no_grad(), measure.switched_off(model):
+    with as_reference(model, "base"):
         old = [model.eval()(input_ids=torch.tensor([row.ids])).logits[0].clone() for row in rows]
     model.train()
     at_start = values_of(gauge(model, rows, base), None, kl=True)

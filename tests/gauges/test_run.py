@@ -225,3 +225,38 @@ def test_a_plan_measures_the_tests_of_earlier_tasks(tmp_path):
     assert loss == pytest.approx(result["nll"]["scores"][1][0], abs=1e-5)
     both = {e["gauge"]: e["value"] for e in lines(folder / "task-02-t2") if e["step"] == 6}
     assert both["old/loss"] == pytest.approx(sum(result["nll"]["scores"][2][:2]) / 2, abs=1e-5)
+
+
+def test_an_earlier_adapter_stays_frozen_while_the_base_is_recorded(tmp_path):
+    """PEFT makes every active adapter trainable when adapters are switched on again; here one must not move."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    toy.model().save_pretrained(tmp_path / "base")
+
+    def run(folder, model, **settings):
+        made = ContinualTrainer(
+            str(model), ContinualConfig(**toy.settings(tmp_path / folder, max_steps=4, learning_rate=3e-2, **settings)),
+            train_dataset=toy.rows(), processing_class=toy.tokenizer(), peft_config=lora,
+        )  # fmt: skip
+        before = {n: p.requires_grad for n, p in made.model.named_parameters()}
+        made.train()
+        assert {n: p.requires_grad for n, p in made.model.named_parameters()} == before
+        return made
+
+    run("first", tmp_path / "base").save_model()
+    plain = run("plain", tmp_path / "first", gauges=False)
+    watched = run("watched", tmp_path / "first", gauges={"task": {"kl": True}, "every": 2})
+    assert len({n.split(".")[-2] for n, _ in watched.model.named_parameters() if "lora_A" in n}) == 2, (
+        "one on the other"
+    )
+    assert torch.equal(toy.flat(plain.model), toy.flat(watched.model))
+    assert gauged(watched)[0]["gauge/task/kl"] > 0, "the base is the model without the earlier adapter too"
+
+
+def test_a_gauge_that_a_checkpoint_does_not_know_says_where_its_changes_begin(tmp_path, caplog):
+    rows = toy.rows(seed=14, low=20, high=50)
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, [Replay(rows, ratio=0.2, name="general")], gauges=False, **saved).train()
+    resumed = trainer(tmp_path, [Replay(rows, ratio=0.2, name="general")], **saved)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "'general' was not measured before the first step: its changes are those since step 3" in caplog.text
+    assert gauged(resumed)[-1]["step"] == 6
