@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_continual.atomic_files import write_lines
 from hf_continual.bounds import whole_number
 from hf_continual.ends import padding_token
+from hf_continual.gauges.history import History
 from hf_continual.gauges.measure import Base, measured, record
 from hf_continual.gauges.probe import ProbeRow, are_texts, batches, probe_rows
 from hf_continual.gauges.rules import Rule, Saturated
@@ -69,9 +70,7 @@ class Gauges(Method):
     _rows: dict[str, list[ProbeRow]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _base: dict[str, Base] = field(default_factory=dict, init=False, repr=False, compare=False)
     _start: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _points: list[dict[str, Value]] = field(default_factory=list, init=False, repr=False, compare=False)
-    _steps: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-    _events: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _history: History = field(default_factory=History, init=False, repr=False, compare=False)
     _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept_at: int | None = field(default=None, init=False, repr=False, compare=False)
     _smallest: float | None = field(default=None, init=False, repr=False, compare=False)
@@ -87,11 +86,10 @@ class Gauges(Method):
         asked = [("stop_if", r.gauge) for r in self.stop_if] + [("rollback_if", r.gauge) for r in self.rollback_if]
         asked += [("keep_best", g) for g in self.keep_best]
         asked += [("stop_when", self.saturated.gauge)] if self.saturated else []
-        known = [f"{name}/{measure}" for name, gauge in self.gauges.items() for measure in gauge.measures]
         for key, gauge in asked:
-            if gauge not in known:
+            if gauge not in self._measures:
                 raise ValueError(
-                    f"{key} names {gauge!r}, which is not measured. Measured are {', '.join(known) or 'none'}."
+                    f"{key} names {gauge!r}, which is not measured. Measured are {', '.join(self._measures) or 'none'}."
                 )
 
     def describe(self) -> dict[str, Any]:
@@ -101,7 +99,7 @@ class Gauges(Method):
     @property
     def events(self) -> tuple[dict[str, Any], ...]:
         """Actions of the rules: step, event, rule and reason."""
-        return tuple(self._events)
+        return tuple(self._history.events)
 
     def prepare(self, run: Run) -> None:
         """Tokenise the rows, and measure the model that training starts from."""
@@ -155,6 +153,10 @@ class Gauges(Method):
             self._go_back_to_best(run)
 
     @property
+    def _measures(self) -> list[str]:
+        return [f"{name}/{measure}" for name, gauge in self.gauges.items() for measure in gauge.measures]
+
+    @property
     def _weights_are_kept(self) -> bool:
         return bool(self.rollback_if or self.keep_best)
 
@@ -182,8 +184,7 @@ class Gauges(Method):
             for measure, value in values.items():
                 point[f"{name}/{measure}"] = value
         point |= {name: Value(float(value), None) for name, value in run.measures().items()}
-        self._points.append(point)
-        self._steps.append(run.step)
+        self._history.add(run.step, point)
         run.log(self._logged(point))
         self._write(run)
 
@@ -204,13 +205,13 @@ class Gauges(Method):
         """Keep weights that pass, go back, or stop."""
         for kind, rules in (("rollback", self.rollback_if), ("stop", self.stop_if), ("stop", (self.saturated,))):
             for rule in rules:
-                if rule is not None and (reason := rule.crossed(self._points)) is not None:
+                if rule is not None and (reason := rule.crossed(self._history.points)) is not None:
                     self._end(run, kind, str(rule), reason)
                     return
         self._keep_if_good(run)
 
     def _keep_if_good(self, run: Run) -> None:
-        point = self._points[-1]
+        point = self._history.points[-1]
         if self.rollback_if and all(rule.passes(point) for rule in self.rollback_if):
             self._keep(run)
         if self.keep_best:
@@ -241,7 +242,7 @@ class Gauges(Method):
             )
 
     def _event(self, run: Run, event: str, rule: str, reason: str) -> None:
-        self._events.append({"step": run.step, "event": event, "rule": rule, "reason": reason})
+        self._history.events.append({"step": run.step, "event": event, "rule": rule, "reason": reason})
         logger.warning("%s: %s", event, reason)
         self._write(run)
 
@@ -256,41 +257,29 @@ class Gauges(Method):
         with torch.no_grad():
             for name, p in run.named_parameters().items():
                 p.copy_(self._kept[name])
-            for state in run.optimizer.state.values():
-                if "owed" in state:  # pulls that RecAdam has deferred belong to the discarded weights
-                    state["owed"].zero_()
+        run.weights_replaced()
 
     def _write(self, run: Run) -> None:
         """All points and events so far, as lines that reports read."""
         if not run.is_main_process or run.output_dir is None:
             return
-        lines = [
-            {"step": step, "task": run.task.name, "gauge": gauge, "value": value.value, "se": value.se}
-            for step, point in zip(self._steps, self._points, strict=True)
-            for gauge, value in point.items()
-        ]
-        write_lines(run.output_dir / FILE, [*lines, *({**event, "task": run.task.name} for event in self._events)])
+        write_lines(run.output_dir / FILE, self._history.lines(run.task.name))
 
     def state_dict(self, run: Run) -> State:
         """The measurements so far, and the kept weights."""
-        names = sorted(self._points[0]) if self._points else []
-        table = [[[p[n].value, p[n].se] for n in names] for p in self._points]
         start = {f"start.{name}": torch.from_numpy(rows).clone() for name, rows in self._start.items()}
         kept = {f"kept.{name}": value for name, value in self._kept.items()}
         return {
-            **start, **kept, "names": names, "points": table, "steps": list(self._steps), "events": list(self._events),
-            "kept_at": self._kept_at, "smallest": self._smallest,
+            **start, **kept, **self._history.state(), "kept_at": self._kept_at, "smallest": self._smallest,
         }  # fmt: skip
 
     def load_state_dict(self, state: State, run: Run) -> None:
         """Restore the state of the checkpoint."""
         if not state:
             return  # a checkpoint without gauges
-        if set(state.get("names") or ()) - {f"{n}/{m}" for n, g in self.gauges.items() for m in g.measures}:
+        if not self._history.load(state, self._measures):
             logger.warning("The gauges are not those of the checkpoint: earlier measurements are dropped.")
             return
-        self._points = [{n: Value(*v) for n, v in zip(state["names"], row, strict=True)} for row in state["points"]]
-        self._steps, self._events = list(state["steps"]), list(state["events"])
         self._kept_at, self._smallest = state["kept_at"], state["smallest"]
         for key, value in state.items():
             kind, _, name = key.partition(".")

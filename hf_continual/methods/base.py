@@ -184,6 +184,9 @@ class Method:
         """Scalars that say what the method does, by name; asked for where a run's gauges are measured."""
         return {}
 
+    def weights_replaced(self, run: Run) -> None:
+        """Called when a rule put earlier weights back: drop what was meant for those that are gone."""
+
     def end_task(self, run: Run) -> None:
         """Hook 7: called when training of this task is over."""
 

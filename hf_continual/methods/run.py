@@ -109,6 +109,9 @@ class Run(Protocol):
     def measures(self) -> dict[str, Tensor]:
         """What the run's methods measure of themselves, see `Method.measure`, by ``method/name``."""
 
+    def weights_replaced(self) -> None:
+        """Tell every method that earlier weights were put back, see `Method.weights_replaced`."""
+
     def stop(self, reason: str) -> None:
         """End training after this step, as finished; the reason is kept."""
 

@@ -103,6 +103,10 @@ class TrainerRun:
     def measures(self) -> dict[str, Tensor]:
         return {f"{m.name}/{k}": v for m in self._trainer.methods for k, v in m.measure(self).items()}
 
+    def weights_replaced(self) -> None:
+        for method in self._trainer.methods:
+            method.weights_replaced(self)
+
     def stop(self, reason: str) -> None:
         self._trainer.ended = reason
 

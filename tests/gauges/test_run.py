@@ -85,6 +85,38 @@ def test_resumed_is_uninterrupted(tmp_path, kill_at):
     assert gauged(resumed)[-1] == gauged(straight)[-1]
 
 
+def test_a_resumed_run_remembers_what_methods_measure_of_themselves(tmp_path):
+    def made():
+        return trainer(
+            tmp_path, [RecAdam(anneal="none", pull=0.01)], gauges={**GENERAL, "every": 1}, save_strategy="steps", save_steps=2
+        )  # fmt: skip
+
+    made().train()
+    straight = lines(tmp_path)
+    assert {e["gauge"] for e in straight} >= {"recadam/distance", "general/loss"}
+    made().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert lines(tmp_path) == straight and [e["step"] for e in straight if e["gauge"] == "general/loss"] == [*range(7)]
+
+
+def test_a_pull_owed_to_weights_that_are_gone_is_dropped(tmp_path):
+    method = RecAdam(anneal="none", pull=0.01, pull_every=100)
+    run = trainer(tmp_path, [method], **FORGETS, rollback_if=WORSE)
+    owed = []
+    replaced = method.weights_replaced
+
+    def watched(run):
+        owed.append([float(state["owed"]) for state in run.optimizer.state.values()])
+        replaced(run)
+        owed.append([float(state["owed"]) for state in run.optimizer.state.values()])
+
+    method.weights_replaced = watched
+    run.train()
+    before, after = owed
+    assert min(before) > 0 and not any(after)
+    kept = next(m for m in run.methods if m.watches)._kept
+    assert all(torch.equal(p.detach(), kept[n]) for n, p in run.run.named_parameters().items())
+
+
 def test_rolled_back_weights_are_those_of_that_step(tmp_path):
     run = trainer(tmp_path / "a", **FORGETS, rollback_if=WORSE)
     run.train()

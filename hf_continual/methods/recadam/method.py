@@ -8,24 +8,22 @@ Learning the task and recalling the pretrained weights theta* form one objective
     Loss(t) = lambda(t) Loss_T + (w - lambda(t)) Loss_S,      Loss_S = gamma / 2 * |theta - theta*|^2
     lambda(t) = w / (1 + exp(-k (t - t0)))                     (sigmoid; or linear, constant)
 
-Both parts are decoupled from Adam's moments, like the decay of AdamW. One update with gradient g:
+Both are decoupled from Adam's moments, like AdamW's decay. One update with gradient g:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   a = lr sqrt(1 - b2^t) / (1 - b1^t)
     theta <- theta - a lambda m / (sqrt(v) + eps)
     theta <- theta - r (theta - theta*),                       r = lr (w - lambda) gamma
     theta <- theta - lr wd theta
 
-t counts the updates of the parameter itself. The recall uses the theta already moved by Adam; it is a
-linear interpolation with fraction r, so r must lie between 0 and 1. `anneal="none"` is its limit without
-annealing (L2-SP, decoupled): lambda = 1 and r = lr gamma at every step.
+t counts the updates of the parameter itself. The recall uses the theta already moved by Adam: a linear interpolation
+with fraction r, from 0 to 1. `anneal="none"` is its limit (L2-SP, decoupled): lambda = 1 and r = lr gamma always.
 
 `fisher` restores the F_i of the quadratic term, gamma / 2 sum_i F_i (theta_i - theta*_i)^2, which the paper derives and
 its optimizer replaces by one scalar: r becomes min(1, r F_i), with F over its mean (`recall`); a constant F is the
 scalar form.
 
-Differs from the authors' code: the pretrained weights are not an argument but each parameter's value at the first
-step (or named tensors), an unknown schedule is refused, r outside [0, 1] is refused instead of diverging, and
-`floor` keeps some protection after t0, where the paper's recall vanishes.
+Differs from the authors' code: the pretrained weights are each parameter's value at the first step (or named tensors),
+an unknown schedule and r outside [0, 1] are refused, and `floor` keeps some protection after t0.
 
 Memory per parameter on top of weight and gradient: fp32 12 bytes (m, v, theta*; Adam has 8); bf16 and fp16
 14 bytes (m, v and the rounding error in fp32, theta* in the parameter's dtype), so that the weights are those of an
@@ -33,8 +31,7 @@ fp32 run, rounded. `pull_every` adds nothing, `fisher` adds 4 bytes, also in che
 
 `pull_every=n` reads theta* at every n-th update only. In between theta moves by Adam alone; the n-th pull then goes the
 compounded fraction 1 - prod_i (1 - r_i) of the way. Without gradient this is what n pulls do; with one, what Adam did
-within the window is pulled by the whole fraction. The owed pull is part of the state, and is applied when training
-ends.
+within the window is pulled by the whole fraction. The owed pull is part of the state; the end of training applies it.
 """
 
 from __future__ import annotations
@@ -65,10 +62,9 @@ logger = logging.getLogger(__name__)
 class RecAdam(Method):
     """Adam with an annealed pull to the weights that training started from.
 
-    Idea: every step also goes a small fraction of the way back to the pretrained weights. The paper lets go
-    of them after `t0`; `floor` or `anneal="none"` keep the pull, which is what protects in the long run.
-    Hooks: optimizer. Cost: one more tensor is kept, and read per step; see the module's docstring.
-    Relations: `anneal="none"` is decoupled L2-SP. Composes with everything except another optimizer.
+    Idea: every step also goes a small fraction of the way back to the pretrained weights. The paper lets go of them after
+    `t0`; `floor` or `anneal="none"` (decoupled L2-SP) keep the pull, which is what protects in the long run.
+    Hooks: optimizer; composes with everything except another one. Cost: one more tensor is kept, and read per step.
 
     With new LoRA adapters there are no pretrained values: the anchor is the fresh adapter (A as drawn,
     B = 0), so the pull shrinks what the adapter adds. An adapter of the previous task is its own anchor.
@@ -87,13 +83,12 @@ class RecAdam(Method):
         anneal_w: Sum of both weights.
         correct_bias: Whether to apply Adam's bias correction.
         out_of_range: ``"error"`` or ``"clamp"`` for r outside [0, 1].
-        groups: Options of single parameters: regular expression on the name -> optimizer options, such as
-            ``{"lm_head": {"anneal_w": 0.0}}`` for a new head. First match wins. `t0` may be a fraction of the run, too.
+        groups: Options by regular expression on the parameter's name, such as ``{"lm_head": {"anneal_w": 0.0}}`` for a
+            new head. First match wins. `t0` may be a fraction of the run, too.
         pull_every: Updates between two pulls; 1 pulls at each one. 8 makes a step about as fast as AdamW's.
         anchor: ``"start"``, or the folder or Hub id of the checkpoint or adapter to stay near; an adapter may have any name.
             Checkpoints hold the anchors, unless they are the weights of a Hub id or of a folder outside the run's that
             is not a trainer's checkpoint; those are read again, from the model's current or recorded location.
-
         fisher: Use the diagonal Fisher information of each weight instead of one scalar: general or old rows, measured
             at the weights that training starts from (in a plan ``earlier_tasks``), or the ``continual/ewc.safetensors``
             of a model. It is divided by its mean, so that r is the mean fraction; a weight goes min(1, r F) of the way.
@@ -240,6 +235,11 @@ class RecAdam(Method):
             pass_ = None if self._measured is None else (self._measured, self.fisher_kind, self.fisher_rows)
             weigh(optimizer, run, named, str(self.fisher), pass_)
         say(optimizer, named, self.anchor, run.max_steps + run.extra_updates)
+
+    def weights_replaced(self, run: Run) -> None:
+        """Drop the pull that `pull_every` has deferred: it was owed to the weights that are gone."""
+        for state in self._optimizer(run).state.values():
+            state["owed"] = torch.zeros(())
 
     def end_task(self, run: Run) -> None:
         """Apply the pull that `pull_every` has deferred, if training ended before its last step."""
