@@ -84,7 +84,7 @@ def notes(prepared: Prepared) -> list[str]:
             f"{prepared.where.of(('sft', 'max_steps'))}: the joint run has {steps:,} steps in all. A sequence with this setting "
             f"trains {tasks} x {steps:,} = {tasks * steps:,}; say so many for a comparison on the same number of steps."
         )
-    if not prepared.scored() and not prepared.gauges:
+    if not prepared.scored() and not prepared.gauges and not prepared.plan.sft.get("gauges"):
         found.append(
             "No task has test rows and there are no gauges: nothing will be measured, so forgetting will go unnoticed. Give the "
             "tasks `test:` rows."

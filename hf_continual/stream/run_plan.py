@@ -14,7 +14,7 @@ from accelerate import PartialState
 from filelock import FileLock
 
 from hf_continual import stopping
-from hf_continual.atomic_files import DamagedFile, read_lines, write_json, write_lines
+from hf_continual.atomic_files import DamagedFile, read_lines, read_object, write_json, write_lines
 from hf_continual.disk import writing
 from hf_continual.stream.folders import MEMORY, learn_task, main_decides, score_stage, wait
 from hf_continual.stream.learner import PlanLearner, find_merge
@@ -27,6 +27,7 @@ from hf_continual.stream.results import StreamResult, collect
 from hf_continual.stream.scores import read_stage
 from hf_continual.stream.start import from_merged
 from hf_continual.stream.stored_run import BASE_FOLDER, RESULTS
+from hf_continual.stream.trackers import log_matrix
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def run_prepared(prepared: Prepared, output_dir: Path, base_dir: Path | None = N
             if main:
                 _mend_kept_rows(prepared, task, output_dir / task.folder)
                 found = collect(prepared, output_dir, base_dir).results
-                write_json(output_dir / RESULTS, found)
+                if not _same(output_dir / RESULTS, found):  # a resumed run passes finished tasks again
+                    write_json(output_dir / RESULTS, found)
+                    log_matrix(found, output_dir, prepared.plan.sft)
                 last = prepared.joint is not None or task.name in found["tasks"][-1:]
                 write_stage_card(prepared, task, output_dir, base_dir, found["intervals"] if last else None)
         wait()
@@ -103,6 +106,14 @@ def _mend_kept_rows(prepared: Prepared, task: Task, folder: Path) -> None:
         problem = f"{folder / MEMORY} is missing." if isinstance(error, FileNotFoundError) else str(error)
     logger.warning("%s It is rewritten from the rows of the plan.", problem)
     write_lines(folder / MEMORY, wanted)
+
+
+def _same(file: Path, results: dict[str, Any]) -> bool:
+    """Whether the file already holds these results."""
+    try:
+        return read_object(file) == json.loads(json.dumps(results))
+    except (DamagedFile, FileNotFoundError):
+        return False
 
 
 def _without_source(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
