@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_continual.ends import padding_token
 from hf_continual.evaluation.prompts import decoder
 from hf_continual.evaluation.questions import Question, read_questions
+from hf_continual.progress import over
 
 WARMUP = 0.1  # of the steps
 
@@ -54,7 +55,7 @@ def teach(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1), 1.0)
     )
     pad, order = padding_token(tokenizer), _batches(len(questions), batch_size, seed)
-    for step in range(1, steps + 1):
+    for step in over(range(1, steps + 1), "short training", " steps"):
         model.train()
         _loss(model, [questions[i] for i in next(order)], pad).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

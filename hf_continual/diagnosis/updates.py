@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_continual.merging.inputs.members import Member
 from hf_continual.merging.inputs.safetensors_file import Files
 from hf_continual.merging.inputs.structure import groups_of, ordered
+from hf_continual.progress import over
 
 RANK = 8
 
@@ -107,7 +108,7 @@ def update_layers(before: Member, after: Member, base: Member | None, rank: int 
     """
     sums: dict[str, dict[str, Any]] = {}
     groups = groups_of(before.names, before.checkpoint.config)
-    for name in before.names:
+    for name in over(before.names, "comparing weights", " tensors"):
         weight = effective(before, name)
         new = effective(after, name)
         if weight is None or new is None or weight.shape != new.shape:

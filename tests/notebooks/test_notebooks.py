@@ -33,3 +33,6 @@ def test_notebook(path, monkeypatch):
     if path.stem == "02_task_sequence":
         plain, kept = eval(book.cells[-1].outputs[-1]["data"]["text/plain"])  # a list of two numbers
         assert plain < 0.5 < 0.8 <= kept
+    if path.stem == "03_diagnosis":
+        verdicts = eval(book.cells[-1].outputs[-1]["data"]["text/plain"])
+        assert [verdict for verdict, _ in verdicts] == ["spurious", "real"]
