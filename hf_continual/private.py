@@ -133,6 +133,11 @@ def clip_or_norm(trainer: Any, model: Any, clip: bool) -> None:
         trainer._get_grad_norm(model)
 
 
+def tokens_seen(trainer: Any) -> int:
+    """Tokens that a trainer has trained on since it was built, over all processes."""
+    return int(trainer._total_train_tokens)
+
+
 @contextmanager
 def metrics_apart(trainer: Any) -> Iterator[None]:
     """Keep computations inside the context out of all metrics.

@@ -203,7 +203,9 @@ class CardFacts:
         adapter: Facts of the adapter: rank, alpha, modules.
         seed: Seed of training.
         steps: Optimizer steps of the last stage.
-        seconds: Wall time of the last stage.
+        seconds: Wall time of the last stage; None if it was interrupted and resumed, since no process saw all of it.
+        tokens: Tokens that it trained on, over all processes; None likewise.
+        memory_bytes: Peak memory that its process 0 allocated on its device; None on a CPU.
         ended: What rules on gauges did: why the last stage ended early, which weights were kept.
         hardware: Hardware of the run.
         license: Licence of this model; None if unknown.
@@ -235,6 +237,8 @@ class CardFacts:
     seed: int | None = None
     steps: int | None = None
     seconds: float | None = None
+    tokens: int | None = None
+    memory_bytes: int | None = None
     ended: tuple[str, ...] = ()
     hardware: str | None = None
     license: str | None = None

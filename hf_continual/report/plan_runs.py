@@ -15,9 +15,10 @@ from hf_continual.report.changed import find_changes
 from hf_continual.report.evidence import number, read_layers, read_timeline
 from hf_continual.report.run import Run, Stage
 from hf_continual.stream.scores import PARTIAL, read_stage
+from hf_continual.stream.stored_run import TRAIN_RESULTS
 
-TRAIN_RESULTS, PLAN = "train_results.json", "plan.json"
-TRAINED, COST = Path("continual") / "trained.json", Path("continual") / "cost.json"
+PLAN = "plan.json"
+TRAINED = Path("continual") / "trained.json"
 
 
 def read_run(folder: Path, name: str, limit: int, base_dir: Path | None = None) -> Run:
@@ -148,7 +149,7 @@ def read_cost(task: str, folder: Path) -> dict[str, Any]:
         "memory_bytes": None,
         "device": None,
     }
-    for file in (folder / CONFIG, folder / TRAINED, folder / COST):
+    for file in (folder / CONFIG, folder / TRAINED):
         try:
             data = read_object(file) if file.is_file() else {}
         except DamagedFile:

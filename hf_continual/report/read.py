@@ -11,8 +11,9 @@ from hf_continual.atomic_files import read_object
 from hf_continual.hub.facts import RESULTS
 from hf_continual.report.evidence import DIAGNOSIS
 from hf_continual.report.other_runs import is_demo_arm, read_demo_arm, read_evidence, read_model
-from hf_continual.report.plan_runs import PLAN, TRAIN_RESULTS, read_run, read_single, take_results
+from hf_continual.report.plan_runs import PLAN, read_run, read_single, take_results
 from hf_continual.report.run import Run
+from hf_continual.stream.stored_run import TRAIN_RESULTS
 
 Sweep = tuple[Path, dict[str, Any]]
 

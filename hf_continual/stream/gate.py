@@ -135,9 +135,11 @@ def _measured(limit: Limit, run: StoredRun, baseline: StoredRun | None) -> Measu
             check_same_rows(name, then[name], now[name], baseline.folder, run.folder)
         since = str(baseline.folder)
     else:
-        before = own if group == "tasks" else None
+        before = own if group == "tasks" and not run.single else None
         then, now = {own: _known(run.scored(before, own), run, before, own)}, {own: _last(run, own)}
-        since = "the base model" if before is None else "right after it was learned"
+        since = (
+            "before training" if run.single else "the base model" if before is None else "right after it was learned"
+        )
     return change({t: s.better for t, s in then.items()}, {t: s.better for t, s in now.items()}, since)
 
 

@@ -14,7 +14,8 @@
       general text: {max_drop: 0.05, max: 3.2}
 
 `min` and `max` limit the figure as it was measured. `max_drop` limits by how much it got worse, so of a loss by how much it
-rose: from the baseline; without one, of a task from its score right after it was learned, of a gauge from the base model's.
+rose: from the baseline; without one, of a task from its score right after it was learned, of a gauge from the base model's. In
+the folder of `hf-continual train` it is from the score before training.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from hf_continual.stream.plan import JOINT
 from hf_continual.stream.scores import read_stage, row_values
 
 BASE_FOLDER = "base"
+TRAIN_RESULTS, AFTER = "train_results.json", "after"  # of `hf-continual train`, and where its scores after training are
 
 
 class NotARun(FileNotFoundError):
@@ -45,7 +46,7 @@ class StoredScore:
 
 
 class StoredRun:
-    """The scores of a run of a plan. Reads no weights.
+    """The scores of a run of a plan, or of `hf-continual train`. Reads no weights.
 
     Args:
         folder: The run's folder.
@@ -55,6 +56,7 @@ class StoredRun:
         tasks: The scored tasks of the last task's line, in their order.
         gauges: The general gauges.
         complete: Whether every task of its plan is finished; None where the file does not say.
+        single: Whether it is the folder of `hf-continual train`: one task, scored before and after.
 
     Raises:
         NotARun: If it is not the folder of a run.
@@ -63,11 +65,15 @@ class StoredRun:
 
     def __init__(self, folder: Path, tasks: Sequence[str] | None = None) -> None:
         self.folder = folder
+        self.single: bool = tasks is None and (folder / TRAIN_RESULTS).is_file()
+        if self.single:
+            tasks = self._single_task()
         if tasks is None and not (folder / RESULTS).is_file():
             raise NotARun(
                 f"{folder} has no {RESULTS}: it is not the folder of a run. Run its plan, or give another folder."
             )
-        results = read_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+        has_results = (folder / RESULTS).is_file() and not self.single
+        results = read_object(folder / RESULTS) if has_results else {}
         self.tasks: list[str] = list(tasks or results.get("tasks") or ())
         self.joint: bool = results.get("between_tasks") == JOINT
         if not self.tasks:
@@ -77,6 +83,14 @@ class StoredRun:
         self.gauges: list[str] = list(results.get("gauges") or ())
         self.complete: bool | None = results.get("complete")
         self._cells: dict[Path, dict[str, Any]] = {}
+
+    def _single_task(self) -> list[str]:
+        """The one task of `hf-continual train`."""
+        if scored := list(read_stage(self.folder / AFTER)):
+            return scored[:1]
+        raise ValueError(
+            f"{self.folder} has no scores after its training. Train with --test ROWS.jsonl, which the same command adds."
+        )
 
     def stage(self, after: str | None) -> Path:
         """The folder of a task's model; of None that of the base's scores, which the runs of a sweep share.
@@ -93,6 +107,8 @@ class StoredRun:
         if after is None:
             own = self.folder / BASE_FOLDER
             return own if own.is_dir() else self.folder.parent / BASE_FOLDER
+        if self.single:
+            return self.folder / AFTER
         named = re.compile(rf"task-\d+-{re.escape(file_name(after))}")
         for found in sorted(self.folder.glob(f"task-*-{glob.escape(file_name(after))}")):
             if named.fullmatch(found.name):

@@ -21,14 +21,10 @@ from hf_continual.stream.plan_record import keep_plan, plain_plan
 from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.run_plan import refuse_on_all, with_start
 from hf_continual.stream.scores import keep_score, read_stage
-from hf_continual.stream.stored_run import BASE_FOLDER
+from hf_continual.stream.stored_run import AFTER, BASE_FOLDER, TRAIN_RESULTS
 from hf_continual.tasks import Task
 
 logger = logging.getLogger(__name__)
-
-RESULTS = "train_results.json"
-
-AFTER = "after"
 
 
 def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
@@ -53,7 +49,7 @@ def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
         base = folder / BASE_FOLDER
         if prepared.plan.evaluation.base:
             score_stage(base, BASE_FOLDER, learner.columns(None), folder, learner, base=True)
-        trained = main_decides(lambda: _read(folder / RESULTS))
+        trained = main_decides(lambda: _read(folder / TRAIN_RESULTS))
         if trained is None:
             trained = learner.train(task, None, folder, folder)
             if PartialState().is_main_process:
@@ -64,7 +60,7 @@ def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
                     "steps": trained["steps"],
                     "methods": trained["methods"],
                 }
-                write_json(folder / RESULTS, trained)
+                write_json(folder / TRAIN_RESULTS, trained)
                 for checkpoint in folder.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
             wait()
@@ -77,7 +73,7 @@ def train_single(prepared: Prepared, folder: Path) -> dict[str, Any]:
             wait()
         result = {**trained, "before": read_stage(base).get(task.name), "after": read_stage(after).get(task.name)}
         if PartialState().is_main_process:
-            write_json(folder / RESULTS, result)
+            write_json(folder / TRAIN_RESULTS, result)
     return result
 
 

@@ -80,7 +80,7 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
         adapter=adapter_facts(model) if adapter else {},
         seed=args.seed,
         steps=trainer.state.global_step,
-        seconds=next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None),
+        **_cost(trainer),
         ended=tuple(
             f"{e['event'].replace('_', ' ')} at step {e['step']}: {e['reason']}" for e in gauge_events(trainer)
         ),
@@ -90,6 +90,17 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
         chat=getattr(trainer.processing_class, "chat_template", None) is not None,
         versions=installed_versions(),
     )
+
+
+def _cost(trainer: LiveTrainer) -> dict[str, Any]:
+    """Time, tokens and memory of the run, as far as this process saw all of it."""
+    cuda = torch.cuda.is_available() and trainer.args.device.type == "cuda"
+    memory = {"memory_bytes": torch.cuda.max_memory_allocated(trainer.args.device)} if cuda else {}
+    step, tokens = trainer.started_at or (-1, 0)
+    if step != 0:
+        return memory
+    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
+    return {**memory, "seconds": seconds, "tokens": private.tokens_seen(trainer) - tokens}
 
 
 def gauge_events(trainer: LiveTrainer) -> list[dict[str, Any]]:

@@ -58,5 +58,7 @@ class LiveTrainer(SFTTrainer):
     """Why a rule ended training before its last step."""
     stopping: bool = False
     """Whether the run was asked to stop before its task ended."""
+    started_at: tuple[int, int] | None = None
+    """Optimizer step at which training began in this process, above 0 after a resume, and the tokens until then."""
     told_to_stop: str | None = None
     """What requested the stop, if it came as the last step ended."""

@@ -13,7 +13,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_continual import stopping
+from hf_continual import private, stopping
 from hf_continual.data.distributed import from_first
 from hf_continual.trainer.state import is_complete, last_complete_checkpoint
 
@@ -80,6 +80,7 @@ class StopAtStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on, weights change that are not in any file."""
+        self.trainer.started_at = state.global_step, private.tokens_seen(self.trainer)
         self.deferral.close()
         self.deferral.enter_context(stopping.deferred())
         if self.agreement is None:

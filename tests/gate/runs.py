@@ -33,6 +33,17 @@ def shares(right: float, number: int = ROWS, seed: int = 0, changed: float = 0.0
     return scores
 
 
+def write_trained(folder: Path, before: Sequence[float] | None, after: Sequence[float] | None) -> Path:
+    """Write the folder of `hf-continual train` on a task called law: every row's scores before and after."""
+    for stage, scores in (("base", before), ("after", after)):
+        (folder / stage / "continual").mkdir(parents=True)
+        if scores is not None:
+            scored = Scored([RowScore(s, reference="x") for s in scores], "exact match", False)
+            keep_score(folder / stage, stage, folder, Task("law", rows_of("law", len(scores))), scored)
+    write_json(folder / "train_results.json", {"output_dir": str(folder), "kind": "model", "steps": 3})
+    return folder
+
+
 def write_run(
     folder: Path,
     matrix: Sequence[Mapping[str, Sequence[float]]],

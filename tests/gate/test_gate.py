@@ -46,6 +46,23 @@ def test_every_exit_code_in_a_shell(furnished):
     assert [line[0] for line in ran.stdout.splitlines()] == list("0022433311")
 
 
+def test_folders_of_train(tmp_path):
+    """Before and after its own training, against another, and what such a folder cannot say."""
+    worse = runs.write_trained(tmp_path / "worse", runs.shares(0.8), runs.shares(0.6))
+    same = runs.write_trained(tmp_path / "same", runs.shares(0.8), runs.shares(0.8))
+    (tmp_path / "gate.yaml").write_text("tasks: {law: {max_drop: 0.05}}")
+    found = gate(worse, tmp_path / "gate.yaml")
+    assert found.verdict == "regression" and "tasks.law changed by -0.200" in found.reason
+    assert "from before training" in found.reason
+    assert gate(same, tmp_path / "gate.yaml").verdict == "pass"
+    assert gate(worse, same).verdict == "regression" and gate(same, worse).verdict == "pass"
+    (tmp_path / "gate.yaml").write_text("tasks: {law: {min: 0.7}}")
+    assert gate(worse, tmp_path / "gate.yaml").verdict == "regression"
+    unscored = runs.write_trained(tmp_path / "unscored", None, None)
+    with pytest.raises(ValueError, match="no scores after its training. Train with --test"):
+        gate(unscored, same)
+
+
 def test_the_command(here, capsys):
     code, out, _ = typed("gate worse --against released", capsys)
     assert code == 2 and "tasks.t0" in out and "regression" in out.splitlines()[-1]

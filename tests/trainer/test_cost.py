@@ -1,0 +1,36 @@
+"""Time and tokens of a run, as its facts state them: all of it, or nothing."""
+
+from __future__ import annotations
+
+from hf_continual import ContinualConfig, ContinualTrainer
+from hf_continual.report.plan_runs import read_cost
+from hf_continual.trainer.facts import run_facts
+from tests import toy
+
+
+def trainer(folder):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    return ContinualTrainer(
+        toy.model(), ContinualConfig(**toy.settings(folder, **changes)), train_dataset=toy.rows(), processing_class=toy.tokenizer()
+    )  # fmt: skip
+
+
+def test_tokens_and_time_of_a_run_and_what_a_report_reads(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    facts = run_facts(run)
+    logged = [e["num_tokens"] for e in run.state.log_history if "num_tokens" in e]
+    assert facts.tokens == int(logged[-1]) > 0 and facts.seconds > 0 and facts.memory_bytes is None
+    run.save_model()
+    cost = read_cost("task", tmp_path)
+    assert (cost["tokens"], cost["steps"], cost["seconds"]) == (facts.tokens, 4, facts.seconds)
+    run.train()
+    assert run_facts(run).tokens == facts.tokens, "a second training counts its own"
+
+
+def test_a_resumed_run_does_not_pass_off_its_rest_as_the_whole(tmp_path):
+    trainer(tmp_path).train()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    facts = run_facts(resumed)
+    assert facts.steps == 4 and facts.seconds is None and facts.tokens is None
