@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hf_continual.merging.methods.task_arithmetic import task_arithmetic
     from hf_continual.merging.methods.ties import ties
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
+    from hf_continual.methods.entropy_weighted import EntropyWeighted
     from hf_continual.methods.ewc import EWC
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.l2p import L2P
     from hf_continual.methods.lamol import LAMOL
     from hf_continual.methods.lfpt5 import LFPT5
+    from hf_continual.methods.mask_surprising import MaskSurprising
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.o_lora import OLoRA
@@ -95,6 +97,8 @@ _FACE = {
     "LAMOL": "hf_continual.methods.lamol",
     "LFPT5": "hf_continual.methods.lfpt5",
     "VRMCL": "hf_continual.methods.vrmcl",
+    "MaskSurprising": "hf_continual.methods.mask_surprising",
+    "EntropyWeighted": "hf_continual.methods.entropy_weighted",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -147,6 +151,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "LAMOL",
     "LFPT5",
     "VRMCL",
+    "MaskSurprising",
+    "EntropyWeighted",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

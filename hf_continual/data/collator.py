@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_continual.data.flat_rows import UNMASKED
 from hf_continual.data.replay import Pair
 
 ORIGIN = "replay_origin"  # key of the origin maps in a merged batch
@@ -83,7 +84,7 @@ class PairRows:
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         """Collate; the paired rows belong to their source and are not among the counted tokens of the task."""
-        batch = {**self.collate(rows)}
+        batch = {**self.collate([{key: value for key, value in row.items() if key != UNMASKED} for row in rows])}
         count = batch.pop(TASK_TOKENS, None)
         made = [
             (k, int(row.get(ROW, -1)), pair(*document))
@@ -96,10 +97,10 @@ class PairRows:
 
 
 def _documents(row: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Tokens and labels of a row, or of each row that was packed into it."""
-    start = 0
+    """Tokens and labels of a row, or of each row that was packed into it; the labels before any were masked."""
+    start, labels = 0, row.get(UNMASKED) or row["labels"]
     for length in row.get("seq_lengths") or [len(row["input_ids"])]:
-        yield row["input_ids"][start : start + length], row["labels"][start : start + length]
+        yield row["input_ids"][start : start + length], labels[start : start + length]
         start += length
 
 
