@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.kl_to_base import KLToBase
     from hf_continual.methods.l2p import L2P
     from hf_continual.methods.lamol import LAMOL
     from hf_continual.methods.lfpt5 import LFPT5
@@ -99,6 +100,7 @@ _FACE = {
     "VRMCL": "hf_continual.methods.vrmcl",
     "MaskSurprising": "hf_continual.methods.mask_surprising",
     "EntropyWeighted": "hf_continual.methods.entropy_weighted",
+    "KLToBase": "hf_continual.methods.kl_to_base",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -153,6 +155,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "VRMCL",
     "MaskSurprising",
     "EntropyWeighted",
+    "KLToBase",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -65,7 +65,8 @@ class NameRows:
         batch = {**self.collate(plain)}
         flattened = batch["input_ids"].shape[0] == 1 and len(rows) > 1  # one row is one row either way
         named = [(-1, int(row[ROW]), tokens) for row, tokens in zip(rows, plain, strict=True)]
-        return {**batch, ORIGIN: token_maps(batch, named, flattened, "the task's rows")}
+        origin = token_maps(batch, named, flattened, "the task's rows")
+        return {**batch, ORIGIN: {**origin, "named": [(row, len(tokens["input_ids"])) for _, row, tokens in named]}}
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class ReplayCollator:
         axis = 1 if self.flattened else 0
         merged[ORIGIN] = {
             **{k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills},
+            "named": origin.get("named", ()),
             "drawn": [*origin.get("drawn", ()), *((k, index, len(row["input_ids"])) for k, index, row in drawn)],
         }
         return merged

@@ -38,6 +38,7 @@ TABLE: dict[str, str] = {
     "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
     "mask_surprising": "hf_continual.methods.mask_surprising:MaskSurprising",
     "entropy_weighted": "hf_continual.methods.entropy_weighted:EntropyWeighted",
+    "kl_to_base": "hf_continual.methods.kl_to_base:KLToBase",
 }
 
 

@@ -267,6 +267,7 @@ class ContinualTrainer(SavingTrainer):
             tokens=torch.as_tensor(tokens, device=loss_BS.device).clamp(min=1),
             scale=scale,
             drawn=origin.get("drawn", ()),
+            task_drawn=origin.get("named", ()),
             entropy_BS=None if outputs.entropy is None else outputs.entropy.detach(),
         )
 
