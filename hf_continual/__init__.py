@@ -30,14 +30,17 @@ if TYPE_CHECKING:
     from hf_continual.merging.methods.task_arithmetic import task_arithmetic
     from hf_continual.merging.methods.ties import ties
     from hf_continual.methods.base import Forward, Method, OptimizerChoice, Run
+    from hf_continual.methods.entropy_weighted import EntropyWeighted
     from hf_continual.methods.ewc import EWC
     from hf_continual.methods.freeze import FreezeLayers
     from hf_continual.methods.gere import GeRe
     from hf_continual.methods.gradient_projection import GradientProjection
     from hf_continual.methods.kif import KIF
+    from hf_continual.methods.kl_to_base import KLToBase
     from hf_continual.methods.l2p import L2P
     from hf_continual.methods.lamol import LAMOL
     from hf_continual.methods.lfpt5 import LFPT5
+    from hf_continual.methods.mask_surprising import MaskSurprising
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.o_lora import OLoRA
@@ -95,6 +98,9 @@ _FACE = {
     "LAMOL": "hf_continual.methods.lamol",
     "LFPT5": "hf_continual.methods.lfpt5",
     "VRMCL": "hf_continual.methods.vrmcl",
+    "MaskSurprising": "hf_continual.methods.mask_surprising",
+    "EntropyWeighted": "hf_continual.methods.entropy_weighted",
+    "KLToBase": "hf_continual.methods.kl_to_base",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -147,6 +153,9 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "LAMOL",
     "LFPT5",
     "VRMCL",
+    "MaskSurprising",
+    "EntropyWeighted",
+    "KLToBase",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -20,7 +20,11 @@ def run(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done and what it costs; load no weights.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what would be done and what it costs; load no weights, unless a method measures rows.",
+        ),
     ] = False,
     hourly_price: Annotated[
         float | None, typer.Option(min=0, help="Price of an hour of this machine, for the dry run's estimate.")

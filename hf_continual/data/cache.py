@@ -32,7 +32,7 @@ def locked(file: Path) -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as error:
-            raise cannot_write(file, error, "states of general samples are kept there") from error
+            raise cannot_write(file, error, "recorded values of rows are kept there") from error
 
     from_first(take)
     try:

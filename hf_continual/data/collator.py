@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_continual.data.flat_rows import UNMASKED
 from hf_continual.data.replay import Pair
 
 ORIGIN = "replay_origin"  # key of the origin maps in a merged batch
@@ -64,7 +65,8 @@ class NameRows:
         batch = {**self.collate(plain)}
         flattened = batch["input_ids"].shape[0] == 1 and len(rows) > 1  # one row is one row either way
         named = [(-1, int(row[ROW]), tokens) for row, tokens in zip(rows, plain, strict=True)]
-        return {**batch, ORIGIN: token_maps(batch, named, flattened, "the task's rows")}
+        origin = token_maps(batch, named, flattened, "the task's rows")
+        return {**batch, ORIGIN: {**origin, "named": [(row, len(tokens["input_ids"])) for _, row, tokens in named]}}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class PairRows:
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         """Collate; the paired rows belong to their source and are not among the counted tokens of the task."""
-        batch = {**self.collate(rows)}
+        batch = {**self.collate([{key: value for key, value in row.items() if key != UNMASKED} for row in rows])}
         count = batch.pop(TASK_TOKENS, None)
         made = [
             (k, int(row.get(ROW, -1)), pair(*document))
@@ -96,10 +98,10 @@ class PairRows:
 
 
 def _documents(row: Mapping[str, Any]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Tokens and labels of a row, or of each row that was packed into it."""
-    start = 0
+    """Tokens and labels of a row, or of each row that was packed into it; the labels before any were masked."""
+    start, labels = 0, row.get(UNMASKED) or row["labels"]
     for length in row.get("seq_lengths") or [len(row["input_ids"])]:
-        yield row["input_ids"][start : start + length], row["labels"][start : start + length]
+        yield row["input_ids"][start : start + length], labels[start : start + length]
         start += length
 
 
@@ -224,6 +226,7 @@ class ReplayCollator:
         axis = 1 if self.flattened else 0
         merged[ORIGIN] = {
             **{k: _cat(origin[k], added_origin[k], fills[k], axis) for k in fills},
+            "named": origin.get("named", ()),
             "drawn": [*origin.get("drawn", ()), *((k, index, len(row["input_ids"])) for k, index, row in drawn)],
         }
         return merged

@@ -65,6 +65,11 @@ class Recorded:
         with safe_open(self.file, "pt") as opened:
             return opened.get_slice(what)[start : start + tokens]
 
+    def between(self, start: int, end: int, what: str = "values") -> Tensor:
+        """Values number `start` to `end` of all rows, one after the other; reads their own bytes only."""
+        with safe_open(self.file, "pt") as opened:
+            return opened.get_slice(what)[start:end]
+
     def tensor(self, name: str) -> Tensor:
         """A whole tensor of the file."""
         with safe_open(self.file, "pt") as opened:
@@ -149,8 +154,8 @@ def checksum(file: Path) -> str:
 def record(
     file: Path,
     facts: dict[str, Any],
-    rows: Sequence[Sequence[int]],
-    values: Callable[[Sequence[int]], Tensor],
+    rows: Sequence[Any],
+    values: Callable[[Any], Tensor],
     keeping: Keeping | None = None,
     extra: Callable[[], dict[str, Tensor]] = dict,
     able: bool = True,
@@ -161,8 +166,8 @@ def record(
     Args:
         file: Path to write to.
         facts: The facts it depends on.
-        rows: Tokens of each row.
-        values: Values (S, ...) of a row's tokens.
+        rows: What `values` takes, one for each row, such as its tokens; its length is the number of values, at least 1.
+        values: Values (S, ...) of a row.
         keeping: Chooses the values to keep.
         extra: Further tensors to keep, such as a language-model head.
         able: Whether this process holds the weights; process 0 must, the others leave the rows to those that do.
@@ -184,7 +189,9 @@ def record(
             _make(file, facts, rows, values, keeping, extra, able, title)
         except (OSError, SafetensorError) as error:
             _remove(file.parent, own)
-            raise cannot_write(file, error, f"about {sum(map(len, rows)):,} tokens have to be kept") from error
+            raise cannot_write(
+                file, error, f"the values of about {sum(map(len, rows)):,} tokens have to be kept"
+            ) from error
         except Exception:
             _remove(file.parent, own)
             raise

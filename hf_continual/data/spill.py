@@ -59,12 +59,12 @@ class Spill:
         self.shape: tuple[int, ...] = ()
         self.dtype: torch.dtype | None = None
 
-    def fill(self, rows: Sequence[Sequence[int]], values: Any, keeping: Keeping, title: str) -> None:
+    def fill(self, rows: Sequence[Any], values: Any, keeping: Keeping, title: str) -> None:
         """Compute the values of rows that are not in the file yet.
 
         Args:
-            rows: Tokens of each row.
-            values: Computes the values of a row's tokens.
+            rows: What `values` takes, one for each row; its length is the number of values.
+            values: Computes the values of a row.
             keeping: Sees all of them, in order.
             title: Title of the progress bar.
 
@@ -95,7 +95,7 @@ class Spill:
                     out.flush()
                     os.fsync(out.fileno())
 
-    def _there(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    def _there(self, rows: Sequence[Any]) -> Iterator[Tensor]:
         """Complete rows of an interrupted pass; the file is truncated after the last of them."""
         if not self.file.is_file():
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_continual.gauges.probe import ProbeRow
-from hf_continual.tensors.head import finish_of, plain_model
+from hf_continual.tensors.head import base_head, finish_of, plain_model
 from hf_continual.tensors.reference import as_reference
 
 # Tokens whose logits are converted to float32 at the same time.
@@ -31,9 +31,7 @@ class Base:
     def __init__(self, model: Any) -> None:
         self.hidden: dict[tuple[int, ...], Tensor] = {}
         head = plain_model(model).get_output_embeddings()
-        inner = getattr(head, "original_module", None) or (
-            head.get_base_layer() if hasattr(head, "get_base_layer") else head
-        )
+        inner = base_head(model)
         self.finish = finish_of(model)
         kept = [p for p in (inner.weight, getattr(inner, "bias", None)) if p is not None]
         self.head: Any = inner

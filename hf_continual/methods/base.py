@@ -74,7 +74,7 @@ class Method:
 
     def reads_forward(self) -> bool:
         """Whether `loss_terms` must be called; may depend on the hyper-parameters."""
-        return type(self).loss_terms is not Method.loss_terms
+        return type(self).loss_terms is not Method.loss_terms or self.weighs_tokens()
 
     def makes_rows(self) -> bool:
         """Whether `replay` has its rows only after `prepare`; it returns None before, and is called again then."""
@@ -102,6 +102,22 @@ class Method:
         Asked before the model is loaded; a run has one such method at most. None brings none.
         """
         return None
+
+    def previews(self) -> bool:
+        """Whether a dry run loads the model, to show what `preview` says."""
+        return type(self).preview is not Method.preview
+
+    def preview(self, run: Run, folder: str) -> str:
+        """What a dry run says of the method, from `Run.task_rows`, which are a few rows, and the model that the plan starts from.
+
+        Args:
+            run: The run; it does not train.
+            folder: A folder for temporary files.
+
+        Returns:
+            A line that begins with the method's name.
+        """
+        return self.name
 
     @classmethod
     def row_sources(cls) -> tuple[str, ...]:
@@ -166,6 +182,24 @@ class Method:
     def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
         """Hook 4: scalars to add to this micro-batch's loss, as means over it, by log name."""
         return {}
+
+    def weighs_tokens(self) -> bool:
+        """Whether `weigh_tokens` must be called; may depend on the hyper-parameters."""
+        return type(self).weigh_tokens is not Method.weigh_tokens
+
+    def weigh_tokens(self, forward: Forward) -> Tensor:
+        """Hook 4, before all loss terms: the weight of each token of the task in the loss, without gradient.
+
+        The weights of several methods are multiplied, loss terms see the weighed `Forward.token_loss_BS`, and the loss is
+        divided by the same number of tokens as without them. Weights of replayed tokens are ignored.
+
+        Args:
+            forward: The micro-batch with the trainer's own token loss.
+
+        Returns:
+            Weights of shape (B, S - 1).
+        """
+        raise NotImplementedError
 
     def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
         """Hook 5: change `.grad` in place, after accumulation and clipping, before the step."""

@@ -23,6 +23,7 @@ STATIONS = {
     "edit_rows": "rows",
     "optimizer": "optimizer",
     "begin_step": "before a step",
+    "weigh_tokens": "token weights",
     "loss_terms": "loss terms",
     "edit_gradients": "gradients",
     "after_step": "after step",

@@ -32,6 +32,8 @@ class Forward:
             which the trainer divides the summed token loss.
         drawn: ``(source, row, tokens)`` of each replay row in this micro-batch, in the order of its tokens; on the
             host, so that a method can look up what it keeps per row without waiting for the accelerator.
+        task_drawn: ``(row, tokens)`` of each of the task's rows in this micro-batch, likewise on the host; only if a method asks
+            for row ids.
         entropy_BS: Entropy in nats of the prediction at position t, without gradient; shape (B, S - 1).
         notes: See `note`.
         scale: Factor that turns a sum of token losses over `tokens` into the unit of a
@@ -48,6 +50,7 @@ class Forward:
     tokens: Tensor
     scale: float
     drawn: Sequence[tuple[int, int, int]] = ()
+    task_drawn: Sequence[tuple[int, int]] = ()
     entropy_BS: Tensor | None = None
     notes: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
 

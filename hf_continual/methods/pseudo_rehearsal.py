@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_continual.atomic_files import checksum
 from hf_continual.bounds import at_least, plain_name, whole_number
+from hf_continual.data.flat_rows import UNMASKED
 from hf_continual.data.replay import ReplayRows
 from hf_continual.data.sample_counts import Counts, Known, Survey, count, digest, merged, survey
 from hf_continual.data.sample_format import SampleFormat, documents, format_of
@@ -164,8 +165,12 @@ class PseudoRehearsal(Method):
         if not self._pseudo:
             return rows
         self._first = len(rows)
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels", "seq_lengths") if c in rows.column_names])
+        kept: Any = rows.select_columns(
+            [c for c in ("input_ids", "labels", "seq_lengths", UNMASKED) if c in rows.column_names]
+        )
         columns = {c: [row[c] for row in self._pseudo] for c in ("input_ids", "labels")}
+        if UNMASKED in kept.column_names:
+            columns[UNMASKED] = columns["labels"]
         if "seq_lengths" in kept.column_names:
             columns["seq_lengths"] = [[len(ids)] for ids in columns["input_ids"]]
         return concatenate_datasets([kept, Dataset.from_dict(columns, features=kept.features)])

@@ -36,6 +36,9 @@ TABLE: dict[str, str] = {
     "lamol": "hf_continual.methods.lamol:LAMOL",
     "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
     "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
+    "mask_surprising": "hf_continual.methods.mask_surprising:MaskSurprising",
+    "entropy_weighted": "hf_continual.methods.entropy_weighted:EntropyWeighted",
+    "kl_to_base": "hf_continual.methods.kl_to_base:KLToBase",
 }
 
 

@@ -128,12 +128,14 @@ def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None)
         Description of each run by its name.
     """
     from hf_continual.stream.dry_run import describe
+    from hf_continual.stream.preview import previews
     from hf_continual.stream.probe import estimate
 
     found = []
     for name, prepared in ready:
         described = describe(prepared)
         described["time"] = estimate(prepared, described, hourly_price)
+        described["previews"] = previews(prepared)
         found.append((name, described))
     return found
 

@@ -44,6 +44,7 @@ def dry_run_report(plans: Sequence[tuple[str, Mapping[str, Any]]]) -> Renderable
             *plan["notes"],
             f"between tasks: {plan['between_tasks']}; processes: {plan['processes']}; parameters: {plan['parameters']:,}",
             "methods: " + ("; ".join(f"{t}: {m}" for t, m in methods.items()) or "none: plain fine-tuning"),
+            *plan.get("previews", ()),
             *_memory(plan["tasks"]),
             *_micro_batches(plan["tasks"]),
             f"total: {plan['steps']:,} steps and {plan['scored_rows']:,} rows to score; memory of a process about "

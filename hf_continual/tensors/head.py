@@ -71,6 +71,24 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
+def base_head(model: Any) -> Any:
+    """The head below any adapter on it, or below the copy of it that an adapter trains."""
+    head = plain_model(model).get_output_embeddings()
+    return getattr(head, "original_module", None) or (
+        head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    )
+
+
+def base_logits_function(model: Any) -> Callable[[Tensor], Tensor]:
+    """Like `logits_function`, with the head of the base: for models with an adapter, which leaves that head unchanged."""
+    head, finish = base_head(model), finish_of(model)
+
+    def logits(hidden: Tensor) -> Tensor:
+        return finish(head(hidden.to(head.weight.device)))
+
+    return logits
+
+
 def head_bias(model: Any) -> Tensor | None:
     """The bias of the head, if it has one."""
     return getattr(plain_model(model).get_output_embeddings(), "bias", None)

@@ -85,6 +85,12 @@ def check_arguments(
             raise ValueError(
                 f"{name} supplies an optimizer and {given} asks for another; a run can have only one. Drop one of the two."
             )
+    weighing = [type(m).__name__ for m in methods if m.weighs_tokens()]
+    if weighing and getattr(args, "loss_type", "nll") != "nll":
+        raise ValueError(
+            f"{weighing[0]} weighs the tokens of the loss, and loss_type={args.loss_type!r} does so too: both weights would be "
+            f"multiplied. Use loss_type='nll', or drop {weighing[0]}."
+        )
     smoothing = args is not None and args.label_smoothing_factor > 0 and getattr(args, "loss_type", "nll") == "nll"
     if compute_loss_func is not None or smoothing:
         reading = [type(m).__name__ for m in methods if m.reads_forward()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from hf_continual import private
 from hf_continual.data.collator import ROW, CountTokens, NameRows, PairRows, ReplayCollator
+from hf_continual.data.flat_rows import UNMASKED
 
 if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer
@@ -138,11 +139,14 @@ def rows_paired(trainer: LiveTrainer) -> Iterator[None]:
     Yields:
         None: While its collator does so.
     """
-    collate, mixer = trainer.data_collator, trainer.mixer
+    collate, mixer, names = trainer.data_collator, trainer.mixer, ()
     if mixer is not None and mixer.pairs:
         trainer.data_collator = PairRows(collate, mixer.collator, mixer.pairs)
+        names = getattr(trainer.train_dataset, "column_names", None) or ()
+    kept = private.column_kept(trainer, UNMASKED) if UNMASKED in names else nullcontext()
     try:
-        yield
+        with kept:
+            yield
     finally:
         trainer.data_collator = collate
 

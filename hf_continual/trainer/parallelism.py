@@ -36,10 +36,15 @@ _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     **{
         kind: {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")}
-        for kind in ("l2p", "moe_lora", "sapt_lora")
+        for kind in ("l2p", "moe_lora", "sapt_lora", "mask_surprising")
     },
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads no weights.")},
     "lamol": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or LAMOL(gamma=0), which writes no samples.")},
+    "kl_to_base": {
+        "FSDP1": (_HEAD, "Use DDP or ZeRO-2, or KLToBase(weight=0)."),
+        "FSDP2": (_HEAD, "Use DDP or ZeRO-2, or KLToBase(weight=0)."),
+        "ZeRO-3": (_SPREAD, "Use ZeRO-2 or DDP, or KLToBase(weight=0)."),
+    },
     "lfpt5": {
         "FSDP1": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),
         "FSDP2": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),

@@ -30,6 +30,7 @@ from hf_continual.trainer.publish import Publisher
 from hf_continual.trainer.saving_trainer import SavingTrainer
 from hf_continual.trainer.start import open_start, options_used
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
+from hf_continual.trainer.terms import added_loss
 from hf_continual.trainer.trainer_run import TrainerRun
 
 if TYPE_CHECKING:
@@ -227,7 +228,9 @@ class ContinualTrainer(SavingTrainer):
         with self.tap.record():
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             forward = self._forward(inputs, origin, num_items_in_batch)
-            extra = self._terms(forward, 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+            extra = added_loss(
+                self, forward, 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            )
         if extra is None:
             return result
         return (result[0] + extra, result[1]) if return_outputs else result + extra
@@ -264,25 +267,9 @@ class ContinualTrainer(SavingTrainer):
             tokens=torch.as_tensor(tokens, device=loss_BS.device).clamp(min=1),
             scale=scale,
             drawn=origin.get("drawn", ()),
+            task_drawn=origin.get("named", ()),
             entropy_BS=None if outputs.entropy is None else outputs.entropy.detach(),
         )
-
-    def _terms(self, forward: Forward, steps: int) -> Tensor | None:
-        """The sum to add to the loss of this micro-batch, or None; each term is logged."""
-        extra: list[Tensor] = []
-        for name, source in zip(forward.sources, self.mixer.sources if self.mixer else (), strict=True):
-            if source.weight != 1:
-                weighed = forward.token_loss_BS * forward.label_mask(name)
-                extra.append((source.weight - 1) * forward.token_mean(weighed) / steps)
-        for method in self.methods:
-            if method.reads_forward():
-                for name, term in method.loss_terms(forward).items():
-                    self.ledger.add(f"{method.name}/{name}", term)
-                    extra.append(term / steps)
-                for name, (total, count) in forward.notes.items():
-                    self.ledger.add(f"{method.name}/{name}", total, count)
-                forward.notes.clear()
-        return sum(extra[1:], start=extra[0]) if extra else None
 
     def _log_sources(self, inputs: dict[str, Any], origin: dict[str, Any], nll_BS: Tensor) -> None:
         """Log the negative log-likelihood per token of the task and of each replay source."""

@@ -20,9 +20,12 @@ from hf_continual import (
     MIGU,
     VRMCL,
     ContinualTrainer,
+    EntropyWeighted,
     FreezeLayers,
     GeRe,
     GradientProjection,
+    KLToBase,
+    MaskSurprising,
     RecAdam,
     Replay,
     TaskVector,
@@ -54,6 +57,9 @@ def baselines():
         LAMOL(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
         LFPT5(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
         VRMCL(inner_learning_rate=0.05, momentum=0.5),
+        MaskSurprising(threshold=62.0, cache_dir="build/test-base"),
+        EntropyWeighted(full_at=4.2),
+        KLToBase(weight=0.5, weighting="probability", top_k=8, cache_dir="build/test-base"),
     ]
 
 

@@ -10,21 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_continual.data.distributed import from_first, gathered
+from hf_continual.data.distributed import from_first
 from hf_continual.data.recording import DIGITS, facts_of, put_back, taken_out
 from hf_continual.methods.base import Forward, Run
 from hf_continual.methods.gere.states import States, open_recorded, open_whole
 from hf_continual.tensors.head import finish_of, head_bias, logits_function, recorded_logits
-from hf_continual.tensors.reference import Reference, numerics, untrained, virtual_tokens, weights_fingerprint
+from hf_continual.tensors.reference import Reference, numerics, untrained, virtual_tokens
 
 CARRIED = "recorded/"  # prefix of tensors that are saved with the model
-
-
-def weights_of_first(run: Run, reference: Reference) -> tuple[str, bool]:
-    """Fingerprint of process 0's weights, and whether this process holds them."""
-    own = weights_fingerprint(run.model, reference)
-    first = gathered(own)[0]
-    return first, own == first
 
 
 def base_of(run: Run, left: Mapping[str, Any], weights: str) -> str:

@@ -32,6 +32,7 @@ from hf_continual.data.replay import ReplayRows
 from hf_continual.data.rows import load_rows
 from hf_continual.data.self_generated import kept_texts, own_words
 from hf_continual.methods.base import AddedRows, Forward, Method, Run
+from hf_continual.methods.base_pass import weights_of_first
 from hf_continual.methods.gere import base_states
 from hf_continual.methods.gere.general_rows import general_tokens
 from hf_continual.methods.gere.margin import Reduction, margin, reduced
@@ -203,7 +204,7 @@ class GeRe(Method):
     def _own_texts(self, run: Run) -> list[str]:
         numbers = {"number": self.num_samples, "length": self.max_length, "seed": run.seed, "version": 2}
         stem = f"own-words-{key_of({**numbers, **numerics(run.model, run.tokenizer)})}"
-        weights = base_states.weights_of_first(run, "base")[0]
+        weights = weights_of_first(run, "base")[0]
         base = self._base = base_states.base_of(run, self._left, weights)
         file = Path(self.cache_dir).expanduser() / f"{stem}-{base[:DIGITS]}.jsonl"
 
@@ -218,7 +219,7 @@ class GeRe(Method):
         facts = base_states.facts_for(
             run, tokens, self.reference, keep, head, max_length=self.max_length, threshold=self.threshold
         )
-        weights, able = base_states.weights_of_first(run, self.reference)
+        weights, able = weights_of_first(run, self.reference)
         base = self._base = base_states.base_of(run, self._left, weights) if self.reference == "base" else weights
         file = Path(self.cache_dir).expanduser() / f"{key_of(facts)}-{base[:DIGITS]}.safetensors"
         facts["weights"] = base
