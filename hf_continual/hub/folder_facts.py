@@ -63,7 +63,7 @@ def with_learned(facts: CardFacts, folder: Path) -> CardFacts:
         HandOverError: If that state is damaged.
     """
     found = None if facts.method_state == "left out" else handover.read(folder, check_weights=False)
-    kept = () if found is None else found.methods
+    kept = () if found is None else [k for k in found.methods if not k.rows]  # which are not published
     return replace(facts, learned=tuple(LearnedFacts(k.name, k.kind, k.what, k.tensors, k.bytes) for k in kept))
 
 

@@ -23,6 +23,7 @@ from hf_continual import (
     FreezeLayers,
     GeRe,
     GradientProjection,
+    OnPolicyReplay,
     RecAdam,
     Replay,
     TaskVector,
@@ -44,7 +45,7 @@ def methods():
 
 
 def baselines():
-    """Those that need no adapter; for EWC, TaSL, LAMOL and LFPT5, what a first task does."""
+    """Those that need no adapter; for EWC, TaSL, LAMOL, LFPT5 and OnPolicyReplay, what a first task does."""
     return [
         EWC(rows=8),
         MIGU(first_task=True),
@@ -53,6 +54,7 @@ def baselines():
         TaskVector(at=3),
         LAMOL(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
         LFPT5(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
+        OnPolicyReplay(share=0.2, max_new_tokens=4, temperature=1.0),
         VRMCL(inner_learning_rate=0.05, momentum=0.5),
     ]
 
