@@ -127,6 +127,8 @@ def evaluation_to(evaluation: Evaluation) -> dict[str, Any]:
     }
     if evaluation.row_names is not None:
         data["row_names"] = list(evaluation.row_names)
+    if evaluation.best_plain is not None:
+        data["best_plain"] = dict(evaluation.best_plain)
     return data
 
 
@@ -144,6 +146,7 @@ def evaluation_from(data: Mapping[str, Any]) -> Evaluation:
         gauges=tuple(GaugeFacts(**g) for g in data.get("general_abilities", ())),
         intervals={name: (pair[0], pair[1]) for name, pair in (data.get("intervals") or {}).items()},
         row_names=None if names is None else tuple(names),
+        best_plain=data.get("best_plain"),
     )
 
 
