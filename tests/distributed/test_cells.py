@@ -34,7 +34,7 @@ for place, name in enumerate(
 ):
     kind_of_weights = "LoRA" if covering.adapters_only([name]) or place % 4 in (0, 3) else "full"
     kind_of_weights = "full" if covering.own_modules([name]) else kind_of_weights
-    CHOSEN["FSDP2" if place % 2 else "DDP"].append(f"{name}:{kind_of_weights}")
+    CHOSEN["FSDP2" if place % 2 and "FSDP2" not in refused(name) else "DDP"].append(f"{name}:{kind_of_weights}")
 ALL = {
     mode: [
         f"{m}:{w}"

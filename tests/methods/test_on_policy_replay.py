@@ -194,8 +194,11 @@ def test_the_first_task_is_kept(tmp_path, first):
     assert kept[0.5] < 0.5 and kept[0.0] > 2.0, kept
     state = trainer.task_states[NAME]
     assert [r["task"] for r in state["reports"]] == ["first", "second"] and len(unpacked_rows(state)) == 6
-    last = trainer.state.log_history[-1]
-    assert last[f"{NAME}/asked"] == last[f"{NAME}/kept"] + last[f"{NAME}/rejected"] + last[f"{NAME}/outranked"] == 6
+    asked, first_step = state["reports"][0], trainer.state.log_history[0]
+    for key in ("asked", "kept", "outranked", "log_probability"):
+        assert first_step[f"{NAME}/{key}"] == pytest.approx(asked[key])  # what the first task left, logged once
+    assert first_step[f"{NAME}/rejected"] == asked["asked"] - asked["kept"] - asked["outranked"]
+    assert f"{NAME}/kept" not in trainer.state.log_history[1]
 
 
 def wrong(rows):

@@ -155,7 +155,12 @@ class OnPolicyReplay(Method):
         return ReplayRows(Dataset.from_list(self._past), self.ratio, row_type="tokenized")
 
     def begin_task(self, run: Run) -> None:
-        """Warn if a later task has nothing to replay."""
+        """Log what the last task left, once; warn if a later task has nothing to replay."""
+        if self._reports and run.step == 0:
+            last = Counts(**{k: v for k, v in self._reports[-1].items() if k != "task"})
+            for key in ("asked", "kept", "rejected", "outranked", "log_probability"):
+                if (value := getattr(last, key)) is not None:
+                    run.note(f"{self.name}/{key}", float(value))
         if self.ratio and not self._past and run.task.index and not run.starts_afresh:
             logger.warning(
                 "OnPolicyReplay: no earlier task left answers, so nothing is replayed in task %d. Give the method to the earlier "
@@ -224,15 +229,6 @@ class OnPolicyReplay(Method):
             counts.rows, counts.asked, counts.kept, counts.same, counts.rejected, counts.unfinished, counts.empty, counts.below,
             counts.outranked,
         )  # fmt: skip
-        values: dict[str, float] = {
-            "asked": counts.asked,
-            "kept": counts.kept,
-            "rejected": counts.rejected,
-            "outranked": counts.outranked,
-        }
-        if counts.log_probability is not None:
-            values["log_probability"] = counts.log_probability
-        run.log({f"{self.name}/{key}": float(value) for key, value in values.items()})
         if not counts.kept:
             logger.warning(
                 "OnPolicyReplay: no answer to %d prompts can be kept, so later tasks replay none of this one. Train longer, raise "
