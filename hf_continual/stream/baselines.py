@@ -13,7 +13,7 @@ from typing import Any
 from hf_continual.stream.plan import BaselinesPlan, Plan, SweepPlan
 from hf_continual.stream.plan_lines import Key, Where
 
-PLAN_ARM = "plan"  # the plan itself, where it has no sweep of its own
+PLAN_ARM = "plan"  # the plan itself, if it lists no arms
 DEFAULT_RATE = 2e-5  # TRL's, for a plan that sets none
 _FACTOR = re.compile(r"(?:(?P<times>[0-9.]+)\s*\*?\s*)?x(?:\s*/\s*(?P<over>[0-9.]+))?")
 
