@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.o_lora import OLoRA
+    from hf_continual.methods.on_policy_replay import OnPolicyReplay
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.sapt_lora import SAPTLoRA
@@ -101,6 +102,7 @@ _FACE = {
     "MaskSurprising": "hf_continual.methods.mask_surprising",
     "EntropyWeighted": "hf_continual.methods.entropy_weighted",
     "KLToBase": "hf_continual.methods.kl_to_base",
+    "OnPolicyReplay": "hf_continual.methods.on_policy_replay",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -156,6 +158,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "MaskSurprising",
     "EntropyWeighted",
     "KLToBase",
+    "OnPolicyReplay",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -10,6 +10,7 @@ EXAMPLES: dict[str, str] = {
     "gate": "hf-continual gate out/new --against out/released",
     "diagnose": "hf-continual diagnose out/task-00-old out/task-01-new --rows old.jsonl --base Qwen/Qwen2.5-0.5B",
     "report": "hf-continual report out/plain out/replay --out report.html",
+    "recommend": "hf-continual recommend plan.yaml --general general.jsonl",
     "methods": "hf-continual methods --json",
     "push": "hf-continual push out/law me/law --dry-run",
     "demo": "hf-continual demo --out demo-out",

@@ -9,8 +9,9 @@ with them, or the folder is refused.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from hf_continual.data.kept import (
     weight_files,
 )
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "FOLDER",
     "MANIFEST",
@@ -45,6 +48,7 @@ __all__ = [
     "read",
     "stage",
     "state_of",
+    "unpublished",
 ]
 
 
@@ -55,6 +59,7 @@ def stage(
     task: Mapping[str, Any],
     base: Mapping[str, Any],
     words: Mapping[str, str] | None = None,
+    with_rows: Collection[str] = (),
 ) -> None:
     """Write what methods leave to a staging folder before the model is saved; `commit` moves it into place after.
 
@@ -65,6 +70,7 @@ def stage(
         task: Name and index of the task.
         base: Facts about the weights below an adapter.
         words: A description of what each method leaves, by its name.
+        with_rows: Names of the methods whose state holds rows of data.
     """
     room = folder / FOLDER / STAGED
     if room.exists():
@@ -77,6 +83,7 @@ def stage(
             what = (words or {}).get(name, "")
             kept.append(
                 {"name": name, "kind": kind, "what": what, "options": options, "files": files, "tensors": tensors}
+                | ({"rows": True} if name in with_rows else {})
             )
     write_json(room / MANIFEST, {"format": FORMAT, "task": dict(task), "base": dict(base), "methods": kept})
 
@@ -106,6 +113,8 @@ def commit(folder: Path) -> None:
     (home / MANIFEST).unlink(missing_ok=True)
     for kept in manifest["methods"]:
         for name in kept["files"]:
+            if kept.get("rows") and not (room / name).is_file():
+                continue  # rows that did not come with the model that is brought along
             (room / name).replace(home / name)
     write_json(home / MANIFEST, manifest)
     shutil.rmtree(room)
@@ -142,6 +151,7 @@ def read(folder: Path, check_weights: bool = True) -> HandOver | None:
                 _plain_names(m["files"], file),
                 int(m["tensors"]),
                 str(m.get("what", "")),
+                bool(m.get("rows", False)),
             )
             for m in data["methods"]
         )
@@ -186,8 +196,21 @@ def check_files(found: HandOver) -> None:
         HandOverError: Naming the file.
     """
     for kept in found.methods:
-        for name, facts in kept.files.items():
+        for name, facts in ({} if unpublished(found, kept) else kept.files).items():
             _check_file(found.folder / FOLDER / name, facts, kept.name)
+
+
+def unpublished(found: HandOver, kept: Kept) -> bool:
+    """Whether what a method left are rows of data that did not come with the model.
+
+    Args:
+        found: The list.
+        kept: The method's entry in it.
+
+    Returns:
+        True only if none of its files is there: some of them without the others are damage.
+    """
+    return kept.rows and not any((found.folder / FOLDER / name).is_file() for name in kept.files)
 
 
 def _check_file(file: Path, facts: Mapping[str, Any], name: str) -> None:
@@ -214,6 +237,12 @@ def state_of(found: HandOver, name: str) -> dict[str, Any]:
         return dict(found.held.get(name, {}))
     kept = next((k for k in found.methods if k.name == name), None)
     state: dict[str, Any] = {}
+    if kept is not None and unpublished(found, kept):
+        logger.warning(
+            "%s: the rows that method %r kept did not come with the model, so it starts without them. Where they are, push them "
+            "by name (--include %s/%s).", found.folder, name, FOLDER, next(iter(kept.files), ""),
+        )  # fmt: skip
+        return state
     for file_name, facts in ({} if kept is None else kept.files).items():
         file = found.folder / FOLDER / file_name
         _check_file(file, facts, name)
@@ -241,7 +270,7 @@ def bring_along(source: Path, target: Path) -> None:
         shutil.rmtree(room)
     room.mkdir(parents=True)
     for kept in found.methods:
-        for name in kept.files:
+        for name in () if unpublished(found, kept) else kept.files:
             shutil.copy2(source / FOLDER / name, room / name)
     manifest = {k: v for k, v in read_json(source / FOLDER / MANIFEST).items() if k != "weights"}
     if not (target / "adapter_config.json").is_file():

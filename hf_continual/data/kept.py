@@ -30,6 +30,7 @@ class Kept:
         files: Checksum and bytes by file name.
         tensors: Number of tensors.
         what: A description.
+        rows: Whether it holds rows of data, which are not published by default: its files may then be missing.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kept:
     files: Mapping[str, Mapping[str, Any]]
     tensors: int
     what: str = ""
+    rows: bool = False
 
     @property
     def bytes(self) -> int:

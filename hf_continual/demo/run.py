@@ -86,6 +86,11 @@ def main(
     for arm in ARMS:
         console.print(_matrix_table(arm, results[arm]))
     console.print(_changes_table(results))
+    console.print(
+        f"One learning rate, {settings.learning_rate:g}, in both arms: a smaller one forgets less without any method. A plan with "
+        f"baselines: {{learning_rates: [x, x/3, x/10]}} measures how much.",
+        highlight=False, markup=False,
+    )  # fmt: skip
     plot = _plot(out, results)
     trained = (out / "continual" / "model").resolve()
     answer = _ask(trained, settings)

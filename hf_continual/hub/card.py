@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from hf_continual.best_plain import sentence
 from hf_continual.hub import tables
 from hf_continual.hub.card_training import method_text, settings_table, tracking
 from hf_continual.hub.card_yaml import dump_metadata
@@ -234,6 +235,8 @@ def limits(facts: CardFacts) -> str:
         lines.append(
             f"- The scores are based on as few as {least} rows per task: differences of a few points may be chance."
         )
+    if evaluation.best_plain is not None:
+        lines.append(f"- Of its sweep, {sentence(safe(evaluation.best_plain), evaluation.lower_is_better)}.")
     if not facts.languages:
         lines.append("- The languages of the training rows were not stated.")
     scored_on = "The scores are on rows of its own tasks; n" if evaluation.matrix else "N"

@@ -136,8 +136,8 @@ def collect(
             files[name] = file
         elif name.count("/") == 0:
             left_out.append(name)
-    learned = _learned(folder)
-    files |= learned if method_state else {}
+    learned, rows = _learned(folder)
+    files |= {name: file for name, file in learned.items() if name not in rows} if method_state else {}
     files |= {file.relative_to(folder).as_posix(): file for file in (_named(folder, name) for name in include)}
     kept_back = [folder / "continual" / "memory.jsonl", *learned.values()]
     left_out += [n for f in kept_back if (n := f.relative_to(folder).as_posix()) not in files and f.is_file()]
@@ -149,17 +149,19 @@ def collect(
     return Contents(folder, files, tuple(left_out), frozenset(states.values()), digests)
 
 
-def _learned(folder: Path) -> dict[str, Path]:
-    """Method state, if it is complete and belongs to these weights; nothing else from its folder."""
+def _learned(folder: Path) -> tuple[dict[str, Path], set[str]]:
+    """Method state, if it is complete and belongs to these weights; nothing else from its folder. And which of it are rows."""
     try:
         found = handover.read(folder)
         if found is None:
-            return {}
+            return {}, set()
         handover.check_files(found)
     except handover.HandOverError as error:
         raise IncompleteFolder(str(error)) from error
-    names = [handover.MANIFEST, *(name for kept in found.methods for name in kept.files)]
-    return {f"{handover.FOLDER}/{name}": folder / handover.FOLDER / name for name in names}
+    there = [kept for kept in found.methods if not handover.unpublished(found, kept)]
+    files = {f"{handover.FOLDER}/{name}": kept.rows for kept in there for name in kept.files}
+    names = {f"{handover.FOLDER}/{handover.MANIFEST}": False, **files}
+    return {name: folder / name for name in names}, {name for name, rows in names.items() if rows}
 
 
 def _named(folder: Path, name: str) -> Path:

@@ -123,6 +123,7 @@ class Evaluation:
         gauges: General abilities outside the tasks.
         intervals: 95 % intervals by figure: op, bwt, fwt, forgetting.
         row_names: Names of the rows, if they are not "after TASK": a merge and joint training have one row.
+        best_plain: The paired test against the best plain run of the sweep that it belongs to, as plain data; None without.
     """
 
     tasks: tuple[str, ...] = ()
@@ -135,6 +136,7 @@ class Evaluation:
     gauges: tuple[GaugeFacts, ...] = ()
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     row_names: tuple[str, ...] | None = None
+    best_plain: Mapping[str, Any] | None = None
 
     @property
     def accuracy(self) -> AccuracyMatrix:

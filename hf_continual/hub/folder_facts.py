@@ -63,7 +63,7 @@ def with_learned(facts: CardFacts, folder: Path) -> CardFacts:
         HandOverError: If that state is damaged.
     """
     found = None if facts.method_state == "left out" else handover.read(folder, check_weights=False)
-    kept = () if found is None else found.methods
+    kept = () if found is None else [k for k in found.methods if not k.rows]  # which are not published
     return replace(facts, learned=tuple(LearnedFacts(k.name, k.kind, k.what, k.tensors, k.bytes) for k in kept))
 
 
@@ -127,6 +127,8 @@ def evaluation_to(evaluation: Evaluation) -> dict[str, Any]:
     }
     if evaluation.row_names is not None:
         data["row_names"] = list(evaluation.row_names)
+    if evaluation.best_plain is not None:
+        data["best_plain"] = dict(evaluation.best_plain)
     return data
 
 
@@ -144,6 +146,7 @@ def evaluation_from(data: Mapping[str, Any]) -> Evaluation:
         gauges=tuple(GaugeFacts(**g) for g in data.get("general_abilities", ())),
         intervals={name: (pair[0], pair[1]) for name, pair in (data.get("intervals") or {}).items()},
         row_names=None if names is None else tuple(names),
+        best_plain=data.get("best_plain"),
     )
 
 

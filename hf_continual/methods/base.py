@@ -55,6 +55,8 @@ class Method:
         leaves: Description of what `task_state` returns, for the model card.
         general_text: Whether the rows that it replays are general text, which belongs to no task.
         watches: Whether it only watches the run: it is in no description, card or hand-over, and is called last.
+        keeps_rows: Whether `task_state` holds rows of data. They are handed to the next task on this machine, and are not
+            pushed with the model unless requested by name.
         droppable: Whether a later task may run without the method; its state is then dropped, with a warning.
         outlives_merging: Whether its state is still valid after the adapter is merged into its base.
         bytes_per_parameter: Bytes it keeps per trainable parameter, on top of AdamW's two moments.
@@ -69,6 +71,7 @@ class Method:
     leaves: ClassVar[str] = ""
     general_text: ClassVar[bool] = False
     watches: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
     droppable: ClassVar[bool] = False
     outlives_merging: ClassVar[bool] = False
 
@@ -241,7 +244,7 @@ class Method:
         """Return what later tasks need, as tensors and plain data; called on every process after `end_task`.
 
         It is saved with the model as ``continual/NAME.safetensors`` and ``NAME.json``, and is loaded by the next run
-        that trains it further. No rows of data: they would be published with the model.
+        that trains it further. No rows of data: they would be published with the model, unless the class says `keeps_rows`.
         """
         return {}
 

@@ -1,9 +1,9 @@
-"""Samples of earlier tasks written before the first step: the same on one process and on several, and after a kill."""
+"""Texts that the model writes for methods: the same on one process and on several, and after a kill."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from hf_continual.methods.run import Run
 from hf_continual.methods.unfinished import Unfinished
 
 Texts = list[list[int]]  # new tokens of several samples
+Batch = TypeVar("Batch")
+Written = TypeVar("Written")
 
 
 def write_samples(
@@ -66,16 +68,32 @@ def write_samples(
 
 def _round(run: Run, batches: Any, number: int, openings: Any, how: Sampling) -> list[Texts]:
     """The next batches, one on each process."""
+
+    def write(batch: tuple[int, int], place: int) -> Texts:
+        k, rows = batch
+        with run.autocast():
+            opening, ends = openings[k]
+            return sample(run.model, run.tokenizer, opening, rows, (run.seed, run.task.index, place), how, ends)
+
+    return one_each(batches, number, write)
+
+
+def one_each(batches: Sequence[Batch], number: int, write: Callable[[Batch, int], Written]) -> list[Written]:
+    """Let each process write one of the next batches.
+
+    Args:
+        batches: The batches that are not written yet, in order.
+        number: Number of the first of them, counted over the whole pass: a batch's own seed comes from its number.
+        write: Writes a batch; gets its number too.
+
+    Returns:
+        What was written for the first batches, one per process, or fewer at the end; the same on every process.
+    """
     size, rank = world()
-    mine, problem = [], None
+    mine, problem = None, None
     try:
         if rank < len(batches):
-            k, rows = batches[rank]
-            with run.autocast():
-                opening, ends = openings[k]
-                mine = sample(
-                    run.model, run.tokenizer, opening, rows, (run.seed, run.task.index, number + rank), how, ends
-                )
+            mine = write(batches[rank], number + rank)
     except Exception as error:
         problem = error
     all_well(problem)

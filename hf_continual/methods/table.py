@@ -39,6 +39,7 @@ TABLE: dict[str, str] = {
     "mask_surprising": "hf_continual.methods.mask_surprising:MaskSurprising",
     "entropy_weighted": "hf_continual.methods.entropy_weighted:EntropyWeighted",
     "kl_to_base": "hf_continual.methods.kl_to_base:KLToBase",
+    "on_policy_replay": "hf_continual.methods.on_policy_replay.method:OnPolicyReplay",
 }
 
 

@@ -220,6 +220,7 @@ def frontier_picture(arms: Mapping[str, Mapping[str, Any]], key: str, lower: boo
             scale = factor if name in TITLES else 1.0
             _cross(axis, x, y, own[arm], factor, scale)
             points.append((factor * x["mean"], scale * y["mean"]))
+        _rates(axis, arms, name, factor)
         _front(axis, points, lower, name == "backward_transfer" or not _is_loss(arms, name))
         axis.set_xlabel(f"right after learning ({unit}{', lower is better' if lower else ''})")
         axis.set_ylabel(
@@ -234,7 +235,22 @@ def frontier_picture(arms: Mapping[str, Mapping[str, Any]], key: str, lower: boo
             axis.invert_yaxis()  # up is better in both panels
     legend(figure, [(arm, own[arm]) for arm in arms])
     caption = "Up and to the right is better. Lines through a point: 95 % intervals. The dotted line joins what nothing beats in both."
+    if sum(arm.get("plain") is not None for arm in arms.values()) > 1:
+        caption += " The thin line joins the plain runs in the order of their learning rates."
     return Picture(key, "frontier", "Learning against retention", caption, figure)
+
+
+def _rates(axis: Any, arms: Mapping[str, Mapping[str, Any]], name: str, factor: float) -> None:
+    """A line through the plain runs, by their learning rate: what a rate alone can choose."""
+    scale, points = factor if name in TITLES else 1.0, []
+    for arm in arms.values():
+        rate = (arm.get("plain") or {}).get("learning_rate")
+        x, y = ((arm["figures"].get(key) or {}).get("mean") for key in ("learning_accuracy", name))
+        if rate is not None and x is not None and y is not None:
+            points.append((rate, factor * x, scale * y))
+    if len(points) > 1:
+        points.sort()
+        axis.plot([x for _, x, _ in points], [y for _, _, y in points], color=MUTED, linewidth=0.8, zorder=0)
 
 
 def _is_loss(arms: Mapping[str, Mapping[str, Any]], name: str) -> bool:

@@ -18,7 +18,11 @@ Arms = Mapping[str, Mapping[str, Any]]
 
 
 def sections_of(
-    runs: Sequence[Run], alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, Any]]
+    runs: Sequence[Run],
+    alike: Sequence[Run],
+    arms: Arms,
+    tests: Sequence[Mapping[str, Any]],
+    plain: Sequence[Mapping[str, Any]] = (),
 ) -> list[Section]:
     """The parts of the page.
 
@@ -27,6 +31,7 @@ def sections_of(
         alike: Those that can share a picture.
         arms: Their arms.
         tests: Paired tests.
+        plain: Those against the best plain run.
 
     Returns:
         The parts, in order; their pictures are drawn and not yet turned into SVG.
@@ -37,7 +42,7 @@ def sections_of(
         _matrices(runs),
         _forgetting(runs, alike),
         _gauges(runs),
-        _comparison(alike, arms, tests, lower),
+        _comparison(alike, arms, tests, plain, lower),
         _frontier(alike, arms, lower),
         _layers(runs),
         _answers(runs),
@@ -101,7 +106,13 @@ def _gauges(runs: Sequence[Run]) -> Section:
     return section
 
 
-def _comparison(alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, Any]], lower: bool) -> Section:
+def _comparison(
+    alike: Sequence[Run],
+    arms: Arms,
+    tests: Sequence[Mapping[str, Any]],
+    plain: Sequence[Mapping[str, Any]],
+    lower: bool,
+) -> Section:
     section = Section("comparison", "Methods compared")
     if len(arms) > 1:
         own = looks(alike)
@@ -115,6 +126,13 @@ def _comparison(alike: Sequence[Run], arms: Arms, tests: Sequence[Mapping[str, A
         section.folded += [tables.tests_table(by_task, lower, "Task by task")] * bool(by_task)
     elif len(arms) > 1:
         section.missing.append("No paired tests: they need two runs of plans with predictions on the same test rows.")
+    if plain:
+        section.tables.append(tables.plain_table(plain, lower))
+    elif len(arms) > 1:
+        section.missing.append(
+            "No comparison with the best plain run: none of these fine-tuned plainly, or on other rows. A plan makes them: "
+            "baselines: {learning_rates: [x, x/3, x/10]}."
+        )
     return section
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_continual.best_plain import WORDS
 from hf_continual.disk import size
 from hf_continual.metrics import SUMMARY
 from hf_continual.report.changed import counts_summary
@@ -160,6 +161,24 @@ def tests_table(
     head = ["run", "against", "rows of", "gain", "p", "rows better", "rows worse", "rows"]
     note = f"After the last task, on the same rows; above 0: the run is better. p: {names}. It is about other rows, not about other seeds."
     return Table(title, head, rows, note, words=3)
+
+
+def plain_table(tests: Sequence[Mapping[str, Any]], lower: bool) -> Table:
+    """Every run against the best plain run, with what that says."""
+    rows = []
+    for test in tests:
+        rate, p = test.get("learning_rate"), test["p_value"]
+        rows.append([
+            Value(test["second"]), Value(test["first"]), Value("" if rate is None else f"{rate:.3g}", rate),
+            _score(test["difference"], lower, True, test["interval"]), Value("< 0.001" if p < 0.001 else f"{p:.3f}", p),
+            Value(WORDS[test["verdict"]]),
+        ])  # fmt: skip
+    head = ["run", "best plain run", "its learning rate", "gain", "p", "verdict"]
+    note = (
+        "The best plain run is the one with the best overall performance, whatever its learning rate. Within: the interval of the "
+        "difference holds 0, so the gain is within what a learning rate gives."
+    )
+    return Table("Against the best plain run", head, rows, note, words=2)
 
 
 def events_table(runs: Sequence[Run]) -> Table | None:

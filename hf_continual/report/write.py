@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_continual.atomic_files import write_text
+from hf_continual.best_plain import frontier
 from hf_continual.report.changed import counts_summary
-from hf_continual.report.compared import arms_of, comparisons, jsonable, one_direction
+from hf_continual.report.compared import against_plain, arms_of, comparisons, jsonable, one_direction
 from hf_continual.report.page import Section, render
 from hf_continual.report.read import read_folders
 from hf_continual.report.run import Run, clean
@@ -44,7 +45,8 @@ def write_report(
         said: Is told what is being done.
 
     Returns:
-        What the page shows, as plain data: ``runs``, ``arms``, ``comparisons``, ``missing``, ``out``, ``figures``.
+        What the page shows, as plain data: ``runs``, ``arms``, ``comparisons``, ``best_plain``,
+        ``frontier``, ``missing``, ``out``, ``figures``.
 
     Raises:
         FileNotFoundError: If a folder is not there.
@@ -57,9 +59,11 @@ def write_report(
     alike = one_direction(runs, missing)
     arms = arms_of(alike, sweeps)
     tests = comparisons(runs, sweeps, missing)
+    lower = bool(alike and alike[0].lower)
+    plain = against_plain(runs, arms, sweeps, lower)
     with drawing():
         said("drawing")
-        sections = sections_of(runs, alike, arms, tests)
+        sections = sections_of(runs, alike, arms, tests, plain)
         named = [(picture, as_svg(picture.figure)) for section in sections for picture in section.pending]
         written = [] if figures is None else _write_pictures(Path(figures), named)
     _put_in(sections, named)
@@ -76,6 +80,8 @@ def write_report(
         "runs": [_of_run(run) for run in runs],
         "arms": jsonable(arms),
         "comparisons": tests,
+        "best_plain": plain,
+        "frontier": frontier(arms, lower),
         "missing": missing,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hf_continual.stream.baselines import PLAN_ARM, plain_arms
 from hf_continual.stream.plan import ArmPlan, Plan, SweepPlan
 from hf_continual.stream.plan_lines import Key, Where
 
@@ -20,8 +21,18 @@ def arms_of(plan: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
         tuple[str, Plan, Where]: The arm's name, "" if there is one arm; its plan, without a sweep; where its entries are written.
     """
     sweep, alone = plan.sweep or SweepPlan(), plan.model_copy(update={"sweep": None})
+    made: dict[str, Plan] = {}
+    for name, arm, its in _own_arms(plan, sweep, alone, where):
+        made[name] = arm
+        yield name, arm, its
+    for name, arm in plain_arms(plan, made, where):
+        yield name, arm, where
+
+
+def _own_arms(plan: Plan, sweep: SweepPlan, alone: Plan, where: Where) -> Iterator[tuple[str, Plan, Where]]:
+    """The arms that a sweep lists; the plan itself if it lists none."""
     if sweep.methods is None and sweep.arms is None:
-        yield "", alone, where
+        yield "" if sweep.baselines is None else PLAN_ARM, alone, where
     for name, methods in (sweep.methods or {}).items():
         yield (
             name,

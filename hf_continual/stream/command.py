@@ -21,6 +21,7 @@ from hf_continual.progress import be_quiet
 from hf_continual.stream.plan import Plan
 from hf_continual.stream.plan_lines import Where
 from hf_continual.stream.read_plan import read_plan
+from hf_continual.stream.recommend import Rule, facts_of, recommended
 
 if TYPE_CHECKING:
     from hf_continual.stream.prepared import Prepared
@@ -46,7 +47,7 @@ def run_plan(
     if dry_run:
         described = estimated(_ready(read, where, only), hourly_price)
         if is_main():
-            show_dry_run(described, console, as_json)
+            show_dry_run(described, console, as_json, recommended(facts_of(read)[0]))
         return
     from hf_continual.stream.stored_run import RESULTS
     from hf_continual.stream.train import run_read
@@ -140,14 +141,25 @@ def estimated(ready: Sequence[tuple[str, Prepared]], hourly_price: float | None)
     return found
 
 
-def show_dry_run(described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool) -> None:
-    """Print what runs would do, as tables or as JSON."""
+def show_dry_run(
+    described: Sequence[tuple[str, dict[str, Any]]], console: Console, as_json: bool, methods: Sequence[Rule] = ()
+) -> None:
+    """Print what runs would do, and which methods are recommended, as tables or as JSON."""
+    names = [rule.name for rule in methods]
     if as_json:
-        sys.stdout.write(json.dumps({"runs": [{"name": name, **run} for name, run in described]}, indent=1) + "\n")
+        found = {
+            "runs": [{"name": name, **run} for name, run in described],
+            **({"recommended": names} if names else {}),
+        }
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
     from hf_continual.stream.cost_report import dry_run_report
 
     console.print(dry_run_report(described))
+    if names:
+        console.print(
+            f"methods for such a plan: {', '.join(names)} (hf-continual recommend PLAN says why)", soft_wrap=True
+        )
 
 
 def _picture(results: dict[str, Any], file: Path) -> None:

@@ -195,6 +195,16 @@ class ArmPlan(_Strict):
     between_tasks: BetweenTasks = "continue"
 
 
+class BaselinesPlan(_Strict):
+    """Plain fine-tuning at several learning rates, as further arms of a sweep.
+
+    Args:
+        learning_rates: Numbers, or factors of the plan's own rate, `sft.learning_rate`, as text: ``x``, ``x/3``, ``2x``.
+    """
+
+    learning_rates: list[float | str]
+
+
 class SweepPlan(_Strict):
     """Several runs of one plan: every combination of arms, seeds and orders.
 
@@ -203,12 +213,14 @@ class SweepPlan(_Strict):
         arms: Changes of each arm, by its name: methods and other keys; instead of `methods`.
         seeds: Seeds of training.
         orders: Names of the tasks in order, by the name of the order.
+        baselines: Plain runs at several learning rates, in addition to the arms.
     """
 
     methods: dict[str, Any] | None = None
     arms: dict[str, ArmPlan] | None = None
     seeds: list[int] | None = None
     orders: dict[str, list[str]] | None = None
+    baselines: BaselinesPlan | None = None
 
 
 class Plan(_Strict):
@@ -230,6 +242,7 @@ class Plan(_Strict):
         evaluation: The evaluation after each task.
         tasks: The tasks in order, or ``{benchmark: NAME, ...}`` for several.
         sweep: Several runs.
+        baselines: The same as `sweep.baselines`: the plan, and plain runs at several learning rates.
         max_minutes: Minutes after which the run saves and stops, with exit code 75; the same command resumes it.
     """
 
@@ -245,6 +258,7 @@ class Plan(_Strict):
     evaluation: EvaluationPlan = EvaluationPlan()
     tasks: list[TaskPlan]
     sweep: SweepPlan | None = None
+    baselines: BaselinesPlan | None = None
     max_minutes: float | None = Field(None, gt=0, strict=False)
 
     @field_validator("model", mode="before")

@@ -35,7 +35,7 @@ SHOWN = re.compile(
 def plain_plan(prepared: Prepared) -> dict[str, Any]:
     """The plan as plain data; rows by their number and hash, so that a changed file is a changed plan."""
     plan = prepared.plan
-    data = as_plain(plan.model_dump(exclude={"tasks", "sweep", "output_dir", "max_minutes"}), _named)
+    data = as_plain(plan.model_dump(exclude={"tasks", "sweep", "baselines", "output_dir", "max_minutes"}), _named)
     if (base := Path(plan.model.path)).is_dir():
         data["model"]["files"] = saved_files(base)
     if plan.model.adapter is not None:

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from hf_continual.data.benchmarks import BENCHMARKS
 from hf_continual.named import did_you_mean
+from hf_continual.stream.baselines import with_baselines
 from hf_continual.stream.check_plan import check_plan
 from hf_continual.stream.overrides import override
 from hf_continual.stream.plan import (
     ArmPlan,
+    BaselinesPlan,
     Between,
     EvaluationPlan,
     GaugePlan,
@@ -36,6 +38,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "evaluation": EvaluationPlan,
     "sweep": SweepPlan,
     "memory": MemoryPlan,
+    "baselines": BaselinesPlan,
 }
 _BRANCHES = {"Between", "MemoryPlan"}
 # Expected types, with an example, in place of pydantic's wording.
@@ -110,6 +113,7 @@ def check_read(data: dict[str, Any], where: Where) -> tuple[Plan, Where]:
         raise _explained(error, where, origins) from None
     where.lines = _spread(where.lines, origins)
     where.overridden = _spread(where.overridden, origins)
+    read = with_baselines(read, where)
     check_plan(read, where)
     return read, where
 
@@ -186,6 +190,8 @@ def _known(loc: Sequence[Key]) -> list[str]:
         part = GaugePlan
     elif loc[0] == "between_tasks":
         part = MergePlan if len(loc) > 2 else Between
+    elif "baselines" in loc:
+        part = BaselinesPlan
     elif loc[:2] == ["sweep", "arms"] and len(loc) > 3:
         part = ArmPlan if len(loc) == 4 else {"memory": MemoryPlan, "between_tasks": Between}.get(str(loc[3]), ArmPlan)
     elif len(loc) > 1:

@@ -35,6 +35,14 @@ SHORT = {
 }
 
 
+FRONTIER = ("learning_accuracy", "backward_transfer", "overall_performance")
+PLAIN_NOTE = (
+    "The best plain run is the one with the best overall performance, whatever its learning rate. within: the interval holds 0, so "
+    "the gain is within what a learning rate gives; better, worse: it does not."
+)
+FRONTIER_NOTE = "frontier: no other arm both learned (LA) and kept (BWT) more."
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A table that fits the terminal: columns that do not fit go into a further block under the first.
@@ -185,6 +193,47 @@ def comparison_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return (head, lines) if lines else None
 
 
+def best_plain_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Each arm against the best plain run, with what that says.
+
+    Args:
+        results: The return value of `hf_continual.stream.sweep.compare`.
+
+    Returns:
+        Names of the columns and one line per comparison; None if there is no plain run to compare with.
+    """
+    scale = 1 if results.get("lower_is_better", False) else 100
+    lines = []
+    for c in results.get("best_plain", ()):
+        span = " to ".join(_signed(bound, scale) for bound in c["interval"] or ())
+        plain = f"{c['first']} (rate {c['learning_rate']:.3g})"
+        lines.append([c["second"], plain, _signed(c["difference"], scale), span, p_text(c["p_value"]), c["verdict"]])
+    return (["arm", "best plain run", "OP, gain", "95 % interval", "p", "verdict"], lines) if lines else None
+
+
+def frontier_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Learning and retention of every arm, the plain ones by their rate first; None with fewer than two plain ones."""
+    arms, scale = results["arms"], 1 if results.get("lower_is_better", False) else 100
+    rates = {name: arm["plain"]["learning_rate"] for name, arm in arms.items() if arm.get("plain")}
+    if len(rates) < 2:
+        return None
+    order = [*sorted(rates, key=lambda name: -rates[name]), *(name for name in arms if name not in rates)]
+    gauges = list(dict.fromkeys(g for arm in arms.values() for g in arm.get("gauge_changes", {})))
+    lines = []
+    for name in order:
+        figures = [_spread(arms[name]["figures"].get(key), scale) for key in FRONTIER]
+        changes = [f"{v:+.3f}" if (v := arms[name].get("gauge_changes", {}).get(g)) is not None else "" for g in gauges]
+        rate = f"{rates[name]:.3g}" if name in rates else ""
+        lines.append([name, rate, *figures, *changes, "yes" if name in results.get("frontier", ()) else ""])
+    return [
+        "arm",
+        "plain, rate",
+        *(SHORT[key] for key in FRONTIER),
+        *(f"{g}, change" for g in gauges),
+        "frontier",
+    ], lines
+
+
 def baseline(results: Mapping[str, Any]) -> str:
     """The arm that all others are compared with; empty if each order of tasks has its own."""
     names = {c["first"] for c in results.get("comparisons", ())}
@@ -218,6 +267,10 @@ def sweep_report(results: Mapping[str, Any]) -> RenderableType:
             Blocks(*compared, title=f"against {baseline(results) or 'the first arm'}, on the same rows"),
         ]
         parts.append(Text(f"p: {'; '.join(tests)}. It generalises to other rows, not to other seeds."))
+    if plain := best_plain_rows(results):
+        parts += [Text(""), Blocks(*plain, title="against the best plain run, on the same rows"), Text(PLAIN_NOTE)]
+    if fair := frontier_rows(results):
+        parts += [Text(""), Blocks(*fair, title="learning against retention"), Text(FRONTIER_NOTE)]
     return Group(*parts)
 
 

@@ -13,9 +13,11 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_continual.atomic_files import write_json
+from hf_continual.best_plain import best_plain, frontier, verdict_of
 from hf_continual.intervals import figure_intervals
 from hf_continual.metrics import SUMMARY
 from hf_continual.stream.arms import arms_of
+from hf_continual.stream.baselines import plain_rate
 from hf_continual.stream.check_run import check_run
 from hf_continual.stream.compare import compare_arms
 from hf_continual.stream.plan import Plan
@@ -26,6 +28,7 @@ from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.results import StreamResult, row_scores
 from hf_continual.stream.run_plan import check_merge, refuse_on_all, run_prepared
 from hf_continual.stream.stored_run import RESULTS
+from hf_continual.stream.sweep_cards import add_best_plain
 from hf_continual.stream.sweep_files import write_sweep
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,11 @@ def members(plan: Plan, where: Where) -> list[Member]:
     for (arm, changed, its), (order, names), seed in itertools.product(arms_of(plan, where), orders.items(), seeds):
         places = _places(plan, where, order, names)
         name = "-".join(part for part in (arm, order, f"seed{seed}") if part)
-        own = {"seed": seed, "tasks": [plan.tasks[i] for i in places], "output_dir": str(Path(plan.output_dir) / name)}
+        own = {
+            "seed": seed,
+            "tasks": [changed.tasks[i] for i in places],
+            "output_dir": str(Path(plan.output_dir) / name),
+        }
         found.append(Member(name, arm, order, seed, changed.model_copy(update=own), _moved(its, places)))
     return found
 
@@ -164,6 +171,8 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     if PartialState().is_main_process and only is None:
         write_json(output_dir / RESULTS, table)
         write_sweep(output_dir, table)
+        last_models = [(m.group, output_dir / m.name / list(p.runs)[-1].folder) for m, p in ready]
+        add_best_plain(last_models, table)
     last = results[ready[-1][0].name]
     return StreamResult(output_dir, last.matrix, table)
 
@@ -189,7 +198,8 @@ def compare(
         draws: Draws of the intervals; 0 omits them.
 
     Returns:
-        ``{"runs": ..., "arms": ..., "comparisons": ...}``; a missing run is NOT_RUN.
+        ``runs``, ``arms``, ``comparisons`` with the first arm, ``best_plain`` (comparisons with the best plain run, each with
+        its verdict) and ``frontier`` (arms that no other beats in learning and retention); a missing run is NOT_RUN.
     """
     runs: dict[str, Any] = {}
     for member in everyone:
@@ -204,12 +214,19 @@ def compare(
         group: _arm([m.name for m in everyone if m.group == group and m.name in results], results, rows, draws)
         for group in dict.fromkeys(m.group for m in everyone if m.name in results)
     }
+    for group, arm in arms.items():
+        rate = next(plain_rate(m.plan) for m in everyone if m.group == group)
+        if rate is not None:
+            arm["plain"] = {"learning_rate": rate}
+    first, best = _comparisons(everyone, results, rows, arms, lower)
     return {
         "format": 1,
         "lower_is_better": lower,
         "runs": runs,
         "arms": arms,
-        "comparisons": _comparisons(everyone, results, rows, lower),
+        "comparisons": first,
+        "best_plain": best,
+        "frontier": frontier(arms, lower),
     }
 
 
@@ -241,10 +258,14 @@ def _arm(
 
 
 def _comparisons(
-    everyone: Sequence[Member], results: Mapping[str, StreamResult], rows: Mapping[str, tuple[int, Any]], lower: bool
-) -> list[dict[str, Any]]:
-    """Each arm against the first, order by order."""
-    found = []
+    everyone: Sequence[Member],
+    results: Mapping[str, StreamResult],
+    rows: Mapping[str, tuple[int, Any]],
+    summaries: Mapping[str, Any],
+    lower: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Each arm against the first, and each against the best plain run, order by order."""
+    first, best = [], []
     for order in dict.fromkeys(m.order for m in everyone):
         arms: dict[str, dict[int, dict[str, list[float]]]] = {}
         for member in (m for m in everyone if m.order == order and m.name in results):
@@ -253,5 +274,10 @@ def _comparisons(
             last = {name: scores[tasks - 1, j] for j, name in enumerate(names) if (tasks - 1, j) in scores}
             arms.setdefault(member.group, {})[member.seed] = last
         if len(arms) > 1:
-            found += compare_arms(list(arms.items()), lower)
-    return found
+            first += compare_arms(list(arms.items()), lower)
+            if (plain := best_plain(summaries, list(arms), lower)) is not None:
+                others = [(name, scores) for name, scores in arms.items() if name != plain]
+                rate = summaries[plain]["plain"]["learning_rate"]
+                for test in compare_arms([(plain, arms[plain]), *others], lower):
+                    best.append({**test, "learning_rate": rate, "verdict": verdict_of(test)})
+    return first, best

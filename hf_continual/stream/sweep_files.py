@@ -11,7 +11,16 @@ from typing import Any
 from hf_continual.atomic_files import write_text
 from hf_continual.metrics import SUMMARY
 from hf_continual.plots import plot_arms
-from hf_continual.stream.report import baseline, comparison_rows, legend, sweep_rows
+from hf_continual.stream.report import (
+    FRONTIER_NOTE,
+    PLAIN_NOTE,
+    baseline,
+    best_plain_rows,
+    comparison_rows,
+    frontier_rows,
+    legend,
+    sweep_rows,
+)
 
 RUNS, ARMS, TABLES, PICTURE = "runs.csv", "arms.csv", "sweep.md", "sweep.png"
 
@@ -72,6 +81,8 @@ def arms_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         *(f"{n}{p}" for n in SUMMARY for p in parts),
         "answer_nll",
         *(f"change_{g}" for g in gauges),
+        "plain_learning_rate",
+        "frontier",
     ]
     lines = []
     for name, arm in arms.items():
@@ -80,7 +91,8 @@ def arms_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
             figure = arm["figures"].get(key) or {}
             figures += [figure.get("mean"), figure.get("sd"), *(figure.get("interval") or (None, None))]
         changes = [arm.get("gauge_changes", {}).get(g) for g in gauges]
-        lines.append([name, len(arm["runs"]), *figures, arm.get("nll"), *changes])
+        rate, best = (arm.get("plain") or {}).get("learning_rate"), int(name in results.get("frontier", ()))
+        lines.append([name, len(arm["runs"]), *figures, arm.get("nll"), *changes, rate, best])
     return head, lines
 
 
@@ -107,6 +119,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     text += [_table(head, lines), "", f"{legend(keys, results.get('lower_is_better', False))}", ""]
     if compared := comparison_rows(results):
         text += [f"## Against {baseline(results) or 'the first arm'}, on the same rows", "", _table(*compared), ""]
+    if plain := best_plain_rows(results):
+        text += ["## Against the best plain run, on the same rows", "", _table(*plain), "", PLAIN_NOTE, ""]
+    if fair := frontier_rows(results):
+        text += ["## Learning against retention", "", _table(*fair), "", FRONTIER_NOTE, ""]
     text += [f"![Final performance and forgetting of each arm]({PICTURE})", ""]
     text += [f"Every number: [{ARMS}]({ARMS}) (means over seeds), [{RUNS}]({RUNS}) (each run)."]
     return "\n".join(text) + "\n"

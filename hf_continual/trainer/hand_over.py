@@ -228,5 +228,6 @@ def stage(trainer: LiveTrainer, folder: Path) -> bool:
     handover.stage(
         folder, states, described, {"name": task.name, "index": task.index}, base_facts(trainer),
         {method.name: method.leaves for method in trainer.methods},
+        [method.name for method in trainer.methods if method.keeps_rows],
     )  # fmt: skip
     return True

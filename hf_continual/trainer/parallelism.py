@@ -28,6 +28,7 @@ _ENGINE = "changes gradients or weights between backward and step, and DeepSpeed
 _FLAT = "supplies an optimizer that must know each parameter, and DeepSpeed hands an optimizer flat pieces of many"
 _SPREAD = "reads the weights before training, and ZeRO-3 has sharded them over the processes by then"
 _HEAD = "computes logits with the whole language-model head, and FSDP shards it over the processes"
+_ANSWERS = "writes answers with whole weights when the task ends, and they are sharded over the processes"
 _FSDP1 = "must see each parameter, and FSDP1 flattens many into one"
 _OUTSIDE = "runs forward passes between steps, outside the engine that gathers spread weights"
 _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
@@ -49,6 +50,10 @@ READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "FSDP1": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),
         "FSDP2": (_HEAD, "Use DDP, or LAMOL, which distils nothing."),
         "ZeRO-3": (_SPREAD, "Use ZeRO-2 or DDP, or LFPT5(gamma=0), which writes no samples."),
+    },
+    "on_policy_replay": {
+        mode: (_ANSWERS, "Use DDP or ZeRO-2, or OnPolicyReplay(share=0), which writes no answers.")
+        for mode in ("FSDP1", "FSDP2", "ZeRO-3")
     },
 }
 # Hook that a method overrides -> why it is refused under DeepSpeed.

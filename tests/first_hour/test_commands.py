@@ -228,7 +228,8 @@ def test_a_plan_is_read_without_torch():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "run", "score", "chat", "methods", "merge", "push", "demo", "card check", "card render"]
+    "verb",
+    ["train", "run", "score", "chat", "methods", "recommend", "merge", "push", "demo", "card check", "card render"],
 )
 def test_every_verb_has_json_quiet_and_an_example(verb):
     import typer

@@ -26,6 +26,7 @@ from hf_continual import (
     GradientProjection,
     KLToBase,
     MaskSurprising,
+    OnPolicyReplay,
     RecAdam,
     Replay,
     TaskVector,
@@ -47,7 +48,7 @@ def methods():
 
 
 def baselines():
-    """Those that need no adapter; for EWC, TaSL, LAMOL and LFPT5, what a first task does."""
+    """Those that need no adapter; for EWC, TaSL, LAMOL, LFPT5 and OnPolicyReplay, what a first task does."""
     return [
         EWC(rows=8),
         MIGU(first_task=True),
@@ -56,6 +57,7 @@ def baselines():
         TaskVector(at=3),
         LAMOL(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
         LFPT5(gamma=0, lm_weight=0.3, gen_marker="w57", answer_marker="w58"),
+        OnPolicyReplay(share=0.2, max_new_tokens=4, temperature=1.0),
         VRMCL(inner_learning_rate=0.05, momentum=0.5),
         MaskSurprising(threshold=62.0, cache_dir="build/test-base"),
         EntropyWeighted(full_at=4.2),
