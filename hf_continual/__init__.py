@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.lfpt5 import LFPT5
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
+    from hf_continual.methods.mofo import MoFO
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
@@ -95,6 +96,7 @@ _FACE = {
     "LAMOL": "hf_continual.methods.lamol",
     "LFPT5": "hf_continual.methods.lfpt5",
     "VRMCL": "hf_continual.methods.vrmcl",
+    "MoFO": "hf_continual.methods.mofo",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -147,6 +149,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "LAMOL",
     "LFPT5",
     "VRMCL",
+    "MoFO",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

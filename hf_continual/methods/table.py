@@ -36,6 +36,7 @@ TABLE: dict[str, str] = {
     "lamol": "hf_continual.methods.lamol:LAMOL",
     "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
     "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
+    "mofo": "hf_continual.methods.mofo:MoFO",
 }
 
 
