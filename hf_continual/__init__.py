@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.moe_lora import MoELoRA
     from hf_continual.methods.mofo import MoFO
     from hf_continual.methods.o_lora import OLoRA
+    from hf_continual.methods.osft import OSFT
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.sapt_lora import SAPTLoRA
@@ -97,6 +98,7 @@ _FACE = {
     "LFPT5": "hf_continual.methods.lfpt5",
     "VRMCL": "hf_continual.methods.vrmcl",
     "MoFO": "hf_continual.methods.mofo",
+    "OSFT": "hf_continual.methods.osft",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -150,6 +152,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "LFPT5",
     "VRMCL",
     "MoFO",
+    "OSFT",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

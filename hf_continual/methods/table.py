@@ -37,6 +37,7 @@ TABLE: dict[str, str] = {
     "lfpt5": "hf_continual.methods.lfpt5:LFPT5",
     "vrmcl": "hf_continual.methods.vrmcl:VRMCL",
     "mofo": "hf_continual.methods.mofo:MoFO",
+    "osft": "hf_continual.methods.osft:OSFT",
 }
 
 
