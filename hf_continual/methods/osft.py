@@ -288,5 +288,6 @@ def _shared(run: Run, weight: Tensor, rank: int, which: int) -> Subspace:
     if place == (0 if run.is_sharded else which % number):
         space = top_subspace(weight.to(run.device), rank)
     else:
-        space = Subspace(*(torch.zeros(size, device=run.device) for size in ((rows, rank), (rank,), (columns, rank))))
+        U_OR, s_R, V_IR = (torch.zeros(size, device=run.device) for size in ((rows, rank), (rank,), (columns, rank)))
+        space = Subspace(U_OR, s_R, V_IR)
     return Subspace(run.sum(space.U_OR), run.sum(space.s_R), run.sum(space.V_IR))
