@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from hf_continual.methods.mask_surprising import MaskSurprising
     from hf_continual.methods.migu import MIGU
     from hf_continual.methods.moe_lora import MoELoRA
+    from hf_continual.methods.mofo import MoFO
     from hf_continual.methods.o_lora import OLoRA
     from hf_continual.methods.on_policy_replay import OnPolicyReplay
+    from hf_continual.methods.osft import OSFT
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.sapt_lora import SAPTLoRA
@@ -103,6 +105,8 @@ _FACE = {
     "EntropyWeighted": "hf_continual.methods.entropy_weighted",
     "KLToBase": "hf_continual.methods.kl_to_base",
     "OnPolicyReplay": "hf_continual.methods.on_policy_replay",
+    "MoFO": "hf_continual.methods.mofo",
+    "OSFT": "hf_continual.methods.osft",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -159,6 +163,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "EntropyWeighted",
     "KLToBase",
     "OnPolicyReplay",
+    "MoFO",
+    "OSFT",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

@@ -40,6 +40,8 @@ TABLE: dict[str, str] = {
     "entropy_weighted": "hf_continual.methods.entropy_weighted:EntropyWeighted",
     "kl_to_base": "hf_continual.methods.kl_to_base:KLToBase",
     "on_policy_replay": "hf_continual.methods.on_policy_replay.method:OnPolicyReplay",
+    "mofo": "hf_continual.methods.mofo:MoFO",
+    "osft": "hf_continual.methods.osft:OSFT",
 }
 
 

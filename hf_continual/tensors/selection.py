@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ BITS = 16  # of a float32, decided in one pass: two passes, 65,536 counters
 # Elements counted at a time, which bounds the temporaries: 36 bytes each at their peak. On a CPU they stay in
 # the cache; on a device a piece costs two waits, so pieces are larger.
 CPU_PIECE, DEVICE_PIECE = 1 << 18, 1 << 22
+SMALL = 1 << 16  # up to this many values a CPU partitions a copy faster than it fills the counters
 
 
 def ordered_keys(values: Tensor) -> Tensor:
@@ -79,3 +81,32 @@ def kth_smallest(
         below = int(total[where - 1]) if where else below
         prefix = prefix << BITS | where
     return key_value(prefix).to(total.device)
+
+
+def kth_largest(magnitudes_LN: Tensor, k: int, add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The k-th largest magnitude of each row, exactly, by counting; a device is not waited for.
+
+    Args:
+        magnitudes_LN: Values of at least 0 of several tensors of one size, (L, N); compared as float32. Rows may be empty on
+            a process that holds no part of them.
+        k: Rank, counted from 1.
+        add_up: Sums counts over processes that hold different columns, else None.
+
+    Returns:
+        (L,), float32.
+    """
+    if magnitudes_LN.device.type == "cpu" and add_up is None:
+        rank = magnitudes_LN.shape[1] - k
+        if magnitudes_LN.shape[1] <= SMALL:
+            return torch.as_tensor(np.partition(magnitudes_LN.float().numpy(), rank, axis=1)[:, rank])
+        return torch.stack([kth_smallest(lambda row=row: [row], rank) for row in magnitudes_LN])
+    # Bits of floats of at least 0 are ordered like the floats. The largest key that k values reach is found bit by bit.
+    bits_LN = magnitudes_LN.float().view(torch.int32)
+    found_L = torch.zeros(len(bits_LN), dtype=torch.int32, device=bits_LN.device)
+    for bit in range(30, -1, -1):
+        tried_L = found_L | (1 << bit)
+        counts_L = (bits_LN >= tried_L[:, None]).sum(dim=1)
+        if add_up is not None:
+            counts_L = add_up(counts_L)
+        found_L = torch.where(counts_L >= k, tried_L, found_L)
+    return found_L.view(torch.float32)

@@ -21,6 +21,8 @@ class FakeRun:
         self.extra_updates, self.output_dir = 0, None
 
     autocast_dtype = None
+    place = (1, 0)
+    is_main_process = True
 
     def autocast(self) -> Any:
         return contextlib.nullcontext()
