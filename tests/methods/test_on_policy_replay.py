@@ -36,7 +36,7 @@ ENDS = frozenset({1})
 
 
 def example(world):
-    return OnPolicyReplay(share=0.25, ratio=0.3, max_new_tokens=6, batch_rows=6, temperature=1.0)
+    return OnPolicyReplay(share=0.25, ratio=0.15, max_new_tokens=6, batch_rows=6, temperature=1.0)
 
 
 def zero(world):

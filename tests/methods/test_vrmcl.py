@@ -23,7 +23,7 @@ LORA = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def example(world):
-    return VRMCL(toy.rows(seed=9, low=30, high=59), ratio=0.3, inner_learning_rate=0.05, momentum=0.5)
+    return VRMCL(toy.rows(seed=9, low=30, high=59), ratio=0.2, inner_learning_rate=0.05, momentum=0.5)
 
 
 def zero(world):
