@@ -41,10 +41,10 @@ ARMS: dict[str, list[dict[str, Any]]] = {
     "replay-20": [{"replay": {"share": 0.2, "per_batch": 24}}],  # the paper's: 24 old rows with the 48 of each batch
     "replay-50": [{"replay": {"share": 0.5, "per_batch": 24}}],
     "lamol": [{"lamol": {"gamma": 0.2, **MARKERS}}],
-    "ewc": [{"ewc": {"weight": 1e6}}],
+    "ewc": [{"ewc": {"weight": 1e8}}],
     "recadam": [{"recadam": {"anneal": "none", "pull": 0.01}}],
     "task-vector": [{"task_vector": {"at": 0.5, "alpha": 0.22}}],
-    "projection": [{"gradient_projection": {**PROJECTION, "layers": "all"}}],
+    "projection": [{"gradient_projection": {**PROJECTION, "layers": "attention"}}],
 }
 # Arms whose method must have seen task 0 as well, and learn it with the method.
 FROM_TASK_0 = ("ewc", "lamol")
