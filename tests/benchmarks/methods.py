@@ -6,6 +6,9 @@ MODEL is a folder or Hub id; by default the embedded SmolLM2-135M, LoRA of rank 
 `--small` uses a random Llama of 8 layers and 384 channels, whose steps are so short that overhead shows. One thread,
 processor time; plain and method in turn, the median of a round's steps, then of the rounds' ratios. Passes before the
 first step and after the last are not steps and are not in the ratio.
+
+LFPT5 trains a soft prompt of 20 tokens, and so does SFTTrainer beside it. A model that has learned nothing writes no sample
+that can be read, so it is handed as many rows as it would have written, a fifth of the task's.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -33,6 +36,7 @@ from hf_continual import (
     EWC,
     L2P,
     LAMOL,
+    LFPT5,
     MIGU,
     OSFT,
     VRMCL,
@@ -69,6 +73,7 @@ MAKE: dict[str, Any] = {
     "moe_lora, by token": lambda rows: MoELoRA(experts=4, r=8, lora_alpha=8, gate="token"),
     "sapt_lora": lambda rows: SAPTLoRA(lora_alpha=8),
     "lamol": lambda rows: LAMOL(gamma=0, gen_marker="w57", answer_marker="w58"),
+    "lfpt5": lambda rows: LFPT5(gamma=0.2, gen_marker="w57", answer_marker="w58"),
     "vrmcl": lambda rows: VRMCL(),
     "vrmcl, momentum 0": lambda rows: VRMCL(momentum=0.0),
     "mask_surprising": lambda rows: MaskSurprising(threshold=62.0, cache_dir="build/bench-base"),
@@ -125,16 +130,29 @@ def state_bytes(trainer: Any) -> float:
     return (sum(found.values()) + more) / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
+def samples(path: str, number: int) -> list[dict[str, list[int]]]:
+    """Rows as LFPT5 would have written them."""
+    tokenizer, made = AutoTokenizer.from_pretrained(path), []
+    for row in toy.rows("prompt_completion", number, seed=5):
+        asked, said = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+        said = [*said, tokenizer.eos_token_id]
+        made.append({"input_ids": [*asked, *said], "labels": [*[-100] * len(asked), *said]})
+    return made
+
+
 def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], float]:
-    """Seconds of each step, and bytes of state at the last one."""
+    """Seconds of each step, and bytes of state at the last one; ``sft, NAME`` is plain training of what the method trains."""
     settings = {
         "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True, "report_to": [],
         "max_steps": STEPS, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_length": 64,
         "gradient_checkpointing": False, "pad_to_multiple_of": 64, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
     common: dict[str, Any] = {"train_dataset": rows, "processing_class": AutoTokenizer.from_pretrained(path)}
-    lora, clock, held = LoraConfig(r=8, target_modules="all-linear"), Clock(), [0.0]
-    if name == "sft":
+    lora: Any = LoraConfig(r=8, target_modules="all-linear")
+    if name.endswith("lfpt5"):
+        lora = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    clock, held = Clock(), [0.0]
+    if name.startswith("sft"):
         trainer: Any = SFTTrainer(path, SFTConfig(**settings), peft_config=lora, **common)
     else:
         start, predecessor = path, None
@@ -149,6 +167,8 @@ def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], flo
             methods=[MAKE[name](rows)], **common,
         )  # fmt: skip
         (method,) = trainer.methods
+        if name == "lfpt5":
+            method._pseudo = samples(path, len(rows) // 5)
         end = method.end_task
         method.end_task = lambda run: (held.__setitem__(0, state_bytes(trainer)), end(run))
     trainer.remove_callback(PrinterCallback)
@@ -201,7 +221,7 @@ def main() -> None:
         state: dict[str, float] = {}
         for _ in range(args.rounds):
             for name in args.methods:
-                plain, _ = run("sft", args.model, Path(place), rows)
+                plain, _ = run(f"sft, {name}", args.model, Path(place), rows)
                 times, state[name] = run(name, args.model, Path(place), rows)
                 ratios[name].append(statistics.median(times) / statistics.median(plain))
                 print(f"{name}: {ratios[name][-1]:.3f}, {state[name]:.2f} bytes", file=sys.stderr, flush=True)
