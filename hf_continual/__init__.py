@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.sapt_lora import SAPTLoRA
+    from hf_continual.methods.slao import SLAO
     from hf_continual.methods.slow_weights import SlowWeights
     from hf_continual.methods.task_vector import TaskVector
     from hf_continual.methods.tasl import TaSL
@@ -108,6 +109,7 @@ _FACE = {
     "OnPolicyReplay": "hf_continual.methods.on_policy_replay",
     "MoFO": "hf_continual.methods.mofo",
     "OSFT": "hf_continual.methods.osft",
+    "SLAO": "hf_continual.methods.slao",
     "SlowWeights": "hf_continual.methods.slow_weights",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
@@ -167,6 +169,7 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "OnPolicyReplay",
     "MoFO",
     "OSFT",
+    "SLAO",
     "SlowWeights",
     "AccuracyMatrix",
     "push_to_hub",

@@ -91,6 +91,7 @@ class SlowWeights(Method):
     )
     _flat: Flat | None = field(default=None, init=False, repr=False, compare=False)
     _slow: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _resumed: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         note = "It is the share of the average that stays; 1 would never take up a weight."
@@ -98,12 +99,11 @@ class SlowWeights(Method):
         whole_number("SlowWeights", "every", self.every, unit="steps")
         between("SlowWeights", "warmup", self.warmup, 0, 1, "[", "It is the share of the run before the average.")
 
-    def prepare(self, run: Run) -> None:
-        """Drop what an attempt with larger batches has averaged."""
-        self._flat = self._slow = None
-
     def begin_task(self, run: Run) -> None:
         """Start the average where it covers the whole run, and log what it will be of."""
+        if not self._resumed:  # also when an attempt with larger batches ran out of memory
+            self._flat = self._slow = None
+        self._resumed = False
         if not self.decay:
             return
         start, last = self._first(run), run.max_steps
@@ -174,3 +174,4 @@ class SlowWeights(Method):
             flat = self._layout(run)
             self._slow = flat.zeros()
             flat.fill(self._slow, state, "")
+            self._resumed = True

@@ -43,7 +43,6 @@ def steps(method, values, dtype=torch.float32, max_steps=None):
             model.weight.fill_(value)
 
     put(values[0])
-    method.prepare(run)
     method.begin_task(run)
     for run.step, value in enumerate(values[1:], 1):
         put(value)
@@ -189,3 +188,11 @@ def test_sentences(tmp_path):
     frozen = nn.Linear(1, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="SlowWeights: no parameter is trained"):
         SlowWeights().begin_task(FakeRun(frozen))
+
+
+def test_a_second_attempt_starts_the_average_again():
+    method = SlowWeights(decay=0.5)
+    model, run = steps(method, [0.0, 8.0], max_steps=3)
+    run.step = 0
+    method.begin_task(run)  # auto_find_batch_size: the weights stay, the steps start over
+    assert method.state_dict(run)["weight"].item() == 8.0
