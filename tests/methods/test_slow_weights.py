@@ -192,7 +192,7 @@ def test_sentences(tmp_path):
 
 def test_a_second_attempt_starts_the_average_again():
     method = SlowWeights(decay=0.5)
-    model, run = steps(method, [0.0, 8.0], max_steps=3)
+    _, run = steps(method, [0.0, 8.0], max_steps=3)
     run.step = 0
     method.begin_task(run)  # auto_find_batch_size: the weights stay, the steps start over
     assert method.state_dict(run)["weight"].item() == 8.0
