@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from hf_continual.methods.recadam import RecAdam
     from hf_continual.methods.replay import Replay
     from hf_continual.methods.sapt_lora import SAPTLoRA
+    from hf_continual.methods.slao import SLAO
+    from hf_continual.methods.slow_weights import SlowWeights
     from hf_continual.methods.task_vector import TaskVector
     from hf_continual.methods.tasl import TaSL
     from hf_continual.methods.vrmcl import VRMCL
@@ -107,6 +109,8 @@ _FACE = {
     "OnPolicyReplay": "hf_continual.methods.on_policy_replay",
     "MoFO": "hf_continual.methods.mofo",
     "OSFT": "hf_continual.methods.osft",
+    "SLAO": "hf_continual.methods.slao",
+    "SlowWeights": "hf_continual.methods.slow_weights",
     "AccuracyMatrix": "hf_continual.metrics",
     "push_to_hub": "hf_continual.hub.push",
     "render_card": "hf_continual.hub.card",
@@ -165,6 +169,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "OnPolicyReplay",
     "MoFO",
     "OSFT",
+    "SLAO",
+    "SlowWeights",
     "AccuracyMatrix",
     "push_to_hub",
     "render_card",

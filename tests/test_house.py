@@ -183,7 +183,7 @@ def test_every_system_of_the_papers_is_an_arm_of_the_baselines(tmp_path):
         next(iter(m)) if isinstance(m, dict) else m for arm in frontier.sweep.arms.values() for m in arm.methods or ()
     }
     # None of the papers has them. What needs a second task is not in recipes/frontier.
-    later = own - {"recadam"} | {"on_policy_replay"}
+    later = own - {"recadam"} | {"on_policy_replay", "slao", "slow_weights"}
     assert own >= {"mask_surprising", "entropy_weighted", "kl_to_base", "mofo", "osft"}
     assert used >= set(TABLE) - later - {"gere", "freeze", "kif"}, "those three are compared in recipes of their papers"
     assert arms["sequential"].methods is None and len(arms) == len(plan.sweep.arms)

@@ -42,6 +42,8 @@ TABLE: dict[str, str] = {
     "on_policy_replay": "hf_continual.methods.on_policy_replay.method:OnPolicyReplay",
     "mofo": "hf_continual.methods.mofo:MoFO",
     "osft": "hf_continual.methods.osft:OSFT",
+    "slao": "hf_continual.methods.slao:SLAO",
+    "slow_weights": "hf_continual.methods.slow_weights:SlowWeights",
 }
 
 

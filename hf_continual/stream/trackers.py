@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,7 @@ def _tensorboard(results: Any, rows: Any, output_dir: Path, name: str, options: 
 
 
 def _wandb(results: Any, rows: Any, output_dir: Path, name: str, options: Mapping[str, Any]) -> None:
-    import wandb
-
+    wandb: Any = import_module("wandb")
     # The trainers of a plan share the run that the first of them began; after a restart there is none yet.
     run: Any = wandb.run or wandb.init(project=os.getenv("WANDB_PROJECT", "huggingface"), name=name)
     run.define_metric(f"{PREFIX}/tasks")
@@ -125,9 +125,7 @@ def _wandb(results: Any, rows: Any, output_dir: Path, name: str, options: Mappin
 
 
 def _trackio(results: Any, rows: Any, output_dir: Path, name: str, options: Mapping[str, Any]) -> None:
-    import pandas
-    import trackio
-
+    pandas, trackio = import_module("pandas"), import_module("trackio")
     head, cells = _cells(results, rows)
     trackio.init(project=options.get("project") or "huggingface", name=f"{name}-matrix", resume="allow", embed=False)
     try:

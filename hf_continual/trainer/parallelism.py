@@ -37,7 +37,7 @@ _OUT = "Use DDP or FSDP2 (recipes/accelerate), or drop the method."
 READS_WEIGHTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     **{
         kind: {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or drop the method.")}
-        for kind in ("l2p", "moe_lora", "sapt_lora", "mask_surprising")
+        for kind in ("l2p", "moe_lora", "sapt_lora", "mask_surprising", "slao")
     },
     "gere": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or GeRe(constraint='none'), which reads no weights.")},
     "lamol": {"ZeRO-3": (_SPREAD, "Use ZeRO-2, DDP or FSDP2, or LAMOL(gamma=0), which writes no samples.")},

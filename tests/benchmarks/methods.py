@@ -51,6 +51,7 @@ from hf_continual import (
     OLoRA,
     RecAdam,
     SAPTLoRA,
+    SlowWeights,
     TaskVector,
     TaSL,
 )
@@ -65,6 +66,7 @@ MAKE: dict[str, Any] = {
     "migu": lambda rows: MIGU(first_task=True),
     "mofo": lambda rows: MoFO(),
     "osft": lambda rows: OSFT(),
+    "slow_weights": lambda rows: SlowWeights(),
     "tasl": lambda rows: TaSL(),
     "gradient_projection": lambda rows: GradientProjection(runs=1, steps=1, layers="all"),
     "task_vector": lambda rows: TaskVector(),

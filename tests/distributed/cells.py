@@ -84,7 +84,10 @@ def base(folder: Path) -> Path:
     """The base model on disk, made once before any process starts."""
     if not (folder / "base").is_dir():
         toy.model(**WIDE).save_pretrained(folder / "base")
-        for kind, weights in (*((k, w) for k in FURTHER for w in ("full", "LoRA")), ("o_lora", "LoRA")):
+        for kind, weights in (
+            *((k, w) for k in FURTHER for w in ("full", "LoRA") if w == "LoRA" or not covering.adapters_only([k])),
+            ("o_lora", "LoRA"),
+        ):
             first = build(folder, "one process", kind, weights, f"first-{kind}-{weights}", start=str(folder / "base"))
             first.train()
             first.save_model()

@@ -29,6 +29,7 @@ from hf_continual import (
     OnPolicyReplay,
     RecAdam,
     Replay,
+    SlowWeights,
     TaskVector,
     TaSL,
 )
@@ -62,6 +63,7 @@ def baselines():
         MaskSurprising(threshold=62.0, cache_dir="build/test-base"),
         EntropyWeighted(full_at=4.2),
         KLToBase(weight=0.5, weighting="probability", top_k=8, cache_dir="build/test-base"),
+        SlowWeights(decay=0.6, every=2, warmup=0.25),
     ]
 
 

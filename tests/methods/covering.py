@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 from hf_continual import ContinualConfig, ContinualTrainer
 from hf_continual.methods.compose import overrides
@@ -53,6 +54,11 @@ def own_modules(names: Sequence[str]) -> bool:
 def choose_by_row(names: Sequence[str]) -> bool:
     """Whether modules that one of the methods brings choose for a row as a whole, so that rows cannot be packed."""
     return any(getattr(module(n).example(None).adapter(), "chooses_by_row", False) for n in names)
+
+
+def continues(names: Sequence[str]) -> bool:
+    """Whether the methods work on an adapter that all tasks train, and not on a new one for each task."""
+    return all(getattr(module(name), "CONTINUES", False) for name in names)
 
 
 def allowed(names: Sequence[str]) -> bool:
@@ -113,4 +119,13 @@ def start(names: Sequence[str], peft: bool = False) -> dict[str, Any]:
     peft = (peft or adapters_only(names)) and not own_modules(names)
     needy = tuple(name for name in names if getattr(module(name), "NEEDS_PREDECESSOR", False))
     model = str(first_task(needy, peft)) if needy else toy.model()
-    return {"model": model, "peft_config": lora() if peft else None}
+    return {"model": model, "peft_config": lora() if peft and not (needy and continues(names)) else None}
+
+
+def plain_start(names: Sequence[str]) -> dict[str, Any]:
+    """`start` for SFTTrainer, which does not open an adapter's folder to train it further."""
+    given = start(names)
+    if continues(names):
+        base = AutoModelForCausalLM.from_pretrained(Path(given["model"]).parent / "base")
+        given["model"] = PeftModel.from_pretrained(base, given["model"], is_trainable=True)
+    return given

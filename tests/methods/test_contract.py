@@ -1,8 +1,8 @@
 """The contract of every method in the table, alone and in pairs. New methods are found automatically.
 
 Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may set
-`ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs trained linear weights), `NEEDS_PREDECESSOR` (it does nothing without an earlier task)
-and `EXTRA_FORWARDS`.
+`ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs trained linear weights), `NEEDS_PREDECESSOR` (it does nothing without an earlier task),
+`CONTINUES` (all tasks train one adapter) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_zero_strength_is_plain_fine_tuning(tmp_path, name):
     changes = {"max_steps": 6, **getattr(module(name), "ZERO_SETTINGS", {})}
     settings = toy.settings(tmp_path, **changes)
     plain = SFTTrainer(
-        **covering.start([name]),
+        **covering.plain_start([name]),
         args=SFTConfig(**settings),
         train_dataset=toy.rows(),
         processing_class=toy.tokenizer(),
@@ -158,7 +158,7 @@ def test_three_folders_are_one_process(tmp_path, names):
             ContinualConfig(**toy.settings(tmp_path / str(task), max_steps=3), task_index=task),
             train_dataset=toy.rows(seed=20 + task),
             processing_class=toy.tokenizer(),
-            peft_config=covering.lora() if peft else None,
+            peft_config=covering.lora() if peft and not (task and covering.continues(names)) else None,
             methods=[example(name) for name in names],
         )
         trainer.train()
