@@ -102,7 +102,7 @@ def build(folder: Path, mode: str, kind: str, weights: str, name: str, start: st
         "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2 if one else 1, "use_cpu": mode in ("one process", "DDP"), **ways[mode], **changes,
     }  # fmt: skip
-    earlier = folder / f"first-{kind}-{'LoRA' if weights != 'full' else 'full'}"
+    earlier = folder / "one process" / f"first-{kind}-{'LoRA' if weights != 'full' else 'full'}"
     model: Any = start or str(earlier if earlier.is_dir() and weights != "4-bit LoRA" else folder / "base")
     if weights == "4-bit LoRA":
         quantised = BitsAndBytesConfig(
