@@ -14,6 +14,7 @@ EXAMPLES: dict[str, str] = {
     "methods": "hf-continual methods --json",
     "push": "hf-continual push out/law me/law --dry-run",
     "schema": "hf-continual schema --out plan.schema.json",
+    "skill": "hf-continual skill > SKILL.md",
     "demo": "hf-continual demo --out demo-out",
 }
 

@@ -240,6 +240,7 @@ def test_a_plan_is_read_without_torch():
         "push",
         "demo",
         "schema",
+        "skill",
         "card check",
         "card render",
     ],
