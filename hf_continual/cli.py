@@ -29,7 +29,9 @@ from hf_continual.commands.methods import methods
 from hf_continual.commands.recommend import recommend
 from hf_continual.commands.report import report
 from hf_continual.commands.run import run
+from hf_continual.commands.schema import schema
 from hf_continual.commands.score import score
+from hf_continual.commands.skill import skill
 from hf_continual.commands.train import train
 from hf_continual.commands.words import flags_of, in_flags
 from hf_continual.hub.command import PUSH_FAILED, card, push
@@ -48,7 +50,7 @@ for verb in (train, run, score, chat, methods):
 # Its options depend on the method, so it parses its arguments itself, including --help.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(merge)
 app.command(cls=GateCommand, epilog=example("gate"))(gate)
-for verb in (recommend, diagnose, report, push, demo):
+for verb in (recommend, diagnose, report, push, demo, schema, skill):
     app.command(epilog=example(verb.__name__))(verb)
 app.add_typer(card, name="card")
 DEBUG = {"on": False}

@@ -9,9 +9,12 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 SFT_CONFIG = "trl.trainer.sft_config:SFTConfig"
 LORA_CONFIG = "peft.tuners.lora.config:LoraConfig"
@@ -91,3 +94,21 @@ def _read(module: str) -> tuple[ast.Module, dict[str, tuple[str, str]]]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             imports |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
     return tree, imports
+
+
+def documented(described: Any) -> dict[str, str]:
+    """The description of each argument in the docstring of a function, or in those of a class and its bases.
+
+    Args:
+        described: A function, or a class whose fields are under ``Args:``.
+
+    Returns:
+        Name -> one line, without marks of code.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(described.__mro__) if isinstance(described, type) else [described]:
+        _, _, listed = inspect.cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
+        listed = re.split(r"\n(?=\S)", listed)[0]
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE):
+            found[name] = " ".join(text.split()).replace("`", "")
+    return found

@@ -13,6 +13,8 @@ EXAMPLES: dict[str, str] = {
     "recommend": "hf-continual recommend plan.yaml --general general.jsonl",
     "methods": "hf-continual methods --json",
     "push": "hf-continual push out/law me/law --dry-run",
+    "schema": "hf-continual schema --out plan.schema.json",
+    "skill": "hf-continual skill > SKILL.md",
     "demo": "hf-continual demo --out demo-out",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -10,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hf_continual.merging.methods.base import MergeMethod
 from hf_continual.merging.methods.table import merge_class
+from hf_continual.option_names import documented
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def options_of(name: str) -> dict[str, MethodOption]:
         The options; the method is imported.
     """
     cls = merge_class(name)
-    hints, said = get_type_hints(cls), _said(cls)
+    hints, said = get_type_hints(cls), documented(cls)
     return {
         f.name: MethodOption(
             f.name,
@@ -142,14 +141,3 @@ def _kinds(hint: Any) -> list[Any]:
     if origin is None or (isinstance(origin, type) and origin.__module__ not in ("types", "typing")):
         return [origin or hint]
     return [kind for part in get_args(hint) for kind in _kinds(part)]
-
-
-def _said(cls: type[MergeMethod]) -> dict[str, str]:
-    """The description of each argument in the docstrings of a class and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
-        listed = re.split(r"\n(?=\S)", listed)[0]
-        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE):
-            found[name] = " ".join(text.split()).replace("`", "")
-    return found

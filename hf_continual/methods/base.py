@@ -221,6 +221,13 @@ class Method:
         """Scalars that say what the method does, by name; asked for where a run's gauges are measured."""
         return {}
 
+    def logged(self, run: Run) -> dict[str, Tensor | float]:
+        """Values to log as ``NAME/key`` with the loss, asked for only at the trainer's logging steps, on every process.
+
+        A tensor stays on the device until the log is written; return it without `.item()`.
+        """
+        return {}
+
     def weights_replaced(self, run: Run) -> None:
         """Called when a rule put earlier weights back: drop what was meant for those that are gone."""
 

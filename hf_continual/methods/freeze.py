@@ -52,7 +52,7 @@ from hf_continual.tensors.layers import (
     towers,
     untie,
 )
-from hf_continual.tensors.whole import elements
+from hf_continual.tensors.whole import elements, trainable_share
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ class FreezeLayers(Method):
     _embeddings: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
     _trained: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False, repr=False, compare=False)
+    _share: float = field(default=1.0, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "freeze"
     paper: ClassVar[Paper] = Paper(
@@ -177,10 +178,15 @@ class FreezeLayers(Method):
         one (on text alone, Mllama's cross attention does not run).
         """
         self.release()
+        self._share = trainable_share(run.model)
         self._handles = [module.register_forward_hook(_detach_output) for module in self._embeddings]
         self._handles += [
             block.register_forward_pre_hook(_require_input_grad, with_kwargs=True) for block in self._trained
         ]
+
+    def logged(self, run: Run) -> dict[str, torch.Tensor | float]:
+        """The share of the model's parameters that is trained, counted once when the task begins."""
+        return {"trainable": self._share}
 
     def release(self) -> None:
         """Remove the hooks from the model."""

@@ -18,9 +18,9 @@ from hf_continual.stream.plan_lines import Key, Where
 from hf_continual.training_numbers import check_numbers
 
 # Options of ContinualConfig that a plan may set for its tasks.
-_OURS = ("fresh_methods", "gauges", "stop_if", "rollback_if", "keep_best", "stop_when")
+OURS = ("fresh_methods", "gauges", "stop_if", "rollback_if", "keep_best", "stop_when")
 # Options that a plan sets itself, and where.
-_PLANS_OWN = ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint")
+PLANS_OWN = ("output_dir", "seed", "data_seed", "push_to_hub", "resume_from_checkpoint")
 
 
 def check_plan(plan: Plan, where: Where) -> None:
@@ -75,7 +75,7 @@ def _check_tasks(plan: Plan, where: Where) -> None:
 
 def _check_options(plan: Plan, where: Where) -> None:
     """Check options of SFTConfig and LoraConfig, and numbers with which nothing would be trained."""
-    sft = {**option_names(SFT_CONFIG), **dict.fromkeys(_OURS, False)}
+    sft = {**option_names(SFT_CONFIG), **dict.fromkeys(OURS, False)}
     kind = (plan.peft or {}).get("peft_type", "LORA")
     if kind not in PEFT_CONFIGS:
         hint = did_you_mean(kind, PEFT_CONFIGS)
@@ -91,7 +91,7 @@ def _check_options(plan: Plan, where: Where) -> None:
         for key in options:
             if key not in known:
                 raise where.error((*label, key), f"{owner} has no option {key!r}.{did_you_mean(key, known)}")
-            if owner == "SFTConfig" and key in _PLANS_OWN:
+            if owner == "SFTConfig" and key in PLANS_OWN:
                 raise where.error(
                     (*label, key), f"{key!r} is set by the plan: write `output_dir` and `seed` at the top of the plan."
                 )

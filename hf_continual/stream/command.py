@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def run_plan(
     if quiet:
         quiet_options = {"disable_tqdm": True, "logging_strategy": "no"}
         read = read.model_copy(update={"sft": {**read.sft, **quiet_options}})
-    result = run_read(read, where, only)
+    with kept_for_json(as_json):
+        result = run_read(read, where, only)
     if not is_main():
         return
     if "matrix" in result.results:
@@ -75,6 +77,11 @@ def is_main() -> bool:
     Does not use accelerate's state, which would be initialised here without the plan's device settings.
     """
     return os.environ.get("RANK", "0") == "0"
+
+
+def kept_for_json(as_json: bool) -> AbstractContextManager[Any]:
+    """Send to standard error what libraries print, such as the trainer's log, while standard output is kept for JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def set_up(quiet: bool, as_json: bool, bars: bool = True) -> Console:

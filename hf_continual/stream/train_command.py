@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_continual.stream.command import estimated, is_main, set_up, show_dry_run
+from hf_continual.stream.command import estimated, is_main, kept_for_json, set_up, show_dry_run
 from hf_continual.stream.single import read_single, said_of_score
 
 
@@ -40,7 +40,8 @@ def train_from_command(
         return
     from hf_continual.stream.train_single import train_single
 
-    result = train_single(prepare(plan, where), Path(plan.output_dir))
+    with kept_for_json(as_json):
+        result = train_single(prepare(plan, where), Path(plan.output_dir))
     if not is_main():
         return
     if as_json:

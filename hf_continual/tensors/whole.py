@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -24,3 +24,9 @@ def shape_of(p: Tensor) -> tuple[int, ...]:
 def elements(p: Tensor) -> int:
     """Number of elements of the whole parameter."""
     return int(getattr(p, "ds_numel", p.numel()))
+
+
+def trainable_share(model: nn.Module) -> float:
+    """Trainable parameters over all parameters of a model, 0 to 1, also where they are sharded; quantised ones as stored."""
+    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained) / max(sum(n for n, _ in sizes), 1)

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from accelerate import Accelerator
     from torch import Tensor
+
+    from hf_continual.methods.base import Method, Run
 
 
 class Ledger:
@@ -27,6 +31,12 @@ class Ledger:
         ]
         entry = torch.stack(pair)
         self.entries[name] = self.entries[name] + entry if name in self.entries else entry
+
+    def add_logged(self, methods: Iterable[Method], run: Run) -> None:
+        """Add what methods say of themselves in a log that is written now, see `Method.logged`."""
+        for method in methods:
+            for name, value in method.logged(run).items():
+                self.add(f"{method.name}/{name}", value)
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last flush, over all processes; all processes must call this together."""

@@ -283,5 +283,7 @@ class ContinualTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """SFTTrainer's log with the values of the methods."""
         if self.methods and self.model.training:
+            if "loss" in logs:  # a step's log, not the summary at the end
+                self.ledger.add_logged(self.methods.at("logged"), self.run)
             logs.update(self.ledger.flush(self.accelerator))
         super().log(logs, start_time)

@@ -229,7 +229,21 @@ def test_a_plan_is_read_without_torch():
 
 @pytest.mark.parametrize(
     "verb",
-    ["train", "run", "score", "chat", "methods", "recommend", "merge", "push", "demo", "card check", "card render"],
+    [
+        "train",
+        "run",
+        "score",
+        "chat",
+        "methods",
+        "recommend",
+        "merge",
+        "push",
+        "demo",
+        "schema",
+        "skill",
+        "card check",
+        "card render",
+    ],
 )
 def test_every_verb_has_json_quiet_and_an_example(verb):
     import typer

@@ -266,3 +266,20 @@ def test_sentences_about_the_model():
     model.model.norm.requires_grad_(False)
     with pytest.raises(ValueError, match="leaves no parameter"):
         FreezeLayers(bottom=4).prepare_model(model, Task())
+
+
+@pytest.mark.parametrize(("bottom", "from_task"), [(2, 0), (2, 1)])
+def test_it_logs_the_share_that_is_trained(tmp_path, bottom, from_task):
+    model = toy.model()
+    trainer = ContinualTrainer(
+        model,
+        SFTConfig(**toy.settings(tmp_path, max_steps=4, logging_steps=2)),
+        train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+        methods=[FreezeLayers(bottom=bottom, embeddings=True, from_task=from_task)],
+    )
+    trainer.train()
+    shares = [e["freeze/trainable"] for e in trainer.state.log_history if "freeze/trainable" in e]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shares == pytest.approx([trained / sum(p.numel() for p in model.parameters())] * 2)
+    assert (shares[0] == 1) == (from_task == 1)

@@ -13,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from trl import SFTConfig
 
+from hf_continual import ContinualTrainer
 from hf_continual.methods.recadam import RecAdam, RecAdamOptimizer, recall_schedule, recall_share
+from hf_continual.methods.recadam.anchored import pull_now
 from tests import toy
 from tests.methods.fake_run import FakeRun
 
@@ -475,3 +478,38 @@ def test_one_object_may_serve_two_runs(tmp_path):
     again = FakeRun(toy.model(seed=4))
     train(again.model, again.build(method), 1)
     assert "fingerprint" in first and method.state_dict(again) == {"stored": True}
+
+
+def test_it_logs_its_distance_and_its_pull_when_the_trainer_logs(tmp_path, monkeypatch):
+    """The names are stable, the numbers those of the weights, and nothing is measured at the steps between."""
+    asked = []
+    moved = RecAdam.measure
+    monkeypatch.setattr(RecAdam, "measure", lambda self, run: (asked.append(run.step), moved(self, run))[1])
+    start, model = toy.flat(toy.model()), toy.model()
+    settings = toy.settings(tmp_path, max_steps=4, logging_steps=2, lr_scheduler_type="linear")
+    trainer = ContinualTrainer(
+        model,
+        SFTConfig(**settings),
+        train_dataset=toy.rows(),
+        processing_class=toy.tokenizer(),
+        methods=[RecAdam(anneal="none", pull=0.01)],
+    )
+    trainer.train()
+    assert asked == [2, 4]
+    far = [e["recadam/distance"] for e in trainer.state.log_history if "recadam/distance" in e]
+    pulls = [e["recadam/pull"] for e in trainer.state.log_history if "recadam/pull" in e]
+    assert len(far) == 2 and 0 < far[0]
+    assert far[1] == pytest.approx(float((toy.flat(trainer.model) - start).norm()), rel=1e-5)
+    # r follows the learning rate of the same entry of the log: half of its peak, and none after the last step.
+    assert pulls == pytest.approx([0.005, 0.0])
+
+
+def test_the_pull_is_that_of_the_formula():
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    options = {"lr": 1e-2, "anneal": "sigmoid", "k": 1.0, "t0": 3, "anchor_strength": 50.0}
+    optimizer = RecAdamOptimizer([{"params": [weights[0]]}, {"params": [weights[1]], "anneal_w": 0.0}], **options)
+    assert pull_now(optimizer) == pytest.approx(0.5 * (1 - 1 / (1 + math.exp(2))))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert pull_now(optimizer) == pytest.approx(0.5 * (1 - 1 / (1 + math.exp(1))))  # of update 2

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+from trl import SFTConfig
 
-from hf_continual import train_stream
+from hf_continual import ContinualTrainer, FreezeLayers, RecAdam, train_stream
 from hf_continual.stream import trackers
+from tests import toy
 from tests.stream import world
 
 RESULTS = {
@@ -102,6 +104,21 @@ def test_a_plan_logs_once_per_task_and_trainers_log_their_gauges(tmp_path):
     own = next(p.parent for p in (out / "task-01-t1").rglob("events.out*"))
     gauge = tensorboard_of(own).Scalars("train/gauge/general/loss")
     assert [e.step for e in gauge] == [0, 3, 6]
+
+
+def test_what_methods_say_of_themselves_is_read_back(tmp_path):
+    settings = toy.settings(tmp_path, max_steps=4, logging_steps=2) | {"report_to": "tensorboard"}
+    methods = [FreezeLayers(bottom=1), RecAdam(anneal="none", pull=0.01)]
+    trainer = ContinualTrainer(
+        toy.model(), SFTConfig(**settings), train_dataset=toy.rows(), processing_class=toy.tokenizer(), methods=methods
+    )
+    trainer.train()
+    found = tensorboard_of(next(tmp_path.rglob("events.out*")).parent)
+    for name in ("recadam/distance", "recadam/pull", "freeze/trainable"):
+        logged = {e["step"]: e[name] for e in trainer.state.log_history if name in e}
+        written = {e.step: e.value for e in found.Scalars(f"train/{name}")}
+        assert list(written) == [2, 4] and written == pytest.approx(logged)
+    assert 0 < logged[2] < 1
 
 
 def test_a_logger_that_fails_is_a_warning(tmp_path, caplog):

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from hf_continual.methods.fisher import FisherKind, measure_fisher
 from hf_continual.methods.recadam.recall import over_mean, read_fisher
-from hf_continual.methods.recadam.schedule import recall_schedule
+from hf_continual.methods.recadam.schedule import recall_schedule, recall_share
 from hf_continual.tensors.anchors import distance, like, read_named
 from hf_continual.tensors.flat import local
 
@@ -111,3 +111,16 @@ def moved(optimizer: RecAdamOptimizer, params: Iterable[Tensor], run: Run) -> Te
     state = optimizer.state
     pairs = ((p, state[p]["anchor"]) for p in params if "anchor" in state.get(p, {}))
     return distance(pairs, run.sum if run.is_sharded else None)
+
+
+def pull_now(optimizer: RecAdamOptimizer) -> float:
+    """The pull r of the next update at the current learning rate, the largest of the groups; with `fisher` its mean.
+
+    Counters and learning rates are on the host, so nothing waits for the device.
+    """
+    found = [0.0]
+    for group in optimizer.param_groups:
+        states = (optimizer.state.get(p, {}) for p in group["params"])
+        done = next((int(state["step"]) for state in states if "step" in state), 0)
+        found.append(min(max(recall_share(group, done + 1)[1], 0.0), 1.0))
+    return max(found)

@@ -48,7 +48,7 @@ from hf_continual.data.replay import RowType
 from hf_continual.data.rows import load_rows
 from hf_continual.methods.base import Method, OptimizerChoice, Run, State
 from hf_continual.methods.fisher import FisherKind
-from hf_continual.methods.recadam.anchored import moved, read_anchors, say, weigh
+from hf_continual.methods.recadam.anchored import moved, pull_now, read_anchors, say, weigh
 from hf_continual.methods.recadam.optimizer import RecAdamOptimizer
 from hf_continual.methods.recadam.recall import SAVED
 from hf_continual.methods.recadam.schedule import Anneal, check_options
@@ -123,7 +123,6 @@ class RecAdam(Method):
 
     name: ClassVar[str] = "recadam"
     bytes_per_parameter: ClassVar[float] = 4.0  # the anchor
-
     places: ClassVar[tuple[str, ...]] = ("anchor", "fisher")
     paper: ClassVar[Paper] = Paper(
         "Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
@@ -135,10 +134,8 @@ class RecAdam(Method):
 
     def __post_init__(self) -> None:
         for what in ("k", "t0", "anchor_strength", "pull", "floor", "anneal_w"):
-            value = getattr(self, what)
-            if value is None and what in ("anchor_strength", "pull"):
-                continue
-            number("RecAdam", what, value)
+            if (value := getattr(self, what)) is not None or what not in ("anchor_strength", "pull"):
+                number("RecAdam", what, value)
         if self.pull is not None and self.anchor_strength is not None:
             raise ValueError(
                 f"RecAdam: pull={self.pull} and anchor_strength={self.anchor_strength} say the same thing twice "
@@ -249,6 +246,10 @@ class RecAdam(Method):
         """How far the weights are from their anchors."""
         return {"distance": moved(self._optimizer(run), self._anchored(run).values(), run)}
 
+    def logged(self, run: Run) -> dict[str, Any]:
+        """The distance from the anchors, which reads weights and anchors once, and the pull r at the logged learning rate."""
+        return {**self.measure(run), "pull": pull_now(self._optimizer(run))}
+
     def state_dict(self, run: Run) -> State:
         """Where the anchors can be read again, or a note that they are stored with the optimizer."""
         optimizer = self._optimizer(run)
@@ -290,8 +291,7 @@ class RecAdam(Method):
         return run.optimizer
 
     def _anchored(self, run: Run) -> dict[str, torch.nn.Parameter]:
-        groups = [g for g in self._optimizer(run).param_groups if g["anneal_w"] > 0]
-        members = {id(p) for group in groups for p in group["params"]}
+        members = {id(p) for g in self._optimizer(run).param_groups if g["anneal_w"] > 0 for p in g["params"]}
         return {name: p for name, p in run.named_parameters().items() if id(p) in members}
 
 
