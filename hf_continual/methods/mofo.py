@@ -165,7 +165,7 @@ class MoFO(Method):
     """AdamW that moves only the entries of each weight with the largest momentum.
 
     Idea: a task can be learned by moving few entries per step, and weights that stay near the pretrained ones forget less.
-    Hooks: optimizer. Cost: a copy and a selection per step, see the module's docstring; no old rows, no state of its own.
+    Hooks: optimizer. Cost: a copy and a selection per step, see the module's docstring; no old rows, no further state.
     Relations: ``share=1`` is torch's fused AdamW, bit for bit. MIGU chooses output neurons by activation and edits gradients, so
     that momentum still moves the others; here nothing else moves. Composes with everything except another optimizer.
 

@@ -123,7 +123,7 @@ def first_sentence(described: Any) -> str:
 
 
 def _defaults(owner: Any) -> dict[str, Any]:
-    """Name of each option -> its default, MISSING if it must be given, None where a default is made anew."""
+    """Name of each option -> its default, MISSING if it must be given, None where a default is made for each."""
     if is_dataclass(owner):
         made = {f.name: f.default for f in fields(owner) if f.init}
         return made | {f.name: None for f in fields(owner) if f.init and f.default_factory is not MISSING}
