@@ -29,7 +29,7 @@ TOP = {
     "LICENSE",
 }
 RECIPES = sorted(
-    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "baselines", "sequence")
+    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "baselines", "frontier", "proof", "sequence")
 )
 PLANS = sorted((ROOT / "recipes" / "sequence").glob("*.yaml"))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_continual.atomic_files import read_json, read_lines
 from hf_continual.evaluation.files import predictions_file
+from hf_continual.trainer.facts import hardware
 
 GENERAL = "general"
 REPORTS = (
@@ -46,7 +47,8 @@ def rows_of(stages: dict[int, Path], names: list[str], last: int) -> dict[str, A
 
 def cost_of(stages: dict[int, Path], last: int) -> dict[str, Any]:
     """Training of all tasks, and the size of what the last one hands on; None where a task was interrupted."""
-    trained = [read_json(stage / "continual_config.json") for after, stage in stages.items() if after >= 0]
+    facts = [read_json(stage / "continual" / "trained.json") for after, stage in stages.items() if after >= 0]
+    trained = [{**fact.get("cost", {}), "steps": fact["steps"]} for fact in facts]
     state = [p for p in (stages[last] / "continual").iterdir() if p.is_file() and p.name not in REPORTS]
     totals = {}
     for name in ("seconds", "tokens", "steps"):
@@ -58,7 +60,7 @@ def cost_of(stages: dict[int, Path], last: int) -> dict[str, Any]:
         "peak_memory_bytes": None if None in peaks else max(peaks),
         "model_bytes": sum(p.stat().st_size for p in stages[last].glob("*.safetensors")),
         "state_bytes": sum(p.stat().st_size for p in state),
-        "hardware": trained[-1].get("hardware"),
+        "hardware": hardware(1),
     }
 
 

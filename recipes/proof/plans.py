@@ -87,14 +87,20 @@ def tasks_of(plan: Mapping[str, Any], part: Mapping[str, Any], out: Path) -> lis
     return tasks
 
 
+def folder_of(part: Mapping[str, Any], first: Any = None) -> str:
+    """The folder of a part's runs; runs whose first task has settings of its own are another sweep."""
+    return f"{part['use']}-{part['data']}" + ("" if first is None else "-first-task")
+
+
 def build(
-    preset: Mapping[str, Any], part: Mapping[str, Any], data: Path, out: Path, model: str | None = None
+    preset: Mapping[str, Any], part: Mapping[str, Any], arm: str, data: Path, out: Path, model: str | None = None
 ) -> dict[str, Any]:
-    """The plan of a part of a preset, its arms and seeds as a sweep.
+    """The plan of an arm, its seeds as a sweep. The arms of a part share a folder, and so the scores of the base model.
 
     Args:
         preset: An entry of presets.yaml.
-        part: One of its parts, without `BEST` among its arms.
+        part: One of its parts.
+        arm: A key of arms.yaml.
         data: Folder of the data.
         out: Folder of the output.
         model: Folder or Hub id in place of the plan's model.
@@ -110,10 +116,11 @@ def build(
     values = {
         "steps": steps, "inner": steps * 2 // 3, "all": steps * number, "memory": part["memory"], "fifth": max(1, blocks // 5),
     }  # fmt: skip
-    known = read("arms")
-    plan["sweep"] = {"seeds": part["seeds"], "arms": {arm: known[arm] for arm in part["arms"]}}
+    changes = filled(read("arms")[arm], values, data, out)
+    first = changes.pop("first_task", None)
     plan = filled(plan, values, data, out)
-    plan["output_dir"] = str(out / f"{part['use']}-{part['data']}")
+    plan["sweep"] = {"seeds": part["seeds"], "arms": {arm: changes}}
+    plan["output_dir"] = str(out / folder_of(part, first))
     plan["data_seed"] = 20 if part["use"] == "tuning" else 0
     plan["sft"] |= {**preset["sft"], "max_steps": steps}
     plan["sft"]["gauges"] = {
@@ -121,6 +128,8 @@ def build(
         "every": steps * number,
     }  # before the first step and after the last
     plan["tasks"] = tasks_of(plan, part, out)
+    if first is not None:
+        plan["tasks"][0]["sft"] = first
     plan["evaluation"]["tasks"] = part.get("tasks", plan["evaluation"]["tasks"])
     gauges = plan["evaluation"]["gauges"]
     gauges["general"]["limit"] = part["general"]

