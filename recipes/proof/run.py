@@ -26,9 +26,10 @@ from toy import toy_world
 from verdicts import choose
 
 from hf_continual import train_stream
-from hf_continual.atomic_files import write_json
+from hf_continual.atomic_files import DamagedFile, write_json
 from hf_continual.demo.model import embedded_model
 from hf_continual.stream.command import set_up
+from hf_continual.stream.plan_lines import PlanError
 
 LARGE = 50_000_000  # bytes of a weight file that is removed once its run is measured
 
@@ -98,6 +99,8 @@ def run_one(args: argparse.Namespace, preset: Mapping[str, Any], part: Mapping[s
     try:
         train_stream(plan, only=name)
         found = measure(run, about, full="peft" in plan["sweep"]["arms"][arm])
+    except (PlanError, DamagedFile):  # mistakes of a plan or a disk, not results
+        raise
     except (ValueError, FloatingPointError, RuntimeError) as error:
         found = {"format": 1, **about, "error": f"{type(error).__name__}: {error}"}
     after = resource.getrusage(resource.RUSAGE_SELF)

@@ -61,9 +61,12 @@ def cards() -> dict[str, str]:
     """Text by file name."""
     made = {}
     for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
-        if recipe.parent.name in ("accelerate", "baselines", "sequence") or "methods" not in recipe.read_text(
-            encoding="utf-8"
-        ):
+        if recipe.parent.name in (
+            "accelerate",
+            "baselines",
+            "frontier",
+            "sequence",
+        ) or "methods" not in recipe.read_text(encoding="utf-8"):
             continue
         facts = recipe_facts(recipe)
         made[f"{facts.name}.md"] = render_card(facts, "")
