@@ -54,12 +54,13 @@ def shortened(prompt: str, last: int) -> str:
     return head + line + rest[-last:] if line else prompt[-last:]
 
 
-def trace_rows(source: str, last: int, out: Path) -> str:
+def trace_rows(source: str, last: int, answer: int | None, out: Path) -> str:
     """TRACE's rows as prompts and completions, with shorter prompts.
 
     Args:
         source: A list of ``{"prompt", "answer"}``.
         last: Characters to keep of a prompt, besides its first line.
+        answer: Characters to keep of an answer; None keeps all.
         out: Folder of the output.
 
     Returns:
@@ -69,7 +70,7 @@ def trace_rows(source: str, last: int, out: Path) -> str:
     rows = json.loads(file.read_text(encoding="utf-8"))
     made = out / "rows" / f"{file.parent.name}.{file.stem}.jsonl"
     made.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(made, [{"prompt": shortened(r["prompt"], last), "completion": r["answer"]} for r in rows])
+    write_lines(made, [{"prompt": shortened(r["prompt"], last), "completion": r["answer"][:answer]} for r in rows])
     return str(made)
 
 
@@ -79,8 +80,9 @@ def tasks_of(plan: Mapping[str, Any], part: Mapping[str, Any], out: Path) -> lis
     tasks = []
     for name in part.get("order", by_name):
         task = {**by_name[name], "train_rows": part["train_rows"], "test_rows": part["test_rows"]}
-        if (last := task.pop("last", None)) is not None:
-            task |= {split: trace_rows(task[split], last, out) for split in ("train", "test")}
+        last, answer = task.pop("last", None), task.pop("answer", None)
+        if last is not None:
+            task |= {split: trace_rows(task[split], last, answer, out) for split in ("train", "test")}
         if part["use"] == "tuning":
             task["test"] = task["test"].replace(".test.", ".dev.")
         tasks.append(task)
