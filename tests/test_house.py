@@ -31,7 +31,7 @@ TOP = {
 RECIPES = sorted(
     p
     for p in (ROOT / "recipes").rglob("*.yaml")
-    if p.parent.name not in ("accelerate", "baselines", "frontier", "sequence")
+    if p.parent.name not in ("accelerate", "baselines", "frontier", "proof", "sequence")
 )
 PLANS = sorted((ROOT / "recipes" / "sequence").glob("*.yaml"))
 

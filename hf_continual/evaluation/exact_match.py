@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,7 @@ def generated(
     match: str | Match | None = None,
     stop: Sequence[str] = (),
     turns: Turns = "last",
+    loss: bool = False,
 ) -> Scored:
     """Score answers by batched greedy generation, left padded, until an end or a stop string.
 
@@ -135,9 +137,11 @@ def generated(
         stop: Strings that end an answer; they are cut off, from references as well.
         turns: Which assistant turns of a conversation are answers: the ``"last"`` message, or ``"all"`` of them, each
             after everything that the row has before it; a row's score is then the mean over its turns.
+        loss: Whether to compute the loss of the whole right answers too, in nats per token, with one forward pass per batch.
 
     Returns:
-        The score and the answer of each row. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1.
+        The score and the answer of each row. Rows that `max_new_tokens` cut short have ``also["cut"]`` 1; with `loss`
+        ``also["nll"]`` is that of `teacher_forced`.
 
     Raises:
         ValueError: If rows cannot be scored, an option has no effect, or the model's logits are not numbers.
@@ -145,7 +149,9 @@ def generated(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; give at least 1, or None.")
     if check_turns(turns) == "all":
-        return by_turns(rows, lambda flat: generated(model, tokenizer, flat, batch_size, max_new_tokens, match, stop))
+        return by_turns(
+            rows, lambda flat: generated(model, tokenizer, flat, batch_size, max_new_tokens, match, stop, loss=loss)
+        )
     rule = None if match is None else find_match(match)
     stop = stop_strings(stop)
     questions = read_questions(model, tokenizer, rows)
@@ -158,6 +164,9 @@ def generated(
     scored = [
         _scored(*each, rule, max_new_tokens, stop, tokenizer) for each in zip(questions, produced, limits, strict=True)
     ]
+    if loss:
+        forced = teacher_forced(model, tokenizer, rows, batch_size).rows
+        scored = [replace(own, also={**own.also, **of.also}) for own, of in zip(scored, forced, strict=True)]
     named = "exact match" if rule is None else getattr(rule, "__name__", str(match))
     return Scored(scored, f"{named}, greedy")
 

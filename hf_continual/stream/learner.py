@@ -33,6 +33,7 @@ from hf_continual.stream.models import is_adapter, load_finished, load_for_train
 from hf_continual.stream.prepared import Prepared
 from hf_continual.stream.scores import keep_error
 from hf_continual.tasks import Task
+from hf_continual.trainer.facts import cost_of
 from hf_continual.trainer.state import last_complete_checkpoint
 from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -111,6 +112,7 @@ class PlanLearner:
             "parent": None if parent is None else parent.name,
             "steps": trainer.state.global_step,
             "methods": trainer.methods.describe() if all(is_plain(m.describe()) for m in trainer.methods) else None,
+            "cost": cost_of(trainer),
         }
         trainer.save_model(str(goal))
         wait()

@@ -80,7 +80,7 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
         adapter=adapter_facts(model) if adapter else {},
         seed=args.seed,
         steps=trainer.state.global_step,
-        **_cost(trainer),
+        **cost_of(trainer),
         ended=tuple(
             f"{e['event'].replace('_', ' ')} at step {e['step']}: {e['reason']}" for e in gauge_events(trainer)
         ),
@@ -92,8 +92,8 @@ def run_facts(trainer: LiveTrainer, evaluation: Evaluation | None = None, train_
     )
 
 
-def _cost(trainer: LiveTrainer) -> dict[str, Any]:
-    """Time, tokens and memory of the run, as far as this process saw all of it."""
+def cost_of(trainer: LiveTrainer) -> dict[str, Any]:
+    """Time (s), tokens and peak memory (bytes, CUDA only) of a run, the first two only if this process saw all of it."""
     cuda = torch.cuda.is_available() and trainer.args.device.type == "cuda"
     memory = {"memory_bytes": torch.cuda.max_memory_allocated(trainer.args.device)} if cuda else {}
     step, tokens = trainer.started_at or (-1, 0)

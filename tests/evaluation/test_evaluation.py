@@ -210,3 +210,13 @@ def test_every_familys_answer_loss_is_its_own(name):
         with torch.no_grad():
             loss = float(model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss)
         assert scored.also["nll"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_generated_answers_with_their_loss():
+    """One forward pass more, and the numbers of teacher forcing; scores and predictions stay the same."""
+    model, tokenizer, rows = toy.model(), toy.tokenizer(), toy.rows("prompt_completion", number=6)
+    plain = generated(model, tokenizer, rows, match="stripped")
+    both = generated(model, tokenizer, rows, match="stripped", loss=True)
+    assert [(r.score, r.prediction) for r in both.rows] == [(r.score, r.prediction) for r in plain.rows]
+    assert both.nll == teacher_forced(model, tokenizer, rows).nll and plain.nll is None
+    assert both.score == plain.score

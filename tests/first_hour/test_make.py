@@ -29,6 +29,7 @@ RUN_BY = {
     "demo": ("tests/demo/test_demo.py", "main("),
     "cards": ("tests/hub/test_card.py", "cards"),
     "bench": ("tests/first_hour/test_make.py", "test_every_benchmark_compiles"),
+    "proof": ("tests/proof/test_run.py", "recipes/proof/run.py"),
     "clean": ("tests/first_hour/test_make.py", "test_clean_keeps_the_checkout"),
 }
 
