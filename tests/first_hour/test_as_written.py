@@ -23,7 +23,7 @@ RECIPES = [
         marks=pytest.mark.exhaustive if p.parent.name == "gradient_projection" else [],
     )
     for p in sorted((ROOT / "recipes").glob("*/*.yaml"))
-    if p.parent.name not in ("accelerate", "baselines", "frontier", "sequence")
+    if p.parent.name not in ("accelerate", "baselines", "frontier", "proof", "sequence")
 ]
 LORA = "--peft '{r: 2, target_modules: all-linear}'"
 
