@@ -240,7 +240,8 @@ def plot(found: dict[int, dict], arms: dict[str, Any], out: Path) -> None:
             "old people": [(s, v[0]) for s, v in mean.items()],
             "new people": [(s, v[1]) for s, v in mean.items()],
         }
-    title = f"Biography: while task 1 is learned, mean of {len(found)} seeds"
+    which = f"mean of {len(found)} seeds" if len(found) > 1 else "one seed"
+    title = f"Biography: while task 1 is learned, {which}"
     for i in range(0, len(curves), 4):
         name = f"biography-{i // 4 + 1}.png" if i else "biography.png"
         plot_forgetting(dict(list(curves.items())[i : i + 4]), [], title=title).savefig(out / name, dpi=150)
