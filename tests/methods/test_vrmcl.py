@@ -312,7 +312,7 @@ def test_memory_from_another_method_is_the_same_run(tmp_path):
 def test_cost_is_stated(tmp_path):
     assert VRMCL(inner_steps=2).extra_steps(10) == 2 * 10 + 3 * 9 and VRMCL(momentum=0.0).extra_steps(10) == 10
     assert zero(None).extra_steps(10) == 0 and VRMCL().added_rows() is None
-    assert example(None).added_rows().ratio == 0.3 and not example(None).needs_earlier_task()
+    assert example(None).added_rows().ratio == 0.2 and not example(None).needs_earlier_task()
     calls = []
     trainer = build(tmp_path, VRMCL(inner_steps=2, momentum=0.1), max_steps=3)
     trainer.model.register_forward_hook(lambda *a: calls.append(1))
