@@ -25,8 +25,10 @@ from tests.first_hour.typed import typed
 from tests.stream import world
 
 ROOT = Path(__file__).parents[2]
-PLANS = sorted(
-    p for p in (ROOT / "recipes").glob("*/*.yaml") if "tasks" in yaml.safe_load(p.read_text(encoding="utf-8"))
+PLANS = sorted(  # those of recipes/proof are not plans: its run.py reads further keys first
+    p
+    for p in (ROOT / "recipes").glob("*/*.yaml")
+    if p.parent.name != "proof" and "tasks" in yaml.safe_load(p.read_text(encoding="utf-8"))
 )
 SMALL = {"model": "model", "output_dir": "out", "tasks": [{"name": "a", "train": "a.jsonl"}]}
 
