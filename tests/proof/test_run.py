@@ -103,6 +103,7 @@ def call(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_the_smoke_preset_from_end_to_end(tmp_path):
     done = call("recipes/proof/run.py", "--preset", "smoke", "--out", str(tmp_path))
