@@ -154,6 +154,7 @@ def read_cost(task: str, folder: Path) -> dict[str, Any]:
             data = read_object(file) if file.is_file() else {}
         except DamagedFile:
             continue
+        data |= data.get("cost") or {}  # of a plan's task, kept where cards are written again
         for key in ("steps", "seconds", "tokens", "memory_bytes"):
             entry[key] = number(data.get(key)) if number(data.get(key)) is not None else entry[key]
         entry["device"] = data.get("hardware") or data.get("device") or entry["device"]

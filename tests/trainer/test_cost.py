@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from hf_continual import ContinualConfig, ContinualTrainer
+from hf_continual import ContinualConfig, ContinualTrainer, train_stream
 from hf_continual.report.plan_runs import read_cost
 from hf_continual.trainer.facts import run_facts
 from tests import toy
+from tests.stream import world
 
 
 def trainer(folder):
@@ -26,6 +27,15 @@ def test_tokens_and_time_of_a_run_and_what_a_report_reads(tmp_path):
     assert (cost["tokens"], cost["steps"], cost["seconds"]) == (facts.tokens, 4, facts.seconds)
     run.train()
     assert run_facts(run).tokens == facts.tokens, "a second training counts its own"
+
+
+def test_a_report_reads_what_the_task_of_a_plan_took(tmp_path):
+    result = train_stream({**(plan := world.make(tmp_path)), "tasks": plan["tasks"][:1]})
+    (folder,) = result.output_dir.glob("task-00-*")
+    cost = read_cost("t0", folder)
+    assert cost["steps"] == 6 and cost["seconds"] > 0 and cost["tokens"] > 0
+    (folder / "continual_config.json").unlink()
+    assert read_cost("t0", folder) == {**cost, "device": None}
 
 
 def test_a_resumed_run_does_not_pass_off_its_rest_as_the_whole(tmp_path):
