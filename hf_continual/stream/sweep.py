@@ -30,6 +30,7 @@ from hf_continual.stream.run_plan import check_merge, refuse_on_all, run_prepare
 from hf_continual.stream.stored_run import RESULTS
 from hf_continual.stream.sweep_cards import add_best_plain
 from hf_continual.stream.sweep_files import write_sweep
+from hf_continual.stream.trackers import own_run
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,8 @@ def run_sweep(plan: Plan, where: Where, only: str | None = None) -> StreamResult
     results: dict[str, StreamResult] = {}
     for i, (member, prepared) in enumerate(ready):
         logger.info("run %d of %d: %s", i + 1, len(ready), member.name)
-        results[member.name] = run_prepared(prepared, output_dir / member.name, base_dir=output_dir)
+        with own_run():
+            results[member.name] = run_prepared(prepared, output_dir / member.name, base_dir=output_dir)
     table = compare(members(plan, where), results, dict(ready_rows(ready, output_dir)), plan.evaluation.bootstrap)
     if PartialState().is_main_process and only is None:
         write_json(output_dir / RESULTS, table)

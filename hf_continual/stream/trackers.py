@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -43,6 +45,24 @@ def log_matrix(results: Mapping[str, Any], output_dir: Path, options: Mapping[st
             _LOGGERS[known](results, rows, output_dir, name, options)
         except Exception as error:  # a tracker, its server or its disk may fail in any way
             logger.warning("The accuracy matrix could not be logged to %s: %s: %s", known, type(error).__name__, error)
+
+
+@contextmanager
+def own_run() -> Iterator[None]:
+    """End the W&B run that the trainers inside the context began, so that the next run of a sweep has its own.
+
+    A run that was active before is the caller's, and stays.
+
+    Yields:
+        None: While runs may begin.
+    """
+    before = getattr(sys.modules.get("wandb"), "run", None)
+    try:
+        yield
+    finally:
+        now = getattr(sys.modules.get("wandb"), "run", None)
+        if now is not None and now is not before:
+            now.finish()
 
 
 def scalars(results: Mapping[str, Any], row: Iterable[float | None]) -> dict[str, float]:

@@ -74,6 +74,19 @@ def test_wandb_holds_them_too(offline):
     assert any(name.endswith(".png") for name in files)
 
 
+def test_each_run_of_a_sweep_has_its_own_run_in_wandb(offline):
+    wandb = pytest.importorskip("wandb")
+    with trackers.own_run():
+        trackers.log_matrix(RESULTS, offline, {"report_to": "wandb", "run_name": "first"})
+        assert wandb.run.name == "first"
+    assert wandb.run is None
+    mine = wandb.init(project="mine")
+    with trackers.own_run():
+        trackers.log_matrix(RESULTS, offline, {"report_to": "wandb"})
+    assert wandb.run is mine, "the caller's own run stays"
+    wandb.finish()
+
+
 def test_trackio_holds_them_too(offline):
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
