@@ -42,7 +42,7 @@ def described(name: str, command: Any) -> list[str]:
     lines = [f"## {name.removeprefix('hf-continual ')}", "", f"`{' '.join([name, *arguments, '[OPTIONS]'])}`", "", said]
     shown = [p for p in command.params if getattr(p, "help", None) and not getattr(p, "hidden", False)]
     if shown:
-        lines += ["", "| | |", "|---|---|", *(parameter(p) for p in shown)]
+        lines += ["", "| option | |", "|---|---|", *(parameter(p) for p in shown)]
     if command.epilog:
         lines += ["", "```", command.epilog.removeprefix("Example: "), "```"]
     return lines + (merge_options() if name.endswith(" merge") else [])

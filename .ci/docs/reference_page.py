@@ -43,7 +43,7 @@ def groups() -> dict[str, list[str]]:
 def reference_page() -> str:
     """The page."""
     parts = ["# Reference", "", "`from hf_continual import ...`. Each name is imported when it is first used.", ""]
-    parts += ["| | |", "|---|---|"]
+    parts += ["| for | names |", "|---|---|"]
     for title, names in groups().items():
         parts.append(f"| {title} | {', '.join(f'[`{name}`][{where(name)}]' for name in names)} |")
     listed = (f"[`{cls}`][{where(cls)}]" for cls in method_names() if cls in hf_continual.__all__)
