@@ -59,7 +59,10 @@ def idea(cls: type[Method]) -> str:
     """What the class says of the idea, and of its relations to others."""
     said = inspect.cleandoc(cls.__doc__ or "")
     found = re.search(r"^Idea: (.*?)(?=^\w+: |^\s*$)", said, re.S | re.M)
-    return f"**Idea.** {found.group(1).strip().replace('``', '`')}" if found else ""
+    if found is None:
+        return ""
+    text = found.group(1).strip().replace("``", "`")
+    return f"**Idea.** {text[0].upper()}{text[1:]}"
 
 
 def recipes(name: str) -> str:
