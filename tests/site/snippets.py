@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INDENTED = re.compile(r"(?:^|\n\n)((?: {4}(?:cd|hf-continual|python|make|accelerate) .*\n)+)")
 # Lines of a block of commands that are not a command of this project.
-OTHER = re.compile(r"cd \S+$|#SBATCH |X=|MODEL=|git |uv |pip install |export ")
+OTHER = re.compile(r"cd \S+$|#SBATCH |[A-Z]+=|export |(?:git|uv pip|uv venv|pip|hf|srun|sbatch|axolotl|llamafactory-cli|docker) ")
 
 
 class Snippet(NamedTuple):
@@ -79,7 +79,7 @@ def check_command(line: str) -> None:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         if words[1] not in targets:
             raise ValueError(f"the Makefile has no target {words[1]}")
-    elif words[0] in ("python", "accelerate"):
+    elif words[0] in ("python", "accelerate") or words[:2] == ["uv", "run"]:
         _check_script(words)
     else:
         raise ValueError(f"{line!r} is not a command of this project")
