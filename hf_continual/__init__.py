@@ -194,7 +194,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FACE:
         raise AttributeError(f"module 'hf_continual' has no attribute {name!r}; it offers {', '.join(_FACE)}")
     found = getattr(importlib.import_module(_FACE[name]), name)
-    globals()[name] = found  # looked up once; pdoc documents only what is in the module
+    globals()[name] = found  # looked up once
     return found
 
 

@@ -200,6 +200,12 @@ def page() -> str:
         "All of it was measured on small models; none of it is a law. Compare with plain fine-tuning at several learning rates, which is part of",
         "every snippet: `baselines: {learning_rates: [x, x/3, x/10]}` ([recipes/sequence](sequence)).",
         "",
+        *_by_what_you_have(),
+        "",
+        "Old scores are known if a released model was scored on the same rows: `hf-continual gate` then compares row by row. If they are not known, a",
+        "plan scores the base and every task after each task; for a model that others trained, score it before you begin, and see",
+        "[seeing and stopping](guide/watching.md).",
+        "",
         "| name | what it does | if the plan has | measured in |",
         "|---|---|---|---|",
     ]
@@ -215,6 +221,23 @@ def page() -> str:
             rule.measured.row,
         ]  # fmt: skip
     return "\n".join(text) + "\n"
+
+
+def _by_what_you_have() -> list[str]:
+    """A table of what is recommended for each combination of facts."""
+    kinds = {"all weights": ("full", "no"), "LoRA": ("adapter", "no"), "LoRA on 4 bits": ("adapter", "yes")}
+    keep = {"all": "may be used again", "kept": "a buffer of them is kept", "none": "may not be kept"}
+    lines = [f"| tasks | old rows | general text | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
+    for tasks in ("one", "sequence"):
+        for old_rows, said in keep.items():
+            for general_text in ("yes", "no"):
+                known = {"tasks": tasks, "old_rows": old_rows, "general_text": general_text}
+                cells = [
+                    ", ".join(f"[{r.name}](#{r.name})" for r in recommended({**known, "weights": w, "quantized": q}))
+                    for w, q in kinds.values()
+                ]
+                lines.append(f"| {tasks} | {said} | {general_text} | {' | '.join(cells)} |")
+    return lines
 
 
 def _link(file: str) -> str:

@@ -1,4 +1,4 @@
-"""Which methods run under which parallelism, derived from their hooks; drives the refusals and the README's table.
+"""Which methods run under which parallelism, derived from their hooks; drives the refusals and the table of recipes/guide/processes.md.
 
 Every cell that is not refused here is trained by a test with two processes, and compared with one process with
 twice the accumulation (`tests/distributed`).

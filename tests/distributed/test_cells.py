@@ -158,8 +158,8 @@ def test_methods_of_ones_own_are_refused_by_what_they_do():
     assert "ZeRO-3 has sharded them" in refusal(Reading(), "ZeRO-3")[0]
 
 
-def test_the_readme_has_the_table():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_has_the_table():
+    text = (ROOT / "recipes" / "guide" / "processes.md").read_text(encoding="utf-8")
     shown = re.search(r"\| method \| one process .*?(?=\n\n)", text, flags=re.S)
     assert shown and shown.group(0).splitlines() == table()
 

@@ -1,4 +1,4 @@
-"""The README's quick start and every recipe, typed as written, with a tiny model instead of the real one."""
+"""The first snippets and every recipe, typed as written, with a tiny model instead of the real one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.first_hour.typed import typed
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "recipes" / "guide").glob("*.md"))}
 RECIPES = [
     # Its 1,500 preliminary steps take 45 seconds even here.
     pytest.param(
@@ -53,23 +54,19 @@ def here(place, monkeypatch):
     return place
 
 
-def test_the_first_snippet(here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README", "quickstart"])
+def test_the_first_snippet(page, here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before, after = [b for b in blocks(README, "python") if "SFTTrainer(" in b or "methods=[Replay" in b][:2]
-    assert before.count("SFTTrainer") and "ContinualTrainer" in after
+    *before, after = blocks(README if page == "README" else GUIDE[page], "python")
+    assert all("SFTTrainer(" in b for b in before) and "ContinualTrainer(" in after and "methods=[Replay" in after
     code = after.replace("Qwen/Qwen2.5-0.5B", str(here / "model")).replace(
         'ContinualConfig("out")',
         'ContinualConfig("out", max_steps=1, report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no", dataloader_pin_memory=False)',
     )
     rows = toy.rows("prompt_completion", number=4)
     names = {"new_task": rows, "old_rows": toy.rows("prompt_completion", number=4, seed=3)}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, f"{page}.md", "exec"), names)
     assert names["trainer"].state.global_step == 1
-
-
-def test_the_snippets_of_the_readme_are_valid_yaml():
-    for text in blocks(README, "yaml"):
-        assert yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -119,7 +116,7 @@ def test_a_system_of_the_papers(arm, here, tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
-def test_the_merges_of_the_readme(here, tmp_path, monkeypatch, capsys):
+def test_the_merges_of_the_guide(here, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("law", "tax", "tickets", "seed-0", "seed-1")):
         toy.model(seed).save_pretrained(name)
@@ -127,7 +124,7 @@ def test_the_merges_of_the_readme(here, tmp_path, monkeypatch, capsys):
     toy.rows(number=24).to_json("tickets.jsonl")
     merges = [
         line
-        for b in blocks(README, "")
+        for b in blocks(GUIDE["merging"], "")
         for line in b.splitlines()
         if line.startswith("hf-continual merge") and "--config" not in line
     ]
@@ -140,10 +137,10 @@ def test_the_merges_of_the_readme(here, tmp_path, monkeypatch, capsys):
         assert code == 0, (line, err)
 
 
-def test_a_line_of_the_readme_names_every_verb():
+def test_a_line_of_the_guide_names_every_verb():
     from typer.main import get_command
 
     from hf_continual.cli import app
 
     for verb in get_command(app).commands:  # pyrefly: ignore[missing-attribute]
-        assert re.search(rf"hf[-_]continual {verb}\b", README), verb
+        assert any(re.search(rf"hf[-_]continual {verb}\b", text) for text in (README, *GUIDE.values())), verb

@@ -145,7 +145,7 @@ def test_the_command(tmp_path, files):
     far = run("--choose", "9")
     assert far.exit_code != 0 and "there are 2 recommendations for this plan. Give 1 to 2" in str(far.exception)
     other = run("--quiet", "--set", "memory=forbidden")
-    assert other.output.split() == ["freeze", "average", "own-text"]
+    assert other.output.split() == ["kl-to-base", "freeze", "average"]
 
 
 def test_it_loads_no_torch():
