@@ -10,7 +10,10 @@ import typer
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are shown side by side.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, or files with their results; several are shown side by side."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The page: one HTML file that needs no server.")] = Path("report.html"),
     figures: Annotated[
@@ -20,6 +23,10 @@ def report(
     predictions: Annotated[
         int, typer.Option(min=0, help="Changed answers of each run that are shown with their text.")
     ] = 100,
+    leaderboard: Annotated[
+        bool,
+        typer.Option("--leaderboard", help="Rank the runs, those with the same model, tasks and scoring together."),
+    ] = False,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
@@ -37,4 +44,5 @@ def report(
         title=title,
         as_json=as_json,
         quiet=quiet,
+        leaderboard=leaderboard,
     )

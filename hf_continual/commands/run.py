@@ -31,14 +31,21 @@ def run(
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Output folder, overriding the plan's.")] = None,
     only: Annotated[str | None, typer.Option(help="Run only this run of the plan's sweep, by name.")] = None,
+    print_plan: Annotated[
+        bool,
+        typer.Option("--print-plan", help="Print the plan as YAML, of a sweep the run named by --only; run nothing."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no log, only the tables.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and the log on stderr.")] = False,
 ) -> None:
     """Learn the tasks of a plan one after the other and measure retention; resumes where it was interrupted."""
-    from hf_continual.stream.command import run_plan
+    from hf_continual.stream.command import plan_of, run_plan
 
     sys.path.append(str(plan.absolute().parent))  # your own method may be in the plan's folder
     overrides = [*(set_ or ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else ())]
+    if print_plan:
+        sys.stdout.write(plan_of(plan, overrides, only))
+        return
     run_plan(
         plan, dry_run=dry_run, only=only, quiet=quiet, as_json=as_json, overrides=overrides, hourly_price=hourly_price
     )

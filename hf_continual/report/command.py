@@ -21,6 +21,7 @@ def report_from_command(
     title: str | None,
     as_json: bool,
     quiet: bool,
+    leaderboard: bool = False,
 ) -> None:
     """Write the report and say where it is.
 
@@ -32,6 +33,7 @@ def report_from_command(
         title: Heading of the page.
         as_json: Whether to print what the page shows as JSON.
         quiet: Whether to print nothing.
+        leaderboard: Whether to rank the runs, in place of showing each.
 
     Raises:
         ValueError: If the page cannot be written where it is wanted.
@@ -44,17 +46,21 @@ def report_from_command(
         )
     status = None if quiet else Console(stderr=True).status("starting")
     with _errors_only(), status or contextlib.nullcontext():
-        from hf_continual.report.write import write_report
+        said = (lambda text: None) if status is None else status.update
+        if leaderboard:
+            from hf_continual.report.leaderboard import write_leaderboard
 
-        found = write_report(
-            folders, out, figures=figures, predictions=predictions, title=title,
-            said=(lambda text: None) if status is None else status.update,
-        )  # fmt: skip
+            found = write_leaderboard(folders, out, figures=figures, title=title, said=said)
+        else:
+            from hf_continual.report.write import write_report
+
+            found = write_report(folders, out, figures=figures, predictions=predictions, title=title, said=said)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     elif not quiet:
         shown = Console()
-        shown.print(f"{len(found['runs'])} runs  {out}", soft_wrap=True, highlight=False)
+        many = sum(len(board["arms"]) for board in found["boards"]) if leaderboard else len(found["runs"])
+        shown.print(f"{many} {'arms' if leaderboard else 'runs'}  {out}", soft_wrap=True, highlight=False)
         if figures is not None:
             shown.print(f"pictures  {figures} ({len(found['figures'])} files)", soft_wrap=True, highlight=False)
         if found["missing"]:

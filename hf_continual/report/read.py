@@ -22,7 +22,7 @@ def read_folders(folders: Sequence[str | os.PathLike[str]], limit: int) -> tuple
     """Read the runs of some folders.
 
     Args:
-        folders: Folders of runs, sweeps, the demo, `hf-continual train`, or models.
+        folders: Folders of runs, sweeps, the demo, `hf-continual train`, or models; files with the results of a run or a sweep.
         limit: Maximum number of changed predictions of each run that are kept with their text.
 
     Returns:
@@ -35,10 +35,13 @@ def read_folders(folders: Sequence[str | os.PathLike[str]], limit: int) -> tuple
     runs: list[Run] = []
     sweeps: list[Sweep] = []
     for folder in dict.fromkeys(Path(f).expanduser() for f in folders):
-        if not folder.is_dir():
+        if folder.is_file() and folder.suffix == ".json":
+            found, sweep = _read_file(folder)
+        elif folder.is_dir():
+            found, sweep = _read(folder, limit)
+        else:
             state = "is a file" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
             raise FileNotFoundError(f"{folder} {state}. Name the folder of a run, such as the output_dir of its plan.")
-        found, sweep = _read(folder, limit)
         runs += found
         sweeps += [] if sweep is None else [(folder, sweep)]
     _name_apart(runs)
@@ -69,6 +72,29 @@ def _read(folder: Path, limit: int) -> tuple[list[Run], dict[str, Any] | None]:
     raise ValueError(_nothing(folder))
 
 
+def _read_file(file: Path) -> tuple[list[Run], dict[str, Any] | None]:
+    """The runs of a file with results, such as a ``continual_results.json`` that was sent under another name.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The runs; and the results, if they are a sweep's.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    results = read_object(file)
+    if "arms" in results:
+        return _sweep(file, results, 0), results
+    if not isinstance(results.get("matrix"), Mapping):
+        raise ValueError(f"{file} holds no results. Name the folder of a run, or its {RESULTS}, under any name.")
+    run = Run(file.stem, file, "file", group=file.stem)
+    take_results(run, results)
+    run.missing.append("Read from its results alone: its settings, cost and predictions are not known.")
+    return [run], None
+
+
 def _nothing(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     held = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -83,8 +109,9 @@ def _nothing(folder: Path) -> str:
 def _sweep(folder: Path, results: Mapping[str, Any], limit: int) -> list[Run]:
     """The runs of a sweep; of one whose folder is gone, what the sweep's own results hold."""
     runs = []
+    children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
     for name, entry in results.get("runs", {}).items():
-        own = next((child for child in folder.iterdir() if child.name == name and child.is_dir()), None)
+        own = next((child for child in children if child.name == name), None)
         group = "-".join(str(p) for p in (entry.get("arm"), entry.get("order")) if p) or "all"
         if own is not None and (own / RESULTS).is_file():
             run = read_run(own, name, limit, base_dir=folder)

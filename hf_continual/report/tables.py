@@ -74,6 +74,21 @@ def _score(value: Any, lower: bool, signed: bool = False, interval: Any = None) 
     return Value(shown(value, lower, signed), value, None, below)
 
 
+def figure_value(figure: Mapping[str, Any], key: str, lower: bool) -> Value:
+    """A figure of an arm with its interval.
+
+    Args:
+        figure: ``mean`` and ``interval``.
+        key: Its name; those that are not of the matrix are changes of a general benchmark.
+        lower: Whether scores are losses.
+
+    Returns:
+        The cell.
+    """
+    own = key in NAMES
+    return _score(figure.get("mean"), lower or not own, not own or key in SIGNED, figure.get("interval"))
+
+
 def matrix_table(run: Run) -> Table:
     """The accuracy matrix with its base row."""
     rows = [*([("base model", run.base)] if run.base is not None else []), *zip(run.tasks, run.scores, strict=False)]
@@ -125,16 +140,7 @@ def arms_table(arms: Mapping[str, Mapping[str, Any]], lower: bool) -> Table:
     rows = []
     for name, arm in arms.items():
         line = [Value(name), Value(str(len(arm["runs"])), len(arm["runs"]))]
-        for key in keys:
-            figure = arm["figures"].get(key) or {}
-            line.append(
-                _score(
-                    figure.get("mean"),
-                    lower or key not in NAMES,
-                    key not in NAMES or key in SIGNED,
-                    figure.get("interval"),
-                )
-            )
+        line += [figure_value(arm["figures"].get(key) or {}, key, lower) for key in keys]
         rows.append(line)
     head = ["arm", "runs", *(NAMES.get(key, f"{short(key, 40).strip()}, change") for key in keys)]
     return Table(

@@ -64,9 +64,9 @@ def write_report(
     with drawing():
         said("drawing")
         sections = sections_of(runs, alike, arms, tests, plain)
-        named = [(picture, as_svg(picture.figure)) for section in sections for picture in section.pending]
-        written = [] if figures is None else _write_pictures(Path(figures), named)
-    _put_in(sections, named)
+        named = svgs_of(sections)
+        written = [] if figures is None else write_pictures(Path(figures), named)
+    put_in(sections, named)
     missing += [f"{run.name}: {sentence}" if len(runs) > 1 else sentence for run in runs for sentence in run.missing]
     said("writing")
     page = render(title or _title(runs), runs, sections, missing)
@@ -95,14 +95,20 @@ def _check(folders: Sequence[Any], predictions: int) -> None:
         )
 
 
-def _put_in(sections: Sequence[Section], named: Sequence[tuple[Picture, str]]) -> None:
+def svgs_of(sections: Sequence[Section]) -> list[tuple[Picture, str]]:
+    """The pictures of all sections with their SVG."""
+    return [(picture, as_svg(picture.figure)) for section in sections for picture in section.pending]
+
+
+def put_in(sections: Sequence[Section], named: Sequence[tuple[Picture, str]]) -> None:
+    """Give each section its drawn pictures."""
     svgs = {picture.key: text for picture, text in named}
     for section in sections:
         for picture in section.pending:
             section.pictures.append((picture, inline_svg(svgs[picture.key], f"{picture.key}-", picture.title)))
 
 
-def _write_pictures(folder: Path, named: Sequence[tuple[Picture, str]]) -> list[str]:
+def write_pictures(folder: Path, named: Sequence[tuple[Picture, str]]) -> list[str]:
     """Each picture as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -71,6 +71,22 @@ def run_plan(
     console.print(f"all numbers  {result.output_dir / RESULTS}", soft_wrap=True, highlight=False)
 
 
+def plan_of(plan: Path, overrides: Sequence[str] = (), only: str | None = None) -> str:
+    """A plan with its overrides as YAML; of a sweep one run.
+
+    Args:
+        plan: A YAML file.
+        overrides: Entries that override the plan's, as ``KEY=VALUE``.
+        only: One run of a sweep.
+
+    Returns:
+        The text.
+    """
+    from hf_continual.stream.printed_plan import plan_text
+
+    return plan_text(*read_plan(plan, overrides), only)
+
+
 def is_main() -> bool:
     """Whether this is the process that prints.
 
