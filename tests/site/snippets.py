@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INDENTED = re.compile(r"(?:^|\n\n)((?: {4}(?:cd|hf-continual|python|make|accelerate) .*\n)+)")
 # Lines of a block of commands that are not a command of this project.
-OTHER = re.compile(r"cd \S+$|#SBATCH |[A-Z]+=|export |(?:git|uv pip|uv venv|pip|hf|srun|sbatch|axolotl|llamafactory-cli|docker) ")
+OTHER = re.compile(
+    r"cd \S+$|#SBATCH |[A-Z]+=|export |(?:git|uv pip|uv venv|pip|hf|srun|sbatch|axolotl|llamafactory-cli|docker) "
+)
 
 
 class Snippet(NamedTuple):

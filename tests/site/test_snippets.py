@@ -222,7 +222,12 @@ def test_the_python_of_kif(here):
 def test_the_commands_of_the_guide(here, capsys):
     """Quick start, sequences, seeing and stopping, in this order: what one writes, the next reads."""
     (plan,) = (s.text for s in of("yaml", "recipes/guide/sequences.md"))
-    (here / "plan.yaml").write_text(yaml.safe_dump(workshop.small_plan(plan, here)), encoding="utf-8")
+    small = workshop.small_plan(plan, here)
+    (here / "plan.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    swept = {**small, "output_dir": "out/sweep", "sweep": {"methods": {"plain": [], "replay": small.pop("methods")}}}
+    (here / "sweep.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in swept.items() if k != "methods"}), encoding="utf-8"
+    )
     run_commands("recipes/guide/quickstart.md", here, capsys)
     run_commands("recipes/guide/sequences.md", here, capsys)
     done = here / "out" / "law-then-tickets"
@@ -233,7 +238,7 @@ def test_the_commands_of_the_guide(here, capsys):
     (gate,) = (s.text for s in of("yaml", "recipes/guide/watching.md"))
     (here / "gate.yaml").write_text(re.sub(r"gauges: .*", "", gate), encoding="utf-8")
     run_commands("recipes/guide/watching.md", here, capsys)
-    assert (here / "report.html").is_file()
+    assert (here / "report.html").is_file() and (here / "leaderboard.html").is_file()
 
 
 @pytest.mark.exhaustive
