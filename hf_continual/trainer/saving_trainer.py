@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from trl import SFTTrainer
 
 from hf_continual.disk import writing
 from hf_continual.hub.text import kept_text
 from hf_continual.inference.kinds import kind_of
 from hf_continual.trainer import adapters, method_rows, stop
 from hf_continual.trainer.mixin import MethodsMixin
+from hf_continual.trainer.trl_trainer import SFTTrainer
 
 if TYPE_CHECKING:
     from hf_continual.trainer.mixer import ReplayMixer

@@ -13,7 +13,6 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl.trainer.utils import create_model_from_path
 
 from hf_continual.hub.damaged import loading, not_found
 from hf_continual.notice import notice
@@ -32,6 +31,7 @@ from hf_continual.trainer.adapters import (
 )
 from hf_continual.trainer.own_modules import config_to_add
 from hf_continual.trainer.predecessor import named_by
+from hf_continual.trainer.trl_trainer import create_model_from_path
 
 if TYPE_CHECKING:
     from hf_continual.methods.base import Method

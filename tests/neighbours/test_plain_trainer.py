@@ -15,36 +15,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_continual import EWC, KIF, MIGU, ContinualCallback, ContinualMixin, FreezeLayers, Method, OLoRA, RecAdam
+from hf_continual import EWC, MIGU, ContinualCallback, ContinualMixin, FreezeLayers, Method, OLoRA, RecAdam
 from hf_continual.data import handover
-from hf_continual.methods.table import TABLE
-from hf_continual.trainer.any_trainer import works_anywhere
 from hf_continual.trainer.callback import with_methods
 from tests import toy
-from tests.methods import covering
 from tests.neighbours import world
 
 ROOT = Path(__file__).parents[2]
-ANYWHERE = [kind for kind in TABLE if works_anywhere(kind)]
-# Also with rows of earlier tasks; other methods of the table do without.
-CHOSEN = ("freeze", "ewc", "o_lora")
 NOTHING = {
     "freeze": lambda: FreezeLayers(bottom=1, from_task=1),
     "ewc": lambda: EWC(weight=0.0),
     "o_lora": lambda: OLoRA(weight=0.0),
-    "kif": lambda: KIF(world.rows(9), inner_steps=2, outer_steps=2, rule="sum", outer_optimizer="none"),
 }
-
-
-def acting(kind):
-    """The example of a method's test file, with rows that are tokenised."""
-    method = covering.module(kind).example(None)
-    return dataclasses.replace(method, memory=world.rows(9)) if kind == "kif" else method
-
-
-def start(kind):
-    """What a run with a method starts from."""
-    return world.adapted() if covering.adapters_only([kind]) else toy.model()
 
 
 @pytest.fixture(scope="module")
@@ -56,50 +38,23 @@ def first(tmp_path_factory):
     return folder / "task"
 
 
-def same_as_plain(folder, kind, way):
-    made = covering.zero(kind) if kind not in NOTHING else NOTHING[kind]()
-    settings = getattr(covering.module(kind), "ZERO_SETTINGS", {})
-    plain = world.learn(folder / "plain", model=start(kind), **settings)
-    ours = world.learn(folder / "ours", [made], model=start(kind), way=way, **settings)
-    tolerance = covering.module(kind).ZERO_TOLERANCE
-    assert (toy.flat(plain.model) - toy.flat(ours.model)).abs().max() <= tolerance
-    if not tolerance:
-        losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (plain, ours)]
-        assert losses[0] == losses[1] and torch.equal(toy.flat(plain.model), toy.flat(ours.model))
-    assert (toy.flat(start(kind)) - toy.flat(ours.model)).abs().max() > 1e-4, "something was learned"
-
-
-@pytest.mark.parametrize(("kind", "way"), list(zip(CHOSEN, ("callback", "attach", "mixin"), strict=True)))
-def test_zero_strength_is_the_plain_trainer(tmp_path, kind, way):
-    same_as_plain(tmp_path, kind, way)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ANYWHERE)
-def test_zero_strength_of_every_method(tmp_path, kind):
-    same_as_plain(tmp_path, kind, "callback")
-
-
-def resumed_is_straight(folder, methods, model, **settings):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **settings}
-    straight = world.learn(folder / "run", methods(), model=model(), **settings)
-    assert not torch.equal(toy.flat(straight.model), toy.flat(model()))
-    left = straight.task_states
-    for asked in (str(folder / "run" / "checkpoint-2"), str(folder / "run" / "checkpoint-4")):
-        resumed = world.learn(folder / "run", methods(), model=model(), resume=asked, **settings)
-        assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
-        assert left.keys() == resumed.task_states.keys()
-        for name, state in left.items():
-            for key, value in state.items():
-                again = resumed.task_states[name][key]
-                assert torch.equal(value, again) if torch.is_tensor(value) else value == again
-    return straight
+@pytest.mark.parametrize(("kind", "way"), list(zip(NOTHING, ("callback", "attach", "mixin"), strict=True)))
+def test_zero_strength_is_the_plain_trainer(tmp_path, first, kind, way):
+    """On what a first task left; the adapter of O-LoRA begins."""
+    make = world.adapted if kind == "o_lora" else lambda: AutoModelForCausalLM.from_pretrained(first)
+    fresh = {} if kind == "ewc" else {"fresh_methods": True}
+    plain = world.learn(tmp_path / "plain", model=make(), seed=5)
+    ours = world.learn(tmp_path / "ours", [NOTHING[kind]()], model=make(), seed=5, way=way, **fresh)
+    assert torch.equal(toy.flat(plain.model), toy.flat(ours.model))
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (plain, ours)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert not torch.equal(toy.flat(make()), toy.flat(ours.model)), "something was learned"
 
 
 def test_resumed_is_straight_over_a_second_task(tmp_path, first):
     """EWC holds what the first task left, RecAdam pulls, MIGU masks, and a layer is frozen: all four at once."""
-    straight = resumed_is_straight(
-        tmp_path, world.TOGETHER, lambda: AutoModelForCausalLM.from_pretrained(first), seed=5
+    straight = world.resumed_is_straight(
+        tmp_path, world.together, lambda: AutoModelForCausalLM.from_pretrained(first), seed=5
     )
     assert straight.predecessor.names == ["ewc"]
     assert handover.state_of(handover.read(tmp_path / "run"), "ewc")["tasks"] == 2
@@ -108,31 +63,7 @@ def test_resumed_is_straight_over_a_second_task(tmp_path, first):
 
 
 def test_resumed_is_straight_on_an_adapter(tmp_path):
-    resumed_is_straight(tmp_path, world.ADAPTER, world.adapted)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ANYWHERE)
-def test_every_method_acts_and_resumes(tmp_path, kind):
-    """Alone, on a model that learned a first task with it where only that makes it act."""
-    module = covering.module(kind)
-    model = lambda: start(kind)  # noqa: E731
-    if getattr(module, "NEEDS_PREDECESSOR", False):
-        first = world.learn(tmp_path / "first", [acting(kind)], model=start(kind))
-        folder = tmp_path / "first"
-        loaded = lambda: AutoModelForCausalLM.from_pretrained(folder)  # noqa: E731
-        if covering.adapters_only([kind]):
-            from peft import PeftModel
-
-            loaded = lambda: PeftModel.from_pretrained(toy.model(), folder, is_trainable=True)  # noqa: E731
-        model = loaded
-        assert handover.read(folder) is not None and first.task_states
-    predecessor = {"predecessor": str(tmp_path / "first")} if getattr(module, "NEEDS_PREDECESSOR", False) else {}
-    straight = resumed_is_straight(tmp_path, lambda: [acting(kind)], model, seed=5, **predecessor)
-    plain = world.learn(
-        tmp_path / "plain", model=model(), seed=5, gradient_accumulation_steps=2, max_steps=4, save_strategy="no"
-    )
-    assert not torch.equal(toy.flat(straight.model), toy.flat(plain.model)), f"{kind} did nothing"
+    world.resumed_is_straight(tmp_path, world.adapter, world.adapted)
 
 
 KILLED = """
@@ -145,7 +76,7 @@ class Kill(TrainerCallback):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-trainer = world.build(sys.argv[1], world.TOGETHER(), model=AutoModelForCausalLM.from_pretrained(sys.argv[2]), seed=5,
+trainer = world.build(sys.argv[1], world.together(), model=AutoModelForCausalLM.from_pretrained(sys.argv[2]), seed=5,
                       save_strategy="steps", save_steps=2)
 trainer.add_callback(Kill())
 trainer.train()
@@ -156,14 +87,14 @@ trainer.train()
 def test_killed_and_resumed_is_straight(tmp_path, first):
     model = lambda: AutoModelForCausalLM.from_pretrained(first)  # noqa: E731
     settings = {"seed": 5, "save_strategy": "steps", "save_steps": 2}
-    straight = world.learn(tmp_path / "straight", world.TOGETHER(), model=model(), **settings)
+    straight = world.learn(tmp_path / "straight", world.together(), model=model(), **settings)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(first)], cwd=ROOT, capture_output=True, text=True, timeout=120,
         check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
-    resumed = world.learn(tmp_path / "run", world.TOGETHER(), model=model(), resume=True, **settings)
+    resumed = world.learn(tmp_path / "run", world.together(), model=model(), resume=True, **settings)
     assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
 
 
@@ -176,7 +107,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, first):
     assert done.returncode == 0, done.stderr[-4000:]
     got = torch.load(tmp_path / "two" / "result.pt", weights_only=True)
     one = world.learn(
-        tmp_path / "one", world.TOGETHER(), model=AutoModelForCausalLM.from_pretrained(first), seed=5,
+        tmp_path / "one", world.together(), model=AutoModelForCausalLM.from_pretrained(first), seed=5,
         per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     far = (toy.flat(one.model) - got["straight"]).abs()
@@ -191,7 +122,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, first):
 def test_the_ways_are_one(tmp_path):
     """Callback, attach and mixin give the same weights, logs and files; the class keeps its name."""
     made = {
-        w: world.learn(tmp_path / w, world.TOGETHER(), way=w, save_strategy="steps", save_steps=4)
+        w: world.learn(tmp_path / w, world.together(), way=w, save_strategy="steps", save_steps=4)
         for w in ("callback", "attach", "mixin")
     }
     weights = [toy.flat(t.model) for t in made.values()]
@@ -254,21 +185,6 @@ def test_a_resumed_run_keeps_its_methods(tmp_path):
         world.learn(tmp_path, [RecAdam(pull=0.05)], resume=str(tmp_path / "checkpoint-4"), **settings)
 
 
-@pytest.mark.parametrize("kind", TABLE)
-def test_each_method_is_refused_or_built(tmp_path, kind):
-    """As the table says, whose word is that of the hooks."""
-    if works_anywhere(kind):
-        world.build(tmp_path, [acting(kind)], model=start(kind))
-        return
-    method = covering.module(kind).example(None)
-    with pytest.raises(ValueError, match=rf"^{type(method).__name__} on .*: it .*\. Train with ContinualTrainer\("):
-        ContinualCallback([method])
-    with pytest.raises(
-        ValueError, match=rf"^{type(method).__name__} on Mixed: it .*, or drop {type(method).__name__}\.$"
-    ):
-        world.build(tmp_path, [method], way="mixin", model=start(kind))
-
-
 class Late(TrainerCallback):
     """Adds a callback when training has begun."""
 
@@ -286,20 +202,6 @@ def attached(folder, *more):
     return trainer
 
 
-def continual_trainer(folder):
-    from hf_continual import ContinualTrainer
-
-    return ContinualTrainer(
-        toy.model(), train_dataset=toy.rows(), processing_class=toy.tokenizer(), args=toy_config(folder)
-    )
-
-
-def toy_config(folder):
-    from hf_continual import ContinualConfig
-
-    return ContinualConfig(**toy.settings(folder))
-
-
 WRONG = {
     "no methods": (lambda f: ContinualCallback([]), ValueError, "holds no method"),
     "a class": (lambda f: ContinualCallback([EWC]), TypeError, r"holds the class EWC; put an object there"),
@@ -311,9 +213,7 @@ WRONG = {
     "added late": (lambda f: attached(f, ContinualCallback([EWC()])).train(), RuntimeError, r"Write callback.attach\(trainer\) instead"),
     "attached in training": (lambda f: attached(f, Late).train(), ValueError, "Attach the callback before train"),
     "twice": (lambda f: ContinualCallback([EWC()]).attach(world.build(f, [EWC()])), ValueError, r"has methods already \(EWC\)"),
-    "ContinualTrainer": (lambda f: ContinualCallback([EWC()]).attach(continual_trainer(f)), ValueError, r"ContinualTrainer\(\.\.\., methods=\["),
     "two optimizers": (lambda f: world.build(f, [RecAdam(pull=0.1)], optim="sgd"), ValueError, "RecAdam supplies an optimizer and optim='sgd'"),
-    "raw rows": (lambda f: world.build(f, [KIF(toy.rows(), inner_steps=2, outer_steps=1)]), ValueError, r"the columns text, .* input_ids and labels"),
     "nothing trained": (lambda f: world.build(f, [EWC()], model=toy.model().requires_grad_(False)), ValueError, "No parameter of LlamaForCausalLM"),
     "called by nobody": (lambda f: ContinualCallback([EWC()]).on_train_begin(None, None, None), RuntimeError, "not a trainer of transformers"),
 }  # fmt: skip

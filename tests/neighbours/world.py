@@ -65,14 +65,34 @@ def learn(folder: Path | str, methods: Any = None, resume: Any = None, **setting
     return trainer
 
 
-# Methods of a second task, on all weights and on an adapter.
-TOGETHER = lambda: [
-    FreezeLayers(bottom=1),
-    EWC(weight=1e5),
-    MIGU(share=0.3, first_task=True),
-    RecAdam(anneal="none", pull=0.05),
-]  # noqa: E731
-ADAPTER = lambda: [EWC(weight=1e5), OLoRA(weight=0.5), MIGU(share=0.3, mask_a=True)]  # noqa: E731
+def resumed_is_straight(folder: Path, methods: Any, model: Any, **settings: Any) -> Any:
+    """Train, resume from the middle, and compare weights and what is left; returns the straight run."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **settings}
+    straight = learn(folder / "run", methods(), model=model(), **settings)
+    assert not torch.equal(toy.flat(straight.model), toy.flat(model()))
+    resumed = learn(folder / "run", methods(), model=model(), resume=str(folder / "run" / "checkpoint-2"), **settings)
+    assert torch.equal(toy.flat(straight.model), toy.flat(resumed.model))
+    assert straight.task_states.keys() == resumed.task_states.keys()
+    for name, state in straight.task_states.items():
+        for key, value in state.items():
+            again = resumed.task_states[name][key]
+            assert torch.equal(value, again) if torch.is_tensor(value) else value == again
+    return straight
+
+
+def together() -> list[Any]:
+    """All four at once, on all weights."""
+    return [
+        FreezeLayers(bottom=1),
+        EWC(weight=1e5),
+        MIGU(share=0.3, first_task=True),
+        RecAdam(anneal="none", pull=0.05),
+    ]
+
+
+def adapter() -> list[Any]:
+    """Three, on an adapter."""
+    return [EWC(weight=1e5), OLoRA(weight=0.5), MIGU(share=0.3, mask_a=True)]
 
 
 if __name__ == "__main__":
@@ -86,7 +106,7 @@ if __name__ == "__main__":
     found = {}
     for name, resume in (("straight", None), ("resumed", str(place / "checkpoint-2"))):
         settings["model"] = AutoModelForCausalLM.from_pretrained(start)
-        trainer = learn(place, TOGETHER(), seed=5, resume=resume, **settings)
+        trainer = learn(place, together(), seed=5, resume=resume, **settings)
         found[name] = toy.flat(trainer.accelerator.unwrap_model(trainer.model))
     if int(os.environ["RANK"]) == 0:
         torch.save(found, place / "result.pt")
