@@ -20,11 +20,13 @@ from hf_continual.trainer.trainer_run import TrainerRun
 NEEDS = {
     "adapter": "puts its own modules onto the model before the trainer is built",
     "edit_rows": "relabels the task's rows, and a trainer's data collator may make its own labels",
-    "begin_step": "makes passes of its own on the micro-batches of each step with rows of earlier tasks in them",
+    "begin_step": "makes extra passes over each step's micro-batches, in which rows of earlier tasks are mixed",
 }
-_ROWS = "mixes rows of its own into the task's batches, and this trainer does not tell how it makes tokens and batches of rows"
+_ROWS = "mixes its rows into the task's batches, and this trainer does not tell how it makes tokens and batches of rows"
 _FORWARD = "reads the loss of each token in the forward pass, and this trainer does not tell how it computes its loss"
-_WATCHES = "measures the loss on rows of its own, and this trainer does not tell how it makes tokens of rows"
+_WATCHES = (
+    "measures the loss on rows that are not the task's, and this trainer does not tell how it makes tokens of rows"
+)
 
 
 @dataclass(frozen=True)

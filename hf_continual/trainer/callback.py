@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -90,6 +91,19 @@ class ContinualCallback(TrainerCallback):
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return trainer
+
+    def leave_in(self, folder: str | Path) -> None:
+        """Write what the methods leave for the next task, where the model was not saved by the trainer's `save_model`.
+
+        Args:
+            folder: Where the model was saved.
+
+        Raises:
+            ValueError: If there is no trainer yet, the task has not ended, or the folder has no weights.
+        """
+        if self.trainer is None:
+            raise ValueError("This ContinualCallback has no trainer yet: give it to one and train first.")
+        self.trainer.leave_in(folder)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer that it was given to, as soon as that is built."""

@@ -18,6 +18,7 @@ from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_continual.data import handover
+from hf_continual.data.kept import weight_files
 from hf_continual.disk import writing
 from hf_continual.methods.compose import kind_of as kind_of_method
 from hf_continual.trainer import adapters, checks, hand_over, run_lock, state, whole
@@ -172,6 +173,24 @@ class MethodsMixin(LiveTrainer):
         if staged:
             handover.commit(Path(folder))
         self.accelerator.wait_for_everyone()
+
+    def leave_in(self, folder: str | Path) -> None:
+        """Write what the methods leave into the folder of a model that was saved by other means than `save_model`.
+
+        Args:
+            folder: Where the model was saved.
+
+        Raises:
+            ValueError: If the task has not ended, or there are no weights.
+        """
+        if self.task_states is None:
+            raise ValueError(f"Methods have left nothing for {folder} yet: they do when training ends. Train first.")
+        if not weight_files(Path(folder)):
+            raise ValueError(
+                f"{folder} has no weights (*.safetensors) that what methods learned could belong to. Save the model there first."
+            )
+        if self.args.should_save and hand_over.stage(self, Path(folder)):
+            handover.commit(Path(folder))
 
     def write_model(self, folder: str) -> None:
         """Write the model's own files."""
