@@ -4,7 +4,7 @@ For each Python and each end of the ranges a virtual environment is made outside
 next run with the same requirements. torch comes from the index of its CPU wheels (UV_TORCH_BACKEND=cpu), or, without a network, from a
 folder of them that UV_FIND_LINKS names; where there is no wheel for a Python, that Python is reported as not run.
 
-    python .ci/test_versions.py [--python 3.11 3.12 3.13] [--ends lowest highest]
+    python .ci/test_versions.py [--python 3.11 3.12 3.13] [--ends lowest highest without-trl]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -22,8 +23,10 @@ TESTS = (
     "tests/trainer/test_seams.py", "tests/trainer/test_behaviour.py", "tests/trainer/test_identity.py", "tests/first_hour",
     "tests/stream/test_plan.py",
 )  # fmt: skip
+# Where TRL is missing, which the library does not need for methods on other trainers.
+WITHOUT_TRL = ("tests/neighbours/test_plain_trainer.py",)
 TOOLS = ("pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
-ENDS = {"lowest": "lowest-direct", "highest": "highest"}
+ENDS = {"lowest": "lowest-direct", "highest": "highest", "without-trl": "lowest-direct"}
 
 
 def main() -> None:
@@ -60,21 +63,25 @@ def run(python: str, end: str) -> str:
     ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     # Other versions warn of other things; what fails is tested here, not what warns.
-    done = subprocess.run([*command, "-W", "default", *TESTS], cwd=ROOT, env=variables, check=False)
+    tests = WITHOUT_TRL if end == "without-trl" else TESTS
+    done = subprocess.run([*command, "-W", "default", *tests], cwd=ROOT, env=variables, check=False)
     return f"{'passed' if done.returncode == 0 else 'FAILED'} with {versions}"
 
 
 def environment(python: str, end: str) -> Path:
     """Where a cell is installed; another set of requirements is another folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_continual" / "versions"
-    digest = hashlib.sha256("\n".join(requirements()).encode()).hexdigest()[:10]
+    digest = hashlib.sha256("\n".join(requirements(end)).encode()).hexdigest()[:10]
     return cache / f"{python}-{end}-{digest}"
 
 
-def requirements() -> list[str]:
-    """The library's dependencies and what tests them."""
+def requirements(end: str = "lowest") -> list[str]:
+    """The library's dependencies and what tests them; where TRL is tested, in the versions that it is used with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *TOOLS]
+    if end == "without-trl":
+        return [*(d for d in project["dependencies"] if not d.startswith("trl")), *TOOLS]
+    versions = runpy.run_path(str(ROOT / "hf_continual" / "versions.py"))
+    return [*project["dependencies"], *(f"{n}{v}" for n, v in versions["SUPPORTED_WITH_TRL"].items()), *TOOLS]
 
 
 def install(python: str, end: str, folder: Path) -> str | None:
@@ -90,7 +97,7 @@ def install(python: str, end: str, folder: Path) -> str | None:
         return f"not run: there is no Python {python} ({made.stderr.strip().splitlines()[-1]})"
     command = [*uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), "--resolution", ENDS[end]]
     done = subprocess.run(
-        [*command, *requirements(), *torch], capture_output=True, text=True, env=variables, check=False
+        [*command, *requirements(end), *torch], capture_output=True, text=True, env=variables, check=False
     )
     if done.returncode == 0:
         subprocess.run([*command, "--no-deps", "--editable", str(ROOT)], env=variables, check=True)
@@ -113,7 +120,7 @@ def on_the_disk(python: str, end: str) -> list[str]:
 
 def installed(python: Path) -> list[str]:
     """Versions of the libraries that decide."""
-    code = "import importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in ('torch', 'transformers', 'trl', 'peft', 'typer')), sep='\\n')"
+    code = "import importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in ('torch', 'transformers', 'trl', 'peft', 'typer') if n in {d.name for d in m.distributions()}), sep='\\n')"
     return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
 
 

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from hf_continual.stopping import Stopped
     from hf_continual.stream.train import train_stream
     from hf_continual.tasks import Task, TaskStream
+    from hf_continual.trainer.any_trainer import ContinualMixin
+    from hf_continual.trainer.callback import ContinualCallback
     from hf_continual.trainer.config import ContinualConfig
     from hf_continual.trainer.trainer import ContinualTrainer
 
@@ -75,6 +77,8 @@ _FACE = {
     "train_stream": "hf_continual.stream.train",
     "ContinualTrainer": "hf_continual.trainer.trainer",
     "ContinualConfig": "hf_continual.trainer.config",
+    "ContinualCallback": "hf_continual.trainer.callback",
+    "ContinualMixin": "hf_continual.trainer.any_trainer",
     "Stopped": "hf_continual.stopping",
     "Method": "hf_continual.methods.base",
     "Forward": "hf_continual.methods.base",
@@ -135,6 +139,8 @@ __all__ = [  # noqa: RUF022 - in the order of the data
     "train_stream",
     "ContinualTrainer",
     "ContinualConfig",
+    "ContinualCallback",
+    "ContinualMixin",
     "Stopped",
     "Method",
     "Forward",

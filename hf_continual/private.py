@@ -82,12 +82,13 @@ def fingerprint_of(rows: Any) -> str:
 
 def tokenizer_of(trainer: Any) -> Any:
     """The tokenizer of a trainer, even if it was given a processor."""
-    return trainer._tokenizer
+    given = trainer.processing_class
+    return getattr(trainer, "_tokenizer", None) or getattr(given, "tokenizer", given)
 
 
 def has_images(trainer: Any) -> bool:
-    """Whether the task's rows hold images."""
-    return trainer._is_vision_dataset
+    """Whether the task's rows hold images, where the trainer knows."""
+    return getattr(trainer, "_is_vision_dataset", False)
 
 
 def formatting_of(trainer: Any) -> Any:
@@ -140,7 +141,7 @@ def tokens_seen(trainer: Any) -> int:
 
 @contextmanager
 def metrics_apart(trainer: Any) -> Iterator[None]:
-    """Keep computations inside the context out of all metrics.
+    """Keep computations inside the context out of all metrics that TRL's trainer keeps; transformers' keeps none.
 
     Args:
         trainer: The trainer.
@@ -148,6 +149,9 @@ def metrics_apart(trainer: Any) -> Iterator[None]:
     Yields:
         None: While nothing is counted.
     """
+    if not hasattr(trainer, "_metrics"):
+        yield
+        return
     kept = trainer._metrics, trainer._total_train_tokens
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     try:

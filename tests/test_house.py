@@ -58,19 +58,32 @@ def test_every_name_of_the_face_is_there_and_documented():
 
 
 def test_other_versions_are_refused_with_a_sentence(monkeypatch):
-    from hf_continual.versions import check_versions
+    from hf_continual.versions import check_trl, check_versions
 
     real = metadata.version
-    for name, version in (("trl", "0.19.1"), ("transformers", "4.57.0"), ("peft", "0.10.0")):
-        monkeypatch.setattr(metadata, "version", lambda n, name=name, v=version: v if n == name else real(n))
+
+    def found(name, version):
+        monkeypatch.setattr(metadata, "version", lambda n: version if n == name else real(n))
+
+    for name, version in (("transformers", "4.57.0"), ("peft", "0.10.0")):
+        found(name, version)
         with pytest.raises(ImportError, match=rf"supports {name}\S+, and {name} {version} is installed.*pip install"):
             check_versions()
+    for name, version in (("trl", "0.19.1"), ("transformers", "5.16.1"), ("peft", "0.20.0")):
+        found(name, version)
+        check_versions()  # TRL is asked for where it is used
+        with pytest.raises(ImportError, match=rf"supports {name}\S+, and {name} {version} is installed.*pip install"):
+            check_trl()
 
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(ImportError, match="trl is not installed: pip install"):
+    with pytest.raises(
+        ImportError, match=r"trl is not installed: pip install .*\. In an environment .* ContinualCallback"
+    ):
+        check_trl()
+    with pytest.raises(ImportError, match="transformers is not installed: pip install"):
         check_versions()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 # The titles of hf_continual.methods.compose.STATIONS, by when they are called.
 ROWS = {
     "once, before the first step": ("own modules", "model surgery", "rows", "before training"),
-    "in every step": ("before a step", "token weights", "loss terms", "gradients", "optimizer", "after step"),
+    "in every step": ("before a step", "token weights", "loss terms", "after forward", "gradients", "optimizer", "after step"),
     "once, after the last step": ("task end",),
 }
 WIDTH, HEIGHT, LEFT, GAP = 104, 30, 8, 12
@@ -34,7 +34,7 @@ def picture(name: str, acts_on: Sequence[str]) -> str:
         for place, title in enumerate(titles):
             parts.append(_box(LEFT + place * (WIDTH + GAP), y + 8, title, title in acts_on, place + 1 < len(titles)))
         y += HEIGHT + 34
-    wide = LEFT + 6 * (WIDTH + GAP)
+    wide = LEFT + max(map(len, ROWS.values())) * (WIDTH + GAP)
     label = f"{name} acts on: {', '.join(acts_on)}"
     drawn = "".join(parts)
     return f'<svg class="hooks" viewBox="0 0 {wide} {y - 14}" role="img" aria-label="{label}">{drawn}</svg>'

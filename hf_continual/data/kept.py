@@ -12,7 +12,7 @@ import xxhash
 FOLDER, MANIFEST = "continual", "methods.json"
 STAGED = ".staged"
 FORMAT = 1
-AGAIN = "Save the model again (rerun what saved it), or start without what was learned: ContinualConfig(fresh_methods=True)."
+AGAIN = "Save the model again (rerun what saved it), or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
 
 
 class HandOverError(ValueError):

@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
-from trl import SFTConfig, SFTTrainer
 
 from hf_continual.data.biography import people, questions
 from hf_continual.demo.general_text import HELD_OUT
@@ -34,6 +33,7 @@ from hf_continual.tasks import Task, TaskStream
 from hf_continual.tensors.layers import find_blocks
 from hf_continual.trainer.state import last_complete_checkpoint
 from hf_continual.trainer.trainer import ContinualTrainer
+from hf_continual.trainer.trl_trainer import SFTConfig, SFTTrainer
 
 # Disjoint people, one kind of question each: what the base model cannot know, asked in three formats.
 TASKS = (("birth city", "birth_city"), ("field of study", "major"), ("employer", "company"))

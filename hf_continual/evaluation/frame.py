@@ -6,10 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trl.data_utils import common_prefix_length
-
 from hf_continual.ends import AddedTokens
 from hf_continual.evaluation.trained import Row, as_pair, rendered, with_answer
+from hf_continual.trl_data import common_prefix_length
 
 _ANSWER = "answerxyz"  # stands in for the answer while a template is inspected
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trl.data_utils import common_prefix_length
-
 from hf_continual.ends import up_to_end
 from hf_continual.evaluation.choices import Pair, log_likelihoods
 from hf_continual.evaluation.exact_match import teacher_forced
@@ -19,6 +17,7 @@ from hf_continual.evaluation.questions import check_lengths, read_questions
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.evaluation.trained import Row, trained_tokens, with_answer
 from hf_continual.evaluation.turns import Turns, by_turns, check_turns
+from hf_continual.trl_data import common_prefix_length
 
 if TYPE_CHECKING:
     from datasets import Dataset

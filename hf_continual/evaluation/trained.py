@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl.data_utils import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
+from hf_continual.trl_data import common_prefix_length, is_conversational_from_value, maybe_convert_to_chatml
 
 Row = Mapping[str, Any]
 

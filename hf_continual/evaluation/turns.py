@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
-from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
-
 from hf_continual.evaluation.result import RowScore, Scored
 from hf_continual.evaluation.trained import Row, other_roles
+from hf_continual.trl_data import is_conversational_from_value, maybe_convert_to_chatml
 
 Turns = Literal["last", "all"]
 

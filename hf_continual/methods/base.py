@@ -204,6 +204,9 @@ class Method:
         """
         raise NotImplementedError
 
+    def after_forward(self, run: Run) -> None:
+        """Hook 4b: a micro-batch went forward in training, and its loss is there; not called for a method's own passes."""
+
     def edit_gradients(self, params: Mapping[str, Parameter]) -> None:
         """Hook 5: change `.grad` in place, after accumulation and clipping, before the step."""
 

@@ -25,6 +25,7 @@ STATIONS = {
     "begin_step": "before a step",
     "weigh_tokens": "token weights",
     "loss_terms": "loss terms",
+    "after_forward": "after forward",
     "edit_gradients": "gradients",
     "after_step": "after step",
     "end_step": "after step",
@@ -68,7 +69,7 @@ def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: s
             has = f"a {here[name]!r} of that name" if name in here else ", ".join(here) or "none"
             raise ValueError(
                 f"{where} comes with what method {name!r} (a {kind!r}{size}) learned, and this run has {has}: it would be "
-                f"lost. Give the run that method, or start without what was learned: ContinualConfig(fresh_methods=True)."
+                f"lost. Give the run that method, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
             )
 
 

@@ -231,7 +231,7 @@ class EWC(Method):
             raise ValueError(
                 f"EWC: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(self._old[first].shape)} then, {tuple(params[first].shape)} now. Train with the same model and "
-                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True)."
+                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
             )
 
     def begin_task(self, run: Run) -> None:

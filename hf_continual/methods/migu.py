@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from hf_continual.bounds import between
-from hf_continual.methods.base import Forward, Method, Run, State
+from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tensors.importance import share_rank
 from hf_continual.tensors.outputs import MaskedWeight, OutputSums, masked_weights
@@ -67,7 +67,7 @@ class MIGU(Method):
     """Update only the rows of each weight whose output neurons respond most to the batch.
 
     Idea: the neurons that respond identify a task, without task labels and without old rows.
-    Hooks: loss terms (reads the forward pass), gradients. Cost: one reduction over the outputs of each linear layer
+    Hooks: after forward, gradients. Cost: one reduction over the outputs of each linear layer
     and forward pass, a selection per step; no extra forward pass.
     Relations: nothing is kept of earlier tasks, so it can be added to replay, EWC or O-LoRA. AdamW's momentum and
     weight decay continue in masked rows, as in the paper. Composes with everything.
@@ -108,10 +108,6 @@ class MIGU(Method):
     def __post_init__(self) -> None:
         between("MIGU", "share", self.share, 0, 1, closed="]")
 
-    def reads_forward(self) -> bool:
-        """False if all rows are updated."""
-        return self.share < 1
-
     def needs_earlier_task(self) -> bool:
         """Not where the first task is masked too."""
         return not self.first_task
@@ -136,11 +132,10 @@ class MIGU(Method):
             )
         self._run, self._sums = run, OutputSums(run.model, weights, run.device)
 
-    def loss_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """Count this forward pass; adds no term."""
+    def after_forward(self, run: Run) -> None:
+        """Count this forward pass."""
         if self._sums is not None:
             self._sums.count()
-        return {}
 
     @torch.no_grad()
     def edit_gradients(self, params: Mapping[str, nn.Parameter]) -> None:

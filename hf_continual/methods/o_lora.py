@@ -146,7 +146,7 @@ class OLoRA(Method):
                 raise ValueError(
                     f"OLoRA: factor A of {layer} has {params[a].shape[1]} columns, that of the earlier tasks "
                     f"{old.shape[1]}: they belong to different models. Start from the model they were trained on, or "
-                    f"without what was learned: ContinualConfig(fresh_methods=True)."
+                    f"without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
                 )
             if a not in fresh and _is_last(old, whole(params[a].detach())):
                 raise ValueError(

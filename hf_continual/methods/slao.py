@@ -151,7 +151,7 @@ class SLAO(Method):
                 raise ValueError(
                     f"SLAO: factor B of {layer} is {tuple(params[b].shape)}, that of the task before {tuple(found[layer].shape)}: they "
                     f"belong to different adapters. Start from the adapter that the task left, or without what was learned: "
-                    f"ContinualConfig(fresh_methods=True)."
+                    f"ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
                 )
         self._tasks, self._before = int(state["tasks"]), found
 

@@ -217,7 +217,8 @@ def check_token_ids(trainer: LiveTrainer, rows: dict[str, Dataset]) -> None:
             positions.
     """
     size = shape_of(trainer.run.model.get_input_embeddings().weight)[0]  # pyrefly: ignore[not-callable]
-    knows = len(private.tokenizer_of(trainer))
+    tokenizer = private.tokenizer_of(trainer)
+    knows = 0 if tokenizer is None else len(tokenizer)
     most = most_tokens(trainer.run.model) if learned_positions(trainer.run.model) else None
     for name, prepared in rows.items():
         if most is not None and (longest := int(row_lengths(prepared).max())) > most:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import SFTConfig
 
 from hf_continual.bounds import one_of
 from hf_continual.gauges import Gauges
@@ -18,6 +17,7 @@ from hf_continual.methods.base import Method
 from hf_continual.methods.table import build_methods
 from hf_continual.trainer.adapters import FROM_ADAPTER
 from hf_continual.trainer.old_names import CONFIG, explains_old_names
+from hf_continual.trainer.trl_trainer import SFTConfig
 from hf_continual.training_numbers import check_numbers
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 @contextmanager
 def aside(trainer: LiveTrainer, micro_batches: int) -> Iterator[None]:
     """Keep losses computed inside the context out of all metrics, and their forward passes away from all methods."""
-    kept = trainer.tap, trainer.current_gradient_accumulation_steps
-    trainer.tap, trainer.current_gradient_accumulation_steps = None, micro_batches
+    kept = trainer.tap, trainer.current_gradient_accumulation_steps, trainer.is_aside
+    trainer.tap, trainer.current_gradient_accumulation_steps, trainer.is_aside = None, micro_batches, True
     try:
         with private.metrics_apart(trainer):
             yield
     finally:
-        trainer.tap, trainer.current_gradient_accumulation_steps = kept
+        trainer.tap, trainer.current_gradient_accumulation_steps, trainer.is_aside = kept
 
 
 def gradients(

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from trl import SFTTrainer
-from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from hf_continual import private
 from hf_continual.hub.facts import CardFacts, Evaluation, MethodFacts, TaskFacts
@@ -22,6 +20,7 @@ from hf_continual.hub.refs import ModelRef, loaded_ref
 from hf_continual.inference.kinds import KindConfig
 from hf_continual.methods.base import Method
 from hf_continual.trainer.rates import peak_and_factor
+from hf_continual.trainer.trl_trainer import SFTTrainer, get_comet_experiment_url, get_trackio_space_url
 
 if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer

@@ -15,8 +15,7 @@ from hf_continual.data.distributed import from_first
 from hf_continual.hub.text import safe
 from hf_continual.methods.compose import check_heirs, overrides
 from hf_continual.tensors.identity import base_sample
-from hf_continual.trainer.method_rows import mix_prepared_rows
-from hf_continual.trainer.start import find_predecessor, is_unfinished
+from hf_continual.trainer.predecessor import find_predecessor, is_unfinished
 
 if TYPE_CHECKING:
     from hf_continual.trainer.live import LiveTrainer
@@ -60,12 +59,12 @@ def _written(model: Any) -> tuple[int, ...]:
     return tuple(p._version for p in model.parameters())
 
 
-def left_with(model: Any, args: Any) -> Left | None:
+def left_with(model: Any, options: Any) -> Left | None:
     """Get what methods left with a model that was trained earlier in this process.
 
     Args:
         model: As given to the trainer, before it is touched.
-        args: Training arguments, or None.
+        options: Where `predecessor` and `fresh_methods` are, or None.
 
     Returns:
         What was left; None if the model was not trained in this process, or another predecessor is given.
@@ -74,14 +73,14 @@ def left_with(model: Any, args: Any) -> Left | None:
         HandOverError: If its weights were changed since.
     """
     left = getattr(model, LEFT, None)
-    if left is None or getattr(args, "predecessor", None) or getattr(args, "fresh_methods", False):
+    if left is None or getattr(options, "predecessor", None) or getattr(options, "fresh_methods", False):
         return None
     if left.found is not None and left.weights != _written(model):
         raise handover.HandOverError(
             f"The weights of this model were changed since task {left.found.task.get('name')!r} ended in this process, and what "
             f"its methods ({', '.join(left.found.names)}) learned may not be valid for them. Give the folder that belongs to the "
-            f"weights, ContinualConfig(predecessor=folder), or start without what was learned: "
-            f"ContinualConfig(fresh_methods=True)."
+            f"weights, predecessor=folder in ContinualConfig or ContinualCallback, or start without what was learned: "
+            f"ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
         )
     return left
 
@@ -100,15 +99,15 @@ def open_predecessor(trainer: LiveTrainer, source: str | None, left: Left | None
     Raises:
         HandOverError: If it is damaged, belongs to different weights, another base or other methods.
     """
-    args = trainer.args
-    source = getattr(args, "predecessor", None) or source
+    options = trainer.options
+    source = getattr(options, "predecessor", None) or source
     if not trainer.methods:
         if source is not None and (Path(source) / handover.FOLDER / handover.MANIFEST).is_file():
             logger.warning(
                 "%s holds what methods of an earlier task learned; this run has no methods and ignores it.", source
             )
         return None
-    if getattr(args, "fresh_methods", False):
+    if getattr(options, "fresh_methods", False):
         logger.info("The methods start without what an earlier task left (fresh_methods=True).")
         return None
     if left is not None:
@@ -119,7 +118,7 @@ def open_predecessor(trainer: LiveTrainer, source: str | None, left: Left | None
             "task, resume it: trainer.train(resume_from_checkpoint=%r).", source, source,
         )  # fmt: skip
         return None
-    revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+    revision = (getattr(options, "model_init_kwargs", None) or {}).get("revision")
     from_first(lambda: find_predecessor(source, revision) and None)  # one process reads the weights to check them
     return _checked(trainer, find_predecessor(source, revision, check=False))
 
@@ -156,7 +155,7 @@ def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
     raise handover.HandOverError(
         f"{found.folder} was trained on the base {then.get('name') or 'model'!r}, and this run's base "
         f"{now.get('name') or 'model'!r} has different weights: what its methods learned is not valid there. "
-        f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True)."
+        f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
     )
 
 
@@ -179,7 +178,7 @@ def before_training(trainer: LiveTrainer) -> None:
                 method.load_task_state(state, run)
     for method in methods.at("prepare"):
         method.prepare(run)
-    mix_prepared_rows(trainer)
+    trainer.mix_prepared_rows()
     if editing := methods.at("edit_rows"):
         trainer.rows_as_given = trainer.rows_as_given or trainer.train_dataset
         rows = trainer.rows_as_given

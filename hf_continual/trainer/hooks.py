@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from hf_continual import private
 from hf_continual.methods.compose import overrides
 from hf_continual.trainer.hand_over import task_states
-from hf_continual.trainer.method_rows import replay_totals
 from hf_continual.trainer.optimizer import check_live_optimizer
 from hf_continual.trainer.rates import remember_peaks
 
@@ -42,6 +42,9 @@ class MethodHooks(TrainerCallback):
         self.trainer.ended = None
         if self.trainer.mixer is not None and state.global_step == 0:
             self.trainer.mixer.reset()
+        if self.trainer.listeners and self.trainer.is_compiled():
+            # Code that was compiled earlier in this process, for another run, does not call new hooks.
+            torch.compiler.reset()
         remember_peaks(self.trainer.run.optimizer)
         for method in self.trainer.methods:
             method.begin_task(self.trainer.run)
@@ -85,7 +88,7 @@ class MethodHooks(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when the task is learned."""
-        totals = replay_totals(self.trainer)
+        totals = self.trainer.replay_totals()
         if self.trainer.mixer is not None and totals is not None:
             self.trainer.mixer.report(totals.sum(axis=1))
         for method in self.trainer.methods:

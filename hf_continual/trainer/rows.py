@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from trl.data_utils import is_conversational
 
 from hf_continual.data.row_values import TEXTUAL, check_values
 from hf_continual.data.rows import row_lengths
+from hf_continual.trl_data import is_conversational
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,71 +1,42 @@
-"""SFTTrainer with methods' state in its checkpoints and a model card in its pushes."""
+"""SFTTrainer with methods, which stops on request, and a model card in its pushes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from hf_continual.data import handover
 from hf_continual.disk import writing
 from hf_continual.hub.text import kept_text
 from hf_continual.inference.kinds import kind_of
-from hf_continual.methods.compose import kind_of as kind_of_method
-from hf_continual.trainer import adapters, hand_over, run_lock, state, stop, whole
-from hf_continual.trainer.live import LiveTrainer
-from hf_continual.trainer.method_rows import replay_totals
+from hf_continual.trainer import adapters, method_rows, stop
+from hf_continual.trainer.mixin import MethodsMixin
+from hf_continual.trainer.trl_trainer import SFTTrainer
 
 if TYPE_CHECKING:
+    from hf_continual.trainer.mixer import ReplayMixer
     from hf_continual.trainer.publish import Publisher
 
 
-class SavingTrainer(LiveTrainer):
-    """The part of `ContinualTrainer` that saves, resumes and pushes."""
+class SavingTrainer(MethodsMixin, SFTTrainer):
+    """The part of `ContinualTrainer` that saves with a card, stops and pushes."""
 
     publisher: Publisher
 
     def replay_totals(self) -> np.ndarray | None:
         """See `hf_continual.trainer.method_rows.replay_totals`."""
-        return replay_totals(self)
+        return method_rows.replay_totals(self)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.methods:
-            self._write_state(output_dir, {m.name: m.state_dict(self.run) for m in self.methods})
-        super()._save_optimizer_and_scheduler(output_dir)
+    def mix_prepared_rows(self) -> None:
+        """See `hf_continual.trainer.method_rows.mix_prepared_rows`."""
+        method_rows.mix_prepared_rows(self)
 
-    def _write_state(self, output_dir: str, states: dict[str, dict[str, Any]], not_saved: Sequence[str] = ()) -> None:
-        totals = self.replay_totals()
-        if self.args.should_save:
-            run = {
-                "methods": self.methods.describe(),
-                "replay": None if totals is None else totals.tolist(),
-                "rows": self.row_digests,
-                **({"not_saved": list(not_saved)} if not_saved else {}),
-            }
-            state.write_state(Path(output_dir), run, states)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.methods:
-            # Every process has written its last file. All must be on disk before an older checkpoint is removed.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                whole.sync(Path(output_dir))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not self.methods:
-            super()._save_checkpoint(model, trial)
-            return
-        folder = Path(self._get_output_dir(trial=trial))
-        with writing(folder, partial(self._after_a_full_disk, folder)):
-            super()._save_checkpoint(model, trial)
-            self._complete(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def rows_of_methods(self) -> ReplayMixer | None:
+        """See `hf_continual.trainer.method_rows.mixer_of`."""
+        return method_rows.mixer_of(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as SFTTrainer does, with a card from the known facts; push it with ``push_to_hub=True``.
@@ -88,84 +59,25 @@ class SavingTrainer(LiveTrainer):
 
     def save_finished(self, folder: str) -> None:
         """Save the model with what its methods leave for the next task; stacked adapters are joined into one."""
-        target, main = Path(folder), self.args.should_save
-        staged = main and hand_over.stage(self, target)
-        live = self.accelerator.unwrap_model(self.model)
-        if (stacked := adapters.is_stacked(live)) or kind_of(live) is not None:
-            super().save_model(str(target / adapters.PARTS), _internal_call=True)
-            if main:
-                (adapters.join if stacked else adapters.put_in_place)(target)
-        else:
-            super().save_model(folder, _internal_call=True)
-        if staged:
-            handover.commit(target)
-        self.accelerator.wait_for_everyone()
+        self.save_with_methods(folder)
 
-    def _after_a_full_disk(self, folder: Path) -> str:
-        """Say what is saved, and what to do."""
-        whole_one = state.last_complete_checkpoint(folder, everywhere=False) if folder.is_dir() else None
-        keep = "Free space there, or keep fewer checkpoints (save_total_limit, save_only_model)"
-        if whole_one is None:
-            return f"No checkpoint is complete yet. {keep}, and train again."
-        return f"{whole_one} is complete. {keep}; then train(resume_from_checkpoint=True) resumes from it."
-
-    def _complete(self, checkpoint: Path) -> None:
-        """Write the files that make a checkpoint complete."""
-        if self.args.save_only_model:
-            states = {m.name: m.state_dict(self.run) for m in self.methods}
-            kept = {m.name: states[m.name] for m in self.methods if m.state_with_model}
-            self._write_state(str(checkpoint), kept, [n for n, s in states.items() if s and n not in kept])
-        if self.args.should_save:
-            whole.write_marker(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        live = self.accelerator.unwrap_model(self.model)
-        with adapters.kept_active(live) if self.methods or adapters.is_stacked(live) else nullcontext():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.methods or (run := state.read_run(Path(checkpoint))) is None:
+    def write_model(self, folder: str) -> None:
+        """Write the model; stacked adapters as one, and modules that a method brought where they are loaded from."""
+        live, target = self.accelerator.unwrap_model(self.model), Path(folder)
+        if not ((stacked := adapters.is_stacked(live)) or kind_of(live) is not None):
+            super().write_model(folder)
             return
-        state.check_same_rows(Path(checkpoint), self.row_digests, [m.name for m in self.methods.at("replay")])
-        if self.mixer is not None:
-            self.mixer.resume(np.asarray(run["replay"], dtype=np.int64))
-        for method in self.methods:
-            method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
+        super().write_model(str(target / adapters.PARTS))
+        if self.args.should_save:
+            (adapters.join if stacked else adapters.put_in_place)(target)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as SFTTrainer does, but True resumes from the newest complete checkpoint, and the folder is locked.
+    def stoppable(self) -> AbstractContextManager[None]:
+        """SIGTERM, SIGINT, SIGUSR1 and `max_minutes` save a checkpoint at the end of the step and end it; see `stop`."""
+        return stop.at_steps(self)
 
-        When stopped by SIGTERM, SIGINT, SIGUSR1 or `max_minutes`, it saves a checkpoint at the end of the step and
-        raises `Stopped`, which ends the process with exit code 75.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = state.last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No complete checkpoint in {self.args.output_dir}: nothing to resume. Train without "
-                    f"resume_from_checkpoint, or set save_strategy and save_steps so that checkpoints are written."
-                )
-        if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            if self.methods or state.read_run(checkpoint):
-                state.check_whole(checkpoint)
-            places = {kind_of_method(type(m)): m.places for m in self.methods}
-            state.check_same_methods(checkpoint, self.methods.describe(), places)
-        self.task_states = None
-        with run_lock.held(Path(self.args.output_dir)) if self.methods else nullcontext(), stop.at_steps(self):
-            try:
-                if self.methods:
-                    hand_over.before_training(self)
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
-                self._push_last_save()
-                hand_over.leave_with_model(self)
-                return result
-            finally:  # an error or Ctrl-C must not leave hooks on a model that is still used
-                for method in self.methods:
-                    method.release()
-                if self.tap is not None:
-                    self.tap.remove()
+    def after_training(self) -> None:
+        """Push the last save, which is the model."""
+        self._push_last_save()
 
     def _push_last_save(self) -> None:
         saves = self.args.save_strategy != SaveStrategy.NO

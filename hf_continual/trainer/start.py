@@ -1,4 +1,4 @@
-"""The start of a run: a model by path or id, an adapter to continue or build on, and the previous task's state."""
+"""The start of a run: a model by path or id, an adapter to continue or build on."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl.trainer.utils import create_model_from_path
 
-from hf_continual import private
-from hf_continual.data import handover
 from hf_continual.hub.damaged import loading, not_found
 from hf_continual.notice import notice
 from hf_continual.paths import check_is_there
-from hf_continual.tensors.reference import untrained
 from hf_continual.trainer.adapters import (
     CONTINUE,
     EARLIER,
@@ -40,6 +30,8 @@ from hf_continual.trainer.adapters import (
     stacked,
 )
 from hf_continual.trainer.own_modules import config_to_add
+from hf_continual.trainer.predecessor import named_by
+from hf_continual.trainer.trl_trainer import create_model_from_path
 
 if TYPE_CHECKING:
     from hf_continual.methods.base import Method
@@ -97,7 +89,7 @@ def open_start(
     if not isinstance(model, str):
         held = model.active_peft_config if isinstance(model, PeftModel) else None
         peft_config = config_to_add(bringing, held, f"the {type(model).__name__}", asked, peft_config)
-        return Start(model, processing_class, peft_config, source=_named_by(model))
+        return Start(model, processing_class, peft_config, source=named_by(model))
     check_is_there(model, "the model")
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     revision = options.pop("revision", None)
@@ -159,55 +151,4 @@ def _downloaded(model: str, revision: str | None) -> Path:
     return Path(snapshot_download(model, revision=revision))
 
 
-def _named_by(model: Any) -> str | None:
-    """Where the weights of a loaded model come from, if recorded; PEFT does not record an adapter's folder."""
-    if isinstance(model, PeftModel) and not untrained(model):
-        return None
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(base.config, "name_or_path", None) or None
-
-
-def find_predecessor(source: str | None, revision: str | None, check: bool = True) -> handover.HandOver | None:
-    """Find what the methods of the previous task left with the weights that training starts from.
-
-    Args:
-        source: Folder or Hub id of the weights.
-        revision: Commit, branch or tag of a Hub id.
-        check: Whether to compare weight files with the ones it was saved with.
-
-    Returns:
-        The list of what was left; None if there is none.
-
-    Raises:
-        HandOverError: If it is damaged, or belongs to different weights.
-    """
-    if source is None:
-        return None
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return handover.read(folder, check)
-    if source.count("/") > 1 or source.startswith((".", "~", "/")):
-        return None
-    listed = f"{handover.FOLDER}/{handover.MANIFEST}"
-    if private.is_known_absent(source, listed, revision):
-        return None
-    try:
-        hf_hub_download(source, listed, revision=revision)
-        patterns = [f"{handover.FOLDER}/*", "*.safetensors"]
-        return handover.read(Path(snapshot_download(source, revision=revision, allow_patterns=patterns)), check)
-    except RemoteEntryNotFoundError:
-        return None
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        logger.warning(
-            "%s: could not find out from the Hub whether methods of an earlier task left something there (%s); training starts "
-            "without it. To be sure, download the repository and give its folder.", source, type(error).__name__,
-        )  # fmt: skip
-        return None
-
-
-def is_unfinished(source: str | None) -> bool:
-    """Whether the weights are a checkpoint of an unfinished task, which leaves nothing to a next task."""
-    return source is not None and (Path(source) / handover.FOLDER / "run.json").is_file()
-
-
-__all__ = ["Start", "find_predecessor", "is_adapter", "is_unfinished", "open_start", "options_used"]
+__all__ = ["Start", "is_adapter", "open_start", "options_used"]

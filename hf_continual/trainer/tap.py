@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch.nn.functional import pad
-from trl.trainer.utils import FusedCausalLMOutput
+
+from hf_continual.trainer.trl_trainer import FusedCausalLMOutput
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DynamoBackend, is_compiled_module
 from datasets import Dataset, IterableDataset
 
 from hf_continual.data.collator import ORIGIN
@@ -21,17 +20,13 @@ from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over, own_modules
 from hf_continual.trainer.collating import rows_named, rows_paired, tokens_counted
 from hf_continual.trainer.config import ContinualConfig, methods_of
-from hf_continual.trainer.hooks import MethodHooks
-from hf_continual.trainer.ledger import Ledger
-from hf_continual.trainer.method_rows import mixer_of
 from hf_continual.trainer.old_names import TRAINER, explains_old_names
-from hf_continual.trainer.optimizer import check_live_optimizer, parameter_groups
 from hf_continual.trainer.publish import Publisher
 from hf_continual.trainer.saving_trainer import SavingTrainer
+from hf_continual.trainer.sft_run import SFTRun
 from hf_continual.trainer.start import open_start, options_used
 from hf_continual.trainer.tap import ForwardTap, with_virtual_tokens
 from hf_continual.trainer.terms import added_loss
-from hf_continual.trainer.trainer_run import TrainerRun
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
@@ -143,10 +138,7 @@ class ContinualTrainer(SavingTrainer):
                 peft_config=start.peft_config,
                 formatting_func=formatting_func,
             )
-        self.task_states, self.rows_as_given = None, None
-        self.mixer, self.tap = None, None
-        self.ledger = Ledger()
-        self.row_digests, self.step_batches = {}, []
+        self.begin_without_methods(self.args)
         if self.methods:
             self._set_up_methods(task_row)
         self.predecessor = hand_over.open_predecessor(self, start.source, left)
@@ -158,35 +150,14 @@ class ContinualTrainer(SavingTrainer):
         if isinstance(self.args, ContinualConfig):
             name, index = self.args.task_name, self.args.task_index
         self.task_row = task_row
-        for method in self.methods:
-            method.renew()
-        self.run = TrainerRun(self, Task(name, index))
-        checks.check_trainer(self)
-        own_modules.check_layout(self)
-        self.mixer = mixer_of(self)
-        for method in self.methods:
-            method.prepare_model(self.run.model, self.run.task)
-        self.given_optimizer = self.optimizer
-        # The loop sets it at each step; a run resumed after its last step has none, and methods still end the task.
-        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        if self.optimizer is not None:
-            check_live_optimizer(self)
+        self.set_up_methods(SFTRun(self, Task(name, index)))
         if self.mixer or any(method.reads_forward() or method.makes_rows() for method in self.methods):
-            plugin: Any = self.accelerator.state.dynamo_plugin
-            compiled = plugin.backend != DynamoBackend.NO or self.args.torch_compile or is_compiled_module(self.model)
-            self.tap = ForwardTap(self.run.model, self.methods.taps, compiled)
-        self.add_callback(MethodHooks(self))
+            self.tap = ForwardTap(self.run.model, self.methods.taps, self.is_compiled())
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the method that supplies one, else SFTTrainer's."""
-        method = self.methods.optimizing
-        choice = method.optimizer(self.run) if method and self.optimizer is None else None
-        if choice is None:
-            return super().create_optimizer(model)
-        model = self.model if model is None else model
-        groups = parameter_groups(model, choice, self.get_decay_parameter_names(model), self.args.weight_decay)
-        self.optimizer = choice.cls(groups, **choice.kwargs)
-        return self.optimizer
+    def check_setup(self) -> None:
+        """Refuse methods that do not fit the training setup, or the layout of the rows."""
+        super().check_setup()
+        own_modules.check_layout(self)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """SFTTrainer's data loader, which also counts tokens and names rows if methods need it."""
@@ -279,11 +250,3 @@ class ContinualTrainer(SavingTrainer):
         for k, name in enumerate(("task", *self.mixer.names), start=-1):
             of_source = trained & (source == k)
             self.ledger.add(f"{name}/loss", (nll_BS * of_source).sum(), of_source.sum())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """SFTTrainer's log with the values of the methods."""
-        if self.methods and self.model.training:
-            if "loss" in logs:  # a step's log, not the summary at the end
-                self.ledger.add_logged(self.methods.at("logged"), self.run)
-            logs.update(self.ledger.flush(self.accelerator))
-        super().log(logs, start_time)

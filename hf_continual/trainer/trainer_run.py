@@ -14,10 +14,10 @@ from transformers import Trainer
 
 from hf_continual import private
 from hf_continual.data.replay import shuffled
+from hf_continual.data.rows import digest_of
 from hf_continual.methods.run import Batch, Named
 from hf_continual.trainer import checks, extra_gradients
 from hf_continual.trainer.collating import check_collates
-from hf_continual.trainer.method_rows import prepare_rows
 from hf_continual.trainer.rates import peak_and_factor
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class TrainerRun:
-    """Implements `hf_continual.methods.base.Run` over a ContinualTrainer; documented there."""
+    """Implements `hf_continual.methods.base.Run` over any trainer with methods; documented there."""
 
     def __init__(self, trainer: LiveTrainer, task: Task) -> None:
         self._trainer = trainer
@@ -66,7 +66,7 @@ class TrainerRun:
 
     @property
     def starts_afresh(self) -> bool:
-        return bool(getattr(self._trainer.args, "fresh_methods", False))
+        return bool(getattr(self._trainer.options, "fresh_methods", False))
 
     @property
     def seed(self) -> int:
@@ -75,7 +75,7 @@ class TrainerRun:
 
     @property
     def max_length(self) -> int | None:
-        return self._trainer.args.max_length
+        return getattr(self._trainer.args, "max_length", None)
 
     @property
     def device(self) -> torch.device:
@@ -161,8 +161,11 @@ class TrainerRun:
                 "A method asks for the task's own rows, but they are a stream, which has no end and cannot be read twice in "
                 "the same order. Load them as a Dataset, or drop the method."
             )
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels", "seq_lengths") if c in rows.column_names])
-        return kept
+        return self._kept(rows, "seq_lengths")
+
+    def _kept(self, rows: Dataset, *more: str) -> Any:
+        """Rows with the columns that the collator is given in extra passes; here all, as the trainer's own loader has them."""
+        return rows
 
     def passes(
         self, rows: Dataset, batch_rows: int | None = None, alone: bool = False, what: str = ""
@@ -170,7 +173,7 @@ class TrainerRun:
         args = self._trainer.args
         size, world, rank = self.batch_size, args.world_size, args.process_index
         together = batch_rows or size * args.gradient_accumulation_steps * world
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        kept = self._kept(rows)
         # All processes make the same number of forward passes; a row without labels stands in when none is left.
         blank = {**kept[0], "labels": [-100] * len(kept[0]["input_ids"])} if len(kept) else {}
         step = together * world if alone else together
@@ -182,30 +185,37 @@ class TrainerRun:
                 whole = range(start, min(start + together, len(rows)))
                 mine, most, counted = whole[rank::world], -(-len(whole) // world), len(whole)
             parts = [[kept[i] for i in mine[first : first + size]] for first in range(0, most, size)]
-            yield [self._collate(part or [blank]) for part in parts], counted
+            yield [self._collate(part) if part else _unlabelled(self._collate([blank])) for part in parts], counted
 
     def rows(self, method: Named) -> Dataset:
-        if self._trainer.mixer is None or method.name not in self._trainer.mixer.names:
-            raise KeyError(f"{type(method).__name__} adds no replay rows; its `replay` returned None.")
-        return self._trainer.mixer.rows[self._trainer.mixer.names.index(method.name)]
+        raise KeyError(f"{type(method).__name__} adds no replay rows; its `replay` returned None.")
 
     def prepare(self, rows: Dataset, row_type: str = "same", name: str = "method") -> Dataset:
         checks.check_extra_rows(self._trainer, name)
-        prepared = prepare_rows(self._trainer, rows, row_type, name)
+        prepared = self._tokenised(rows, row_type, name)
         checks.check_token_ids(self._trainer, {name: prepared})
         check_collates(self._trainer, prepared, name)
         return prepared
 
+    def _tokenised(self, rows: Dataset, row_type: str, name: str) -> Dataset:
+        if not {"input_ids", "labels"} <= set(rows.column_names):
+            raise ValueError(
+                f"{name}: the rows have the columns {', '.join(rows.column_names)}, and {type(self._trainer).__name__} does not tell "
+                f"how it turns rows into tokens. Give rows that have input_ids and labels, or train with ContinualTrainer, which "
+                f"tokenises them like the task's rows."
+            )
+        prepared: Any = rows.with_format(None).select_columns(["input_ids", "labels"])
+        self._trainer.row_digests[name] = digest_of(prepared)
+        return prepared
+
     def batches(self, rows: Dataset, batch_size: int | None = None) -> Iterator[Batch]:
-        size = self._rows_per_batch(batch_size)
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        size, kept = self._rows_per_batch(batch_size), self._kept(rows)
         for start in range(0, len(rows), size):
             yield self._collated(kept, range(start, min(start + size, len(rows))))
 
     def micro_batches(self, rows: Dataset, step: int, batch_size: int | None = None) -> list[Batch]:
         args = self._trainer.args
-        size = self._rows_per_batch(batch_size)
-        kept: Any = rows.select_columns([c for c in ("input_ids", "labels") if c in rows.column_names])
+        size, kept = self._rows_per_batch(batch_size), self._kept(rows)
         slots = args.gradient_accumulation_steps * args.world_size
         mine = []
         for micro in range(args.gradient_accumulation_steps):
@@ -217,11 +227,11 @@ class TrainerRun:
         return self._collate([rows[i] for i in which])
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
-        return private.on_device(self._trainer, self._trainer.data_collator(rows))
+        return private.on_device(self._trainer, private.task_collator(self._trainer)(rows))
 
     def loss(self, batch: Batch) -> Tensor:
         with self._trainer.compute_loss_context_manager():
-            return self._trainer.model_wrapped(**{**batch, "use_cache": False}, fused_lm_head=True).loss
+            return self._trainer.model_wrapped(**{**batch, "use_cache": False}).loss
 
     def backward(self, loss: Tensor) -> None:
         self._trainer.accelerator.backward(loss)
@@ -264,3 +274,8 @@ class TrainerRun:
 
     def sum(self, value: Tensor) -> Tensor:
         return self._trainer.accelerator.reduce(value, reduction="sum")
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    """A batch that no token is learned from, whatever labels its collator made."""
+    return {**batch, "labels": batch["labels"].new_full(batch["labels"].shape, -100)}

@@ -134,7 +134,7 @@ class TaSL(Method):
         if state["units"] != self.units:
             raise ValueError(
                 f"TaSL: the previous task measured importance by {state['units']}, but this run has units={self.units!r}. Use "
-                f"units={state['units']!r}, or start without what was learned: ContinualConfig(fresh_methods=True)."
+                f"units={state['units']!r}, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
             )
         params = run.named_parameters()
         fresh = fresh_factors(params)
@@ -144,7 +144,7 @@ class TaSL(Method):
             raise ValueError(
                 f"TaSL: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(state['shapes'][first])} then, {tuple(params[first].shape)} now. Train with the same model and "
-                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True)."
+                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
             )
         self._old, self._held = state, set(held)
 
