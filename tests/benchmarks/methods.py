@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,28 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_continual import (
     EWC,
+    KIF,
     L2P,
     LAMOL,
     LFPT5,
     MIGU,
     OSFT,
+    SLAO,
     VRMCL,
     ContinualConfig,
     ContinualTrainer,
     EntropyWeighted,
+    FreezeLayers,
+    GeRe,
     GradientProjection,
     KLToBase,
     MaskSurprising,
     MoELoRA,
     MoFO,
     OLoRA,
+    OnPolicyReplay,
     RecAdam,
+    Replay,
     SAPTLoRA,
     SlowWeights,
     TaskVector,
@@ -59,6 +66,7 @@ from hf_continual.data.biography import biography_rows
 from tests import toy
 
 STEPS = 6
+SAME_ADAPTER = ("ewc", "tasl", "slao", "on_policy_replay")  # train the adapter of an earlier task further
 MAKE: dict[str, Any] = {
     "ewc": lambda rows: EWC(weight=1e4, rows=8),
     "o_lora": lambda rows: OLoRA(),
@@ -82,6 +90,12 @@ MAKE: dict[str, Any] = {
     "entropy_weighted": lambda rows: EntropyWeighted(),
     "kl_to_base, recorded": lambda rows: KLToBase(cache_dir="build/bench-base"),
     "kl_to_base, adapter": lambda rows: KLToBase(source="adapter"),
+    "replay": lambda rows: Replay(rows, ratio=0.25),
+    "gere": lambda rows: GeRe(rows, ratio=0.25, cache_dir="build/bench-base"),
+    "freeze": lambda rows: FreezeLayers(bottom=1),
+    "kif": lambda rows: KIF(rows, inner_steps=4, outer_steps=2),
+    "on_policy_replay": lambda rows: OnPolicyReplay(share=0.25, ratio=0.25),
+    "slao": lambda rows: SLAO(),
     "recadam": lambda rows: RecAdam(anneal="none", pull=0.01),
     "recadam, fisher": lambda rows: RecAdam(anneal="none", pull=0.01, fisher=rows.select(range(8))),
 }
@@ -124,8 +138,8 @@ def kept(thing: Any, seen: set[int], found: dict[int, int]) -> None:
 def state_bytes(trainer: Any) -> float:
     """Bytes per trainable parameter on top of AdamW's two moments."""
     found: dict[int, int] = {}
-    (method,) = trainer.methods
-    kept(method, set(), found)
+    for method in trainer.methods:
+        kept(method, set(), found)
     more = 0
     for state in trainer.run.optimizer.state.values():
         more += sum(state[k].nbytes for k in ("anchor", "fisher", "residual") if k in state)
@@ -142,33 +156,39 @@ def samples(path: str, number: int) -> list[dict[str, list[int]]]:
     return made
 
 
-def run(name: str, path: str, folder: Path, rows: Any) -> tuple[list[float], float]:
-    """Seconds of each step, and bytes of state at the last one; ``sft, NAME`` is plain training of what the method trains."""
+def run(
+    name: str, path: str, folder: Path, rows: Any, changes: Mapping[str, Any] | None = None, clock: Any = None
+) -> tuple[list[float], float]:
+    """Seconds of each step, and bytes of state at the last one; ``sft, NAME`` is plain training of what the method trains.
+
+    `changes` are training arguments for other hardware, `clock` is a callback with `times` for it.
+    """
     settings = {
         "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True, "report_to": [],
         "max_steps": STEPS, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_length": 64,
         "gradient_checkpointing": False, "pad_to_multiple_of": 64, "model_init_kwargs": {"dtype": "float32"},
+        **(changes or {}),
     }  # fmt: skip
     common: dict[str, Any] = {"train_dataset": rows, "processing_class": AutoTokenizer.from_pretrained(path)}
     lora: Any = LoraConfig(r=8, target_modules="all-linear")
     if name.endswith("lfpt5"):
         lora = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
-    clock, held = Clock(), [0.0]
+    clock, held = clock or Clock(), [0.0]
     if name.startswith("sft"):
         trainer: Any = SFTTrainer(path, SFTConfig(**settings), peft_config=lora, **common)
     else:
         start, predecessor = path, None
         own = name.startswith(("moe_lora", "sapt_lora"))
-        if name.startswith(("ewc", "o_lora", "tasl", "sapt_lora")):
+        if name.startswith((*SAME_ADAPTER, "o_lora", "sapt_lora")):
             start = first(name.split(",")[0], path, folder, settings, common, None if own else lora)
         if name.endswith("merged"):
             start, predecessor = path, start
-        new = not own and not name.startswith(("ewc", "tasl", "l2p"))  # l2p supplies its own modules
+        new = not own and not name.startswith((*SAME_ADAPTER, "l2p"))  # l2p supplies its own modules
         trainer = ContinualTrainer(
             start, ContinualConfig(**settings, predecessor=predecessor), peft_config=lora if new else None,
             methods=[MAKE[name](rows)], **common,
         )  # fmt: skip
-        (method,) = trainer.methods
+        *_, method = trainer.methods  # after what it is made of, such as GeRe's replay
         if name == "lfpt5":
             method._pseudo = samples(path, len(rows) // 5)
         end = method.end_task

@@ -30,6 +30,7 @@ RUN_BY = {
     "cards": ("tests/hub/test_card.py", "cards"),
     "bench": ("tests/first_hour/test_make.py", "test_every_benchmark_compiles"),
     "proof": ("tests/proof/test_run.py", "recipes/proof/run.py"),
+    "gpu-pack": ("tests/proof/test_gpu_pack.py", "gpu-pack"),
     "clean": ("tests/first_hour/test_make.py", "test_clean_keeps_the_checkout"),
 }
 
