@@ -7,7 +7,15 @@ from collections.abc import Sequence
 # The titles of hf_continual.methods.compose.STATIONS, by when they are called.
 ROWS = {
     "once, before the first step": ("own modules", "model surgery", "rows", "before training"),
-    "in every step": ("before a step", "token weights", "loss terms", "after forward", "gradients", "optimizer", "after step"),
+    "in every step": (
+        "before a step",
+        "token weights",
+        "loss terms",
+        "after forward",
+        "gradients",
+        "optimizer",
+        "after step",
+    ),
     "once, after the last step": ("task end",),
 }
 WIDTH, HEIGHT, LEFT, GAP = 104, 30, 8, 12
