@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
+import frontier_picture
 from hook_picture import picture
 from site_map import ROOT
 from tables import as_markdown, first_cell, section, tables
@@ -103,6 +104,8 @@ def compared(name: str) -> str:
                 parts.append(
                     f"[{title}](../{home}), with plain fine-tuning:\n\n{as_markdown(table.head, [*rows, *plain])}"
                 )
+    if drawn := frontier_picture.picture(name):
+        parts.insert(1, f'<figure markdown="0">{drawn}</figure>')
     for rule in rules():
         if any(name in entry for entry in rule.changes.get("methods", []) if isinstance(entry, dict)):
             parts.append(f"Recommended as [{rule.name}](../choosing.md#{rule.name}): {rule.title}. {rule.why}")

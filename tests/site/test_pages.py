@@ -115,6 +115,25 @@ def test_the_picture_has_every_hook():
         picture("own", ["nowhere"])
 
 
+def test_the_picture_of_learning_and_keeping_is_that_of_the_table(pages):
+    """Every arm is a dot at its place: higher for more learned, further right for more lost."""
+    from frontier_picture import arms, picture
+
+    drawn = picture("kl_to_base")
+    found = {
+        said.partition(":")[0]: (float(x), float(y))
+        for x, y, said in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="\d"><title>([^<]+)', drawn)
+    }
+    assert set(found) == {arm.name for arm in arms()} and drawn.count('class="named"') == 1
+    for one in arms():
+        for other in arms():
+            if one.learned > other.learned:
+                assert found[one.name][1] < found[other.name][1]
+            if one.lost > other.lost:
+                assert found[one.name][0] > found[other.name][0]
+    assert picture("lamol") == "" and drawn in pages["methods/kl_to_base.md"][0]
+
+
 def test_every_method_has_its_cost(pages):
     from method_pages import cost_rows
 
