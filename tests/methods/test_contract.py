@@ -2,7 +2,8 @@
 
 Each method's test file `tests/methods/test_NAME.py` offers `example(world)`, `zero(world)` and `ZERO_TOLERANCE`; it may set
 `ADAPTERS_ONLY`, `LINEAR_ONLY` (it needs trained linear weights), `NEEDS_PREDECESSOR` (it does nothing without an earlier task),
-`CONTINUES` (all tasks train one adapter) and `EXTRA_FORWARDS`.
+`CONTINUES` (all tasks train one adapter), `ZERO_SETTINGS` (training options of the zero-strength run), `SHORTER` (options that make a
+recipe short enough to run) and `EXTRA_FORWARDS`.
 """
 
 from __future__ import annotations
@@ -229,10 +230,16 @@ def test_description_rebuilds_the_method(name, tmp_path):
 @pytest.mark.parametrize("name", TABLE)
 def test_it_has_a_paper_a_test_file_and_a_recipe(name):
     cls = method_class(name)
-    assert isinstance(cls.paper, Paper) and cls.paper.bibtex
-    assert cls.__doc__ and "Args:" in cls.__doc__ and "Hooks:" in cls.__doc__
+    assert isinstance(cls.paper, Paper) and cls.paper.bibtex, (
+        f"{name}: give the class a paper = Paper(title, authors, year, ...)."
+    )
+    assert cls.__doc__ and "Args:" in cls.__doc__ and "Hooks:" in cls.__doc__, (
+        f"{name}: its docstring needs `Args:` and `Hooks: ...`."
+    )
     folder = ROOT / "recipes" / name
-    assert (folder / "README.md").is_file() and list(folder.glob("*.yaml"))
+    assert (folder / "README.md").is_file() and list(folder.glob("*.yaml")), (
+        f"{folder} needs a README.md and a YAML file."
+    )
 
 
 def train_together(folder, names, peft):
