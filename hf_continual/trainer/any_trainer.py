@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_continual.methods.base import Method
-from hf_continual.methods.compose import Methods, overrides
+from hf_continual.methods.compose import Methods, hooks, overrides
 from hf_continual.methods.table import TABLE, build_methods, method_class
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
@@ -214,3 +214,13 @@ def works_anywhere(kind: str) -> bool:
     return not any(
         overrides(cls, call) for call in ("added_rows", "makes_rows", "reads_forward", "loss_terms", "weigh_tokens")
     )
+
+
+def table() -> list[str]:
+    """The table in Markdown: what each method does, and whether it runs on any trainer."""
+    lines = ["| method | hooks | any trainer | ContinualTrainer |", "|---|---|---|---|"]
+    for kind in TABLE:
+        cls = method_class(kind)
+        given = "yes; rows must have `input_ids` and `labels`" if overrides(cls, "replay") else "yes"
+        lines.append(f"| `{kind}` | {', '.join(hooks(cls))} | {given if works_anywhere(kind) else '-'} | yes |")
+    return lines
