@@ -11,6 +11,7 @@ from hf_continual.methods.compose import Methods, hooks, overrides
 from hf_continual.methods.table import TABLE, build_methods, method_class
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
+from hf_continual.trainer.hooks import MethodHooks
 from hf_continual.trainer.mixin import MethodsMixin
 from hf_continual.trainer.parallelism import check_parallelism
 from hf_continual.trainer.predecessor import named_by
@@ -176,8 +177,13 @@ class ContinualMixin(MethodsMixin):
         self.methods = Methods(())
         self.begin_without_methods(options)
         self.methods = methods
-        self.set_up_methods(TrainerRun(self, Task(options.task_name, options.task_index)))
-        self.predecessor = hand_over.open_predecessor(self, named_by(self.run.model), left)
+        try:
+            self.set_up_methods(TrainerRun(self, Task(options.task_name, options.task_index)))
+            self.predecessor = hand_over.open_predecessor(self, named_by(self.run.model), left)
+        except BaseException:  # the trainer may be used without them
+            self.methods = Methods(())
+            self.remove_callback(MethodHooks)
+            raise
 
     def check_setup(self) -> None:
         """Refuse a model that is not trained, and methods that do not fit the parallelism."""
