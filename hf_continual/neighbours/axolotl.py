@@ -6,7 +6,7 @@
       methods: [{freeze: {bottom: 2}}, {recadam: {pull: 0.01, anneal: none}}]
       task_name: law
 
-axolotl is imported when its plugin is asked for, and not copied: its plugin class is under a licence of its own.
+axolotl is imported when its plugin is asked for, and not copied: its plugin class is under its own licence.
 """
 
 from __future__ import annotations

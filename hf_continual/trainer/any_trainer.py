@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_continual.methods.base import Method
-from hf_continual.methods.compose import Methods, overrides
+from hf_continual.methods.compose import Methods, hooks, overrides
 from hf_continual.methods.table import TABLE, build_methods, method_class
 from hf_continual.tasks import Task
 from hf_continual.trainer import checks, hand_over
+from hf_continual.trainer.hooks import MethodHooks
 from hf_continual.trainer.mixin import MethodsMixin
 from hf_continual.trainer.parallelism import check_parallelism
 from hf_continual.trainer.predecessor import named_by
@@ -176,8 +177,13 @@ class ContinualMixin(MethodsMixin):
         self.methods = Methods(())
         self.begin_without_methods(options)
         self.methods = methods
-        self.set_up_methods(TrainerRun(self, Task(options.task_name, options.task_index)))
-        self.predecessor = hand_over.open_predecessor(self, named_by(self.run.model), left)
+        try:
+            self.set_up_methods(TrainerRun(self, Task(options.task_name, options.task_index)))
+            self.predecessor = hand_over.open_predecessor(self, named_by(self.run.model), left)
+        except BaseException:  # the trainer may be used without them
+            self.methods = Methods(())
+            self.remove_callback(MethodHooks)
+            raise
 
     def check_setup(self) -> None:
         """Refuse a model that is not trained, and methods that do not fit the parallelism."""
@@ -214,3 +220,13 @@ def works_anywhere(kind: str) -> bool:
     return not any(
         overrides(cls, call) for call in ("added_rows", "makes_rows", "reads_forward", "loss_terms", "weigh_tokens")
     )
+
+
+def table() -> list[str]:
+    """The table in Markdown: what each method does, and whether it runs on any trainer."""
+    lines = ["| method | hooks | any trainer | ContinualTrainer |", "|---|---|---|---|"]
+    for kind in TABLE:
+        cls = method_class(kind)
+        given = "yes; rows must have `input_ids` and `labels`" if overrides(cls, "replay") else "yes"
+        lines.append(f"| `{kind}` | {', '.join(hooks(cls))} | {given if works_anywhere(kind) else '-'} | yes |")
+    return lines

@@ -83,10 +83,15 @@ class ContinualCallback(TrainerCallback):
                 "This trainer trains already: its optimizer and its wrapped model are there, and methods come before both. Attach "
                 "the callback before train() is called."
             )
-        if not isinstance(trainer, ContinualMixin):
-            trainer.__class__ = with_methods(type(trainer))
         live: Any = trainer
-        live.take_methods(self.methods, self.options)
+        before = type(trainer)
+        if not isinstance(trainer, ContinualMixin):
+            live.__class__ = with_methods(before)
+        try:
+            live.take_methods(self.methods, self.options)
+        except BaseException:
+            live.__class__ = before
+            raise
         self.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)

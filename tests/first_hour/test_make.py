@@ -89,7 +89,9 @@ def test_versions_are_those_of_the_project():
         import test_versions  # pyrefly: ignore[missing-import]
     finally:
         sys.path.pop(0)
-    assert all((ROOT / name).exists() for name in test_versions.TESTS)
+    assert all((ROOT / name).exists() for name in (*test_versions.TESTS, *test_versions.WITHOUT_TRL))
     assert any(line.startswith("torch") for line in test_versions.requirements())
     lowest, highest = (test_versions.environment("3.11", end) for end in ("lowest", "highest"))
+    assert any(line.startswith("trl") for line in test_versions.requirements())
+    assert not any(line.startswith("trl") for line in test_versions.requirements("without-trl"))
     assert lowest != highest and ROOT not in lowest.parents

@@ -226,6 +226,37 @@ def test_what_cannot_be_is_said(tmp_path, case):
         do(tmp_path)
 
 
+def test_a_trainer_that_refuses_methods_is_as_it_was(tmp_path, first):
+    plain, trainer = world.build(tmp_path / "plain"), world.build(tmp_path / "ours", optim="sgd")
+    kind, callbacks = type(trainer), list(trainer.callback_handler.callbacks)
+    with pytest.raises(ValueError, match="RecAdam supplies an optimizer"):
+        ContinualCallback([RecAdam(pull=0.1)]).attach(trainer)
+    assert type(trainer) is kind is type(plain) and trainer.callback_handler.callbacks == callbacks
+    trainer = world.build(tmp_path / "ours", model=AutoModelForCausalLM.from_pretrained(first))
+    with pytest.raises(handover.HandOverError, match="this run has freeze"):  # after the hooks were set
+        ContinualCallback([FreezeLayers(bottom=1, from_task=1)]).attach(trainer)
+    assert type(trainer) is kind and [type(c) for c in trainer.callback_handler.callbacks] == [
+        type(c) for c in callbacks
+    ]
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_what_methods_leave_goes_with_weights_saved_otherwise(tmp_path):
+    callback = ContinualCallback([EWC(weight=1e5)])
+    with pytest.raises(ValueError, match="has no trainer yet"):
+        callback.leave_in(tmp_path / "out")
+    trainer = callback.attach(world.build(tmp_path))
+    with pytest.raises(ValueError, match="they do when training ends"):
+        callback.leave_in(tmp_path / "out")
+    trainer.train()
+    with pytest.raises(ValueError, match="Save the model there first"):
+        callback.leave_in(tmp_path / "out")
+    trainer.model.save_pretrained(tmp_path / "out")
+    callback.leave_in(tmp_path / "out")
+    assert handover.read(tmp_path / "out").names == ["ewc"]
+
+
 def test_model_init_is_refused(tmp_path):
     args = world.build(tmp_path).args
     with pytest.raises(ValueError, match=r"Give the model itself: Trainer\(model=model_init\(\)"):
