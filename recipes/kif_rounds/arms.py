@@ -14,50 +14,67 @@ ROUNDS, INNER, OUTER, ROWS = (
     4,
     12,
 )  # rounds of a task, steps of a round on the task and on memory, rows of a step
-RATE = 3e-3
+RATES, MEMORY_ROWS, SHARES = (1e-3, 2e-3, 4e-3), (2, 4, 6), (0.2, 0.5, 0.8)  # what tuning tries
+SHARE = 4  # memory's rows of a batch that give `mixed` KIF's numbers of task rows and memory rows
+Arm = dict[str, Any]
 
 
-def mixed(rows: int, rate: float = RATE) -> dict[str, Any]:
+def mixed(rows: int) -> Arm:
     """The memory mixed into every batch: so many of its rows are memory's."""
-    return {"batch": ROWS - rows, "methods": [{"replay": {"rows": "kept", "per_batch": rows}}], "rate": rate}
+    return {"batch": ROWS - rows, "methods": [{"replay": {"rows": "kept", "per_batch": rows}}]}
 
 
-def kif(rate: float = RATE, **options: Any) -> dict[str, Any]:
+def kif(**options: Any) -> Arm:
     """KIF with options; its outer steps are steps of the arm."""
-    return {
-        "methods": [{"kif": {"memory": "kept", "inner_steps": INNER, "outer_steps": OUTER, **options}}],
-        "rate": rate,
-    }
+    return {"methods": [{"kif": {"memory": "kept", "inner_steps": INNER, "outer_steps": OUTER, **options}}]}
 
 
-def merged(function: str, **options: Any) -> dict[str, Any]:
+def merged(function: str, **options: Any) -> Arm:
     """Each task trained from the base model, all models so far merged."""
     return {"between_tasks": {"merge": {"function": function, "start": "base", "options": options}}}
 
 
-CLAIM: dict[str, dict[str, Any]] = {
-    "sequential": {},
-    "mixed": mixed(4),
-    "kif": kif(),
-    "kif_code": kif(rule="code", uncertainty=True),
+def rate_arms() -> dict[str, Arm]:
+    """Plain training at each rate, on the tuning seeds."""
+    return {f"sequential_{rate:g}": {"rate": rate} for rate in RATES}
+
+
+def strength_arms(rate: float) -> dict[str, Arm]:
+    """As many tries for mixing as for KIF, on the tuning seeds."""
+    tries = {f"mixed_{rows}": mixed(rows) for rows in MEMORY_ROWS} | {f"kif_{s}": kif(top_share=s) for s in SHARES}
+    return {name: {**arm, "rate": rate} for name, arm in tries.items()}
+
+
+def claim_arms(rate: float, rows: int, share: float) -> dict[str, Arm]:
+    """The claim's arms.
+
+    Args:
+        rate: Learning rate of all arms.
+        rows: Memory's rows of a batch that tuning chose.
+        share: KIF's share of the weights that tuning chose.
+
+    Returns:
+        The arms; a tuned arm that equals the default arm is left out.
+    """
+    arms = {"sequential": {}, "mixed": mixed(SHARE), "kif": kif(), "kif_code": kif(rule="code", uncertainty=True)}
+    if rows != SHARE:
+        arms["mixed_tuned"] = mixed(rows)
+    if share != SHARES[0]:
+        arms["kif_tuned"] = kif(top_share=share)
     # The rows of the paper's ablation table.
-    "kif_no_identification": kif(rule="sum"),
-    "kif_weighted": kif(rule="weighted"),
-    "kif_adaptive": kif(rule="adaptive", temperature=0.25),
-    "kif_no_shared": kif(rule="no_shared"),
-    "kif_static": kif(old_importance="static"),
-    "joint": {"between_tasks": "joint"},
-    "average": merged("linear"),
-    "recall": merged("recall"),
-    "task_arithmetic": merged("task-arithmetic", scale=0.5),
-    "ties": merged("ties", dtype="float32"),
-}
-TUNING: dict[str, dict[str, Any]] = {
-    **{f"sequential_rate_{rate:g}": {"rate": rate} for rate in (1e-3, 2e-3, 4e-3)},
-    **{f"mixed_{rows}": mixed(rows) for rows in (2, 4, 6)},
-    **{f"kif_{share}": kif(top_share=share) for share in (0.2, 0.5, 0.8)},
-}  # fmt: skip
-ARMS = {**TUNING, **CLAIM}
+    arms |= {
+        "kif_no_identification": kif(rule="sum"),
+        "kif_weighted": kif(rule="weighted"),
+        "kif_adaptive": kif(rule="adaptive", temperature=0.25),
+        "kif_no_shared": kif(rule="no_shared"),
+        "kif_static": kif(old_importance="static"),
+        "joint": {"between_tasks": "joint"},
+        "average": merged("linear"),
+        "recall": merged("recall"),
+        "task_arithmetic": merged("task-arithmetic", scale=0.5),
+        "ties": merged("ties", dtype="float32"),
+    }
+    return {name: {**arm, "rate": rate} for name, arm in arms.items()}
 
 
 def task_of(aspect: str, index: int, change: dict[str, Any], data: Path, rounds: int) -> dict[str, Any]:
@@ -70,24 +87,25 @@ def task_of(aspect: str, index: int, change: dict[str, Any], data: Path, rounds:
     }  # fmt: skip
 
 
-def plan(arm: str, seed: int, model: Path, out: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+def plan(change: Arm, seed: int, model: Path, out: Path, rounds: int = ROUNDS, base: bool = False) -> dict[str, Any]:
     """The plan of an arm and a seed.
 
     Args:
-        arm: A key of `ARMS`.
+        change: The arm.
         seed: Seed of world, adapter and order of the rows.
         model: The base model's folder; ``data/`` is next to it.
         out: Folder of the run.
         rounds: Rounds of a task.
+        base: Whether the base model is scored too.
 
     Returns:
         A plan for `train_stream`.
     """
-    change, data = ARMS[arm], model.parent / "data"
+    data = model.parent / "data"
     tasks = [task_of(aspect, i, change, data, rounds) for i, aspect in enumerate(TASKS)]
     between = change.get("between_tasks", "continue")
     sft = {
-        "learning_rate": change.get("rate", RATE), "lr_scheduler_type": "linear", "warmup_steps": 10, "use_cpu": True, "bf16": False,
+        "learning_rate": change["rate"], "lr_scheduler_type": "linear", "warmup_steps": 10, "use_cpu": True, "bf16": False,
         "gradient_checkpointing": False, "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "max_length": 32,
         "per_device_train_batch_size": ROWS,
     }  # fmt: skip
@@ -102,5 +120,5 @@ def plan(arm: str, seed: int, model: Path, out: Path, rounds: int = ROUNDS) -> d
         "peft": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
         "sft": sft, "methods": methods, "tasks": tasks, "between_tasks": between,
         **({"memory": {"policy": "class_balanced", "share": 0.02, "by": "completion"}} if methods else {}),
-        "evaluation": {"tasks": "seen", "base": arm == "sequential", "bootstrap": 0, "batch_size": 256, "gauges": {"general": general}},
+        "evaluation": {"tasks": "seen", "base": base, "bootstrap": 0, "batch_size": 256, "gauges": {"general": general}},
     }  # fmt: skip

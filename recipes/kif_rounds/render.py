@@ -12,13 +12,14 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "proof")]
 
+from arms import RATES, claim_arms, rate_arms, strength_arms  # noqa: E402
 from figures import unpacked  # noqa: E402
 from verdicts import verdict  # noqa: E402
 
@@ -32,6 +33,7 @@ COLUMNS = {
 Results = Sequence[dict[str, Any]]
 Claim = tuple[str, str, str, Sequence[str]]
 
+TUNED = "tuned"  # stands for the tuned arm, or for the default arm if tuning chose that
 KEEPING = ("op", "bwt", "old_loss")
 CLAIMS: dict[str, list[Claim]] = {
     "Controls": [
@@ -42,7 +44,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "KIF against the same memory mixed in": [
         ("KIF is better", "kif", "mixed", KEEPING),
         ("The code's rule is better", "kif_code", "mixed", KEEPING),
-        ("Tuned KIF is better than tuned mixing", "kif_tuned", "mixed_tuned", KEEPING),
+        ("Tuned KIF is better than tuned mixing", TUNED, TUNED, KEEPING),
         ("Alternating without fusion is better", "kif_no_identification", "mixed", KEEPING),
     ],
     "The paper's ablations: KIF is better than": [
@@ -81,7 +83,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def arms_table(results: Results, order: Sequence[str]) -> str:
+def arms_table(results: Results, order: Iterable[str]) -> str:
     """One line per arm, in the order of the arms' table; the base model first where it was scored."""
     lines = []
     bases = [r["figures"]["base"] for r in results if r["figures"]["base"]]
@@ -101,6 +103,9 @@ def arms_table(results: Results, order: Sequence[str]) -> str:
 def claim_lines(claim: Claim, results: Results) -> list[list[str]]:
     """A claim's line for each measure."""
     says, arm, against, measures = claim
+    if arm == TUNED:
+        there = {r["arm"] for r in results}
+        arm, against = (f"{name}_tuned" if f"{name}_tuned" in there else name for name in ("kif", "mixed"))
     lines = []
     for measure in measures:
         found = verdict({"arm": arm, "against": against, "measure": measure}, results)
@@ -117,21 +122,19 @@ def claim_lines(claim: Claim, results: Results) -> list[list[str]]:
 
 def tables(results: Results) -> str:
     """Everything between the markers of README.md."""
-    from arms import ARMS
-
     text = []
     claim = [{**r, "rows": unpacked(r["rows"])} for r in results if r["use"] == "claim"]
     tuning = [r for r in results if r["use"] == "tuning"]
     if claim:
         minutes = sum(r["cpu_seconds"] for r in claim) / 60
         text += [f"{len(claim)} runs, {minutes:.0f} CPU minutes with scoring. Mean (lowest to highest) over seeds; scores in points, losses in nats "
-                 "per token.", "", arms_table(claim, [*ARMS]), ""]  # fmt: skip
+                 "per token.", "", arms_table(claim, claim_arms(RATES[0], -1, -1)), ""]  # fmt: skip
         head = ["claim", "arms and measure", "difference in its favour", "95 % interval", "by seed", "verdict"]
         for title, claims in CLAIMS.items():
             lines = [line for c in claims for line in claim_lines(c, claim)]
             text += [f"**{title}**", "", table(head, lines), ""]
     if tuning:
-        text += ["### Tuning, seeds 20 and 21", "", arms_table(tuning, [*ARMS]), ""]
+        text += ["### Tuning, seeds 20 and 21", "", arms_table(tuning, [*rate_arms(), *strength_arms(RATES[0])]), ""]
     return "\n".join(text) if text else "Not run yet.\n"
 
 
