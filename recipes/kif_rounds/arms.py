@@ -56,24 +56,26 @@ def claim_arms(rate: float, rows: int, share: float) -> dict[str, Arm]:
     Returns:
         The arms; a tuned arm that equals the default arm is left out.
     """
-    arms = {"sequential": {}, "mixed": mixed(SHARE), "kif": kif(), "kif_code": kif(rule="code", uncertainty=True)}
-    if rows != SHARE:
-        arms["mixed_tuned"] = mixed(rows)
-    if share != SHARES[0]:
-        arms["kif_tuned"] = kif(top_share=share)
-    # The rows of the paper's ablation table.
-    arms |= {
+    arms = {
+        "sequential": {},
+        "mixed": mixed(SHARE),
+        "kif": kif(),
+        # The rows of the paper's ablation table.
         "kif_no_identification": kif(rule="sum"),
         "kif_weighted": kif(rule="weighted"),
         "kif_adaptive": kif(rule="adaptive", temperature=0.25),
         "kif_no_shared": kif(rule="no_shared"),
         "kif_static": kif(old_importance="static"),
-        "joint": {"between_tasks": "joint"},
         "average": merged("linear"),
         "recall": merged("recall"),
-        "task_arithmetic": merged("task-arithmetic", scale=0.5),
-        "ties": merged("ties", dtype="float32"),
+        "joint": {"between_tasks": "joint"},
+        "kif_code": kif(rule="code", uncertainty=True),
     }
+    if rows != SHARE:
+        arms["mixed_tuned"] = mixed(rows)
+    if share != SHARES[0]:
+        arms["kif_tuned"] = kif(top_share=share)
+    arms |= {"task_arithmetic": merged("task-arithmetic", scale=0.5), "ties": merged("ties", dtype="float32")}
     return {name: {**arm, "rate": rate} for name, arm in arms.items()}
 
 
