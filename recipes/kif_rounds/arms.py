@@ -15,6 +15,7 @@ ROUNDS, INNER, OUTER, ROWS = (
     12,
 )  # rounds of a task, steps of a round on the task and on memory, rows of a step
 RATES, MEMORY_ROWS, SHARES = (1e-3, 2e-3, 4e-3), (2, 4, 6), (0.2, 0.5, 0.8)  # what tuning tries
+LONG = 2 * ROUNDS
 SHARE = 4  # memory's rows of a batch that give `mixed` KIF's numbers of task rows and memory rows
 Arm = dict[str, Any]
 
@@ -75,6 +76,10 @@ def claim_arms(rate: float, rows: int, share: float) -> dict[str, Arm]:
         arms["mixed_tuned"] = mixed(rows)
     if share != SHARES[0]:
         arms["kif_tuned"] = kif(top_share=share)
+    arms |= {
+        "mixed_24": {**mixed(SHARE), "rounds": LONG},
+        "kif_24": {**kif(), "rounds": LONG},
+    }  # added later, see README.md
     arms |= {"task_arithmetic": merged("task-arithmetic", scale=0.5), "ties": merged("ties", dtype="float32")}
     return {name: {**arm, "rate": rate} for name, arm in arms.items()}
 
@@ -103,7 +108,7 @@ def plan(change: Arm, seed: int, model: Path, out: Path, rounds: int = ROUNDS, b
     Returns:
         A plan for `train_stream`.
     """
-    data = model.parent / "data"
+    data, rounds = model.parent / "data", change.get("rounds", rounds)
     tasks = [task_of(aspect, i, change, data, rounds) for i, aspect in enumerate(TASKS)]
     between = change.get("between_tasks", "continue")
     sft = {

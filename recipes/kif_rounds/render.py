@@ -44,6 +44,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "KIF against the same memory mixed in": [
         ("KIF is better", "kif", "mixed", KEEPING),
         ("The code's rule is better", "kif_code", "mixed", KEEPING),
+        ("KIF is better at 24 rounds", "kif_24", "mixed_24", KEEPING),
         ("Tuned KIF is better than tuned mixing", TUNED, TUNED, KEEPING),
         ("Alternating without fusion is better", "kif_no_identification", "mixed", KEEPING),
     ],
