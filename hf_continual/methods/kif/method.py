@@ -57,6 +57,9 @@ CHOICES = {
 class KIF(Method):
     """Alternate between the new task and a buffer of old rows; fuse both movements by each weight's importance.
 
+    Measured: worse than the same rows mixed in (`Replay`) at equal steps and tokens: 56 against 88 % of all tasks' answers
+    with 12 rounds a task (recipes/kif_rounds), about equal with two. Prefer ``replay: {rows: kept, ratio: 0.33}``.
+
     Idea: a few steps on old rows tell which weights matter to old tasks *now*; the new task's change is kept where
     only the new task needs a weight, the buffer's repair where only old tasks do.
     Hooks: rows (a separate buffer, not mixed into the batches), after step.
