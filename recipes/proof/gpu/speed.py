@@ -115,7 +115,7 @@ def rows_of(name: str) -> Any:
     """Rows to train on."""
     if name.endswith(PROMPTED):
         return toy.rows("prompt_completion", 48) if tiny() else biography_rows(100)
-    return toy.rows(number=48) if tiny() else biography_rows(1200, "texts", versions=2).select_columns(["text"])
+    return toy.rows(number=48) if tiny() else biography_rows(400, "texts", versions=2).select_columns(["text"])
 
 
 def measured(name: str, path: str, place: Path, packed: bool) -> tuple[float, float]:
