@@ -211,6 +211,13 @@ class MethodsMixin(LiveTrainer):
         for method in self.methods:
             method.load_state_dict(state.read_state(Path(checkpoint), method.name), self.run)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """An epoch, unless the run was resumed from its last checkpoint: transformers would make one more step within an epoch."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def stoppable(self) -> AbstractContextManager[None]:
         """The context of a training that can be asked to stop; here signals are the caller's."""
         return nullcontext()

@@ -52,7 +52,8 @@ class ContinualTrainer(SavingTrainer):
     """Supervised fine-tuning that keeps what the model already knows.
 
     Takes the arguments of `trl.SFTTrainer`, in the same order, and `methods`. Without methods it is
-    SFTTrainer bit for bit.
+    SFTTrainer bit for bit. One thing is not as there: a run that is resumed from the checkpoint of its last step, within an
+    epoch, makes no further step.
 
     Example:
         >>> trainer = ContinualTrainer(

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from hf_continual import KIF, ContinualTrainer, FreezeLayers, GeRe, RecAdam, Replay
+from hf_continual.methods.table import TABLE
 from hf_continual.trainer.state import last_complete_checkpoint
 from hf_continual.trainer.whole import MARKER, damage_of
 from tests import toy
+from tests.methods import covering
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 READ = ("config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
@@ -358,3 +360,36 @@ def test_killed_between_two_writes(tmp_path):
 @pytest.mark.timeout(1200)
 def test_killed_between_any_two_writes(tmp_path):
     assert kill_between_writes(tmp_path, every=1) >= 40
+
+
+LAST = {"max_steps": 4, "save_steps": 4}  # of 6 steps in an epoch
+
+
+def ended_twice(folder, names):
+    """What a run ends with, and what it ends with once it is resumed from its last checkpoint."""
+    ends = []
+    for checkpoint in (None, folder / "run" / "checkpoint-4"):
+        trainer = ContinualTrainer(
+            **covering.start(names),
+            args=SFTConfig(**toy.settings(folder / "run", **SAVING | LAST)),
+            train_dataset=toy.rows(),
+            processing_class=toy.tokenizer(),
+            methods=[covering.example(name) for name in names],
+        )
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        assert trainer.state.global_step == 4
+        ends.append(toy.flat(trainer.model).clone())
+    return ends
+
+
+@pytest.mark.parametrize("names", [(), ("slow_weights",), ("tasl",), ("osft",), ("ewc", "replay")], ids="+".join)
+def test_a_run_resumed_at_its_last_step_makes_no_other(tmp_path, names):
+    first, second = ended_twice(tmp_path, names)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_resumed_at_its_last_step_ends_as_before(tmp_path, name):
+    first, second = ended_twice(tmp_path, (name,))
+    assert torch.equal(first, second)
