@@ -8,6 +8,7 @@ from typing import Any
 from typer.main import get_command
 
 from hf_continual.cli import app
+from hf_continual.merging.command import command_for
 from hf_continual.merging.method_options import options_of
 from hf_continual.merging.methods.table import MERGES
 
@@ -37,6 +38,8 @@ def verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def described(name: str, command: Any) -> list[str]:
     """One subcommand: usage, text, parameters, example."""
+    if name.endswith(" merge"):  # it takes its options from the method that is named
+        command = command_for(None, {})
     arguments = [p.name.upper() for p in command.params if p.param_type_name == "argument"]
     said = (command.help or "").replace("\b", "").strip()
     lines = [f"## {name.removeprefix('hf-continual ')}", "", f"`{' '.join([name, *arguments, '[OPTIONS]'])}`", "", said]
@@ -44,7 +47,7 @@ def described(name: str, command: Any) -> list[str]:
     if shown:
         lines += ["", "| option | |", "|---|---|", *(parameter(p) for p in shown)]
     if command.epilog:
-        lines += ["", "```", command.epilog.removeprefix("Example: "), "```"]
+        lines += ["", "```", command.epilog.rpartition("Example: ")[2], "```"]
     return lines + (merge_options() if name.endswith(" merge") else [])
 
 

@@ -38,7 +38,7 @@ def merge(ctx: typer.Context) -> None:
     method = method_among(words)
     known = {} if method is None else options_of(method)
     _check_options(words, method, known)
-    _command(method, known).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
+    command_for(method, known).main(args=words, prog_name=ctx.command_path, standalone_mode=False)
 
 
 def _told(
@@ -105,7 +105,7 @@ def _run(told: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
 @cache
 def _shared() -> dict[str, bool]:
     """Every spelling of the options of every merge, and whether a value follows it."""
-    options = [p for p in _command(None, {}).params if p.param_type_name == "option"]
+    options = [p for p in command_for(None, {}).params if p.param_type_name == "option"]
     return {"--help": False} | {w: not p.is_flag for p in options for w in (*p.opts, *p.secondary_opts)}
 
 
@@ -172,7 +172,16 @@ def _about(method: str | None) -> tuple[str | None, str | None]:
     return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], f"{source}. {example}"
 
 
-def _command(method: str | None, known: Mapping[str, MethodOption]) -> Any:
+def command_for(method: str | None, known: Mapping[str, MethodOption]) -> Any:
+    """The command with the options that every merge has, and those of a method.
+
+    Args:
+        method: Name of the method, or None.
+        known: Its options.
+
+    Returns:
+        A command of Typer's.
+    """
     app = typer.Typer(add_completion=False)
     about, more = _about(method)
     app.command(help=about, epilog=more)(_with_options(method, known))

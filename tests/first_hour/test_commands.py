@@ -249,13 +249,13 @@ def test_every_verb_has_json_quiet_and_an_example(verb):
     import typer
 
     from hf_continual.cli import app
-    from hf_continual.merging.command import _command
+    from hf_continual.merging.command import command_for
 
     command = typer.main.get_command(app)
     for word in verb.split():
         command = command.commands[word]
     if verb == "merge":
-        command = _command(None, {})
+        command = command_for(None, {})
     words = {w for p in command.params for w in p.opts}
     assert {"--json", "--quiet"} <= words, words
     assert f"Example: hf-continual {verb} " in command.epilog
