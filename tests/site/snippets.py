@@ -21,6 +21,8 @@ OTHER = re.compile(
     r"cd \S+$|#SBATCH |[A-Z]+=|export |(?:git|uv pip|uv venv|pip|hf|srun|sbatch|axolotl|llamafactory-cli|docker) "
 )
 
+OWN = "mine"  # what the pages call the reader's own module inside the package
+
 
 class Snippet(NamedTuple):
     """A block of a page."""
@@ -83,6 +85,10 @@ def check_command(line: str) -> None:
             raise ValueError(f"the Makefile has no target {words[1]}")
     elif words[0] in ("python", "accelerate") or words[:2] == ["uv", "run"]:
         _check_script(words)
+    elif words[0] == "pytest":
+        for word in words[1:]:
+            if word.startswith("tests/") and OWN not in word and not (ROOT / word).exists():
+                raise ValueError(f"there is no {word}")
     else:
         raise ValueError(f"{line!r} is not a command of this project")
 
@@ -138,7 +144,7 @@ def check_yaml(text: str, folder: Path) -> str:
     """Check a block of YAML by what it is.
 
     Returns:
-        What it is: configuration, plan, gate, merge, or keys of a plan.
+        What it is: configuration, plan, gate, merge, keys of a plan, or another trainer's.
     """
     from jsonschema import Draft202012Validator
 
@@ -146,6 +152,11 @@ def check_yaml(text: str, folder: Path) -> str:
 
     data = yaml.safe_load(text)
     (folder / "snippet.yaml").write_text(text, encoding="utf-8")
+    if "continual" in data:  # another trainer's file
+        from hf_continual.methods.table import check_description
+
+        check_description(data["continual"]["methods"])
+        return "another trainer's"
     if {"baseline", "alpha"} & set(data):
         from hf_continual.stream.gate_limits import read_limits
 
@@ -198,7 +209,11 @@ def check_calls(code: str) -> list[str]:
     tree, called = ast.parse(code), []
     known = {name: getattr(hf_continual, name) for name in hf_continual.__all__}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_continual"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("hf_continual")
+            and OWN not in str(node.module)
+        ):
             module = importlib.import_module(node.module)
             known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
     for node in ast.walk(tree):
