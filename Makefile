@@ -74,7 +74,7 @@ gpu-pack: $(STAMP) ## a folder that a GPU machine without network runs, in piece
 docs: $(STAMP) ## the documentation site in build/docs, from README, recipes and docstrings; a broken link fails
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('mkdocs-material'); m.version('mkdocstrings-python')" 2>/dev/null \
 	  || $(PYTHON) -m pip install --quiet --requirement .ci/docs/requirements.txt
-	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(PYTHON) -W ignore -m mkdocs build --quiet --strict --config-file .mkdocs.yml
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(PYTHON) -W ignore -m mkdocs build --strict --config-file .mkdocs.yml
 
 build: $(STAMP) ## wheel and source distribution in dist
 	@$(PYTHON) -c "import importlib.metadata as m; m.version('build')" 2>/dev/null || $(PYTHON) -m pip install --quiet build

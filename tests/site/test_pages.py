@@ -214,3 +214,9 @@ def test_the_configuration_is_strict_and_offline():
     assert set(config["validation"]["links"].values()) == {"warn"}
     pins = (ROOT / ".ci" / "docs" / "requirements.txt").read_text(encoding="utf-8").split()
     assert all("==" in pin for pin in pins) and any(pin.startswith("mkdocs-material==") for pin in pins)
+
+
+def test_make_docs_is_strict():
+    """With ``--quiet`` mkdocs counts no warnings, and a broken link passes."""
+    (line,) = re.findall(r".*mkdocs build.*", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "--strict" in line and "--quiet" not in line
