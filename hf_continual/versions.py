@@ -9,10 +9,9 @@ from packaging.specifiers import SpecifierSet
 
 VERSION = "0.1.0"
 
-# Methods on any trainer of transformers (ContinualCallback, ContinualMixin); merging and publishing were tested with transformers
-# 5.23 and later only. tests/neighbours passes with
-# transformers 5.6.0 and peft 0.18.1 (the newest that LLaMA-Factory 0.9.5 allows), with 5.16.1 and 0.20.0 (axolotl 0.19.0), and with
-# 5.23.0 and 0.21.2.
+# Methods on any trainer of transformers (ContinualCallback, ContinualMixin): tests/neighbours passes with transformers 5.6.0 and
+# peft 0.18.1 (the newest that LLaMA-Factory 0.9.5 allows), with 5.16.1 and 0.20.0 (axolotl 0.19.0), and with 5.23.0 and 0.21.2.
+# Merging and publishing were tested with transformers 5.23 and later only.
 SUPPORTED = {"transformers": ">=5.6,<6", "peft": ">=0.18.1"}
 # ContinualTrainer and all that is built on it overrides private members of TRL, so these ranges are narrow on purpose.
 SUPPORTED_WITH_TRL = {"trl": ">=1.16,<2", "transformers": ">=5.23,<6", "peft": ">=0.21"}

@@ -12,7 +12,9 @@ import xxhash
 FOLDER, MANIFEST = "continual", "methods.json"
 STAGED = ".staged"
 FORMAT = 1
-AGAIN = "Save the model again (rerun what saved it), or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+# How a run starts without what earlier tasks left, on ContinualTrainer and on any other trainer.
+FRESH = "ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)"
+AGAIN = f"Save the model again (rerun what saved it), or start without what was learned: {FRESH}."
 
 
 class HandOverError(ValueError):

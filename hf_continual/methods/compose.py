@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hf_continual.bounds import plain_name
+from hf_continual.data.kept import FRESH
 from hf_continual.methods.base import Method
 from hf_continual.methods.table import TABLE, method_class
 from hf_continual.paper import Paper
@@ -69,7 +70,7 @@ def check_heirs(left: Iterable[tuple[str, str, str]], methods: Methods, where: s
             has = f"a {here[name]!r} of that name" if name in here else ", ".join(here) or "none"
             raise ValueError(
                 f"{where} comes with what method {name!r} (a {kind!r}{size}) learned, and this run has {has}: it would be "
-                f"lost. Give the run that method, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                f"lost. Give the run that method, or start without what was learned: {FRESH}."
             )
 
 

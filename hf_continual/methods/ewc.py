@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from hf_continual.bounds import between, one_of, whole_number
+from hf_continual.data.kept import FRESH
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.fisher import add_squares_, fisher_diagonal, measure_fisher
 from hf_continual.paper import Paper
@@ -231,7 +232,7 @@ class EWC(Method):
             raise ValueError(
                 f"EWC: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(self._old[first].shape)} then, {tuple(params[first].shape)} now. Train with the same model and "
-                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                f"adapter, or start without what was learned: {FRESH}."
             )
 
     def begin_task(self, run: Run) -> None:

@@ -35,6 +35,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_continual.bounds import between
+from hf_continual.data.kept import FRESH
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
@@ -146,7 +147,7 @@ class OLoRA(Method):
                 raise ValueError(
                     f"OLoRA: factor A of {layer} has {params[a].shape[1]} columns, that of the earlier tasks "
                     f"{old.shape[1]}: they belong to different models. Start from the model they were trained on, or "
-                    f"without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                    f"without what was learned: {FRESH}."
                 )
             if a not in fresh and _is_last(old, whole(params[a].detach())):
                 raise ValueError(

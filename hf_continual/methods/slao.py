@@ -34,6 +34,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_continual.bounds import at_least
+from hf_continual.data.kept import FRESH
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.paper import Paper
 from hf_continual.tasks import Task
@@ -151,7 +152,7 @@ class SLAO(Method):
                 raise ValueError(
                     f"SLAO: factor B of {layer} is {tuple(params[b].shape)}, that of the task before {tuple(found[layer].shape)}: they "
                     f"belong to different adapters. Start from the adapter that the task left, or without what was learned: "
-                    f"ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                    f"{FRESH}."
                 )
         self._tasks, self._before = int(state["tasks"]), found
 

@@ -128,14 +128,16 @@ def setting_of(run: Run) -> tuple:
         run: A run with scores.
 
     Returns:
-        Model, tasks in order, metric, direction, number of scored rows of each task, and digests of these rows where the plan is known.
+        Model, tasks in order, metric, direction, number of scored rows of each task; and, where the plan is known, digests of these rows
+        and of a local model's files.
     """
     last = run.cells.get(run.tasks[-1]) or {}
     rows = tuple((last.get(task) or {}).get("n") for task in run.tasks)
     planned = [task for task in run.config.get("tasks", ()) if isinstance(task, Mapping)]
     digests = tuple((task.get("test") or {}).get("sha256") for task in planned if isinstance(task.get("test"), Mapping))
-    model = None if run.model is None else run.model.rstrip("/").rpartition("/")[2]
-    return model, tuple(run.tasks), run.metric, run.lower, rows, digests
+    weights = (run.config.get("model") or {}).get("files") if digests else None
+    known = (*digests, *sorted(weights.items())) if isinstance(weights, Mapping) else digests
+    return run.model, tuple(run.tasks), run.metric, run.lower, rows, known
 
 
 def _join_seeds(own: Sequence[Run]) -> None:

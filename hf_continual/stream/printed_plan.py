@@ -24,7 +24,7 @@ def plan_text(plan: Plan, where: Where, only: str | None = None) -> str:
         YAML that reads as the same plan.
 
     Raises:
-        PlanError: If the plan has several runs and none is named, or there is no such run.
+        PlanError: If the plan has several runs and none is named, or the named one does not exist.
     """
     if plan.sweep is not None:
         from hf_continual.stream.sweep import members

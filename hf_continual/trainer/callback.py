@@ -33,7 +33,7 @@ class ContinualCallback(TrainerCallback):
 
     Raises:
         TypeError: If something has the wrong type.
-        ValueError: If there is no method, or one needs a ContinualTrainer.
+        ValueError: If `methods` is empty, or a method needs a ContinualTrainer.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ContinualCallback(TrainerCallback):
             folder: Where the model was saved.
 
         Raises:
-            ValueError: If there is no trainer yet, the task has not ended, or the folder has no weights.
+            ValueError: If the callback has no trainer yet, the task has not ended, or the folder has no weights.
         """
         if self.trainer is None:
             raise ValueError("This ContinualCallback has no trainer yet: give it to one and train first.")

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from hf_continual.data import handover
 from hf_continual.data.distributed import from_first
+from hf_continual.data.kept import FRESH
 from hf_continual.hub.text import safe
 from hf_continual.methods.compose import check_heirs, overrides
 from hf_continual.tensors.identity import base_sample
@@ -80,7 +81,7 @@ def left_with(model: Any, options: Any) -> Left | None:
             f"The weights of this model were changed since task {left.found.task.get('name')!r} ended in this process, and what "
             f"its methods ({', '.join(left.found.names)}) learned may not be valid for them. Give the folder that belongs to the "
             f"weights, predecessor=folder in ContinualConfig or ContinualCallback, or start without what was learned: "
-            f"ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+            f"{FRESH}."
         )
     return left
 
@@ -155,7 +156,7 @@ def _check_base(trainer: LiveTrainer, found: handover.HandOver) -> None:
     raise handover.HandOverError(
         f"{found.folder} was trained on the base {then.get('name') or 'model'!r}, and this run's base "
         f"{now.get('name') or 'model'!r} has different weights: what its methods learned is not valid there. "
-        f"Load the same base, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+        f"Load the same base, or start without what was learned: {FRESH}."
     )
 
 

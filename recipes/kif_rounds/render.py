@@ -8,29 +8,25 @@ python recipes/kif_rounds/render.py --check               # fails if README.md a
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "proof")]
 
 from arms import RATES, claim_arms, rate_arms, strength_arms  # noqa: E402
 from figures import unpacked  # noqa: E402
+from result_tables import Results, read_results, rendered, shown, table  # noqa: E402
 from verdicts import verdict  # noqa: E402
 
 README, RESULTS = HERE / "README.md", HERE / "results"
-BEGIN, END = "<!-- results: written by render.py -->\n", "<!-- end of results -->"
 # Heading -> figure, factor, digits.
 COLUMNS = {
     "OP": ("op", 100, 1), "BWT": ("bwt", 100, 1), "learned": ("learned", 100, 1), "old loss": ("old_loss", 1, 3),
     "new loss": ("new_loss", 1, 3), "general loss": ("general_loss", 1, 2), "CPU seconds": ("cpu_seconds", 1, 0),
 }  # fmt: skip
-Results = Sequence[dict[str, Any]]
 Claim = tuple[str, str, str, Sequence[str]]
 
 TUNED = "tuned"  # stands for the tuned arm, or for the default arm if tuning chose that
@@ -62,26 +58,6 @@ CLAIMS: dict[str, list[Claim]] = {
         ("The uniform average keeps old tasks", "average", "sequential", ("op", "old_loss")),
     ],
 }
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, by name."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def shown(values: Sequence[float | None], factor: float, digits: int) -> str:
-    """Mean and range of a figure over seeds; a dash if it was not measured."""
-    there = [v * factor for v in values if v is not None]
-    if not there or len(there) < len(values):
-        return "-"
-    middle = f"{statistics.fmean(there):.{digits}f}"
-    return middle if len(there) == 1 else f"{middle} ({min(there):.{digits}f} to {max(there):.{digits}f})"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def arms_table(results: Results, order: Iterable[str]) -> str:
@@ -139,17 +115,10 @@ def tables(results: Results) -> str:
     return "\n".join(text) if text else "Not run yet.\n"
 
 
-def rendered(readme: str, results: Results) -> str:
-    """README.md with the tables of these results."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{tables(results)}{END}{after}"
-
-
 def check_readme(readme: Path = README, results: Path = RESULTS) -> str | None:
     """A sentence if the tables of a README are not those of the result files, else None."""
     text = readme.read_text(encoding="utf-8")
-    if text == rendered(text, read_results(results)):
+    if text == rendered(text, tables(read_results(results))):
         return None
     return f"{readme.name} and {results.name}/*.json differ: write the tables again with python recipes/kif_rounds/render.py."
 
@@ -166,7 +135,7 @@ def main() -> int:
         return 1 if problem else 0
     for file in [] if args.source is None else args.source.glob("[ct]*.json"):  # not those of the smoke test
         shutil.copy2(file, RESULTS / file.name)
-    README.write_text(rendered(README.read_text(encoding="utf-8"), read_results(RESULTS)), encoding="utf-8")
+    README.write_text(rendered(README.read_text(encoding="utf-8"), tables(read_results(RESULTS))), encoding="utf-8")
     return 0
 
 

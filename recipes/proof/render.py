@@ -8,20 +8,17 @@ python recipes/proof/render.py --check                # fails if README.md and r
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
+from result_tables import Results, read_results, rendered, shown, table
 from verdicts import by_seed, choose, goal, verdict
 
 HERE = Path(__file__).parent
 README, RESULTS, PICTURES = HERE / "README.md", HERE / "results", ("png",)
-BEGIN, END = "<!-- results: written by render.py -->\n", "<!-- end of results -->"
 # Heading -> figure or cost, factor, digits.
 COLUMNS = {
     "OP": ("op", 100, 1), "BWT": ("bwt", 100, 1), "forgetting": ("forgetting", 100, 1), "FWT": ("fwt", 100, 1),
@@ -29,27 +26,6 @@ COLUMNS = {
     "tokens": ("tokens", 1e-3, 1), "seconds": ("seconds", 1, 0), "CPU seconds": ("cpu_seconds", 1, 0), "model, MB": ("model_bytes", 1e-6, 2),
     "state, MB": ("state_bytes", 1e-6, 2),
 }  # fmt: skip
-Results = Sequence[dict[str, Any]]
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, by name."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def shown(values: Sequence[float | None], factor: float, digits: int) -> str:
-    """Mean and range of a figure over seeds; a dash if it was not measured."""
-    there = [v * factor for v in values if v is not None]
-    if not there or len(there) < len(values):
-        return "-"
-    middle = f"{statistics.fmean(there):.{digits}f}"
-    return middle if len(there) == 1 else f"{middle} ({min(there):.{digits}f} to {max(there):.{digits}f})"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def arms_table(results: Results) -> str:
@@ -174,17 +150,10 @@ def draw(results: Results, out: Path) -> None:
         figure.savefig(out / picture(preset, data), dpi=110)
 
 
-def rendered(readme: str, results: Results) -> str:
-    """README.md with the tables of these results."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{tables(results)}{END}{after}"
-
-
 def check_readme(readme: Path = README, results: Path = RESULTS) -> str | None:
     """A sentence if the tables of a README are not those of the result files, else None."""
     text = readme.read_text(encoding="utf-8")
-    if text == rendered(text, read_results(results)):
+    if text == rendered(text, tables(read_results(results))):
         return None
     return (
         f"{readme.name} and {results.name}/*.json differ: write the tables again with python recipes/proof/render.py."
@@ -211,7 +180,7 @@ def main() -> int:
         for file in [*args.source.glob("*.json"), *args.source.glob("*.png")]:
             shutil.copy2(file, RESULTS / file.name)
     text = README.read_text(encoding="utf-8")
-    README.write_text(rendered(text, read_results(RESULTS)), encoding="utf-8")
+    README.write_text(rendered(text, tables(read_results(RESULTS))), encoding="utf-8")
     return 0
 
 

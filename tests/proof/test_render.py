@@ -52,7 +52,8 @@ def test_a_changed_file_is_found(render, tmp_path):
         (results / f"{r['arm']}-seed{r['seed']}.json").write_text(json.dumps(r))
     assert "differ: write the tables again" in (render.check_readme(readme, results) or "")
     readme.write_text(
-        render.rendered(readme.read_text(encoding="utf-8"), render.read_results(results)), encoding="utf-8"
+        render.rendered(readme.read_text(encoding="utf-8"), render.tables(render.read_results(results))),
+        encoding="utf-8",
     )
     assert render.check_readme(readme, results) is None
     made[0]["figures"]["op"] = 0.9

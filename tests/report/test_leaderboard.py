@@ -52,6 +52,22 @@ def test_other_settings_have_their_own_board(tmp_path):
     assert len(found) == 4 and all(len(one["arms"]) == 1 for one in found)
 
 
+def test_models_of_the_same_name_are_not_the_same_model(tmp_path):
+    for owner in ("me", "you"):
+        results = {**world.run(tmp_path / owner), "model": f"{owner}/tiny-llama"}  # ids of the Hub
+        (tmp_path / owner / "continual_results.json").write_text(json.dumps(results))
+    found, _ = board(tmp_path / "me", tmp_path / "you")
+    assert sorted(one["model"] for one in found) == ["me/tiny-llama", "you/tiny-llama"]
+    for name in ("one", "other"):  # folders of one name, by their files
+        world.run(tmp_path / name)
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        plan["model"]["files"] = {"model.safetensors": name}
+        plan["tasks"] = [{**task, "test": {"sha256": "12ab"}} for task in plan["tasks"]]
+        (tmp_path / name / "plan.json").write_text(json.dumps(plan))
+    found, missing = board(tmp_path / "one", tmp_path / "other")
+    assert len(found) == 2 and not missing
+
+
 def test_seeds_are_one_arm_unless_their_plans_differ(tmp_path):
     values = [world.run(tmp_path / f"x-seed{s}", seed=s)["summary"]["overall_performance"] for s in (0, 1)]
     world.run(tmp_path / "y-seed0")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_continual.bounds import at_least, between, one_of
+from hf_continual.data.kept import FRESH
 from hf_continual.methods.base import Method, Run, State
 from hf_continual.methods.tasl.consolidation import (
     PREVIOUS,
@@ -134,7 +135,7 @@ class TaSL(Method):
         if state["units"] != self.units:
             raise ValueError(
                 f"TaSL: the previous task measured importance by {state['units']}, but this run has units={self.units!r}. Use "
-                f"units={state['units']!r}, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                f"units={state['units']!r}, or start without what was learned: {FRESH}."
             )
         params = run.named_parameters()
         fresh = fresh_factors(params)
@@ -144,7 +145,7 @@ class TaSL(Method):
             raise ValueError(
                 f"TaSL: {len(wrong)} weights have a different shape than when their importance was measured, such as {first}: "
                 f"{tuple(state['shapes'][first])} then, {tuple(params[first].shape)} now. Train with the same model and "
-                f"adapter, or start without what was learned: ContinualConfig(fresh_methods=True) or ContinualCallback(..., fresh_methods=True)."
+                f"adapter, or start without what was learned: {FRESH}."
             )
         self._old, self._held = state, set(held)
 
